@@ -1,0 +1,172 @@
+"""Which backend does the work? The protocol that each fills, and the choice among them."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import Any, Protocol, cast
+
+import numpy as np
+
+from .. import _check, _config
+
+Array = np.ndarray[Any, Any]
+
+SAVED_ROWS = ("mean", "mean_low", "var", "inv_std", "gamma", "beta")
+"""The rows of `saved`, the float64 array (rows, channels) that carries a forward call to its backward.
+
+The mean is mean + mean_low; inv_std is 1/sqrt(var + eps), or 0 where var + eps is 0.
+"""
+
+
+class Backend(Protocol):
+    """Fills arrays; never decides. A module is a backend when it has these functions.
+
+    Inputs arrive validated, outputs allocated. x, residual, y, dy, dx and dresidual are C-contiguous
+    (outer, channels, inner) of one dtype; y may be x. gamma and beta are (channels,), in one dtype, float64 or the
+    statistics dtype. Running statistics are (channels,), contiguous, in the statistics dtype. `activation` is a
+    code of fastbn._activations.
+    """
+
+    def forward(
+        self,
+        x: Array,
+        residual: Array | None,
+        gamma: Array | None,
+        beta: Array | None,
+        running_mean: Array | None,
+        running_var: Array | None,
+        momentum: float,
+        correction: int,
+        eps: float,
+        activation: int,
+        y: Array,
+        saved: Array,
+        threads: int,
+    ) -> None:
+        """Normalizes with the batch's own statistics; blends its variance over M - correction into running_var."""
+
+    def infer(
+        self,
+        x: Array,
+        residual: Array | None,
+        gamma: Array | None,
+        beta: Array | None,
+        mean: Array,
+        var: Array,
+        eps: float,
+        activation: int,
+        y: Array,
+        saved: Array | None,
+        threads: int,
+    ) -> None:
+        """Normalizes with the given statistics; fills saved where given."""
+
+    def backward(
+        self,
+        dy: Array,
+        x: Array,
+        residual: Array | None,
+        saved: Array,
+        frozen: bool,
+        activation: int,
+        dx: Array,
+        dresidual: Array | None,
+        dgamma: Array | None,
+        dbeta: Array | None,
+        threads: int,
+    ) -> None:
+        """The gradient of forward (not frozen) or infer (frozen)."""
+
+    def describe(self) -> dict[str, str]:
+        """What show_config() prints of this backend."""
+
+
+_MODULES = {"c": "c_backend", "numba": "numba_backend", "numpy": "numpy_backend"}
+_loaded: dict[str, Backend] = {}
+
+
+def _is_usable(name: str) -> bool:
+    if name == "c":
+        return find_spec("fastbn.backends.c_backend") is not None
+    return name == "numpy" or find_spec("numba") is not None
+
+
+def backends() -> tuple[str, ...]:
+    """The backends that are usable here, best first.
+
+    >>> import fastbn
+    >>> "numpy" in fastbn.backends()
+    True
+    """
+    return tuple(name for name in _config.BACKENDS if _is_usable(name))
+
+
+def _load(name: str) -> Backend:
+    if not _is_usable(name):
+        how = 'pip install "fastbn[numba]"' if name == "numba" else "install a build with the compiled extension"
+        raise ImportError(f"backend: {name!r} is not usable here; usable: {', '.join(backends())} ({how})")
+    backend = cast(Backend, importlib.import_module(f".{_MODULES[name]}", __name__))
+    if name == "c":
+        isa = _config.environment_isa()
+        if isa is not None:
+            backend.select_isa(isa)  # type: ignore[attr-defined]
+    return backend
+
+
+def get_backend() -> str:
+    """The name of the backend that a call from here uses when it names none.
+
+    The block of `use_backend` counts first, then `set_backend`, then FASTBN_BACKEND, then the best that is usable.
+
+    >>> import fastbn
+    >>> with fastbn.use_backend("numpy"):
+    ...     fastbn.get_backend()
+    'numpy'
+    """
+    return _config.backend_name() or backends()[0]
+
+
+def select(name: str | None) -> Backend:
+    """The backend of that name, or the default for None."""
+    chosen = get_backend() if name is None else name
+    try:
+        return _loaded[chosen]
+    except (KeyError, TypeError):
+        backend = _load(_check.choice("backend", chosen, _config.BACKENDS))
+        _loaded[chosen] = backend
+        return backend
+
+
+def set_backend(name: str) -> None:
+    """Sets the backend for the process.
+
+    Raises TypeError or ValueError if there is no such backend, ImportError if it is not usable here.
+
+    >>> import fastbn
+    >>> before = fastbn.get_backend()
+    >>> fastbn.set_backend("numpy")
+    >>> fastbn.get_backend()
+    'numpy'
+    >>> fastbn.set_backend(before)
+    """
+    select(name)
+    _config.set_backend_name(name)
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Within the block, and in this thread or task only, calls that name no backend use this one.
+
+    Raises as `set_backend` does.
+
+    >>> import fastbn
+    >>> with fastbn.use_backend("numpy"):
+    ...     fastbn.get_backend()
+    'numpy'
+    """
+    select(name)
+    with _config.backend_here(name):
+        yield

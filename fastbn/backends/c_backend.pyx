@@ -1,0 +1,141 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, freethreading_compatible=True
+"""The bridge to the C core: arrays become pointers, the GIL is dropped, one C call is made."""
+
+from libc.stddef cimport size_t
+from libc.stdlib cimport free, malloc
+
+cimport numpy as cnp
+
+from fastbn.backends cimport cfastbn as c
+
+cnp.import_array()
+
+cdef c.fbn_machine machine
+machine.kernels = c.fbn_kernels_at(0)
+# A common size where the system does not tell.
+machine.core_cache = c.fbn_cache_bytes(2) or (1 << 20)
+machine.shared_cache = c.fbn_cache_bytes(3) or (8 << 20)
+
+# Workspaces up to this size live on the stack.
+cdef enum:
+    SMALL = 16384
+
+
+cdef inline void *pointer(cnp.ndarray array):
+    return NULL if array is None else cnp.PyArray_DATA(array)
+
+
+cdef inline c.fbn_dtype dtype_of(cnp.ndarray array):
+    return c.FBN_F64 if cnp.PyArray_TYPE(array) == cnp.NPY_FLOAT64 else c.FBN_F32
+
+
+cdef c.fbn_problem problem_of(cnp.ndarray x, int activation, int threads):
+    cdef c.fbn_problem p
+    p.machine = &machine
+    p.dtype = dtype_of(x)
+    p.activation = <c.fbn_activation> activation
+    p.outer, p.channels, p.inner = x.shape[0], x.shape[1], x.shape[2]
+    p.threads = threads
+    return p
+
+
+cdef c.fbn_parameters parameters_of(cnp.ndarray gamma, cnp.ndarray beta):
+    cdef c.fbn_parameters p
+    p.gamma, p.beta = pointer(gamma), pointer(beta)
+    p.dtype = dtype_of(gamma if gamma is not None else beta) if gamma is not None or beta is not None else c.FBN_F32
+    return p
+
+
+cdef void *workspace_for(const c.fbn_problem *p, char *small) except NULL:
+    """`small` where it is enough, else memory that `release` frees."""
+    cdef size_t size = c.fbn_workspace_bytes(p)
+    cdef void *memory = small if size <= SMALL else malloc(size)
+    if memory == NULL:
+        raise MemoryError(f"no {size} bytes for the workspace")
+    return memory
+
+
+cdef inline void release(void *workspace, char *small) noexcept nogil:
+    if workspace != small:
+        free(workspace)
+
+
+def forward(
+    cnp.ndarray x not None, cnp.ndarray residual, cnp.ndarray gamma, cnp.ndarray beta, cnp.ndarray running_mean,
+    cnp.ndarray running_var, double momentum, int correction, double eps, int activation, cnp.ndarray y not None,
+    cnp.ndarray saved not None, int threads,
+):
+    cdef char small[SMALL]
+    cdef c.fbn_problem p = problem_of(x, activation, threads)
+    cdef c.fbn_parameters parameters = parameters_of(gamma, beta)
+    cdef c.fbn_running running
+    running.mean, running.var = pointer(running_mean), pointer(running_var)
+    running.momentum, running.correction = momentum, correction
+    cdef void *x_ = pointer(x), *r_ = pointer(residual), *y_ = pointer(y), *saved_ = pointer(saved)
+    cdef void *workspace = workspace_for(&p, small)
+    with nogil:
+        c.fbn_forward(&p, x_, r_, &parameters, eps, &running, y_, <double *> saved_, workspace)
+        release(workspace, small)
+
+
+def infer(
+    cnp.ndarray x not None, cnp.ndarray residual, cnp.ndarray gamma, cnp.ndarray beta, cnp.ndarray mean not None,
+    cnp.ndarray var not None, double eps, int activation, cnp.ndarray y not None, cnp.ndarray saved, int threads,
+):
+    cdef char small[SMALL]
+    cdef c.fbn_problem p = problem_of(x, activation, threads)
+    cdef c.fbn_parameters parameters = parameters_of(gamma, beta)
+    cdef void *x_ = pointer(x), *r_ = pointer(residual), *y_ = pointer(y), *saved_ = pointer(saved)
+    cdef void *mean_ = pointer(mean), *var_ = pointer(var)
+    cdef void *workspace = workspace_for(&p, small)
+    with nogil:
+        c.fbn_infer(&p, x_, r_, &parameters, eps, mean_, var_, y_, <double *> saved_, workspace)
+        release(workspace, small)
+
+
+def backward(
+    cnp.ndarray dy not None, cnp.ndarray x not None, cnp.ndarray residual, cnp.ndarray saved not None, bint frozen,
+    int activation, cnp.ndarray dx not None, cnp.ndarray dresidual, cnp.ndarray dgamma, cnp.ndarray dbeta, int threads,
+):
+    cdef char small[SMALL]
+    cdef c.fbn_problem p = problem_of(x, activation, threads)
+    cdef void *dy_ = pointer(dy), *x_ = pointer(x), *r_ = pointer(residual), *saved_ = pointer(saved)
+    cdef void *dx_ = pointer(dx), *dr_ = pointer(dresidual), *dgamma_ = pointer(dgamma), *dbeta_ = pointer(dbeta)
+    cdef void *workspace = workspace_for(&p, small)
+    with nogil:
+        c.fbn_backward(&p, dy_, x_, r_, <double *> saved_, frozen, dx_, dr_, dgamma_, dbeta_, workspace)
+        release(workspace, small)
+
+
+cdef list tables():
+    names = []
+    while c.fbn_kernels_at(len(names)) != NULL:
+        names.append(c.fbn_kernels_name(c.fbn_kernels_at(len(names))).decode())
+    return names
+
+
+def isas():
+    """The instruction sets that run on this processor, best first."""
+    return tuple(tables())
+
+
+def isa():
+    """The instruction set in use."""
+    return c.fbn_kernels_name(machine.kernels).decode()
+
+
+def select_isa(name):
+    """Use the kernels of this instruction set, in the whole process."""
+    if name not in tables():
+        raise ValueError(f"FASTBN_ISA: got {name!r}; allowed on this processor: {', '.join(tables())}")
+    machine.kernels = c.fbn_kernels_at(tables().index(name))
+
+
+def describe():
+    """For show_config()."""
+    openmp = c.fbn_openmp()
+    return {
+        "instruction set": f"{isa()} (usable: {', '.join(isas())})",
+        "OpenMP": f"yes ({openmp})" if openmp else "no: this build runs on one thread",
+        "caches": ", ".join(f"L{level} {c.fbn_cache_bytes(level) >> 10} KiB" for level in (1, 2, 3)),
+    }

@@ -1,0 +1,65 @@
+# What fastbn.h declares, for Cython. Declarations only.
+from libc.stddef cimport size_t
+from libc.stdint cimport int64_t
+
+
+cdef extern from "fastbn.h" nogil:
+    ctypedef enum fbn_dtype:
+        FBN_F32
+        FBN_F64
+
+    ctypedef enum fbn_activation:
+        FBN_IDENTITY
+        FBN_RELU
+
+    ctypedef struct fbn_kernels:
+        pass
+
+    ctypedef struct fbn_machine:
+        const fbn_kernels *kernels
+        int64_t core_cache
+        int64_t shared_cache
+
+    ctypedef struct fbn_problem:
+        const fbn_machine *machine
+        fbn_dtype dtype
+        fbn_activation activation
+        int64_t outer
+        int64_t channels
+        int64_t inner
+        int threads
+
+    ctypedef struct fbn_parameters:
+        const void *gamma
+        const void *beta
+        fbn_dtype dtype
+
+    ctypedef struct fbn_running:
+        void *mean
+        void *var
+        double momentum
+        double correction
+
+    enum:
+        FBN_MEAN
+        FBN_MEAN_LOW
+        FBN_VAR
+        FBN_INV_STD
+        FBN_GAMMA
+        FBN_BETA
+        FBN_SAVED_ROWS
+
+    size_t fbn_workspace_bytes(const fbn_problem *problem)
+    void fbn_forward(const fbn_problem *problem, const void *x, const void *residual,
+                     const fbn_parameters *parameters, double eps, const fbn_running *running, void *y,
+                     double *saved, void *workspace)
+    void fbn_infer(const fbn_problem *problem, const void *x, const void *residual,
+                   const fbn_parameters *parameters, double eps, const void *mean, const void *var, void *y,
+                   double *saved, void *workspace)
+    void fbn_backward(const fbn_problem *problem, const void *dy, const void *x, const void *residual,
+                      const double *saved, int frozen, void *dx, void *dresidual, void *dgamma, void *dbeta,
+                      void *workspace)
+    const fbn_kernels *fbn_kernels_at(int index)
+    const char *fbn_kernels_name(const fbn_kernels *kernels)
+    int fbn_openmp()
+    int64_t fbn_cache_bytes(int level)

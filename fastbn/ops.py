@@ -1,0 +1,360 @@
+"""The front desk: forward, infer and backward. Checks, finds the three integers, allocates, delegates."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from . import _check, _config
+from ._activations import Activation
+from ._dtypes import FLOAT64, STATISTICS
+from ._shape import Layout, dense, layout_of
+from .backends import SAVED_ROWS, select
+
+Array = np.ndarray[Any, Any]
+
+
+class Cache:
+    """What `backward` needs of a `forward` call. It refers to x and residual: leave them as they are until then.
+
+    Attributes
+    ----------
+    mean, var, inv_std : arrays of shape (C,), in the statistics dtype
+        What the call normalized with: the batch's mean and biased variance, or the running statistics; and
+        1/sqrt(var + eps), which is 0 where var + eps is 0.
+
+    >>> import numpy as np, fastbn
+    >>> y, cache = fastbn.forward(np.array([[1.0], [3.0]]))
+    >>> cache.mean, cache.var
+    (array([2.]), array([1.]))
+    """
+
+    __slots__ = ("_activation", "_frozen", "_has_beta", "_has_gamma", "_layout", "_residual", "_saved", "_x")
+
+    def __init__(
+        self,
+        x: Array,
+        residual: Array | None,
+        saved: Array,
+        layout: Layout,
+        frozen: bool,
+        activation: Activation,
+        has_gamma: bool,
+        has_beta: bool,
+    ) -> None:
+        self._x = x
+        self._residual = residual
+        self._saved = saved
+        self._layout = layout
+        self._frozen = frozen
+        self._activation = activation
+        self._has_gamma = has_gamma
+        self._has_beta = has_beta
+
+    def _row(self, name: str) -> Array:
+        return self._saved[SAVED_ROWS.index(name)].astype(STATISTICS[self._x.dtype])
+
+    @property
+    def mean(self) -> Array:
+        return self._row("mean")
+
+    @property
+    def var(self) -> Array:
+        return self._row("var")
+
+    @property
+    def inv_std(self) -> Array:
+        return self._row("inv_std")
+
+
+class Forward(NamedTuple):
+    """What `forward` returns."""
+
+    y: Array
+    cache: Cache
+
+
+class _Gradients(NamedTuple):
+    dx: Array
+    dgamma: Array | None
+    dbeta: Array | None
+
+
+class Gradients(_Gradients):
+    """What `backward` returns: (dx, dgamma, dbeta), and `dresidual` beside them (None without a residual)."""
+
+    dresidual: Array | None
+
+    def __new__(cls, dx: Array, dgamma: Array | None, dbeta: Array | None, dresidual: Array | None) -> Gradients:
+        self = super().__new__(cls, dx, dgamma, dbeta)
+        self.dresidual = dresidual
+        return self
+
+    def __getnewargs__(self) -> tuple[Any, ...]:
+        return (*self, self.dresidual)
+
+
+class _Target:
+    """Where a result goes: `array` for the caller, `view` for the backend, which differ if out's strides ask so."""
+
+    def __init__(self, out: Array | None, like: Array, layout: Layout) -> None:
+        self.array = np.empty_like(like, subok=False) if out is None else out
+        in_place = layout.view(self.array) if self.array.flags.aligned else None
+        self.scattered = in_place is None
+        self.view = np.empty(layout.shape, like.dtype) if in_place is None else in_place
+
+    def finish(self, layout: Layout) -> Array:
+        """The caller's array, filled."""
+        if self.scattered:
+            turned = self.array.transpose(layout.order)
+            turned[...] = self.view.reshape(turned.shape)
+        return self.array
+
+
+def forward(
+    x: Array,
+    gamma: Array | None = None,
+    beta: Array | None = None,
+    running_mean: Array | None = None,
+    running_var: Array | None = None,
+    *,
+    training: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    axis: int = 1,
+    mask: None = None,
+    activation: str | None = None,
+    residual: Array | None = None,
+    out: Array | None = None,
+    backend: str | None = None,
+) -> Forward:
+    """Batch normalization, ready for `backward`.
+
+    y = activation((x - mean) / sqrt(var + eps) * gamma + beta + residual), per channel: Ioffe & Szegedy 2015,
+    algorithm 1. The mean and the biased variance are those of the batch or, with training=False, the running ones.
+
+    Parameters
+    ----------
+    x : array of float32 or float64, at least 2-D
+        Any strides. Dense arrays (channels-first, channels-last, transposed) are not copied.
+    gamma, beta : arrays of shape (C,), any float dtype, or None
+        Scale and shift; None means ones and zeros.
+    running_mean, running_var : arrays of shape (C,) in x's statistics dtype (its own), both or neither
+        In training, updated in place: (1 - momentum) * old + momentum * batch, with the unbiased batch variance.
+    training : bool
+        False normalizes with the running statistics, which are then required and left alone.
+    momentum : float, 0 to 1
+    eps : float, finite and >= 0
+        With eps == 0 a constant channel still gives beta exactly.
+    axis : int
+        The channel axis.
+    mask : None
+        Not in this version.
+    activation : None or "relu"
+    residual : array like x, or None
+        Added before the activation.
+    out : array of x's shape and dtype, or None
+        Where y goes. It may not share memory with an input.
+    backend : "c", "numba", "numpy" or None
+
+    Returns
+    -------
+    Forward
+        Unpacks as (y, cache). y has the dtype and memory order of x.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, what was given and what is allowed; nothing has been changed. Among them: fewer than 2
+        values per channel in training.
+
+    Notes
+    -----
+    For finite float32 input y is within 2 ulp of max(1, |xhat|) times |gamma| plus 1 ulp of |y|, at any offset, with
+    every backend and layout. A NaN or infinity makes its own channel NaN and no other.
+
+    >>> import numpy as np, fastbn
+    >>> x = np.array([[1.0, 10.0], [3.0, 30.0]])
+    >>> y, cache = fastbn.forward(x, eps=0.0)
+    >>> y
+    array([[-1., -1.],
+           [ 1.,  1.]])
+    """
+    return forward_corrected(
+        1, x, gamma, beta, running_mean, running_var, training, momentum, eps, axis, mask, activation, residual, out, backend
+    )
+
+
+def forward_corrected(
+    correction: int,
+    x: Array,
+    gamma: Array | None,
+    beta: Array | None,
+    running_mean: Array | None,
+    running_var: Array | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    axis: int,
+    mask: None,
+    activation: str | None,
+    residual: Array | None,
+    out: Array | None,
+    backend: str | None,
+) -> Forward:
+    """`forward` whose running variance is the sum of squares over M - correction (0 is Keras's convention)."""
+    chosen = select(backend)
+    x = _check.data("x", x)
+    axis = _check.axis(axis, x)
+    channels, statistics = x.shape[axis], STATISTICS[x.dtype.newbyteorder("=")]
+    training = _check.flag("training", training)
+    momentum, eps = _check.momentum(momentum), _check.eps(eps)
+    code = _check.activation(activation)
+    _check.no_mask(mask)
+    g, b = _check.parameters(gamma, beta, channels, statistics)
+    mean, var = _check.running(
+        running_mean, running_var, channels, statistics, written=training, required=not training
+    )
+    if residual is not None:
+        residual = _check.like("residual", residual, x)
+    inputs = {"x": x, "residual": residual, "gamma": gamma, "beta": beta, "running_mean": mean, "running_var": var}
+    out = _check.out(out, x, {name: a for name, a in inputs.items() if isinstance(a, np.ndarray)})
+    x = dense(x)
+    layout = layout_of(x, axis)
+    if training:
+        _check.enough(x.size // channels if channels else x.shape[0], x)
+    target = _Target(out, x, layout)
+    x3 = layout.gather(x)
+    r3 = None if residual is None else layout.gather(residual.astype(x.dtype, copy=False))
+    saved = np.empty((len(SAVED_ROWS), channels))
+    threads = _config.get_num_threads()
+    if training:
+        m, v = (None, None) if mean is None or var is None else (np.ascontiguousarray(mean), np.ascontiguousarray(var))
+        chosen.forward(x3, r3, g, b, m, v, momentum, correction, eps, code, target.view, saved, threads)
+        for given, updated in ((mean, m), (var, v)):
+            if given is not None and given is not updated:
+                given[...] = updated
+    else:
+        assert mean is not None and var is not None
+        m, v = np.ascontiguousarray(mean), np.ascontiguousarray(var)
+        chosen.infer(x3, r3, g, b, m, v, eps, code, target.view, saved, threads)
+    y = target.finish(layout)
+    return Forward(y, Cache(x, r3, saved, layout, not training, code, gamma is not None, beta is not None))
+
+
+def infer(
+    x: Array,
+    gamma: Array | None,
+    beta: Array | None,
+    running_mean: Array,
+    running_var: Array,
+    *,
+    eps: float = 1e-5,
+    axis: int = 1,
+    activation: str | None = None,
+    residual: Array | None = None,
+    out: Array | None = None,
+    backend: str | None = None,
+) -> Array:
+    """Batch normalization with given statistics, nothing kept for a backward pass.
+
+    y = activation((x - running_mean) / sqrt(running_var + eps) * gamma + beta + residual): Ioffe & Szegedy 2015,
+    algorithm 2. Arguments, accuracy and errors are those of `forward`, but `out` may be x itself, and an x without
+    values per channel gives an empty y.
+
+    >>> import numpy as np, fastbn
+    >>> x = np.array([[1.0, 10.0], [3.0, 30.0]])
+    >>> fastbn.infer(x, None, None, np.array([2.0, 20.0]), np.array([1.0, 100.0]), eps=0.0)
+    array([[-1., -1.],
+           [ 1.,  1.]])
+    """
+    chosen = select(backend)
+    x = _check.data("x", x)
+    axis = _check.axis(axis, x)
+    channels, statistics = x.shape[axis], STATISTICS[x.dtype.newbyteorder("=")]
+    eps = _check.eps(eps)
+    code = _check.activation(activation)
+    g, b = _check.parameters(gamma, beta, channels, statistics)
+    mean, var = _check.running(running_mean, running_var, channels, statistics, written=False, required=True)
+    assert mean is not None and var is not None
+    if residual is not None:
+        residual = _check.like("residual", residual, x)
+    inputs = {"x": x, "residual": residual, "gamma": gamma, "beta": beta, "running_mean": mean, "running_var": var}
+    out = _check.out(out, x, {name: a for name, a in inputs.items() if isinstance(a, np.ndarray)}, may_be="x")
+    x = dense(x)
+    layout = layout_of(x, axis)
+    target = _Target(out, x, layout)
+    r3 = None if residual is None else layout.gather(residual.astype(x.dtype, copy=False))
+    m, v = np.ascontiguousarray(mean), np.ascontiguousarray(var)
+    chosen.infer(layout.gather(x), r3, g, b, m, v, eps, code, target.view, None, _config.get_num_threads())
+    return target.finish(layout)
+
+
+def backward(dy: Array, cache: Cache, *, out: Array | None = None, backend: str | None = None) -> Gradients:
+    """The exact gradient of the `forward` call that made `cache`.
+
+    With dz the gradient before the activation (dy without one), in training, after Ioffe & Szegedy 2015, section 3:
+
+        dbeta = sum(dz),  dgamma = sum(dz * xhat)
+        dx = gamma / sqrt(var + eps) * (dz - dbeta / M - xhat * dgamma / M)
+
+    and dx = gamma / sqrt(var + eps) * dz with frozen statistics (training=False). Where the activation has a kink
+    the slope is that of its left side: relu'(0) = 0.
+
+    Parameters
+    ----------
+    dy : array of x's shape and dtype, any strides
+    cache : Cache
+        It may be used more than once.
+    out : array of x's shape and dtype, or None
+        Where dx goes. It may not share memory with dy, x or the residual.
+    backend : "c", "numba", "numpy" or None
+
+    Returns
+    -------
+    Gradients
+        Unpacks as (dx, dgamma, dbeta); dgamma and dbeta are in the statistics dtype, and None where gamma and beta
+        were. `.dresidual` is the residual's gradient, or None; without an activation it is dy itself.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, what was given and what is allowed; nothing has been changed.
+
+    >>> import numpy as np, fastbn
+    >>> y, cache = fastbn.forward(np.array([[1.0], [2.0], [6.0]]), np.array([2.0]))
+    >>> dx, dgamma, dbeta = fastbn.backward(np.array([[1.0], [0.0], [0.0]]), cache)
+    >>> abs(dx.sum()) < 1e-12, dbeta is None
+    (True, True)
+    """
+    chosen = select(backend)
+    if not isinstance(cache, Cache):
+        raise TypeError(f"cache: got {type(cache).__name__}; allowed: the cache that fastbn.forward returned")
+    x, residual, layout = cache._x, cache._residual, cache._layout
+    dy = _check.like("dy", dy, x)
+    out = _check.out(out, x, {"dy": dy, "x": x, "residual": residual})
+    channels, statistics = layout.shape[1], STATISTICS[x.dtype]
+    target = _Target(out, x, layout)
+    dgamma = np.empty(channels, statistics) if cache._has_gamma else None
+    dbeta = np.empty(channels, statistics) if cache._has_beta else None
+    dresidual, r_view = None, None
+    if residual is not None and cache._activation == Activation.IDENTITY:
+        dresidual = dy
+    elif residual is not None:
+        dresidual = np.empty_like(x, subok=False)
+        r_view = layout.view(dresidual)
+    chosen.backward(
+        layout.gather(dy.astype(x.dtype, copy=False)),
+        layout.gather(x),
+        residual,
+        cache._saved,
+        cache._frozen,
+        cache._activation,
+        target.view,
+        r_view,
+        dgamma,
+        dbeta,
+        _config.get_num_threads(),
+    )
+    return Gradients(target.finish(layout), dgamma, dbeta, dresidual)

@@ -1,0 +1,92 @@
+"""How is the compiled extension built? The instruction-set table, and a build_ext that compiles by it."""
+
+import os
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+try:
+    from setuptools.errors import CompileError, LinkError
+except ImportError:  # setuptools < 70
+    from distutils.errors import CompileError, LinkError
+
+PLATFORM = sysconfig.get_platform().lower()
+MSVC = PLATFORM.startswith("win")
+X86 = ("x86_64" in PLATFORM or "amd64" in PLATFORM) and "universal" not in PLATFORM
+ARM = "aarch64" in PLATFORM or "arm64" in PLATFORM
+
+# The name of a file in src_c/isa, and the flags that its vocabulary in src_c/simd needs.
+ISAS = {"baseline": []}
+if X86:
+    ISAS["avx2"] = ["/arch:AVX2"] if MSVC else ["-mavx2", "-mfma"]
+    ISAS["avx512"] = (
+        ["/arch:AVX512"]
+        if MSVC
+        else ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"]
+    )
+elif ARM:
+    ISAS["neon"] = []
+
+FLAGS = ["/O2", "/std:c11", "/fp:precise"] if MSVC else ["-std=c11", "-O3", "-fPIC", "-ffp-contract=off"]
+CORE = ["src_c/batchnorm.c", "src_c/dispatch.c"]
+HEADERS = [str(path) for path in Path("src_c").rglob("*.h")]
+
+# Tried in order: (compiler flags, linker flags).
+OPENMP = (
+    [(["/openmp"], [])]
+    if MSVC
+    else [(["-fopenmp"], ["-fopenmp"]), (["-Xpreprocessor", "-fopenmp"], ["-lomp"])]
+)
+
+
+def openmp_flags(compiler):
+    """The flags with which OpenMP compiles and links, or none. FASTBN_OPENMP=0 builds without."""
+    if os.environ.get("FASTBN_OPENMP") == "0":
+        return [], []
+    with tempfile.TemporaryDirectory() as folder:
+        probe = Path(folder, "probe.c")
+        probe.write_text("#include <omp.h>\nint main(void) { return omp_get_max_threads() < 1; }\n")
+        for compile_flags, link_flags in OPENMP:
+            try:
+                objects = compiler.compile([str(probe)], output_dir=folder, extra_postargs=compile_flags)
+                compiler.link_executable(objects, "probe", output_dir=folder, extra_postargs=link_flags)
+                return compile_flags, link_flags
+            except (CompileError, LinkError):
+                continue
+    print("fastbn: no OpenMP found; building for one thread", file=sys.stderr)
+    return [], []
+
+
+class BuildExt(build_ext):
+    """Compiles each instruction set with its own flags, and the core with OpenMP where there is any."""
+
+    def build_extension(self, ext):
+        compile_flags, link_flags = openmp_flags(self.compiler)
+        units = [(source, FLAGS + compile_flags) for source in CORE]
+        units += [(f"src_c/isa/{isa}.c", FLAGS + flags) for isa, flags in ISAS.items()]
+        ext.extra_objects = []
+        for source, flags in units:
+            ext.extra_objects += self.compiler.compile([source], output_dir=self.build_temp, extra_postargs=flags)
+        ext.extra_link_args = link_flags
+        super().build_extension(ext)
+
+
+extension = Extension(
+    "fastbn.backends.c_backend",
+    ["fastbn/backends/c_backend.pyx"],
+    include_dirs=["src_c", np.get_include()],
+    define_macros=[("NPY_NO_DEPRECATED_API", "NPY_1_25_API_VERSION"), ("NPY_TARGET_VERSION", "NPY_1_25_API_VERSION")],
+    depends=HEADERS + CORE + [f"src_c/isa/{isa}.c" for isa in ISAS],
+)
+
+setup(
+    license="BSD-3-Clause",
+    ext_modules=cythonize([extension]),
+    cmdclass={"build_ext": BuildExt},
+)

@@ -1,0 +1,17 @@
+/* dispatch.h: which kernel tables this build holds. Which of them run here is asked through fastbn.h. */
+#ifndef FBN_DISPATCH_H
+#define FBN_DISPATCH_H
+
+#include "kernels.h"
+
+#if defined(__x86_64__) || defined(_M_X64)
+#define FBN_X86 1
+extern const fbn_kernels fbn_kernels_avx512, fbn_kernels_avx2;
+#elif defined(__aarch64__) || defined(_M_ARM64)
+#define FBN_ARM 1
+extern const fbn_kernels fbn_kernels_neon;
+#endif
+
+extern const fbn_kernels fbn_kernels_baseline;
+
+#endif

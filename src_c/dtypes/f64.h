@@ -1,0 +1,29 @@
+/* f64.h: float64: stored, computed and summed in float64. Binds the names that the kernels are written in. */
+#define DTYPE f64
+#define elem double
+#define real double
+#define vec f64_vec
+#define WIDTH F64_WIDTH
+#define vset f64_set
+#define vload f64_load
+#define vload_n f64_load_n
+#define vstore f64_store
+#define vstore_n f64_store_n
+#define vstream f64_stream
+#define vget f64_load
+#define vadd f64_add
+#define vsub f64_sub
+#define vmul f64_mul
+#define vzero_nan f64_zero_nan
+#define vfma f64_fma
+#define vrelu f64_relu
+#define vkeep_if_positive f64_keep_if_positive
+#define wide f64_vec
+#define wset f64_set
+#define wadd f64_add
+#define wsub f64_sub
+#define wfma f64_fma
+#define widen
+#define wload f64_load
+#define wget f64_load
+#define wput f64_store

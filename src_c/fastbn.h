@@ -1,0 +1,92 @@
+/* fastbn.h: the C API. The only header that the Cython bridge and embedders see.
+ *
+ * Every array is dense and three-dimensional, (outer, channels, inner), last index fastest:
+ *     channels-first (N, C, H, W)  ->  (N, C, H*W)
+ *     channels-last  (N, H, W, C)  ->  (N*H*W, C, 1)
+ *     (N, C)                       ->  (N, C, 1)
+ * Pointers to data need the alignment of one element. Nothing here allocates, reads the environment or keeps
+ * state: a call works in the `workspace` that its caller hands in, so calls may run in parallel.
+ * The result has the same bits for any number of threads.
+ */
+#ifndef FASTBN_H
+#define FASTBN_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef enum { FBN_F32 = 0, FBN_F64 = 1 } fbn_dtype;
+
+typedef enum { FBN_IDENTITY = 0, FBN_RELU = 1 } fbn_activation;
+
+/* One instruction set's kernels. Opaque; see fbn_kernels_at. */
+typedef struct fbn_kernels fbn_kernels;
+
+/* Where a call runs: the kernels, and the data cache that one core has to itself (level 2) and that all share (the
+ * last level). The sizes guide the blocking; they never change a bit of the result. */
+typedef struct {
+    const fbn_kernels *kernels;
+    int64_t core_cache, shared_cache;
+} fbn_machine;
+
+/* What every call shares. `dtype` is that of x, y, residual and their gradients; the statistics dtype is the same. */
+typedef struct {
+    const fbn_machine *machine;
+    fbn_dtype dtype;
+    fbn_activation activation;
+    int64_t outer, channels, inner;
+    int threads; /* the most that may work; 1 runs in the calling thread and never touches OpenMP */
+} fbn_problem;
+
+/* gamma and beta, `channels` values each, or NULL for ones and zeros. */
+typedef struct {
+    const void *gamma, *beta;
+    fbn_dtype dtype;
+} fbn_parameters;
+
+/* The rows of `saved`, a (FBN_SAVED_ROWS, channels) float64 array: all that backward needs to know of a forward call.
+ * The mean is mean + mean_low. inv_std is 1/sqrt(var + eps), or 0 where var + eps is 0. */
+enum { FBN_MEAN, FBN_MEAN_LOW, FBN_VAR, FBN_INV_STD, FBN_GAMMA, FBN_BETA, FBN_SAVED_ROWS };
+
+/* Running statistics in the statistics dtype, updated as old + momentum * (batch - old); NULL to leave them out.
+ * The variance is the batch's sum of squares over (M - correction). */
+typedef struct {
+    void *mean, *var;
+    double momentum, correction;
+} fbn_running;
+
+/* Bytes of workspace that a call on this problem needs, of any alignment. */
+size_t fbn_workspace_bytes(const fbn_problem *problem);
+
+/* Training: y = activation(xhat * gamma + beta + residual) with the batch's own mean and biased variance.
+ * M = outer * inner must be at least 1. residual may be NULL. y may be x. */
+void fbn_forward(const fbn_problem *problem, const void *x, const void *residual, const fbn_parameters *parameters,
+                 double eps, const fbn_running *running, void *y, double *saved, void *workspace);
+
+/* The same with given statistics, in the statistics dtype. saved may be NULL (plain inference). y may be x. */
+void fbn_infer(const fbn_problem *problem, const void *x, const void *residual, const fbn_parameters *parameters,
+               double eps, const void *mean, const void *var, void *y, double *saved, void *workspace);
+
+/* The exact gradient of fbn_forward (frozen = 0) or fbn_infer (frozen = 1), from their `saved`.
+ * dresidual may be NULL: without an activation it equals dy. dgamma and dbeta, in the statistics dtype, may be NULL. */
+void fbn_backward(const fbn_problem *problem, const void *dy, const void *x, const void *residual, const double *saved,
+                  int frozen, void *dx, void *dresidual, void *dgamma, void *dbeta, void *workspace);
+
+/* The kernel tables that run on this processor, best first; NULL past the end. */
+const fbn_kernels *fbn_kernels_at(int index);
+const char *fbn_kernels_name(const fbn_kernels *kernels);
+
+/* The OpenMP version that the library was built with (its date, as in _OPENMP), or 0. */
+int fbn_openmp(void);
+
+/* Bytes of data cache at a level (1 to 3) of this processor, or 0 where the system does not tell. */
+int64_t fbn_cache_bytes(int level);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

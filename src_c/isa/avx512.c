@@ -1,0 +1,3 @@
+#define FBN_ISA avx512
+#include "../simd/avx512.h"
+#include "instantiate.h"

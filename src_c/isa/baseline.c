@@ -1,0 +1,3 @@
+#define FBN_ISA baseline
+#include "../simd/baseline.h"
+#include "instantiate.h"

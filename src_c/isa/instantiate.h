@@ -1,0 +1,19 @@
+/* instantiate.h: the kernels, once per dtype, for the instruction set whose vocabulary was included before it. */
+#define PASTE_(what, dtype, isa) what##_##dtype##_##isa
+#define PASTE(what, dtype, isa) PASTE_(what, dtype, isa)
+#define NAME(what) PASTE(what, DTYPE, FBN_ISA)
+#define STRING_(s) #s
+#define STRING(s) STRING_(s)
+
+#include "../dtypes/f32.h"
+#include "dtype_kernels.h"
+#include "../dtypes/unbind.h"
+
+#include "../dtypes/f64.h"
+#include "dtype_kernels.h"
+#include "../dtypes/unbind.h"
+
+/* The one symbol that an instruction set exports: fbn_kernels_avx2 and so on. */
+extern const fbn_kernels PASTE(fbn, kernels, FBN_ISA);
+const fbn_kernels PASTE(fbn, kernels, FBN_ISA) = {STRING(FBN_ISA),
+                                                  {&PASTE(kernels, f32, FBN_ISA), &PASTE(kernels, f64, FBN_ISA)}};

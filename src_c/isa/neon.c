@@ -1,0 +1,3 @@
+#define FBN_ISA neon
+#include "../simd/neon.h"
+#include "instantiate.h"

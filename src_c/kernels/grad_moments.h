@@ -1,0 +1,102 @@
+/* grad_moments.h: the sums of dz and of dz * (x - mean), per channel, where dz is dy behind the activation. */
+
+FBN_INLINE vec NAME(dz_at)(const elem *dy, const elem *x, const elem *residual, int64_t n, const NAME(line) *l,
+                           fbn_activation activation, int has_residual) {
+    const vec zero = vset(0);
+    const vec g = n == WIDTH ? vload(dy) : vload_n(dy, n, zero);
+    if (activation == FBN_IDENTITY) return g;
+    const vec v = n == WIDTH ? vload(x) : vload_n(x, n, zero);
+    const vec r = !has_residual ? zero : n == WIDTH ? vload(residual) : vload_n(residual, n, zero);
+    return NAME(activation_gradient)(g, NAME(preactivation)(v, r, l, has_residual), activation);
+}
+
+FBN_INLINE void NAME(grad_moments_at)(const elem *dy, const elem *x, const elem *residual, int64_t n,
+                                      const NAME(line) *l, wide mean, fbn_activation activation, int has_residual,
+                                      wide *sum, wide *product) {
+    const wide g = widen(NAME(dz_at)(dy, x, residual, n, l, activation, has_residual));
+    const wide v = n == WIDTH ? wload(x) : widen(vload_n(x, n, vset(0)));
+    *sum = wadd(*sum, g);
+    *product = wfma(g, wsub(v, mean), *product);
+}
+
+FBN_INLINE void NAME(grad_moments_planes)(const fbn_grad_moments *g, int64_t channels, int64_t inner, double *lanes,
+                                          fbn_activation activation, int has_residual) {
+    enum { STEP = FBN_LANES / WIDTH };
+    const elem *dy = g->dy, *x = g->x, *residual = has_residual ? g->residual : g->x;
+    for (int64_t c = 0; c < channels; c++, lanes += 2 * FBN_LANES) {
+        const NAME(line) l = NAME(line_cf)(&g->line, c);
+        const wide mean = wset(g->mean[c]);
+        wide sum[STEP], product[STEP];
+        for (int j = 0; j < STEP; j++) {
+            sum[j] = wget(lanes + j * WIDTH);
+            product[j] = wget(lanes + FBN_LANES + j * WIDTH);
+        }
+        int64_t i = c * inner;
+        const int64_t end = i + inner;
+        for (; i + FBN_LANES <= end; i += FBN_LANES)
+            for (int j = 0; j < STEP; j++)
+                NAME(grad_moments_at)(dy + i + j * WIDTH, x + i + j * WIDTH, residual + i + j * WIDTH, WIDTH, &l, mean,
+                                      activation, has_residual, &sum[j], &product[j]);
+        for (int j = 0; j < STEP && i + j * WIDTH < end; j++)
+            NAME(grad_moments_at)(dy + i + j * WIDTH, x + i + j * WIDTH, residual + i + j * WIDTH,
+                                  NAME(fill_of)(end - i - j * WIDTH), &l, mean, activation, has_residual, &sum[j],
+                                  &product[j]);
+        for (int j = 0; j < STEP; j++) {
+            wput(lanes + j * WIDTH, sum[j]);
+            wput(lanes + FBN_LANES + j * WIDTH, product[j]);
+        }
+    }
+}
+
+static void NAME(grad_moments_cf)(const fbn_grad_moments *g, int64_t channels, int64_t inner, double *lanes) {
+    switch (g->activation) {
+    case FBN_IDENTITY:
+        NAME(grad_moments_planes)(g, channels, inner, lanes, FBN_IDENTITY, 0);
+        break;
+    case FBN_RELU:
+        if (g->residual) NAME(grad_moments_planes)(g, channels, inner, lanes, FBN_RELU, 1);
+        else NAME(grad_moments_planes)(g, channels, inner, lanes, FBN_RELU, 0);
+        break;
+    }
+}
+
+/* Rows in blocks of this many: the accumulators and constants are fetched once a block. */
+enum { NAME(GRAD_MOMENTS_ROWS) = 8 };
+
+FBN_INLINE void NAME(grad_moments_rows)(const fbn_grad_moments *g, int64_t rows, int64_t channels, int64_t stride,
+                                        double *sums, double *products, fbn_activation activation, int has_residual) {
+    enum { BLOCK = NAME(GRAD_MOMENTS_ROWS) };
+    const elem *dy = g->dy, *x = g->x, *residual = has_residual ? g->residual : g->x;
+    const int64_t step = BLOCK * stride;
+    for (int64_t r = 0; r < rows; r += BLOCK, dy += step, x += step, residual += step) {
+        const int64_t block = rows - r < BLOCK ? rows - r : BLOCK;
+        for (int64_t c = 0; c < channels; c += WIDTH) {
+            const NAME(line) l = NAME(line_cl)(&g->line, c);
+            const wide mean = wget(g->mean + c);
+            wide sum = wget(sums + c), product = wget(products + c);
+            if (block == BLOCK && c + WIDTH <= channels)
+                for (int64_t k = c; k < c + step; k += stride)
+                    NAME(grad_moments_at)(dy + k, x + k, residual + k, WIDTH, &l, mean, activation, has_residual, &sum,
+                                          &product);
+            else
+                for (int64_t k = c; k < c + block * stride; k += stride)
+                    NAME(grad_moments_at)(dy + k, x + k, residual + k, NAME(fill_of)(channels - c), &l, mean,
+                                          activation, has_residual, &sum, &product);
+            wput(sums + c, sum);
+            wput(products + c, product);
+        }
+    }
+}
+
+static void NAME(grad_moments_cl)(const fbn_grad_moments *g, int64_t rows, int64_t channels, int64_t stride,
+                                  double *sums, double *products) {
+    switch (g->activation) {
+    case FBN_IDENTITY:
+        NAME(grad_moments_rows)(g, rows, channels, stride, sums, products, FBN_IDENTITY, 0);
+        break;
+    case FBN_RELU:
+        if (g->residual) NAME(grad_moments_rows)(g, rows, channels, stride, sums, products, FBN_RELU, 1);
+        else NAME(grad_moments_rows)(g, rows, channels, stride, sums, products, FBN_RELU, 0);
+        break;
+    }
+}

@@ -1,0 +1,69 @@
+/* moments.h: the sums of (x - origin) and of its square, per channel.
+ *
+ * The origin is one of the channel's own values, so that a large common offset cancels before anything is squared;
+ * the sums are float64. Sums about one origin simply add up, whatever way the work was split.
+ */
+
+static void NAME(moments_cf)(const void *x_, int64_t channels, int64_t inner, const double *origin, double *lanes) {
+    enum { STEP = FBN_LANES / WIDTH };
+    const elem *x = x_;
+    for (int64_t c = 0; c < channels; c++, x += inner, lanes += 2 * FBN_LANES) {
+        const wide o = wset(origin[c]);
+        const vec fill = vset((elem)origin[c]);
+        wide sum[STEP], square[STEP];
+        for (int j = 0; j < STEP; j++) {
+            sum[j] = wget(lanes + j * WIDTH);
+            square[j] = wget(lanes + FBN_LANES + j * WIDTH);
+        }
+        int64_t i = 0;
+        for (; i + FBN_LANES <= inner; i += FBN_LANES)
+            for (int j = 0; j < STEP; j++) {
+                const wide d = wsub(wload(x + i + j * WIDTH), o);
+                sum[j] = wadd(sum[j], d);
+                square[j] = wfma(d, d, square[j]);
+            }
+        for (int j = 0; j < STEP && i + j * WIDTH < inner; j++) {
+            const int64_t n = NAME(fill_of)(inner - i - j * WIDTH);
+            const wide d = wsub(widen(vload_n(x + i + j * WIDTH, n, fill)), o);
+            sum[j] = wadd(sum[j], d);
+            square[j] = wfma(d, d, square[j]);
+        }
+        for (int j = 0; j < STEP; j++) {
+            wput(lanes + j * WIDTH, sum[j]);
+            wput(lanes + FBN_LANES + j * WIDTH, square[j]);
+        }
+    }
+}
+
+/* Rows in blocks of this many: the accumulators are fetched and put back once a block. */
+enum { NAME(MOMENTS_ROWS) = 8 };
+
+FBN_INLINE void NAME(moments_rows)(const elem *x, int rows, int64_t n, int64_t stride, wide o, vec fill, double *sums,
+                                   double *squares) {
+    wide sum = wget(sums), square = wget(squares);
+    for (int r = 0; r < rows; r++) {
+        const wide v = n == WIDTH ? wload(x + r * stride) : widen(vload_n(x + r * stride, n, fill));
+        const wide d = wsub(v, o);
+        sum = wadd(sum, d);
+        square = wfma(d, d, square);
+    }
+    wput(sums, sum);
+    wput(squares, square);
+}
+
+static void NAME(moments_cl)(const void *x_, int64_t rows, int64_t channels, int64_t stride, const double *origin,
+                             double *sums, double *squares) {
+    enum { BLOCK = NAME(MOMENTS_ROWS) };
+    const elem *x = x_;
+    const vec zero = vset(0);
+    for (int64_t r = 0; r < rows; r += BLOCK, x += BLOCK * stride) {
+        const int block = rows - r < BLOCK ? (int)(rows - r) : BLOCK;
+        int64_t c = 0;
+        if (block == BLOCK)
+            for (; c + WIDTH <= channels; c += WIDTH)
+                NAME(moments_rows)(x + c, BLOCK, WIDTH, stride, wget(origin + c), zero, sums + c, squares + c);
+        for (; c < channels; c += WIDTH)
+            NAME(moments_rows)(x + c, block, NAME(fill_of)(channels - c), stride, wget(origin + c), zero, sums + c,
+                               squares + c);
+    }
+}

@@ -1,0 +1,88 @@
+/* avx512.h: the vector vocabulary on AVX-512 (F, BW, DQ, VL). See baseline.h for what each operation means. */
+#ifndef FBN_SIMD_H
+#define FBN_SIMD_H
+
+#include <immintrin.h>
+
+#include "../kernels.h"
+
+/* float64 */
+typedef __m512d f64_vec;
+enum { F64_WIDTH = 8 };
+
+FBN_INLINE __mmask8 f64_first(int64_t n) { return (__mmask8)((1u << n) - 1u); }
+FBN_INLINE f64_vec f64_set(double s) { return _mm512_set1_pd(s); }
+FBN_INLINE f64_vec f64_load(const double *p) { return _mm512_loadu_pd(p); }
+FBN_INLINE f64_vec f64_load_n(const double *p, int64_t n, f64_vec fill) {
+    return _mm512_mask_loadu_pd(fill, f64_first(n), p);
+}
+FBN_INLINE void f64_store(double *p, f64_vec a) { _mm512_storeu_pd(p, a); }
+FBN_INLINE void f64_store_n(double *p, f64_vec a, int64_t n) { _mm512_mask_storeu_pd(p, f64_first(n), a); }
+FBN_INLINE void f64_stream(double *p, f64_vec a) { _mm512_stream_pd(p, a); }
+FBN_INLINE f64_vec f64_add(f64_vec a, f64_vec b) { return _mm512_add_pd(a, b); }
+FBN_INLINE f64_vec f64_sub(f64_vec a, f64_vec b) { return _mm512_sub_pd(a, b); }
+FBN_INLINE f64_vec f64_mul(f64_vec a, f64_vec b) { return _mm512_mul_pd(a, b); }
+FBN_INLINE f64_vec f64_fma(f64_vec a, f64_vec b, f64_vec c) { return _mm512_fmadd_pd(a, b, c); }
+FBN_INLINE f64_vec f64_relu(f64_vec a) { return _mm512_max_pd(_mm512_setzero_pd(), a); }
+FBN_INLINE f64_vec f64_keep_if_positive(f64_vec z, f64_vec a) {
+    return _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(z, _mm512_setzero_pd(), _CMP_NLE_UQ), a);
+}
+FBN_INLINE f64_vec f64_zero_nan(f64_vec a) {
+    return _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(a, a, _CMP_ORD_Q), a);
+}
+
+/* float32 */
+typedef __m512 f32_vec;
+enum { F32_WIDTH = 16 };
+
+FBN_INLINE __mmask16 f32_first(int64_t n) { return (__mmask16)((1u << n) - 1u); }
+FBN_INLINE f32_vec f32_set(float s) { return _mm512_set1_ps(s); }
+FBN_INLINE f32_vec f32_load(const float *p) { return _mm512_loadu_ps(p); }
+FBN_INLINE f32_vec f32_load_n(const float *p, int64_t n, f32_vec fill) {
+    return _mm512_mask_loadu_ps(fill, f32_first(n), p);
+}
+FBN_INLINE void f32_store(float *p, f32_vec a) { _mm512_storeu_ps(p, a); }
+FBN_INLINE void f32_store_n(float *p, f32_vec a, int64_t n) { _mm512_mask_storeu_ps(p, f32_first(n), a); }
+FBN_INLINE void f32_stream(float *p, f32_vec a) { _mm512_stream_ps(p, a); }
+FBN_INLINE f32_vec f32_add(f32_vec a, f32_vec b) { return _mm512_add_ps(a, b); }
+FBN_INLINE f32_vec f32_sub(f32_vec a, f32_vec b) { return _mm512_sub_ps(a, b); }
+FBN_INLINE f32_vec f32_mul(f32_vec a, f32_vec b) { return _mm512_mul_ps(a, b); }
+FBN_INLINE f32_vec f32_fma(f32_vec a, f32_vec b, f32_vec c) { return _mm512_fmadd_ps(a, b, c); }
+FBN_INLINE f32_vec f32_relu(f32_vec a) { return _mm512_max_ps(_mm512_setzero_ps(), a); }
+FBN_INLINE f32_vec f32_keep_if_positive(f32_vec z, f32_vec a) {
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(z, _mm512_setzero_ps(), _CMP_NLE_UQ), a);
+}
+FBN_INLINE f32_vec f32_zero_nan(f32_vec a) {
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, a, _CMP_ORD_Q), a);
+}
+
+/* float32 widened to float64 */
+typedef struct {
+    __m512d lo, hi;
+} f32_wide;
+
+FBN_INLINE f32_wide f32_widen(f32_vec a) {
+    return (f32_wide){_mm512_cvtps_pd(_mm512_castps512_ps256(a)), _mm512_cvtps_pd(_mm512_extractf32x8_ps(a, 1))};
+}
+FBN_INLINE f32_wide f32_wide_load(const float *p) {
+    return (f32_wide){_mm512_cvtps_pd(_mm256_loadu_ps(p)), _mm512_cvtps_pd(_mm256_loadu_ps(p + 8))};
+}
+FBN_INLINE f32_wide f32_wide_set(double s) { return (f32_wide){f64_set(s), f64_set(s)}; }
+FBN_INLINE f32_wide f32_wide_get(const double *p) { return (f32_wide){f64_load(p), f64_load(p + 8)}; }
+FBN_INLINE void f32_wide_put(double *p, f32_wide a) {
+    f64_store(p, a.lo);
+    f64_store(p + 8, a.hi);
+}
+FBN_INLINE f32_wide f32_wide_add(f32_wide a, f32_wide b) {
+    return (f32_wide){f64_add(a.lo, b.lo), f64_add(a.hi, b.hi)};
+}
+FBN_INLINE f32_wide f32_wide_sub(f32_wide a, f32_wide b) {
+    return (f32_wide){f64_sub(a.lo, b.lo), f64_sub(a.hi, b.hi)};
+}
+FBN_INLINE f32_wide f32_wide_fma(f32_wide a, f32_wide b, f32_wide c) {
+    return (f32_wide){f64_fma(a.lo, b.lo, c.lo), f64_fma(a.hi, b.hi, c.hi)};
+}
+
+FBN_INLINE void stream_fence(void) { _mm_sfence(); }
+
+#endif
