@@ -33,16 +33,16 @@ if X86:
 elif ARM:
     ISAS["neon"] = []
 
-FLAGS = ["/O2", "/std:c11", "/fp:precise"] if MSVC else ["-std=c11", "-O3", "-fPIC", "-ffp-contract=off"]
+FLAGS = (
+    ["/O2", "/std:c11", "/fp:precise"]
+    if MSVC
+    else ["-std=c11", "-O3", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+)
 CORE = ["src_c/batchnorm.c", "src_c/dispatch.c"]
 HEADERS = [str(path) for path in Path("src_c").rglob("*.h")]
 
 # Tried in order: (compiler flags, linker flags).
-OPENMP = (
-    [(["/openmp"], [])]
-    if MSVC
-    else [(["-fopenmp"], ["-fopenmp"]), (["-Xpreprocessor", "-fopenmp"], ["-lomp"])]
-)
+OPENMP = [(["/openmp"], [])] if MSVC else [(["-fopenmp"], ["-fopenmp"]), (["-Xpreprocessor", "-fopenmp"], ["-lomp"])]
 
 
 def openmp_flags(compiler):

@@ -13,6 +13,7 @@ import numpy as np
 from ._activations import BY_NAME, Activation
 from ._activations import PLANNED as PLANNED_ACTIVATIONS
 from ._dtypes import FLOAT64, PLANNED, STATISTICS, DType, is_float
+from ._shape import Layout
 
 Array = np.ndarray[Any, Any]
 
@@ -73,7 +74,7 @@ def _shape(name: str, array: Array, channels: int) -> None:
 
 
 def parameter(name: str, value: object, channels: int, statistics: DType) -> Array | None:
-    """gamma or beta, contiguous, in the statistics dtype or, where that would round it, in float64."""
+    """A parameter (gamma or beta), contiguous, in the statistics dtype or, where that would round it, in float64."""
     if value is None:
         return None
     array = _array(name, value)
@@ -84,10 +85,8 @@ def parameter(name: str, value: object, channels: int, statistics: DType) -> Arr
     return np.ascontiguousarray(array, dtype=statistics if exact else FLOAT64)
 
 
-def parameters(
-    gamma: object, beta: object, channels: int, statistics: DType
-) -> tuple[Array | None, Array | None]:
-    """gamma and beta, in one dtype."""
+def parameters(gamma: object, beta: object, channels: int, statistics: DType) -> tuple[Array | None, Array | None]:
+    """Both parameters, gamma and beta, in one dtype."""
     g = parameter("gamma", gamma, channels, statistics)
     b = parameter("beta", beta, channels, statistics)
     if g is not None and b is not None and g.dtype != b.dtype:
@@ -96,30 +95,46 @@ def parameters(
 
 
 def running(
-    mean: object, var: object, channels: int, statistics: DType, *, written: bool, required: bool
+    mean: object, var: object, channels: int, statistics: DType, *, written: bool
 ) -> tuple[Array | None, Array | None]:
-    """The running statistics: both or neither; writable and apart where they will be written."""
-    if (mean is None) != (var is None):
+    """The running statistics: both or neither, and writable where they will be written."""
+    if mean is None and var is None:
+        return None, None
+    if mean is None or var is None:
         missing, present = ("running_mean", "running_var") if mean is None else ("running_var", "running_mean")
         _refuse(ValueError, missing, f"None beside {present}", "both running statistics or neither")
-    if mean is None:
-        if required:
-            _refuse(ValueError, "running_mean", "None with training=False", "arrays for both running statistics")
-        return None, None
-    found = []
-    for name, value in (("running_mean", mean), ("running_var", var)):
-        if not isinstance(value, np.ndarray):
-            _refuse(TypeError, name, type(value).__name__, f"a NumPy array of {statistics}")
-        array = _array(name, value)
-        if array.dtype != statistics:
-            _refuse(TypeError, name, f"dtype {array.dtype}", f"the statistics dtype {statistics}")
-        _shape(name, array, channels)
-        if written and not array.flags.writeable:
-            _refuse(ValueError, name, "a read-only array", "a writable one, since it is updated in place")
-        found.append(array)
-    if written and overlap(found[0], found[1]):
-        _refuse(ValueError, "running_var", "memory shared with running_mean", "an array of its own")
-    return found[0], found[1]
+    return (
+        _statistic("running_mean", mean, channels, statistics, written),
+        _statistic("running_var", var, channels, statistics, written),
+    )
+
+
+def _statistic(name: str, value: object, channels: int, statistics: DType, written: bool) -> Array:
+    if not isinstance(value, np.ndarray):
+        _refuse(TypeError, name, type(value).__name__, f"a NumPy array of {statistics}")
+    array = _array(name, value)
+    if array.dtype != statistics:
+        _refuse(TypeError, name, f"dtype {array.dtype}", f"the statistics dtype {statistics}")
+    _shape(name, array, channels)
+    if written and not array.flags.writeable:
+        _refuse(ValueError, name, "a read-only array", "a writable one, since it is updated in place")
+    return array
+
+
+def running_apart(inputs: Mapping[str, Array | None]) -> None:
+    """Running statistics that are written share no memory with each other or with another input."""
+    for name in ("running_mean", "running_var"):
+        statistic = inputs[name]
+        for other, array in inputs.items():
+            if statistic is None or name == other or not isinstance(array, np.ndarray):
+                continue
+            if overlap(statistic, array):
+                _refuse(ValueError, name, f"memory shared with {other}", "an array of its own")
+
+
+def statistics_missing() -> NoReturn:
+    """Without batch statistics there must be running ones."""
+    _refuse(ValueError, "running_mean", "None", "arrays for running_mean and running_var where training is not True")
 
 
 def overlap(a: Array, b: Array) -> bool:
@@ -127,7 +142,7 @@ def overlap(a: Array, b: Array) -> bool:
     if not np.may_share_memory(a, b):
         return False
     try:
-        return np.shares_memory(a, b, max_work=100_000)
+        return np.shares_memory(a, b, max_work=100_000)  # type: ignore[arg-type]  # any limit will do
     except np.exceptions.TooHardError:
         return True
 
@@ -137,7 +152,7 @@ def same_memory(a: Array, b: Array) -> bool:
     return a.__array_interface__["data"][0] == b.__array_interface__["data"][0] and a.strides == b.strides
 
 
-def out(value: object, x: Array, inputs: dict[str, Array | None], *, may_be: str | None = None) -> Array | None:
+def out(value: object, x: Array, inputs: Mapping[str, Array | None], *, may_be: str | None = None) -> Array | None:
     """`out`: x's shape and dtype, writable, apart from every input but, exactly, the one named by `may_be`."""
     if value is None:
         return None
@@ -153,7 +168,7 @@ def out(value: object, x: Array, inputs: dict[str, Array | None], *, may_be: str
     if any(stride == 0 and size > 1 for stride, size in zip(array.strides, array.shape, strict=True)):
         _refuse(ValueError, "out", f"strides {array.strides}", "an array whose elements do not overlap")
     for name, other in inputs.items():
-        if other is None or not overlap(array, other):
+        if not isinstance(other, np.ndarray) or not overlap(array, other):
             continue
         if name == may_be and same_memory(array, other):
             continue
@@ -210,12 +225,12 @@ def no_mask(value: object) -> None:
         raise NotImplementedError("mask: this version has None only")
 
 
-def enough(count: int, x: Array) -> None:
+def enough(x: Array, layout: Layout) -> None:
     """Training needs a variance."""
-    if count < 2:
-        _refuse(
-            ValueError, "x", f"shape {x.shape} with {count} value{'s' * (count != 1)} per channel", "2 or more to train"
-        )
+    values = layout.values
+    if values < 2:
+        given = f"shape {x.shape} with {values} value{'s' * (values != 1)} per channel"
+        _refuse(ValueError, "x", given, "2 or more to train")
 
 
 def integer(name: str, value: object) -> int:
@@ -251,11 +266,12 @@ def dtype(name: str, value: object) -> DType:
         found = np.dtype(value)  # type: ignore[call-overload]
     except TypeError:
         _refuse(TypeError, name, repr(value), _names(str(known) for known in STATISTICS))
-    return data(name, np.empty(0, found)).dtype
+    result: DType = data(name, np.empty(0, found)).dtype
+    return result
 
 
 def of_layer(value: object, channels: int, channel_axis: int, layer_dtype: DType) -> Array:
-    """x for a layer: of its dtype, with its channels."""
+    """An x for a layer: of its dtype, with its channels."""
     x = data("x", value)
     if x.dtype.newbyteorder("=") != layer_dtype:
         _refuse(TypeError, "x", f"dtype {x.dtype}", f"the layer's dtype {layer_dtype}")

@@ -19,7 +19,7 @@ class Layout(NamedTuple):
     """(outer, channels, inner), the last index fastest."""
 
     @property
-    def count(self) -> int:
+    def values(self) -> int:
         """M, the values per channel."""
         return self.shape[0] * self.shape[2]
 

@@ -10,7 +10,7 @@ import numpy as np
 from . import _check
 from ._config import BACKENDS
 from ._dtypes import STATISTICS
-from .ops import Cache, Gradients, forward_corrected, infer
+from .ops import Cache, Gradients, forward_corrected
 from .ops import backward as backward_of
 
 Array = np.ndarray[Any, Any]
@@ -134,39 +134,23 @@ class BatchNorm:
         return bn
 
     def __call__(self, x: Array, *, residual: Array | None = None, out: Array | None = None) -> Array:
-        """y for x, with x's channels as the layer's; see fastbn.forward for residual and out.
+        """Normalizes x, with x's channels as the layer's; see fastbn.forward for residual and out.
 
         Raises TypeError if x has not the layer's dtype, ValueError if it has not its channels, and whatever
         `forward` and `infer` raise; then nothing has been changed.
         """
         x = _check.of_layer(x, self.num_features, self.axis, self.dtype)
-        batch_statistics = self.training or not self.track_running_stats
-        if not self.training and not batch_statistics:
-            assert self.running_mean is not None and self.running_var is not None
-            return infer(
-                x,
-                self.weight,
-                self.bias,
-                self.running_mean,
-                self.running_var,
-                eps=self.eps,
-                axis=self.axis,
-                activation=self.activation,
-                residual=residual,
-                out=out,
-                backend=self.backend,
-            )
+        batch = self.training or not self.track_running_stats
         tracks = self.training and self.track_running_stats
-        momentum = 1 / (self.num_batches_tracked + 1) if self.momentum is None else self.momentum
-        y, cache = forward_corrected(
+        statistics = (self.running_mean, self.running_var) if tracks or not batch else (None, None)
+        y, self._cache = forward_corrected(
             self._correction,
             x,
             self.weight,
             self.bias,
-            self.running_mean if tracks else None,
-            self.running_var if tracks else None,
-            True,
-            momentum,
+            *statistics,
+            batch,
+            1 / (self.num_batches_tracked + 1) if self.momentum is None else self.momentum,
             self.eps,
             self.axis,
             None,
@@ -176,16 +160,15 @@ class BatchNorm:
             self.backend,
         )
         self.num_batches_tracked += tracks
-        self._cache = cache
         return y
 
     def backward(self, dy: Array, *, out: Array | None = None) -> Array:
-        """dx for the last call that used batch statistics; `gradients()` then gives those of weight and bias.
+        """Gives dx for the last call, in training mode or not; `gradients()` then gives those of weight and bias.
 
-        Raises RuntimeError if there was no such call, and whatever fastbn.backward raises.
+        Raises RuntimeError if there was no call yet, and whatever fastbn.backward raises.
         """
         if self._cache is None:
-            raise RuntimeError("backward: no call in training mode came before it")
+            raise RuntimeError("backward: no call of the layer came before it")
         self._gradients = backward_of(dy, self._cache, out=out, backend=self.backend)
         return self._gradients.dx
 

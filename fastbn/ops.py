@@ -8,7 +8,7 @@ import numpy as np
 
 from . import _check, _config
 from ._activations import Activation
-from ._dtypes import FLOAT64, STATISTICS
+from ._dtypes import STATISTICS
 from ._shape import Layout, dense, layout_of
 from .backends import SAVED_ROWS, select
 
@@ -32,28 +32,19 @@ class Cache:
 
     __slots__ = ("_activation", "_frozen", "_has_beta", "_has_gamma", "_layout", "_residual", "_saved", "_x")
 
-    def __init__(
-        self,
-        x: Array,
-        residual: Array | None,
-        saved: Array,
-        layout: Layout,
-        frozen: bool,
-        activation: Activation,
-        has_gamma: bool,
-        has_beta: bool,
-    ) -> None:
-        self._x = x
-        self._residual = residual
+    def __init__(self, call: _Call, saved: Array, frozen: bool) -> None:
+        self._x = call.x
+        self._residual = call.residual
         self._saved = saved
-        self._layout = layout
+        self._layout = call.layout
         self._frozen = frozen
-        self._activation = activation
-        self._has_gamma = has_gamma
-        self._has_beta = has_beta
+        self._activation = call.activation
+        self._has_gamma = call.gamma is not None
+        self._has_beta = call.beta is not None
 
     def _row(self, name: str) -> Array:
-        return self._saved[SAVED_ROWS.index(name)].astype(STATISTICS[self._x.dtype])
+        row: Array = self._saved[SAVED_ROWS.index(name)].astype(STATISTICS[self._x.dtype])
+        return row
 
     @property
     def mean(self) -> Array:
@@ -110,6 +101,56 @@ class _Target:
             turned = self.array.transpose(layout.order)
             turned[...] = self.view.reshape(turned.shape)
         return self.array
+
+
+class _Call:
+    """The arguments that forward and infer share, checked and in the shape that backends take."""
+
+    def __init__(
+        self,
+        x: Array,
+        gamma: Array | None,
+        beta: Array | None,
+        running_mean: Array | None,
+        running_var: Array | None,
+        eps: float,
+        axis: int,
+        activation: str | None,
+        residual: Array | None,
+        out: Array | None,
+        *,
+        updates: bool,
+        in_place: bool = False,
+    ) -> None:
+        x = _check.data("x", x)
+        axis = _check.axis(axis, x)
+        channels, statistics = x.shape[axis], STATISTICS[x.dtype.newbyteorder("=")]
+        self.eps = _check.eps(eps)
+        self.activation = _check.activation(activation)
+        self.gamma, self.beta = _check.parameters(gamma, beta, channels, statistics)
+        self.running = _check.running(running_mean, running_var, channels, statistics, written=updates)
+        if residual is not None:
+            residual = _check.like("residual", residual, x)
+        inputs = {"x": x, "residual": residual, "gamma": gamma, "beta": beta}
+        inputs |= {"running_mean": self.running[0], "running_var": self.running[1]}
+        out = _check.out(out, x, inputs, may_be="x" if in_place else None)
+        if updates:
+            _check.running_apart(inputs)
+        self.x = dense(x)
+        self.layout = layout_of(self.x, axis)
+        self.residual = None if residual is None else self.layout.gather(residual.astype(self.x.dtype, copy=False))
+        self.mean, self.var = (None if a is None else np.ascontiguousarray(a) for a in self.running)
+        self.target = _Target(out, self.x, self.layout)
+
+    def gather(self) -> Array:
+        """x as the backend takes it."""
+        return self.layout.gather(self.x)
+
+    def put_running_back(self) -> None:
+        """Into the caller's running statistics, where those are not contiguous and a copy was updated."""
+        for given, updated in zip(self.running, (self.mean, self.var), strict=True):
+            if given is not None and updated is not None and given is not updated:
+                given[...] = updated
 
 
 def forward(
@@ -182,7 +223,21 @@ def forward(
            [ 1.,  1.]])
     """
     return forward_corrected(
-        1, x, gamma, beta, running_mean, running_var, training, momentum, eps, axis, mask, activation, residual, out, backend
+        1,
+        x,
+        gamma,
+        beta,
+        running_mean,
+        running_var,
+        training,
+        momentum,
+        eps,
+        axis,
+        mask,
+        activation,
+        residual,
+        out,
+        backend,
     )
 
 
@@ -205,42 +260,24 @@ def forward_corrected(
 ) -> Forward:
     """`forward` whose running variance is the sum of squares over M - correction (0 is Keras's convention)."""
     chosen = select(backend)
-    x = _check.data("x", x)
-    axis = _check.axis(axis, x)
-    channels, statistics = x.shape[axis], STATISTICS[x.dtype.newbyteorder("=")]
     training = _check.flag("training", training)
-    momentum, eps = _check.momentum(momentum), _check.eps(eps)
-    code = _check.activation(activation)
+    momentum = _check.momentum(momentum)
     _check.no_mask(mask)
-    g, b = _check.parameters(gamma, beta, channels, statistics)
-    mean, var = _check.running(
-        running_mean, running_var, channels, statistics, written=training, required=not training
-    )
-    if residual is not None:
-        residual = _check.like("residual", residual, x)
-    inputs = {"x": x, "residual": residual, "gamma": gamma, "beta": beta, "running_mean": mean, "running_var": var}
-    out = _check.out(out, x, {name: a for name, a in inputs.items() if isinstance(a, np.ndarray)})
-    x = dense(x)
-    layout = layout_of(x, axis)
+    call = _Call(x, gamma, beta, running_mean, running_var, eps, axis, activation, residual, out, updates=training)
     if training:
-        _check.enough(x.size // channels if channels else x.shape[0], x)
-    target = _Target(out, x, layout)
-    x3 = layout.gather(x)
-    r3 = None if residual is None else layout.gather(residual.astype(x.dtype, copy=False))
-    saved = np.empty((len(SAVED_ROWS), channels))
+        _check.enough(call.x, call.layout)
+    elif call.mean is None or call.var is None:
+        _check.statistics_missing()
+    saved = np.empty((len(SAVED_ROWS), call.layout.shape[1]))
+    arguments = (call.gather(), call.residual, call.gamma, call.beta, call.mean, call.var)
     threads = _config.get_num_threads()
     if training:
-        m, v = (None, None) if mean is None or var is None else (np.ascontiguousarray(mean), np.ascontiguousarray(var))
-        chosen.forward(x3, r3, g, b, m, v, momentum, correction, eps, code, target.view, saved, threads)
-        for given, updated in ((mean, m), (var, v)):
-            if given is not None and given is not updated:
-                given[...] = updated
+        chosen.forward(*arguments, momentum, correction, call.eps, call.activation, call.target.view, saved, threads)
+        call.put_running_back()
     else:
-        assert mean is not None and var is not None
-        m, v = np.ascontiguousarray(mean), np.ascontiguousarray(var)
-        chosen.infer(x3, r3, g, b, m, v, eps, code, target.view, saved, threads)
-    y = target.finish(layout)
-    return Forward(y, Cache(x, r3, saved, layout, not training, code, gamma is not None, beta is not None))
+        chosen.infer(*arguments, call.eps, call.activation, call.target.view, saved, threads)
+    cache = Cache(call, saved, frozen=not training)
+    return Forward(call.target.finish(call.layout), cache)
 
 
 def infer(
@@ -270,25 +307,14 @@ def infer(
            [ 1.,  1.]])
     """
     chosen = select(backend)
-    x = _check.data("x", x)
-    axis = _check.axis(axis, x)
-    channels, statistics = x.shape[axis], STATISTICS[x.dtype.newbyteorder("=")]
-    eps = _check.eps(eps)
-    code = _check.activation(activation)
-    g, b = _check.parameters(gamma, beta, channels, statistics)
-    mean, var = _check.running(running_mean, running_var, channels, statistics, written=False, required=True)
-    assert mean is not None and var is not None
-    if residual is not None:
-        residual = _check.like("residual", residual, x)
-    inputs = {"x": x, "residual": residual, "gamma": gamma, "beta": beta, "running_mean": mean, "running_var": var}
-    out = _check.out(out, x, {name: a for name, a in inputs.items() if isinstance(a, np.ndarray)}, may_be="x")
-    x = dense(x)
-    layout = layout_of(x, axis)
-    target = _Target(out, x, layout)
-    r3 = None if residual is None else layout.gather(residual.astype(x.dtype, copy=False))
-    m, v = np.ascontiguousarray(mean), np.ascontiguousarray(var)
-    chosen.infer(layout.gather(x), r3, g, b, m, v, eps, code, target.view, None, _config.get_num_threads())
-    return target.finish(layout)
+    call = _Call(
+        x, gamma, beta, running_mean, running_var, eps, axis, activation, residual, out, updates=False, in_place=True
+    )
+    if call.mean is None or call.var is None:
+        _check.statistics_missing()
+    arguments = (call.gather(), call.residual, call.gamma, call.beta, call.mean, call.var)
+    chosen.infer(*arguments, call.eps, call.activation, call.target.view, None, _config.get_num_threads())
+    return call.target.finish(call.layout)
 
 
 def backward(dy: Array, cache: Cache, *, out: Array | None = None, backend: str | None = None) -> Gradients:
@@ -325,7 +351,7 @@ def backward(dy: Array, cache: Cache, *, out: Array | None = None, backend: str 
     >>> import numpy as np, fastbn
     >>> y, cache = fastbn.forward(np.array([[1.0], [2.0], [6.0]]), np.array([2.0]))
     >>> dx, dgamma, dbeta = fastbn.backward(np.array([[1.0], [0.0], [0.0]]), cache)
-    >>> abs(dx.sum()) < 1e-12, dbeta is None
+    >>> bool(abs(dx.sum()) < 1e-12), dbeta is None
     (True, True)
     """
     chosen = select(backend)

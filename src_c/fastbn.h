@@ -71,7 +71,8 @@ void fbn_infer(const fbn_problem *problem, const void *x, const void *residual, 
                double eps, const void *mean, const void *var, void *y, double *saved, void *workspace);
 
 /* The exact gradient of fbn_forward (frozen = 0) or fbn_infer (frozen = 1), from their `saved`.
- * dresidual may be NULL: without an activation it equals dy. dgamma and dbeta, in the statistics dtype, may be NULL. */
+ * dresidual is written where there are a residual and an activation (without one it would equal dy). dgamma and dbeta,
+ * in the statistics dtype, may be NULL. */
 void fbn_backward(const fbn_problem *problem, const void *dy, const void *x, const void *residual, const double *saved,
                   int frozen, void *dx, void *dresidual, void *dgamma, void *dbeta, void *workspace);
 

@@ -19,14 +19,32 @@
  * that those with a fused multiply-add give the same bits. */
 enum { FBN_LANES = 16 };
 
-/* Per-channel arrays are padded to a multiple of this many, so that cl kernels may load and store whole vectors. */
+/* Per-channel arrays have room for this many values more than there are channels, and then up to a multiple of it, so
+ * that cl kernels may load and store whole vectors. */
 enum { FBN_CHANNEL_PAD = 16 };
 
 /* y = (x * prescale + neg_mean) * scale + shift + shift_low, per channel, in the compute type (float or double) of the
- * dtype. shift_low is what shift lost to rounding; it counts only where a residual may cancel the shift. prescale is 1 but for channels whose spread is near the ends of the exponent range; see batchnorm.c. */
+ * dtype. shift_low is what shift lost to rounding; it counts only where a residual may cancel the shift. prescale is 1
+ * but for channels whose spread is near the ends of the exponent range; see batchnorm.c. */
 typedef struct {
-    const void *prescale, *neg_mean, *scale, *shift, *shift_low;
+    void *prescale, *neg_mean, *scale, *shift, *shift_low;
 } fbn_line;
+
+/* What is known of channels before they become a line: pointers to float64, one value a channel. */
+typedef struct {
+    const double *mean, *mean_low, *inv_std, *gamma, *beta;
+} fbn_channels;
+
+/* The lines of n channels; `line` is written. */
+typedef void fbn_set_line(const fbn_channels *known, int64_t n, const fbn_line *line);
+
+/* The constants of grad_affine for n channels, from their sums of dz and of dz * (x - mean), M = count and their
+ * lines; on_dy, on_x and constant are written. */
+typedef struct {
+    void *on_dy, *on_x, *constant;
+} fbn_slopes;
+typedef void fbn_set_slopes(const fbn_channels *known, const double *sums, const double *products, double count,
+                            int64_t n, const fbn_line *line, const fbn_slopes *slopes);
 
 /* sums[c] += x - origin[c], squares[c] += (x - origin[c])^2, in float64.
  * cf: sums and squares hold FBN_LANES lanes a channel, sums first: [channels][2][FBN_LANES].
@@ -35,13 +53,20 @@ typedef void fbn_moments_cf(const void *x, int64_t channels, int64_t inner, cons
 typedef void fbn_moments_cl(const void *x, int64_t rows, int64_t channels, int64_t stride, const double *origin,
                             double *sums, double *squares);
 
-/* y = activation(line(x) + residual); y may be x. residual may be NULL. stream: write around the cache. */
+/* stream: a map writes around the cache. ahead: while it works on an element of x (and dy) it fetches the one that many
+ * bytes on, which is what will be read next. */
+
+/* A map's rows that touch (stride == channels) are one run, in which the channels' constants recur: those past the last
+ * must repeat the first FBN_CHANNEL_PAD. */
+
+/* y = activation(line(x) + residual); y may be x. residual may be NULL. */
 typedef struct {
     const void *x, *residual;
     void *y;
     fbn_line line;
     fbn_activation activation;
     int stream;
+    int64_t ahead;
 } fbn_affine;
 typedef void fbn_affine_cf(const fbn_affine *a, int64_t channels, int64_t inner);
 typedef void fbn_affine_cl(const fbn_affine *a, int64_t rows, int64_t channels, int64_t stride);
@@ -58,20 +83,23 @@ typedef void fbn_grad_moments_cf(const fbn_grad_moments *g, int64_t channels, in
 typedef void fbn_grad_moments_cl(const fbn_grad_moments *g, int64_t rows, int64_t channels, int64_t stride,
                                  double *sums, double *products);
 
-/* dx = on_dy * dz + on_x * (x * prescale + neg_mean) + constant, with dz as above; dresidual = dz if not NULL.
- * frozen: dx = on_dy * dz. */
+/* dx = on_dy * dz + on_x * (x * prescale + neg_mean) + constant, with dz as above; frozen: dx = on_dy * dz. With an
+ * activation and a residual, dresidual = dz too. */
 typedef struct {
     const void *dy, *x, *residual;
     void *dx, *dresidual;
     fbn_line line;
     fbn_activation activation;
-    const void *on_dy, *on_x, *constant;
+    fbn_slopes slopes;
     int frozen, stream;
+    int64_t ahead;
 } fbn_grad_affine;
 typedef void fbn_grad_affine_cf(const fbn_grad_affine *g, int64_t channels, int64_t inner);
 typedef void fbn_grad_affine_cl(const fbn_grad_affine *g, int64_t rows, int64_t channels, int64_t stride);
 
 typedef struct {
+    fbn_set_line *set_line;
+    fbn_set_slopes *set_slopes;
     fbn_moments_cf *moments_cf;
     fbn_moments_cl *moments_cl;
     fbn_affine_cf *affine_cf;

@@ -17,10 +17,13 @@ def _column(per_channel: Array) -> Array:
 
 
 def _mean(a: Array) -> Array:
-    return a.mean(axis=(0, 2), dtype=np.float64)
+    mean: Array = a.mean(axis=(0, 2), dtype=np.float64)
+    return mean
 
 
-def _save(saved: Array, mean: Array, low: Array | float, var: Array, eps: float, g: Array | None, b: Array | None) -> None:
+def _save(
+    saved: Array, mean: Array, low: Array | float, var: Array, eps: float, g: Array | None, b: Array | None
+) -> None:
     std = np.sqrt(var + eps)
     saved[0], saved[1], saved[2] = mean, low, var
     saved[3] = np.divide(1, std, out=np.zeros_like(std), where=std != 0)
@@ -29,7 +32,7 @@ def _save(saved: Array, mean: Array, low: Array | float, var: Array, eps: float,
 
 
 def _centred(x: Array, saved: Array) -> Array:
-    """x - mean, in float64: the mean in two pieces, so that its own rounding does not matter."""
+    """Centred x, in float64: the mean in two pieces, so that its own rounding does not matter."""
     centred = np.subtract(x, _column(saved[0]), dtype=np.float64)
     centred -= _column(saved[1])
     return centred

@@ -1,4 +1,6 @@
 /* instantiate.h: the kernels, once per dtype, for the instruction set whose vocabulary was included before it. */
+#include <math.h>
+
 #define PASTE_(what, dtype, isa) what##_##dtype##_##isa
 #define PASTE(what, dtype, isa) PASTE_(what, dtype, isa)
 #define NAME(what) PASTE(what, DTYPE, FBN_ISA)

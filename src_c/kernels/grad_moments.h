@@ -1,6 +1,6 @@
 /* grad_moments.h: the sums of dz and of dz * (x - mean), per channel, where dz is dy behind the activation. */
 
-FBN_INLINE vec NAME(dz_at)(const elem *dy, const elem *x, const elem *residual, int64_t n, const NAME(line) *l,
+FBN_INLINE vec NAME(dz_at)(const elem *dy, const elem *x, const elem *residual, int64_t n, const NAME(line) * l,
                            fbn_activation activation, int has_residual) {
     const vec zero = vset(0);
     const vec g = n == WIDTH ? vload(dy) : vload_n(dy, n, zero);
@@ -11,7 +11,7 @@ FBN_INLINE vec NAME(dz_at)(const elem *dy, const elem *x, const elem *residual, 
 }
 
 FBN_INLINE void NAME(grad_moments_at)(const elem *dy, const elem *x, const elem *residual, int64_t n,
-                                      const NAME(line) *l, wide mean, fbn_activation activation, int has_residual,
+                                      const NAME(line) * l, wide mean, fbn_activation activation, int has_residual,
                                       wide *sum, wide *product) {
     const wide g = widen(NAME(dz_at)(dy, x, residual, n, l, activation, has_residual));
     const wide v = n == WIDTH ? wload(x) : widen(vload_n(x, n, vset(0)));
@@ -24,7 +24,7 @@ FBN_INLINE void NAME(grad_moments_planes)(const fbn_grad_moments *g, int64_t cha
     enum { STEP = FBN_LANES / WIDTH };
     const elem *dy = g->dy, *x = g->x, *residual = has_residual ? g->residual : g->x;
     for (int64_t c = 0; c < channels; c++, lanes += 2 * FBN_LANES) {
-        const NAME(line) l = NAME(line_cf)(&g->line, c);
+        const NAME(line) l = NAME(line_at)(&g->line, c, 0);
         const wide mean = wset(g->mean[c]);
         wide sum[STEP], product[STEP];
         for (int j = 0; j < STEP; j++) {
@@ -39,7 +39,7 @@ FBN_INLINE void NAME(grad_moments_planes)(const fbn_grad_moments *g, int64_t cha
                                       activation, has_residual, &sum[j], &product[j]);
         for (int j = 0; j < STEP && i + j * WIDTH < end; j++)
             NAME(grad_moments_at)(dy + i + j * WIDTH, x + i + j * WIDTH, residual + i + j * WIDTH,
-                                  NAME(fill_of)(end - i - j * WIDTH), &l, mean, activation, has_residual, &sum[j],
+                                  NAME(least)(end - i - j * WIDTH, WIDTH), &l, mean, activation, has_residual, &sum[j],
                                   &product[j]);
         for (int j = 0; j < STEP; j++) {
             wput(lanes + j * WIDTH, sum[j]);
@@ -71,7 +71,7 @@ FBN_INLINE void NAME(grad_moments_rows)(const fbn_grad_moments *g, int64_t rows,
     for (int64_t r = 0; r < rows; r += BLOCK, dy += step, x += step, residual += step) {
         const int64_t block = rows - r < BLOCK ? rows - r : BLOCK;
         for (int64_t c = 0; c < channels; c += WIDTH) {
-            const NAME(line) l = NAME(line_cl)(&g->line, c);
+            const NAME(line) l = NAME(line_at)(&g->line, c, channels);
             const wide mean = wget(g->mean + c);
             wide sum = wget(sums + c), product = wget(products + c);
             if (block == BLOCK && c + WIDTH <= channels)
@@ -80,7 +80,7 @@ FBN_INLINE void NAME(grad_moments_rows)(const fbn_grad_moments *g, int64_t rows,
                                           &product);
             else
                 for (int64_t k = c; k < c + block * stride; k += stride)
-                    NAME(grad_moments_at)(dy + k, x + k, residual + k, NAME(fill_of)(channels - c), &l, mean,
+                    NAME(grad_moments_at)(dy + k, x + k, residual + k, NAME(least)(channels - c, WIDTH), &l, mean,
                                           activation, has_residual, &sum, &product);
             wput(sums + c, sum);
             wput(products + c, product);

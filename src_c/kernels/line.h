@@ -5,24 +5,29 @@ typedef struct {
     vec prescale, neg_mean, scale, shift, shift_low;
 } NAME(line);
 
-FBN_INLINE NAME(line) NAME(line_cf)(const fbn_line *l, int64_t c) {
-    return (NAME(line)){vset(((const real *)l->prescale)[c]), vset(((const real *)l->neg_mean)[c]),
-                        vset(((const real *)l->scale)[c]), vset(((const real *)l->shift)[c]),
-                        vset(((const real *)l->shift_low)[c])};
+/* Constants from channel c on: of that channel in every lane (period 0), or of the next channel in each. */
+FBN_INLINE vec NAME(constant_at)(const void *constants, int64_t c, int64_t period) {
+    const real *at = (const real *)constants + c;
+    return period ? vget(at) : vset(*at);
 }
 
-FBN_INLINE NAME(line) NAME(line_cl)(const fbn_line *l, int64_t c) {
-    return (NAME(line)){vget((const real *)l->prescale + c), vget((const real *)l->neg_mean + c),
-                        vget((const real *)l->scale + c), vget((const real *)l->shift + c),
-                        vget((const real *)l->shift_low + c)};
+FBN_INLINE NAME(line) NAME(line_at)(const fbn_line *l, int64_t c, int64_t period) {
+    return (NAME(line)){NAME(constant_at)(l->prescale, c, period), NAME(constant_at)(l->neg_mean, c, period),
+                        NAME(constant_at)(l->scale, c, period), NAME(constant_at)(l->shift, c, period),
+                        NAME(constant_at)(l->shift_low, c, period)};
+}
+
+/* The channel that is n elements on. */
+FBN_INLINE int64_t NAME(onward)(int64_t c, int64_t n, int64_t period) {
+    return !period ? c : c + n < period ? c + n : (c + n) % period;
 }
 
 /* x - mean_hi: exact where x is near the mean, whatever the offset. */
-FBN_INLINE vec NAME(centre)(vec x, const NAME(line) *l) { return vfma(x, l->prescale, l->neg_mean); }
+FBN_INLINE vec NAME(centre)(vec x, const NAME(line) * l) { return vfma(x, l->prescale, l->neg_mean); }
 
 /* What the activation gets. A residual may cancel the shift, so their sum keeps what its rounding loses (Knuth's
  * two-sum); where the sum is infinite there is nothing to keep. */
-FBN_INLINE vec NAME(preactivation)(vec x, vec residual, const NAME(line) *l, int has_residual) {
+FBN_INLINE vec NAME(preactivation)(vec x, vec residual, const NAME(line) * l, int has_residual) {
     const vec d = NAME(centre)(x, l);
     if (!has_residual) return vfma(d, l->scale, l->shift);
     const vec sum = vadd(l->shift, residual), back = vsub(sum, l->shift);
@@ -30,19 +35,14 @@ FBN_INLINE vec NAME(preactivation)(vec x, vec residual, const NAME(line) *l, int
     return vadd(vfma(d, l->scale, sum), vzero_nan(vadd(lost, l->shift_low)));
 }
 
-FBN_INLINE vec NAME(activate)(vec z, fbn_activation activation) {
-    return activation == FBN_RELU ? vrelu(z) : z;
-}
+FBN_INLINE vec NAME(activate)(vec z, fbn_activation activation) { return activation == FBN_RELU ? vrelu(z) : z; }
 
 /* dy times the activation's slope at z. */
 FBN_INLINE vec NAME(activation_gradient)(vec dy, vec z, fbn_activation activation) {
     return activation == FBN_RELU ? vkeep_if_positive(z, dy) : dy;
 }
 
-/* How many of the `left` elements this vector holds. */
-FBN_INLINE int64_t NAME(fill_of)(int64_t left) { return left < 0 ? 0 : left < WIDTH ? left : WIDTH; }
+FBN_INLINE int64_t NAME(least)(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* Elements from p to the first address that is aligned to a vector. */
-FBN_INLINE int64_t NAME(misaligned)(const elem *p) {
-    return (int64_t)(-((uintptr_t)p / sizeof(elem)) % WIDTH);
-}
+FBN_INLINE int64_t NAME(misaligned)(const elem *p) { return (int64_t)(-((uintptr_t)p / sizeof(elem)) % WIDTH); }

@@ -23,7 +23,7 @@ static void NAME(moments_cf)(const void *x_, int64_t channels, int64_t inner, co
                 square[j] = wfma(d, d, square[j]);
             }
         for (int j = 0; j < STEP && i + j * WIDTH < inner; j++) {
-            const int64_t n = NAME(fill_of)(inner - i - j * WIDTH);
+            const int64_t n = NAME(least)(inner - i - j * WIDTH, WIDTH);
             const wide d = wsub(widen(vload_n(x + i + j * WIDTH, n, fill)), o);
             sum[j] = wadd(sum[j], d);
             square[j] = wfma(d, d, square[j]);
@@ -63,7 +63,7 @@ static void NAME(moments_cl)(const void *x_, int64_t rows, int64_t channels, int
             for (; c + WIDTH <= channels; c += WIDTH)
                 NAME(moments_rows)(x + c, BLOCK, WIDTH, stride, wget(origin + c), zero, sums + c, squares + c);
         for (; c < channels; c += WIDTH)
-            NAME(moments_rows)(x + c, block, NAME(fill_of)(channels - c), stride, wget(origin + c), zero, sums + c,
+            NAME(moments_rows)(x + c, block, NAME(least)(channels - c, WIDTH), stride, wget(origin + c), zero, sums + c,
                                squares + c);
     }
 }

@@ -85,6 +85,7 @@ FBN_INLINE f32_wide f32_wide_fma(f32_wide a, f32_wide b, f32_wide c) {
     return (f32_wide){f64_fma(a.lo, b.lo, c.lo), f64_fma(a.hi, b.hi, c.hi)};
 }
 
+FBN_INLINE void prefetch(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }
 FBN_INLINE void stream_fence(void) { _mm_sfence(); }
 
 #endif

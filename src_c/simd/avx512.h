@@ -27,9 +27,7 @@ FBN_INLINE f64_vec f64_relu(f64_vec a) { return _mm512_max_pd(_mm512_setzero_pd(
 FBN_INLINE f64_vec f64_keep_if_positive(f64_vec z, f64_vec a) {
     return _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(z, _mm512_setzero_pd(), _CMP_NLE_UQ), a);
 }
-FBN_INLINE f64_vec f64_zero_nan(f64_vec a) {
-    return _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(a, a, _CMP_ORD_Q), a);
-}
+FBN_INLINE f64_vec f64_zero_nan(f64_vec a) { return _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(a, a, _CMP_ORD_Q), a); }
 
 /* float32 */
 typedef __m512 f32_vec;
@@ -52,9 +50,7 @@ FBN_INLINE f32_vec f32_relu(f32_vec a) { return _mm512_max_ps(_mm512_setzero_ps(
 FBN_INLINE f32_vec f32_keep_if_positive(f32_vec z, f32_vec a) {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(z, _mm512_setzero_ps(), _CMP_NLE_UQ), a);
 }
-FBN_INLINE f32_vec f32_zero_nan(f32_vec a) {
-    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, a, _CMP_ORD_Q), a);
-}
+FBN_INLINE f32_vec f32_zero_nan(f32_vec a) { return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, a, _CMP_ORD_Q), a); }
 
 /* float32 widened to float64 */
 typedef struct {
@@ -83,6 +79,7 @@ FBN_INLINE f32_wide f32_wide_fma(f32_wide a, f32_wide b, f32_wide c) {
     return (f32_wide){f64_fma(a.lo, b.lo, c.lo), f64_fma(a.hi, b.hi, c.hi)};
 }
 
+FBN_INLINE void prefetch(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }
 FBN_INLINE void stream_fence(void) { _mm_sfence(); }
 
 #endif

@@ -17,6 +17,7 @@
  *   T_wide_load(p)        T_widen(T_load(p))
  *   T_wide_get(p), T_wide_put(p, a)   T_WIDTH doubles from and to memory
  *   T_wide_set, T_wide_add, T_wide_sub, T_wide_fma
+ * prefetch(p)             may fetch the line at p into the cache; any address will do
  * stream_fence()          orders streamed stores before what follows
  */
 #ifndef FBN_SIMD_H
@@ -124,6 +125,7 @@ FBN_INLINE f32_wide f32_wide_add(f32_wide a, f32_wide b) { return f64_add(a, b);
 FBN_INLINE f32_wide f32_wide_sub(f32_wide a, f32_wide b) { return f64_sub(a, b); }
 FBN_INLINE f32_wide f32_wide_fma(f32_wide a, f32_wide b, f32_wide c) { return f64_fma(a, b, c); }
 
+FBN_INLINE void prefetch(const void *p) { (void)p; }
 FBN_INLINE void stream_fence(void) {}
 
 #endif

@@ -67,9 +67,7 @@ typedef struct {
     float64x2_t lo, hi;
 } f32_wide;
 
-FBN_INLINE f32_wide f32_widen(f32_vec a) {
-    return (f32_wide){vcvt_f64_f32(vget_low_f32(a)), vcvt_high_f64_f32(a)};
-}
+FBN_INLINE f32_wide f32_widen(f32_vec a) { return (f32_wide){vcvt_f64_f32(vget_low_f32(a)), vcvt_high_f64_f32(a)}; }
 FBN_INLINE f32_wide f32_wide_load(const float *p) { return f32_widen(vld1q_f32(p)); }
 FBN_INLINE f32_wide f32_wide_set(double s) { return (f32_wide){f64_set(s), f64_set(s)}; }
 FBN_INLINE f32_wide f32_wide_get(const double *p) { return (f32_wide){f64_load(p), f64_load(p + 2)}; }
@@ -87,6 +85,7 @@ FBN_INLINE f32_wide f32_wide_fma(f32_wide a, f32_wide b, f32_wide c) {
     return (f32_wide){f64_fma(a.lo, b.lo, c.lo), f64_fma(a.hi, b.hi, c.hi)};
 }
 
+FBN_INLINE void prefetch(const void *p) { __builtin_prefetch(p); }
 FBN_INLINE void stream_fence(void) {}
 
 #endif
