@@ -165,7 +165,7 @@ def out(value: object, x: Array, inputs: Mapping[str, Array | None], *, may_be: 
         _refuse(ValueError, "out", f"shape {array.shape}", f"x's shape {x.shape}")
     if not array.flags.writeable:
         _refuse(ValueError, "out", "a read-only array", "a writable one")
-    if any(stride == 0 and size > 1 for stride, size in zip(array.strides, array.shape, strict=True)):
+    if _overlaps_itself(array):
         _refuse(ValueError, "out", f"strides {array.strides}", "an array whose elements do not overlap")
     for name, other in inputs.items():
         if not isinstance(other, np.ndarray) or not overlap(array, other):
@@ -173,7 +173,18 @@ def out(value: object, x: Array, inputs: Mapping[str, Array | None], *, may_be: 
         if name == may_be and same_memory(array, other):
             continue
         _refuse(ValueError, "out", f"memory shared with {name}", _apart(may_be))
-    return array
+    return value
+
+
+def _overlaps_itself(array: Array) -> bool:
+    """Whether two elements share memory, as far as strides that do not nest (slices' and transposes' do) tell."""
+    end = array.itemsize
+    if array.size:
+        for stride, size in sorted((abs(stride), size) for stride, size in zip(array.strides, array.shape, strict=True)):
+            if size > 1 and stride < end:
+                return True
+            end += stride * (size - 1)
+    return False
 
 
 def _apart(may_be: str | None) -> str:
@@ -184,15 +195,18 @@ def number(name: str, value: object, low: float, high: float) -> float:
     """A real number with low <= value <= high."""
     if not isinstance(value, Real | np.floating) or isinstance(value, bool):
         _refuse(TypeError, name, repr(value), "a real number")
-    result = float(value)
+    try:
+        result = float(value)
+    except OverflowError:
+        result = math.inf
     if not low <= result <= high or math.isinf(result):
         _refuse(ValueError, name, repr(value), f"{low:g} to {high:g}" if high < math.inf else f"finite and >= {low:g}")
     return result
 
 
-def eps(value: object) -> float:
+def eps(value: object, name: str = "eps") -> float:
     """A finite eps >= 0."""
-    return number("eps", value, 0, math.inf)
+    return number(name, value, 0, math.inf)
 
 
 def momentum(value: object) -> float:
@@ -285,15 +299,27 @@ def state(name: str, value: Mapping[str, Any], arrays: Mapping[str, Array], opti
     """`value` as arrays that fit `arrays`, name by name; `optional` is an integer that may be missing."""
     if not isinstance(value, Mapping):
         _refuse(TypeError, name, type(value).__name__, "a mapping from names to arrays")
-    names = set(value) - {optional}
-    if names != set(arrays):
-        _refuse(ValueError, name, f"the names {_names(sorted(value))}", _names(sorted(arrays)))
+    if set(value) - {optional} != set(arrays):
+        _refuse(ValueError, name, f"the names {_names(value)}", _names(arrays))
     found = {key: _array(f"{name}[{key!r}]", value[key]) for key in value}
     for key, array in arrays.items():
-        if not is_float(found[key].dtype):
-            _refuse(TypeError, f"{name}[{key!r}]", f"dtype {found[key].dtype}", "any float dtype")
-        if found[key].shape != array.shape:
-            _refuse(ValueError, f"{name}[{key!r}]", f"shape {found[key].shape}", f"shape {array.shape}")
-    if optional in found and (found[optional].dtype.kind not in "iu" or found[optional].size != 1):
-        _refuse(TypeError, f"{name}[{optional!r}]", repr(value[optional]), "one integer")
+        found[key] = _state_array(f"{name}[{key!r}]", found[key], array)
+    if optional in found:
+        counted = found[optional]
+        if counted.dtype.kind not in "iu" or counted.size != 1:
+            _refuse(TypeError, f"{name}[{optional!r}]", repr(value[optional]), "one integer >= 0")
+        if counted.item() < 0:
+            _refuse(ValueError, f"{name}[{optional!r}]", repr(value[optional]), "one integer >= 0")
     return found
+
+
+def _state_array(name: str, value: Array, like: Array) -> Array:
+    if not is_float(value.dtype):
+        _refuse(TypeError, name, f"dtype {value.dtype}", "any float dtype")
+    if value.shape != like.shape:
+        _refuse(ValueError, name, f"shape {value.shape}", f"shape {like.shape}")
+    with np.errstate(over="ignore"):
+        cast = value.astype(like.dtype)
+    if (np.isinf(cast) & ~np.isinf(value)).any():
+        _refuse(ValueError, name, f"values up to {abs(value).max()}", f"what {like.dtype} can hold")
+    return cast

@@ -16,6 +16,9 @@ BACKENDS = ("c", "numba", "numpy")
 ISAS = ("baseline", "avx2", "avx512", "neon")
 """Every instruction set that kernels are written for."""
 
+MOST_THREADS = 2**31 - 1
+"""As many as an int of C can count."""
+
 _backend: str | None = None
 _threads: int | None = None
 _backend_here: ContextVar[str | None] = ContextVar("fastbn_backend", default=None)
@@ -61,7 +64,7 @@ def environment_threads() -> int:
             first = value.split(",")[0].strip() if name == "OMP_NUM_THREADS" else value.strip()
             if not first.isdecimal() or int(first) < 1:
                 raise ValueError(f"{name}: got {value!r}; allowed: a positive integer")
-            return int(first)
+            return min(int(first), MOST_THREADS)
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -118,7 +121,7 @@ def set_num_threads(n: int) -> None:
     >>> fastbn.set_num_threads(before)
     """
     global _threads
-    _threads = _check.count("n", n)
+    _threads = min(_check.count("n", n), MOST_THREADS)
 
 
 @contextmanager
@@ -132,7 +135,7 @@ def use_num_threads(n: int) -> Iterator[None]:
     ...     fastbn.get_num_threads()
     1
     """
-    token = _threads_here.set(_check.count("n", n))
+    token = _threads_here.set(min(_check.count("n", n), MOST_THREADS))
     try:
         yield
     finally:

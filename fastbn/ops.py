@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -10,9 +10,22 @@ from . import _check, _config
 from ._activations import Activation
 from ._dtypes import STATISTICS
 from ._shape import Layout, dense, layout_of
-from .backends import SAVED_ROWS, select
+from .backends import SAVED_ROWS, Backend, select
 
 Array = np.ndarray[Any, Any]
+
+
+class _Parts(NamedTuple):
+    """What a cache holds: a forward call's dense x, its residual, what the backend saved, and how it was called."""
+
+    x: Array
+    residual: Array | None
+    saved: Array
+    axis: int
+    frozen: bool
+    activation: str | None
+    has_gamma: bool
+    has_beta: bool
 
 
 class Cache:
@@ -30,20 +43,13 @@ class Cache:
     (array([2.]), array([1.]))
     """
 
-    __slots__ = ("_activation", "_frozen", "_has_beta", "_has_gamma", "_layout", "_residual", "_saved", "_x")
+    __slots__ = ("_parts",)
 
-    def __init__(self, call: _Call, saved: Array, frozen: bool) -> None:
-        self._x = call.x
-        self._residual = call.residual
-        self._saved = saved
-        self._layout = call.layout
-        self._frozen = frozen
-        self._activation = call.activation
-        self._has_gamma = call.gamma is not None
-        self._has_beta = call.beta is not None
+    def __init__(self, parts: _Parts) -> None:
+        self._parts = parts
 
     def _row(self, name: str) -> Array:
-        row: Array = self._saved[SAVED_ROWS.index(name)].astype(STATISTICS[self._x.dtype])
+        row: Array = self._parts.saved[SAVED_ROWS.index(name)].astype(STATISTICS[self._parts.x.dtype])
         return row
 
     @property
@@ -60,7 +66,13 @@ class Cache:
 
 
 class Forward(NamedTuple):
-    """What `forward` returns."""
+    """What `forward` returns.
+
+    >>> import numpy as np, fastbn
+    >>> y, cache = fastbn.forward(np.array([[1.0], [3.0]]), eps=0.0)
+    >>> y.tolist()
+    [[-1.0], [1.0]]
+    """
 
     y: Array
     cache: Cache
@@ -73,7 +85,15 @@ class _Gradients(NamedTuple):
 
 
 class Gradients(_Gradients):
-    """What `backward` returns: (dx, dgamma, dbeta), and `dresidual` beside them (None without a residual)."""
+    """What `backward` returns: (dx, dgamma, dbeta), and `dresidual` beside them (None without a residual).
+
+    >>> import numpy as np, fastbn
+    >>> x = np.array([[1.0], [3.0]])
+    >>> gradients = fastbn.backward(np.ones((2, 1)), fastbn.forward(x, None, np.zeros(1), residual=x).cache)
+    >>> dx, dgamma, dbeta = gradients
+    >>> dbeta.tolist(), gradients.dresidual.tolist()
+    ([2.0], [[1.0], [1.0]])
+    """
 
     dresidual: Array | None
 
@@ -91,7 +111,7 @@ class _Target:
 
     def __init__(self, out: Array | None, like: Array, layout: Layout) -> None:
         self.array = np.empty_like(like, subok=False) if out is None else out
-        in_place = layout.view(self.array) if self.array.flags.aligned else None
+        in_place = layout.view(np.asarray(self.array)) if self.array.flags.aligned else None
         self.scattered = in_place is None
         self.view = np.empty(layout.shape, like.dtype) if in_place is None else in_place
 
@@ -123,14 +143,14 @@ class _Call:
         in_place: bool = False,
     ) -> None:
         x = _check.data("x", x)
-        axis = _check.axis(axis, x)
+        self.axis = axis = _check.axis(axis, x)
         channels, statistics = x.shape[axis], STATISTICS[x.dtype.newbyteorder("=")]
         self.eps = _check.eps(eps)
         self.activation = _check.activation(activation)
         self.gamma, self.beta = _check.parameters(gamma, beta, channels, statistics)
         self.running = _check.running(running_mean, running_var, channels, statistics, written=updates)
         if residual is not None:
-            residual = _check.like("residual", residual, x)
+            residual = _check.like("residual", residual, x).astype(x.dtype.newbyteorder("="), copy=False)
         inputs = {"x": x, "residual": residual, "gamma": gamma, "beta": beta}
         inputs |= {"running_mean": self.running[0], "running_var": self.running[1]}
         out = _check.out(out, x, inputs, may_be="x" if in_place else None)
@@ -138,7 +158,8 @@ class _Call:
             _check.running_apart(inputs)
         self.x = dense(x)
         self.layout = layout_of(self.x, axis)
-        self.residual = None if residual is None else self.layout.gather(residual.astype(self.x.dtype, copy=False))
+        self.given_residual = residual
+        self.residual = None if residual is None else self.layout.gather(residual)
         self.mean, self.var = (None if a is None else np.ascontiguousarray(a) for a in self.running)
         self.target = _Target(out, self.x, self.layout)
 
@@ -259,7 +280,17 @@ def forward_corrected(
     backend: str | None,
 ) -> Forward:
     """`forward` whose running variance is the sum of squares over M - correction (0 is Keras's convention)."""
-    chosen = select(backend)
+    chosen, threads = select(backend), _config.get_num_threads()
+    express = getattr(chosen, "express_forward", None)
+    if express is not None and type(training) is bool and mask is None:
+        done = express(
+            *(x, gamma, beta, running_mean, running_var, momentum, correction),
+            *(eps, axis, activation, residual, out, training, threads),
+        )
+        if done is not None:
+            y, saved = done
+            has_gamma, has_beta = gamma is not None, beta is not None
+            return Forward(y, Cache(_Parts(x, residual, saved, axis, not training, activation, has_gamma, has_beta)))
     training = _check.flag("training", training)
     momentum = _check.momentum(momentum)
     _check.no_mask(mask)
@@ -270,14 +301,13 @@ def forward_corrected(
         _check.statistics_missing()
     saved = np.empty((len(SAVED_ROWS), call.layout.shape[1]))
     arguments = (call.gather(), call.residual, call.gamma, call.beta, call.mean, call.var)
-    threads = _config.get_num_threads()
     if training:
         chosen.forward(*arguments, momentum, correction, call.eps, call.activation, call.target.view, saved, threads)
         call.put_running_back()
     else:
         chosen.infer(*arguments, call.eps, call.activation, call.target.view, saved, threads)
-    cache = Cache(call, saved, frozen=not training)
-    return Forward(call.target.finish(call.layout), cache)
+    parts = _Parts(call.x, call.given_residual, saved, call.axis, not training, activation, gamma is not None, beta is not None)
+    return Forward(call.target.finish(call.layout), Cache(parts))
 
 
 def infer(
@@ -306,14 +336,19 @@ def infer(
     array([[-1., -1.],
            [ 1.,  1.]])
     """
-    chosen = select(backend)
+    chosen, threads = select(backend), _config.get_num_threads()
+    express = getattr(chosen, "express_infer", None)
+    if express is not None:
+        y = express(x, gamma, beta, running_mean, running_var, eps, axis, activation, residual, out, threads)
+        if y is not None:
+            return cast(Array, y)
     call = _Call(
         x, gamma, beta, running_mean, running_var, eps, axis, activation, residual, out, updates=False, in_place=True
     )
     if call.mean is None or call.var is None:
         _check.statistics_missing()
     arguments = (call.gather(), call.residual, call.gamma, call.beta, call.mean, call.var)
-    chosen.infer(*arguments, call.eps, call.activation, call.target.view, None, _config.get_num_threads())
+    chosen.infer(*arguments, call.eps, call.activation, call.target.view, None, threads)
     return call.target.finish(call.layout)
 
 
@@ -354,33 +389,34 @@ def backward(dy: Array, cache: Cache, *, out: Array | None = None, backend: str 
     >>> bool(abs(dx.sum()) < 1e-12), dbeta is None
     (True, True)
     """
-    chosen = select(backend)
+    chosen, threads = select(backend), _config.get_num_threads()
     if not isinstance(cache, Cache):
         raise TypeError(f"cache: got {type(cache).__name__}; allowed: the cache that fastbn.forward returned")
-    x, residual, layout = cache._x, cache._residual, cache._layout
+    express = getattr(chosen, "express_backward", None)
+    if express is not None:
+        gradients = express(dy, *cache._parts, out, threads)
+        if gradients is not None:
+            return Gradients(*gradients)
+    return _backward(dy, cache._parts, out, chosen, threads)
+
+
+def _backward(dy: Array, parts: _Parts, out: Array | None, chosen: Backend, threads: int) -> Gradients:
+    x, activation = parts.x, _check.activation(parts.activation)
+    layout = layout_of(x, parts.axis % x.ndim)
     dy = _check.like("dy", dy, x)
-    out = _check.out(out, x, {"dy": dy, "x": x, "residual": residual})
+    out = _check.out(out, x, {"dy": dy, "x": x, "residual": parts.residual})
     channels, statistics = layout.shape[1], STATISTICS[x.dtype]
     target = _Target(out, x, layout)
-    dgamma = np.empty(channels, statistics) if cache._has_gamma else None
-    dbeta = np.empty(channels, statistics) if cache._has_beta else None
-    dresidual, r_view = None, None
-    if residual is not None and cache._activation == Activation.IDENTITY:
-        dresidual = dy
-    elif residual is not None:
-        dresidual = np.empty_like(x, subok=False)
-        r_view = layout.view(dresidual)
+    dgamma = np.empty(channels, statistics) if parts.has_gamma else None
+    dbeta = np.empty(channels, statistics) if parts.has_beta else None
+    residual = None if parts.residual is None else layout.gather(parts.residual)
+    dresidual = None if residual is None or activation is Activation.IDENTITY else _Target(None, x, layout)
+    written = None if dresidual is None else dresidual.view
     chosen.backward(
-        layout.gather(dy.astype(x.dtype, copy=False)),
-        layout.gather(x),
-        residual,
-        cache._saved,
-        cache._frozen,
-        cache._activation,
-        target.view,
-        r_view,
-        dgamma,
-        dbeta,
-        _config.get_num_threads(),
+        *(layout.gather(dy.astype(x.dtype, copy=False)), layout.gather(x), residual, parts.saved, parts.frozen),
+        *(activation, target.view, written, dgamma, dbeta, threads),
     )
-    return Gradients(target.finish(layout), dgamma, dbeta, dresidual)
+    dx = target.finish(layout)
+    if dresidual is not None:
+        return Gradients(dx, dgamma, dbeta, dresidual.finish(layout))
+    return Gradients(dx, dgamma, dbeta, None if residual is None else dy)

@@ -80,7 +80,7 @@ static plan plan_of(const fbn_problem *p) {
     return s;
 }
 
-enum { CHANNEL_ARRAYS = 8 };
+enum { CHANNEL_ARRAYS = 9 };
 
 /* One call. The per-channel arrays live in the workspace; those of void are of the compute type. */
 typedef struct {
@@ -121,7 +121,7 @@ static job job_of(const fbn_problem *p, void *workspace) {
     double *at = (double *)(((uintptr_t)workspace + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);
     for (int i = 0; i < CHANNEL_ARRAYS; i++, at += j.plan.padded) j.arrays[i] = at;
     j.line = (fbn_line){j.arrays[0], j.arrays[1], j.arrays[2], j.arrays[3], j.arrays[4]};
-    j.slopes = (fbn_slopes){j.arrays[5], j.arrays[6], j.arrays[7]};
+    j.slopes = (fbn_slopes){j.arrays[5], j.arrays[6], j.arrays[7], j.arrays[8]};
     j.saved = at;
     j.origin = at + FBN_SAVED_ROWS * j.plan.padded;
     j.partial = j.origin + j.plan.padded;
@@ -169,7 +169,7 @@ static void set_origin(job *j, int64_t c0, int64_t c1) {
 static fbn_slopes slopes_at(const job *j, int64_t c) {
     const int64_t skip = c * j->plan.elem;
     return (fbn_slopes){(char *)j->slopes.on_dy + skip, (char *)j->slopes.on_x + skip,
-                        (char *)j->slopes.constant + skip};
+                        (char *)j->slopes.constant + skip, (char *)j->slopes.postscale + skip};
 }
 
 static const double *known_row(const job *j, int row) { return (j->dy ? j->seen : j->saved) + row * j->p->channels; }
@@ -188,7 +188,7 @@ static void set_lines(job *j, int64_t c0, int64_t c1) {
 /* Repeats the first channels' constants behind the last's, for runs of rows. Whoever has channel 0 has all of them. */
 static void wrap(job *j, int64_t c0) {
     void *const *arrays = j->arrays;
-    if (!j->plan.rows || c0) return;
+    if (!j->plan.rows || c0 || j->plan.units < 2) return;
     for (int i = 0; i < CHANNEL_ARRAYS; i++)
         for (int64_t k = 0; k < FBN_CHANNEL_PAD; k++) {
             const int64_t to = (j->p->channels + k) * j->plan.elem, from = k % j->p->channels * j->plan.elem;
@@ -437,6 +437,7 @@ static void work(job *j, int64_t t, int threads) {
 }
 
 static void run(job *j) {
+    if (j->p->channels == 0) return;
 #ifdef _OPENMP
     if (j->plan.threads > 1) {
 #pragma omp parallel num_threads(j->plan.threads)

@@ -23,9 +23,9 @@ enum { FBN_LANES = 16 };
  * that cl kernels may load and store whole vectors. */
 enum { FBN_CHANNEL_PAD = 16 };
 
-/* y = (x * prescale + neg_mean) * scale + shift + shift_low, per channel, in the compute type (float or double) of the
- * dtype. shift_low is what shift lost to rounding; it counts only where a residual may cancel the shift. prescale is 1
- * but for channels whose spread is near the ends of the exponent range; see batchnorm.c. */
+/* y = ((x * prescale + neg_mean) * scale + shift) + shift_low, per channel, in the compute type (float or double) of the
+ * dtype. shift_low is what shift lost to rounding. prescale is a power of two, 1 but for channels whose spread or slope
+ * is near the ends of the exponent range; see kernels/constants.h. */
 typedef struct {
     void *prescale, *neg_mean, *scale, *shift, *shift_low;
 } fbn_line;
@@ -39,9 +39,9 @@ typedef struct {
 typedef void fbn_set_line(const fbn_channels *known, int64_t n, const fbn_line *line);
 
 /* The constants of grad_affine for n channels, from their sums of dz and of dz * (x - mean), M = count and their
- * lines; on_dy, on_x and constant are written. */
+ * lines; `slopes` is written. */
 typedef struct {
-    void *on_dy, *on_x, *constant;
+    void *on_dy, *on_x, *constant, *postscale;
 } fbn_slopes;
 typedef void fbn_set_slopes(const fbn_channels *known, const double *sums, const double *products, double count,
                             int64_t n, const fbn_line *line, const fbn_slopes *slopes);
@@ -83,8 +83,8 @@ typedef void fbn_grad_moments_cf(const fbn_grad_moments *g, int64_t channels, in
 typedef void fbn_grad_moments_cl(const fbn_grad_moments *g, int64_t rows, int64_t channels, int64_t stride,
                                  double *sums, double *products);
 
-/* dx = on_dy * dz + on_x * (x * prescale + neg_mean) + constant, with dz as above; frozen: dx = on_dy * dz. With an
- * activation and a residual, dresidual = dz too. */
+/* dx = (on_dy * dz + on_x * (x * prescale + neg_mean) + constant) * postscale, with dz as above; frozen: without on_x
+ * and constant. postscale is a power of two, 1 for usual channels. With an activation and a residual, dresidual = dz too. */
 typedef struct {
     const void *dy, *x, *residual;
     void *dx, *dresidual;

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib.util import find_spec
 from typing import Any, Protocol, cast
 
@@ -88,6 +89,7 @@ _MODULES = {"c": "c_backend", "numba": "numba_backend", "numpy": "numpy_backend"
 _loaded: dict[str, Backend] = {}
 
 
+@cache
 def _is_usable(name: str) -> bool:
     if name == "c":
         return find_spec("fastbn.backends.c_backend") is not None
@@ -116,6 +118,11 @@ def _load(name: str) -> Backend:
     return backend
 
 
+@cache
+def _best() -> str:
+    return backends()[0]
+
+
 def get_backend() -> str:
     """The name of the backend that a call from here uses when it names none.
 
@@ -126,7 +133,7 @@ def get_backend() -> str:
     ...     fastbn.get_backend()
     'numpy'
     """
-    return _config.backend_name() or backends()[0]
+    return _config.backend_name() or _best()
 
 
 def select(name: str | None) -> Backend:
@@ -135,9 +142,14 @@ def select(name: str | None) -> Backend:
     try:
         return _loaded[chosen]
     except (KeyError, TypeError):
-        backend = _load(_check.choice("backend", chosen, _config.BACKENDS))
-        _loaded[chosen] = backend
-        return backend
+        return _named(chosen)
+
+
+def _named(name: str) -> Backend:
+    name = _check.choice("backend", name, _config.BACKENDS)
+    if name not in _loaded:
+        _loaded[name] = _load(name)
+    return _loaded[name]
 
 
 def set_backend(name: str) -> None:
@@ -152,7 +164,7 @@ def set_backend(name: str) -> None:
     'numpy'
     >>> fastbn.set_backend(before)
     """
-    select(name)
+    _named(name)
     _config.set_backend_name(name)
 
 
@@ -167,6 +179,6 @@ def use_backend(name: str) -> Iterator[None]:
     ...     fastbn.get_backend()
     'numpy'
     """
-    select(name)
+    _named(name)
     with _config.backend_here(name):
         yield

@@ -49,3 +49,45 @@ def isas() -> tuple[str, ...]: ...
 def isa() -> str: ...
 def select_isa(name: str) -> None: ...
 def describe() -> dict[str, str]: ...
+def express_infer(
+    x: object,
+    gamma: object,
+    beta: object,
+    mean: object,
+    var: object,
+    eps: object,
+    axis: object,
+    activation: object,
+    residual: object,
+    out: object,
+    threads: int,
+) -> Array | None: ...
+def express_forward(
+    x: object,
+    gamma: object,
+    beta: object,
+    mean: object,
+    var: object,
+    momentum: object,
+    correction: int,
+    eps: object,
+    axis: object,
+    activation: object,
+    residual: object,
+    out: object,
+    training: bool,
+    threads: int,
+) -> tuple[Array, Array] | None: ...
+def express_backward(
+    dy: object,
+    x: Array,
+    residual: Array | None,
+    saved: Array,
+    axis: int,
+    frozen: bool,
+    activation: str | None,
+    has_gamma: bool,
+    has_beta: bool,
+    out: object,
+    threads: int,
+) -> tuple[Array, Array | None, Array | None, Array | None] | None: ...

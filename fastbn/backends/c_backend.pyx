@@ -1,12 +1,18 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, freethreading_compatible=True
 """The bridge to the C core: arrays become pointers, the GIL is dropped, one C call is made."""
 
+from cpython.float cimport PyFloat_AS_DOUBLE, PyFloat_CheckExact
+from libc.math cimport isfinite
 from libc.stddef cimport size_t
+from libc.stdint cimport int64_t
 from libc.stdlib cimport free, malloc
 
 cimport numpy as cnp
 
 from fastbn.backends cimport cfastbn as c
+
+cdef extern from "Python.h":
+    long PyLong_AsLongAndOverflow(object value, int *overflow)
 
 cnp.import_array()
 
@@ -47,7 +53,7 @@ cdef c.fbn_parameters parameters_of(cnp.ndarray gamma, cnp.ndarray beta):
 
 
 cdef void *workspace_for(const c.fbn_problem *p, char *small) except NULL:
-    """`small` where it is enough, else memory that `release` frees."""
+    """`small`, SMALL bytes on the stack, where that is enough; else memory that `release` frees."""
     cdef size_t size = c.fbn_workspace_bytes(p)
     cdef void *memory = small if size <= SMALL else malloc(size)
     if memory == NULL:
@@ -139,3 +145,6 @@ def describe():
         "OpenMP": f"yes ({openmp})" if openmp else "no: this build runs on one thread",
         "caches": ", ".join(f"L{level} {c.fbn_cache_bytes(level) >> 10} KiB" for level in (1, 2, 3)),
     }
+
+
+include "c_express.pxi"

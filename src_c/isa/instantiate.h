@@ -1,4 +1,5 @@
 /* instantiate.h: the kernels, once per dtype, for the instruction set whose vocabulary was included before it. */
+#include <float.h>
 #include <math.h>
 
 #define PASTE_(what, dtype, isa) what##_##dtype##_##isa

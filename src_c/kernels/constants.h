@@ -1,57 +1,87 @@
-/* constants.h: a channel's constants, from what the foreman knows of it in float64. */
+/* constants.h: a channel's constants, from what the foreman knows of it in float64.
+ *
+ * A usual channel has the plain formula. Where the spread or the slope (gamma / std) is near the ends of the exponent
+ * range, powers of two that cancel out keep what lies between inside it.
+ */
 
-/* x - mean and its products stay inside the exponent range if both are scaled by 2^e. That is 0 for any usual
- * channel; where the spread is below 2^-60 or above 2^60 (of float32), it brings x - mean near 1. */
-enum { NAME(EXPONENT) = sizeof(real) == 8 ? 1020 : 124, NAME(USUAL) = sizeof(real) == 8 ? 500 : 60 };
+/* Exponents within +-USUAL need no care; none may pass +-MOST. */
+enum { NAME(MOST) = sizeof(real) == 8 ? 1016 : 120, NAME(USUAL) = sizeof(real) == 8 ? 500 : 60 };
 
-static int NAME(prescale_exponent)(double mean, double inv_std) {
-    const int most = NAME(EXPONENT);
-    if (!(inv_std > 0) || !isfinite(inv_std) || !isfinite(mean)) return 0;
-    int e = ilogb(inv_std);
-    if (e >= -NAME(USUAL) && e <= NAME(USUAL)) e = 0;
-    if (mean != 0 && e > most - 2 - ilogb(mean)) e = most - 2 - ilogb(mean);
-    return e < -most ? -most : e > most ? most : e;
+static int NAME(exponent_of)(double v) { return v == 0 || !isfinite(v) ? 0 : ilogb(v); }
+
+static int NAME(between)(int e, int low, int high) { return e < low ? low : e > high ? high : e; }
+
+/* x - mean is scaled by 2^e: near 1 for an unusual spread, and so that scale = slope / 2^e and the mean fit in. */
+static int NAME(prescale_exponent)(double mean, double inv_std, double slope) {
+    const int most = NAME(MOST), spread = NAME(exponent_of)(inv_std), steep = NAME(exponent_of)(slope);
+    int e = spread >= -NAME(USUAL) && spread <= NAME(USUAL) ? 0 : spread;
+    if (slope != 0) e = NAME(between)(e, steep - most, steep + most);
+    if (mean != 0) e = NAME(between)(e, -most, most - NAME(exponent_of)(mean));
+    return NAME(between)(e, -most, most);
 }
 
-/* Whether the exponent is 0, without asking for it. */
-FBN_INLINE int NAME(is_usual)(double mean, double inv_std) {
-    const double spread = sizeof(real) == 8 ? 0x1p500 : 0x1p60, most = sizeof(real) == 8 ? 0x1p1000 : 0x1p120;
-    return inv_std < spread && inv_std > 1 / spread && mean < most && mean > -most;
+/* Whether all of a channel's exponents are usual, without asking for them. */
+FBN_INLINE int NAME(is_usual)(double mean, double inv_std, double slope) {
+    const double high = sizeof(real) == 8 ? 0x1p500 : 0x1p60, low = 1 / high;
+    return (inv_std < high) & (inv_std > low) & (mean < high) & (mean > -high) & (slope < high) & (slope > -high) &
+           ((slope > low) | (slope < -low) | (slope == 0));
 }
 
-/* y = ((x - mean_hi) - mean_lo) * inv_std * gamma + beta, where mean_lo * inv_std * gamma moves into the shift. */
+/* Where the exponents cannot all fit in, x is the mean or the result overflows: an infinite scale would make the one NaN. */
+FBN_INLINE double NAME(finite)(double v) {
+    const double most = sizeof(real) == 8 ? DBL_MAX : FLT_MAX;
+    const double most_signed = v < 0 ? -most : most;
+    return fabs(v) > most && fabs(v) <= DBL_MAX ? most_signed : v;
+}
+
+/* y = ((x - mean_hi) - mean_lo) * slope + beta, where mean_lo * slope moves into the shift. */
 FBN_INLINE void NAME(set_one_line)(const fbn_channels *k, int64_t c, double prescale, const fbn_line *l) {
     const real mean_hi = (real)k->mean[c];
     const double mean_lo = (k->mean[c] - mean_hi) + k->mean_low[c], slope = k->inv_std[c] * k->gamma[c];
     const double moved = mean_lo * slope, shift = k->beta[c] - moved;
-    const real shift_hi = (real)shift;
+    const real shift_hi = (real)shift, shift_low = (real)((k->beta[c] - shift_hi) - moved);
     ((real *)l->prescale)[c] = (real)prescale;
     ((real *)l->neg_mean)[c] = (real)(-mean_hi * prescale);
-    ((real *)l->scale)[c] = (real)(slope / prescale);
+    ((real *)l->scale)[c] = (real)NAME(finite)(slope / prescale);
     ((real *)l->shift)[c] = shift_hi;
-    ((real *)l->shift_low)[c] = (real)((k->beta[c] - shift_hi) - moved);
+    ((real *)l->shift_low)[c] = shift_low == shift_low ? shift_low : 0; /* beta may be infinite */
 }
 
-static void NAME(set_line)(const fbn_channels *known, int64_t n, const fbn_line *line) {
+static int NAME(all_usual)(const fbn_channels *k, int64_t n) {
     int64_t usual = 0;
-    for (int64_t c = 0; c < n; c++) usual += NAME(is_usual)(known->mean[c], known->inv_std[c]);
-    if (usual == n)
-        for (int64_t c = 0; c < n; c++) NAME(set_one_line)(known, c, 1, line);
-    else
-        for (int64_t c = 0; c < n; c++)
-            NAME(set_one_line)(known, c, ldexp(1, NAME(prescale_exponent)(known->mean[c], known->inv_std[c])), line);
+    for (int64_t c = 0; c < n; c++) usual += NAME(is_usual)(k->mean[c], k->inv_std[c], k->inv_std[c] * k->gamma[c]);
+    return usual == n;
 }
 
-/* dx = A dz + B (x - mean) + D, with A = gamma/std, B = -A sum(dz (x - mean)) / (M var), D = -A sum(dz) / M
+static void NAME(set_line)(const fbn_channels *k, int64_t n, const fbn_line *line) {
+    if (NAME(all_usual)(k, n))
+        for (int64_t c = 0; c < n; c++) NAME(set_one_line)(k, c, 1, line);
+    else
+        for (int64_t c = 0; c < n; c++) {
+            const int e = NAME(prescale_exponent)(k->mean[c], k->inv_std[c], k->inv_std[c] * k->gamma[c]);
+            NAME(set_one_line)(k, c, ldexp(1, e), line);
+        }
+}
+
+/* dx = slope (dz + B (x - mean) + D), with slope = gamma / std, B = -sum(dz (x - mean)) / (M var), D = -sum(dz) / M
  * (Ioffe & Szegedy 2015, section 3, gathered by input). The kernel has x - mean_hi, prescaled. */
+FBN_INLINE void NAME(set_one_slope)(const fbn_channels *k, int64_t c, double sum, double product, double count,
+                                    double postscale, const fbn_line *line, const fbn_slopes *s) {
+    const double a = k->inv_std[c] * k->gamma[c] / postscale, b = -(product * k->inv_std[c]) / count * a;
+    const double prescale = ((const real *)line->prescale)[c], mean_lo = (k->mean[c] - (real)k->mean[c]) + k->mean_low[c];
+    ((real *)s->on_dy)[c] = (real)a;
+    ((real *)s->on_x)[c] = (real)(b * (k->inv_std[c] / prescale));
+    ((real *)s->constant)[c] = (real)(-a * sum / count - b * k->inv_std[c] * mean_lo);
+    ((real *)s->postscale)[c] = (real)postscale;
+}
+
 static void NAME(set_slopes)(const fbn_channels *k, const double *sums, const double *products, double count, int64_t n,
                              const fbn_line *line, const fbn_slopes *slopes) {
-    real *on_dy = slopes->on_dy, *on_x = slopes->on_x, *constant = slopes->constant;
-    for (int64_t c = 0; c < n; c++) {
-        const double a = k->inv_std[c] * k->gamma[c], b = -a * k->inv_std[c] * k->inv_std[c] * products[c] / count;
-        const double mean_lo = (k->mean[c] - (real)k->mean[c]) + k->mean_low[c];
-        on_dy[c] = (real)a;
-        on_x[c] = (real)(b / ((const real *)line->prescale)[c]);
-        constant[c] = (real)(-a * sums[c] / count - b * mean_lo);
-    }
+    if (NAME(all_usual)(k, n))
+        for (int64_t c = 0; c < n; c++) NAME(set_one_slope)(k, c, sums[c], products[c], count, 1, line, slopes);
+    else
+        for (int64_t c = 0; c < n; c++) {
+            const int e = NAME(between)(NAME(exponent_of)(k->inv_std[c] * k->gamma[c]), -NAME(MOST), NAME(MOST));
+            NAME(set_one_slope)(k, c, sums[c], products[c], count, ldexp(1, e), line, slopes);
+        }
 }

@@ -3,13 +3,14 @@
 /* A channel's (cf) or a vector of channels' (cl) constants. */
 typedef struct {
     NAME(line) line;
-    vec on_dy, on_x, constant;
+    vec on_dy, on_x, constant, postscale;
 } NAME(slopes);
 
 FBN_INLINE NAME(slopes) NAME(slopes_at)(const fbn_grad_affine *g, int64_t c, int64_t period) {
     return (NAME(slopes)){NAME(line_at)(&g->line, c, period), NAME(constant_at)(g->slopes.on_dy, c, period),
                           NAME(constant_at)(g->slopes.on_x, c, period),
-                          NAME(constant_at)(g->slopes.constant, c, period)};
+                          NAME(constant_at)(g->slopes.constant, c, period),
+                          NAME(constant_at)(g->slopes.postscale, c, period)};
 }
 
 /* Which of the kernel's parts a call has; every field is a constant where the loops are instantiated. */
@@ -34,6 +35,7 @@ FBN_INLINE void NAME(grad_affine_at)(const fbn_grad_affine *g, int64_t i, int64_
         const vec v = n == WIDTH ? vload(x) : vload_n(x, n, vset(0));
         d = vfma(s->on_x, NAME(centre)(v, &s->line), vfma(s->on_dy, dz, s->constant));
     }
+    d = vmul(d, s->postscale);
     if (stream) vstream(dx, d);
     else if (n == WIDTH) vstore(dx, d);
     else vstore_n(dx, d, n);

@@ -25,11 +25,12 @@ FBN_INLINE int64_t NAME(onward)(int64_t c, int64_t n, int64_t period) {
 /* x - mean_hi: exact where x is near the mean, whatever the offset. */
 FBN_INLINE vec NAME(centre)(vec x, const NAME(line) * l) { return vfma(x, l->prescale, l->neg_mean); }
 
-/* What the activation gets. A residual may cancel the shift, so their sum keeps what its rounding loses (Knuth's
- * two-sum); where the sum is infinite there is nothing to keep. */
-FBN_INLINE vec NAME(preactivation)(vec x, vec residual, const NAME(line) * l, int has_residual) {
+/* What the activation gets. shift_low is added last: y is near the shift where that matters. A residual may cancel the
+ * shift, so their sum keeps what its rounding loses (Knuth's two-sum); where the sum is infinite there is nothing to
+ * keep. */
+FBN_INLINE vec NAME(preactivation)(vec x, vec residual, const NAME(line) *l, int has_residual) {
     const vec d = NAME(centre)(x, l);
-    if (!has_residual) return vfma(d, l->scale, l->shift);
+    if (!has_residual) return vadd(vfma(d, l->scale, l->shift), l->shift_low);
     const vec sum = vadd(l->shift, residual), back = vsub(sum, l->shift);
     const vec lost = vadd(vsub(l->shift, vsub(sum, back)), vsub(residual, back));
     return vadd(vfma(d, l->scale, sum), vzero_nan(vadd(lost, l->shift_low)));

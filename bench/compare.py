@@ -1,0 +1,41 @@
+"""Is it slower than it was? Two runs, row by row, by their ratios to a copy: times differ from hour to hour."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .rows import FASTBN, Row
+
+
+@dataclass(frozen=True)
+class Change:
+    """One row of both runs."""
+
+    old: Row
+    new: Row
+
+    @property
+    def ratio(self) -> float:
+        """The new ratio to a copy over the old one: above 1 is slower."""
+        return self.new.to_copy / self.old.to_copy
+
+    @property
+    def noise(self) -> float:
+        """The larger of the two spreads."""
+        return max(self.old.spread, self.new.spread)
+
+    @property
+    def slower(self) -> bool:
+        """Slower by more than the spread."""
+        return self.ratio > 1 + self.noise
+
+
+def changes(old: Sequence[Row], new: Sequence[Row]) -> list[Change]:
+    """The rows of fastbn that both runs have."""
+    before = {(row.key, row.contestant): row for row in old}
+    return [
+        Change(before[row.key, row.contestant], row)
+        for row in new
+        if row.kind == FASTBN and (row.key, row.contestant) in before
+    ]

@@ -1,0 +1,216 @@
+"""What do the figures look like? Two pictures: bars against the peers, and bytes moved against time."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from .extras import extra
+from .report import TITLES, times
+from .rivals import CONTESTANTS
+from .rows import COPY, FASTBN, Row, Run
+from .targets import geometric_mean, threads_in_words
+
+INK, PALE, FAINT = "#222222", "#666666", "#e3e3e3"
+OURS = ("#c0392b", "#e67e5f", "#8e2417", "#f0a58f")
+PEERS = dict(
+    zip(
+        CONTESTANTS,
+        ("#9ecae1", "#2171b5", "#a1d99b", "#238b45", "#8c6bb1", "#d08fc0", "#b8860b", "#e3c05c", "#c4c4c4", "#7d7d7d"),
+        strict=True,
+    )
+)
+GROUPS = {"nchw": "NCHW", "nhwc": "NHWC", "nc": "(N, C)"}
+MARKERS = {"nchw": "o", "nhwc": "s", "nc": "D"}
+
+# In the second picture the layouts of one shape stand a little beside one another, so as not to hide each other.
+BESIDE = {"nchw": 0.94, "nhwc": 1.06, "nc": 1.0}
+
+DPI = 150
+BAR_HEIGHT, HEAD_HEIGHT = 0.2, 1.1  # inches
+
+
+def _contestants(rows: Sequence[Row]) -> list[str]:
+    """fastbn's, then the peers in their usual order."""
+    ours = list(dict.fromkeys(row.contestant for row in rows if row.kind == FASTBN))
+    present = {row.contestant for row in rows}
+    return ours + [name for name in CONTESTANTS if name in present]
+
+
+def _colours(rows: Sequence[Row]) -> dict[str, str]:
+    ours = [name for name in _contestants(rows) if name not in PEERS]
+    return PEERS | {name: OURS[i % len(OURS)] for i, name in enumerate(ours)}
+
+
+class _Sheet:
+    """A figure of panels: a line for each (dtype, threads), a column for each pass."""
+
+    def __init__(self, run: Run, title: str, panel: tuple[float, float]) -> None:
+        rows = run.rows
+        self.lines = list(dict.fromkeys((row.dtype, row.threads) for row in rows))
+        self.passes = [pass_ for pass_ in TITLES if any(row.pass_ == pass_ for row in rows)]
+        width, height = panel[0] * len(self.passes), panel[1] * len(self.lines) + 0.9
+        self.figure = extra("matplotlib.figure").Figure(figsize=(width, height), layout="constrained", dpi=DPI)
+        self.figure.get_layout_engine().set(rect=(0, 0, 1, 1 - 0.55 / height), w_pad=0.12, h_pad=0.1)
+        self.axes = self.figure.subplots(len(self.lines), len(self.passes), squeeze=False)
+        self.figure.text(0.012, 1 - 0.16 / height, title, fontsize=13, fontweight="bold", color=INK, va="top")
+        machine = f"{run.machine.get('processor', '')}"
+        self.figure.text(0.012, 1 - 0.42 / height, machine, fontsize=8, color=PALE, va="top")
+
+    def panels(self, rows: Sequence[Row]) -> Iterator[tuple[Any, list[Row]]]:
+        """Each pair of axes, dressed, and its rows."""
+        for (dtype, threads), line in zip(self.lines, self.axes, strict=True):
+            for pass_, ax in zip(self.passes, line, strict=True):
+                here = [row for row in rows if (row.pass_, row.dtype, row.threads) == (pass_, dtype, threads)]
+                title = f"{TITLES[pass_]}, {dtype}, {threads_in_words(threads)}"
+                ax.set_title(title, fontsize=10, loc="left", color=INK, pad=14)
+                ax.spines[["top", "right"]].set_visible(False)
+                ax.tick_params(labelsize=8, colors=INK)
+                yield ax, here
+
+    def save(self, path: Path) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.figure.savefig(path)
+        return path
+
+
+def _bars_of(rows: Sequence[Row]) -> Iterator[tuple[str, str, list[float]]]:
+    """(layout, contestant, its ratios to a copy over the shapes), layout by layout."""
+    for layout in GROUPS:
+        here = [row for row in rows if row.layout == layout and row.kind != COPY]
+        for name in _contestants(here):
+            yield layout, name, [row.to_copy for row in here if row.contestant == name]
+
+
+def _bar_panel(ax: Any, rows: Sequence[Row], colours: dict[str, str]) -> None:
+    across = ax.get_yaxis_transform()
+    at, previous, names = -0.6, "", {}
+    for layout, name, ratios in _bars_of(rows):
+        if layout != previous:
+            names[at + 0.5] = f"{GROUPS[layout]}, {len(ratios)} shape{'s' * (len(ratios) != 1)}"
+            at += 1.6
+        previous, names[at] = layout, name
+        mean, weight = geometric_mean(ratios), "normal" if name in PEERS else "bold"
+        ax.barh(at, mean - 1, left=1, height=0.74, color=colours[name], zorder=2)
+        ax.plot(ratios, [at] * len(ratios), "o", ms=2.4, color=INK, alpha=0.5, mew=0, zorder=3)
+        ax.text(1.03, at, times(mean), transform=across, fontsize=8, va="center", fontweight=weight)
+        at += 1
+    ax.set_yticks(list(names), list(names.values()))
+    for label in ax.get_yticklabels():
+        text = label.get_text()
+        label.set_fontweight("normal" if text in PEERS else "bold")
+        label.set_color(PALE if text.split(",")[0] in GROUPS.values() or text.startswith("(") else INK)
+    ax.tick_params(axis="y", length=0)
+    ax.spines["left"].set_visible(False)
+    ax.set_ylim(at - 0.3, -0.7)
+
+
+def _ratio_axis(ax: Any, rows: Sequence[Row]) -> None:
+    ticker = extra("matplotlib.ticker")
+    ratios = [row.to_copy for row in rows]
+    ax.set_xscale("log")
+    low, high = min(0.6, min(ratios) / 1.1), max(3.0, max(ratios) * 1.1)
+    ax.set_xlim(low, high)
+    ax.xaxis.set_major_locator(ticker.LogLocator(base=10, subs=(1, 2, 5) if high / low < 200 else (1,)))
+    ax.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+    ax.xaxis.set_minor_locator(ticker.NullLocator())
+    ax.grid(axis="x", color=FAINT, linewidth=0.7, zorder=0)
+    ax.set_axisbelow(True)
+    ax.axvline(1, color=INK, linewidth=1.2, zorder=4)
+    ax.annotate("a copy", (1, 1), xycoords=("data", "axes fraction"), fontsize=8, ha="center", va="bottom", color=INK)
+
+
+def draw_bars(run: Run, path: Path) -> Path:
+    """Each contestant's time over a copy's: the bar is the geometric mean over the shapes, a dot each shape."""
+    groups: dict[tuple[str, str, int], set[tuple[str, str]]] = {}
+    for row in run.rows:
+        groups.setdefault((row.pass_, row.dtype, row.threads), set()).add((row.layout, row.contestant))
+    tallest = max(len(group) for group in groups.values()) * BAR_HEIGHT + HEAD_HEIGHT
+    sheet = _Sheet(run, "Time over that of a copy of the same array (left is better)", (4.6, tallest))
+    colours = _colours(run.rows)
+    for ax, rows in sheet.panels(run.rows):
+        if rows:
+            _bar_panel(ax, rows, colours)
+            _ratio_axis(ax, rows)
+            ax.set_xlabel("times a copy; bar: geometric mean, dots: shapes", fontsize=8, color=PALE)
+    return sheet.save(path)
+
+
+def _copy_line(rows: Sequence[Row]) -> tuple[list[float], list[float]]:
+    """The copies' bytes and median times, drawn out at the last one's speed to the most bytes of any row."""
+    by_bytes: dict[int, list[float]] = {}
+    for row in rows:
+        if row.kind == COPY:
+            by_bytes.setdefault(row.bytes_moved, []).append(row.seconds)
+    moved: list[float] = [float(size) for size in sorted(by_bytes)]
+    seconds = [statistics.median(by_bytes[size]) for size in sorted(by_bytes)]
+    most = max(row.bytes_moved for row in rows) * 1.4
+    return [*moved, most], [*seconds, seconds[-1] * most / moved[-1]]
+
+
+def _size(value: float, _: int) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if value >= size:
+            return f"{value / size:g} {unit}"
+    return f"{value:g} B"
+
+
+def _time(value: float, _: int) -> str:
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if value >= size * 0.999:
+            return f"{value / size:g} {unit}"
+    return f"{value / 1e-9:g} ns"
+
+
+def _roofline_panel(ax: Any, rows: Sequence[Row], colours: dict[str, str]) -> None:
+    ticker = extra("matplotlib.ticker")
+    moved, seconds = _copy_line(rows)
+    low = min(row.seconds for row in rows) / 1.6
+    ax.fill_between(moved, seconds, low, color=FAINT, alpha=0.6, linewidth=0, zorder=1)
+    ax.plot(moved, seconds, color=INK, linewidth=1.4, zorder=2)
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    for name, layout in dict.fromkeys((row.contestant, row.layout) for row in rows if row.kind != COPY):
+        here = [row for row in rows if (row.contestant, row.layout) == (name, layout)]
+        peer = name in PEERS
+        look = {"ms": 4.2 if peer else 5.8, "alpha": 0.8 if peer else 1.0, "zorder": 3 if peer else 5}
+        beside = [row.bytes_moved * BESIDE[layout] for row in here]
+        taken = [row.seconds for row in here]
+        ax.plot(beside, taken, MARKERS[layout], mfc=colours[name], mec="white", mew=0.5, **look)
+    ax.set_ylim(low, max(row.seconds for row in rows) * 1.5)
+    ax.set_xlim(min(row.bytes_moved for row in rows) / 1.4, moved[-1])
+    ax.xaxis.set_major_formatter(ticker.FuncFormatter(_size))
+    ax.yaxis.set_major_formatter(ticker.FuncFormatter(_time))
+    ax.xaxis.set_minor_formatter(ticker.NullFormatter())
+    ax.yaxis.set_minor_formatter(ticker.NullFormatter())
+    ax.grid(color=FAINT, linewidth=0.7, zorder=0)
+    ax.text(0.98, 0.03, "faster than a copy", transform=ax.transAxes, fontsize=8, ha="right", color=PALE)
+    ax.set_xlabel("bytes that the pass must move", fontsize=8, color=PALE)
+
+
+def _legend(sheet: _Sheet, rows: Sequence[Row], colours: dict[str, str]) -> None:
+    line = extra("matplotlib.lines").Line2D
+    dots = [(name, "o", colours[name]) for name in _contestants(rows)]
+    present = {row.layout for row in rows}
+    dots += [(title, MARKERS[layout], PALE) for layout, title in GROUPS.items() if layout in present]
+    entries = [line([], [], color=INK, linewidth=1.4, label="a copy")]
+    entries += [line([], [], ls="", marker=marker, color=colour, label=name) for name, marker, colour in dots]
+    sheet.figure.legend(handles=entries, loc="outside lower center", ncols=8, fontsize=8, frameon=False)
+
+
+def draw_roofline(run: Run, path: Path) -> Path:
+    """Each row's time against the bytes that it must move at the least, and the line of copies below it."""
+    sheet = _Sheet(run, "Time against bytes moved, and the limit that a copy sets", (4.6, 4.0))
+    colours = _colours(run.rows)
+    for ax, rows in sheet.panels(run.rows):
+        if rows:
+            _roofline_panel(ax, rows, colours)
+    _legend(sheet, run.rows, colours)
+    return sheet.save(path)
+
+
+def draw(run: Run, folder: Path) -> list[Path]:
+    """Both pictures."""
+    return [draw_bars(run, folder / "bars.png"), draw_roofline(run, folder / "roofline.png")]

@@ -1,0 +1,145 @@
+"""What does the reader see? Progress while it runs; then a table a pass, the verdicts, and what is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from .compare import Change
+from .extras import extra
+from .rivals import CONTESTANTS
+from .rows import FASTBN, PEER, Row, Run, races
+from .shapes import written
+from .targets import bound, threads_in_words, verdicts
+
+WIDTH = 120
+"""Of what is printed to a file or a pipe."""
+
+TITLES = {"forward": "Training forward", "backward": "Backward", "infer": "Inference"}
+
+KEY = (
+    "time: median of a call; ±: interquartile range over it; GB/s: the least bytes the pass must move, over the time;\n"
+    "copy: the time over that of a copy of x by as many threads; a peer's column: its time over ours, red where the\n"
+    "peer is faster, ! where its result differs."
+)
+
+
+def console() -> Any:
+    """Where everything is printed."""
+    rich = extra("rich.console")
+    found = rich.Console(highlight=False)
+    return found if found.is_terminal else rich.Console(highlight=False, width=WIDTH)
+
+
+@contextmanager
+def progress(where: Any, total: int) -> Iterator[Callable[[str], None]]:
+    """Shows which race is run and how many are left, and is gone when done. What it yields is told of each race."""
+    rich = extra("rich.progress")
+    columns = (
+        rich.TextColumn("{task.description}"),
+        rich.BarColumn(bar_width=None),
+        rich.MofNCompleteColumn(),
+        rich.TimeRemainingColumn(),
+    )
+    with rich.Progress(*columns, console=where, transient=True) as bar:
+        task = bar.add_task("preparing", total=total, completed=-1)
+        yield lambda race: bar.update(task, description=race, advance=1)
+
+
+def duration(seconds: float) -> str:
+    """Three digits and a unit."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds / 1e-9:.0f} ns"
+
+
+def times(ratio: float) -> str:
+    """How many times: three digits at the most."""
+    decimals = 2 if ratio < 9.995 else 1 if ratio < 99.95 else 0
+    return f"{ratio:.{decimals}f}x"
+
+
+def _target(row: Row) -> str:
+    most = bound(row)
+    if most is None:
+        return ""
+    return f"[green]{most:g} ✓[/]" if row.to_copy <= most else f"[red]{most:g} ✗[/]"
+
+
+def _peer(row: Row, name: str, race: Sequence[Row]) -> str:
+    if name not in row.over:
+        return "[dim]-[/]"
+    agrees = next(other.agrees for other in race if other.contestant == name)
+    return f"[{'red' if row.over[name] < 1 else 'green'}]{times(row.over[name])}[/]{'' if agrees else '[red]![/]'}"
+
+
+def _table(title: str, by_race: Sequence[Sequence[Row]]) -> Any:
+    rows = [row for race in by_race for row in race]
+    several = len({row.contestant for row in rows if row.kind == FASTBN}) > 1
+    present = {row.contestant for row in rows if row.kind == PEER}
+    peers = [name for name in CONTESTANTS if name in present]
+    bounded = any(bound(row) is not None for row in rows)
+    table = extra("rich.table").Table(
+        title=title, title_justify="left", title_style="bold", box=extra("rich.box").SIMPLE_HEAD, padding=0
+    )
+    for heading in ("shape", "", *(["backend"] if several else [])):
+        table.add_column(heading, no_wrap=True, vertical="bottom")
+    for heading in ("time", "±", "GB/s", "copy", *(["target"] if bounded else []), *peers):
+        lines = heading.replace(" ", "\n").replace("OpenVINO", "Open\nVINO")
+        table.add_column(lines, justify="right", no_wrap=True)
+    for race in by_race:
+        for row in race:
+            if row.kind == FASTBN:
+                cells = [written(row.shape), row.layout, *([row.contestant.removeprefix("fastbn ")] if several else [])]
+                cells += [duration(row.seconds), f"{row.spread:.0%}", f"{row.gb_per_s:.1f}", times(row.to_copy)]
+                cells += [_target(row)] if bounded else []
+                table.add_row(*cells, *(_peer(row, name, race) for name in peers))
+    return table
+
+
+def _tables(rows: Sequence[Row]) -> Iterator[Any]:
+    groups: dict[tuple[str, str, int], list[list[Row]]] = {}
+    for race in races(rows).values():
+        first = race[0]
+        groups.setdefault((first.pass_, first.dtype, first.threads), []).append(race)
+    for (pass_, dtype, threads), by_race in groups.items():
+        yield _table(f"{TITLES[pass_]}, {dtype}, {threads_in_words(threads)}", by_race)
+
+
+def show(where: Any, run: Run) -> None:
+    """Prints the machine, the tables, the verdicts and the notes."""
+    escape = extra("rich.markup").escape
+    for key, value in run.machine.items():
+        where.print(f"[bold]{escape(key)}[/]  {escape(value)}", soft_wrap=True)
+    for table in _tables(run.rows):
+        where.print(table)
+    if run.rows:
+        where.print(f"[dim]{KEY}[/]\n", soft_wrap=True)
+    for verdict in verdicts(run.rows):
+        mark = "[green]✓[/]" if verdict.met else "[red]✗[/]"
+        where.print(f"{mark} {escape(verdict.target)}: {escape(verdict.measured)}", soft_wrap=True)
+    for note in run.notes:
+        where.print(f"[yellow]•[/] {escape(note)}", soft_wrap=True)
+
+
+def show_changes(where: Any, changes: Sequence[Change]) -> None:
+    """Prints each row of both runs, new over old, and names those that are slower by more than the spread."""
+    if not changes:
+        where.print("No row is in both runs.")
+        return
+    table = extra("rich.table").Table(
+        title="Against the earlier run: ratios to a copy", title_justify="left", box=extra("rich.box").SIMPLE_HEAD
+    )
+    for heading in ("row", "old", "new", "new / old", "±", ""):
+        table.add_column(heading, justify="left" if heading in ("row", "") else "right", no_wrap=True)
+    for change in changes:
+        pass_, layout, dtype, shape, threads = change.new.key
+        name = f"{pass_} {written(shape)} {layout} {dtype} x{threads} {change.new.contestant.removeprefix('fastbn ')}"
+        flag = "[red]slower[/]" if change.slower else ""
+        ratios = (times(change.old.to_copy), times(change.new.to_copy), f"{change.ratio:.2f}")
+        table.add_row(name, *ratios, f"{change.noise:.0%}", flag)
+    where.print(table)
+    slower = sum(change.slower for change in changes)
+    where.print(f"{slower} of {len(changes)} rows slower by more than the spread")

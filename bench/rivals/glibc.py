@@ -1,0 +1,45 @@
+"""May freed memory be kept for the next call? glibc's allocator, set to keep it or to behave as it does by default."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
+
+# By default a block above the mmap threshold is mapped anew each time, and its pages fault each time. The threshold
+# starts at 128 KiB and follows what is freed, up to 32 MiB, and the trim threshold is twice that: where a process that
+# works on large arrays ends up.
+DEFAULT_MMAP_THRESHOLD = 32 << 20
+DEFAULT_MMAP_MAX = 1 << 16
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
+
+
+def available() -> bool:
+    """Whether the C library is glibc."""
+    return sys.platform.startswith("linux") and hasattr(_libc(), "gnu_get_libc_version")
+
+
+def _as_users_have_it() -> None:
+    _libc().mallopt(M_MMAP_MAX, DEFAULT_MMAP_MAX)
+    _libc().mallopt(M_MMAP_THRESHOLD, DEFAULT_MMAP_THRESHOLD)
+    _libc().mallopt(M_TRIM_THRESHOLD, 2 * DEFAULT_MMAP_THRESHOLD)
+    _libc().malloc_trim(0)
+
+
+@contextmanager
+def freed_memory_kept() -> Iterator[None]:
+    """As with MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ set high: nothing freed goes back to the system."""
+    _libc().mallopt(M_MMAP_MAX, 0)
+    _libc().mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
+    try:
+        yield
+    finally:
+        _as_users_have_it()

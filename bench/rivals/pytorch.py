@@ -1,0 +1,57 @@
+"""PyTorch, functional: as users call it, and with the memory of its results reused."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from ..problem import EPS, MOMENTUM, Array, Contestant, Problem
+from . import glibc
+
+
+class Rival:
+    """torch.nn.functional.batch_norm, and the backward function that autograd would call, without its graph."""
+
+    def __init__(self) -> None:
+        self._torch: Any = importlib.import_module("torch")
+        self.version = str(self._torch.__version__)
+        self.notes = () if glibc.available() else ("torch reused: left out, it needs glibc's allocator",)
+
+    def set_threads(self, threads: int) -> None:
+        self._torch.set_num_threads(threads)
+
+    def _tensor(self, array: Array) -> Any:
+        if array.dtype.name == "bfloat16":
+            return self._torch.from_numpy(array.view("int16")).view(self._torch.bfloat16)
+        return self._torch.from_numpy(array)
+
+    def _numpy(self, tensor: Any) -> Array:
+        array: Array = (tensor.float() if tensor.element_size() == 2 else tensor).numpy()
+        return array
+
+    def _call(self, problem: Problem, pass_: str) -> Callable[[], Any]:
+        x, dy = (self._tensor(problem.channels_first(a)) for a in (problem.x, problem.dy))
+        gamma, beta = self._tensor(problem.gamma), self._tensor(problem.beta)
+        mean, var = map(self._tensor, problem.running())
+        function = self._torch.nn.functional.batch_norm
+        if pass_ == "infer":
+            return partial(function, x, mean, var, gamma, beta, False, MOMENTUM, EPS)
+        if pass_ == "forward":
+            return partial(function, x, mean, var, gamma, beta, True, MOMENTUM, EPS)
+        _, *saved = self._torch.native_batch_norm(x, gamma, beta, None, None, True, MOMENTUM, EPS)
+        backward = self._torch.ops.aten.native_batch_norm_backward.default
+        return partial(backward, dy, x, gamma, mean, var, *saved, True, EPS, [True, True, True])
+
+    def _results(self, value: Any) -> tuple[Array, ...]:
+        return tuple(map(self._numpy, value if isinstance(value, tuple) else (value,)))
+
+    def prepare(self, problem: Problem, pass_: str) -> list[Contestant]:
+        call = self._call(problem, pass_)
+        contestants = [Contestant(name="torch", call=call, results=self._results)]
+        if glibc.available():
+            contestants.append(
+                Contestant(name="torch reused", call=call, results=self._results, within=glibc.freed_memory_kept)
+            )
+        return contestants

@@ -1,0 +1,114 @@
+"""What was measured? The row of the table, the machine it was measured on, and both as JSON lines."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import fastbn
+from fastbn.backends import select
+
+from .shapes import Shape
+
+Key = tuple[str, str, str, Shape, int]
+
+FASTBN, PEER, COPY = "fastbn", "peer", "copy"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One contestant's time for one pass.
+
+    Attributes
+    ----------
+    seconds, spread, samples : the median, the interquartile range over it, and of how many
+    to_copy : the time over that of a copy of x by as many threads
+    gb_per_s : the bytes that the pass must move at the least, over the time
+    over : for fastbn's rows, each peer's time over this one
+    difference : the largest difference from the first fastbn row's result, relative to its largest value
+    """
+
+    pass_: str
+    layout: str
+    dtype: str
+    shape: Shape
+    threads: int
+    contestant: str
+    kind: str
+    seconds: float
+    spread: float
+    samples: int
+    to_copy: float
+    gb_per_s: float
+    bytes_moved: int
+    agrees: bool = True
+    difference: float = 0.0
+    over: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def key(self) -> Key:
+        """What all contestants of one race share."""
+        return (self.pass_, self.layout, self.dtype, self.shape, self.threads)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Rows, what they were measured on, and what there is to say about them."""
+
+    machine: dict[str, str]
+    rows: list[Row]
+    notes: list[str]
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0]}, {len(names)} processors" if names else platform.processor() or platform.machine()
+
+
+def describe_machine(backends: Iterable[str], versions: Mapping[str, str], command: str) -> dict[str, str]:
+    """The processor, the versions, what the backends tell of themselves and the command."""
+    described = {"processor": _processor(), "system": platform.platform(), "fastbn": fastbn.__version__}
+    for backend in backends:
+        details = ", ".join(f"{key} {value}" for key, value in select(backend).describe().items())
+        described[f"fastbn {backend}"] = details
+    return described | {"NumPy": np.__version__, **versions, "command": command}
+
+
+def save(run: Run, path: Path) -> None:
+    """Writes the machine, then the notes, then a row a line."""
+    lines: list[dict[str, Any]] = [{"kind": "machine", **run.machine}, {"kind": "notes", "notes": run.notes}]
+    lines += [asdict(row) for row in run.rows]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+
+def load(path: Path) -> Run:
+    """Reads what `save` wrote."""
+    run = Run({}, [], [])
+    for line in path.read_text(encoding="utf-8").splitlines():
+        fields = json.loads(line)
+        if fields["kind"] == "machine":
+            run.machine.update({key: value for key, value in fields.items() if key != "kind"})
+        elif fields["kind"] == "notes":
+            run.notes.extend(fields["notes"])
+        else:
+            run.rows.append(Row(**(fields | {"shape": tuple(fields["shape"])})))
+    return run
+
+
+def races(rows: Iterable[Row]) -> dict[Key, list[Row]]:
+    """The rows of each race, in the order they were run."""
+    found: dict[Key, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row.key, []).append(row)
+    return found

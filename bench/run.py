@@ -1,0 +1,164 @@
+"""How does a run go? Each race in turn: prepare the contestants, check their results, time them, make rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+
+import fastbn
+
+from . import ours
+from .copies import yardstick
+from .problem import ARRAYS_MOVED, TOLERANCE, Array, Contestant, Problem, disagreement, layouts_of, passes_of
+from .rivals import Rival
+from .rows import COPY, FASTBN, PEER, Row
+from .shapes import Shape, written
+from .timing import PAUSE_SECONDS, Budget, Samples, race
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is run: every combination of these that makes sense."""
+
+    shapes: Sequence[Shape]
+    passes: Sequence[str]
+    layouts: tuple[str, ...]
+    dtypes: Sequence[str]
+    threads: Sequence[int]
+    entrants: dict[str, tuple[str, str | None]]
+    budget: Budget
+
+    @property
+    def races(self) -> int:
+        """How many races there are."""
+        kinds = sum(len(layouts_of(s, self.layouts)) * len(passes_of(s, self.passes)) for s in self.shapes)
+        return kinds * len(self.dtypes) * len(self.threads)
+
+
+@dataclass
+class _Entered:
+    contestant: Contestant
+    kind: str
+    difference: float
+
+
+@dataclass
+class Runner:
+    """Runs a plan against the rivals."""
+
+    plan: Plan
+    rivals: dict[str, Rival]
+    _noted: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def notes(self) -> list[str]:
+        """What could not be run, and results that differ: each with the first race it concerns, and how many more."""
+        return [
+            f"{what} (in {races[0]}{f', and {len(races) - 1} more' if len(races) > 1 else ''})"
+            for what, races in self._noted.items()
+        ]
+
+    def _note(self, what: str, where: str) -> None:
+        self._noted.setdefault(what, []).append(where)
+
+    def run(self, progress: Callable[[str], None] = lambda _: None) -> Iterator[Row]:
+        """The rows of every race, in the plan's order. `progress` is told of each race before it starts."""
+        plan = self.plan
+        for threads in plan.threads:
+            for rival in self.rivals.values():
+                rival.set_threads(threads)
+            with fastbn.use_num_threads(threads):
+                for shape, dtype in product(plan.shapes, plan.dtypes):
+                    for layout in layouts_of(shape, plan.layouts):
+                        yield from self._problem(Problem(shape, layout, dtype), threads, progress)
+
+    def _problem(self, problem: Problem, threads: int, progress: Callable[[str], None]) -> Iterator[Row]:
+        for pass_ in passes_of(problem.shape, self.plan.passes):
+            where = f"{pass_} {written(problem.shape)} {problem.layout} {problem.dtype}, threads: {threads}"
+            progress(where)
+            entered = self._enter(problem, pass_, where)
+            if entered:
+                with yardstick(problem, threads) as copy:
+                    contestants = [copy, *(one.contestant for one in entered)]
+                    samples = race(contestants, self.plan.budget, pause=PAUSE_SECONDS if threads > 1 else 0.0)
+                yield from _rows(problem, pass_, threads, [_Entered(copy, COPY, 0.0), *entered], samples)
+
+    def _prepared(self, problem: Problem, pass_: str, where: str) -> Iterator[tuple[str, Contestant]]:
+        """Those of fastbn first, since the others are checked against them. A peer's failure is a note."""
+        for name, entrant in self.plan.entrants.items():
+            try:
+                yield FASTBN, ours.prepare(problem, pass_, name, *entrant)
+            except NotImplementedError as error:
+                self._note(_refusal(name, error), where)
+        for title, rival in self.rivals.items():
+            try:
+                contestants = rival.prepare(problem, pass_)
+            except Exception as error:  # anything may come from a peer
+                self._note(_refusal(title, error), where)
+                continue
+            for contestant in contestants:
+                yield PEER, contestant
+
+    def _enter(self, problem: Problem, pass_: str, where: str) -> list[_Entered]:
+        """Runs each contestant once and compares its result with the first fastbn's; none without a fastbn."""
+        entered: list[_Entered] = []
+        reference: tuple[Array, ...] | None = None
+        for kind, contestant in self._prepared(problem, pass_, where):
+            try:
+                with contestant.within():
+                    results = contestant.results(contestant.call())
+            except Exception as error:  # anything may come from a peer
+                if kind == FASTBN and not isinstance(error, NotImplementedError):
+                    raise
+                self._note(_refusal(contestant.name, error), where)
+                continue
+            if reference is None:
+                if kind == PEER:
+                    return []
+                reference = tuple(result.copy() for result in results)
+            difference = disagreement(results, reference)
+            if difference > TOLERANCE[problem.dtype]:
+                self._note(
+                    f"{contestant.name}: its result differs", f"{where}: by {difference:.0e} of the largest value"
+                )
+            entered.append(_Entered(contestant, kind, difference))
+        return entered
+
+
+def _refusal(name: str, error: Exception) -> str:
+    return f"{name} does not run: {type(error).__name__}: {error}".splitlines()[0]
+
+
+def _rows(
+    problem: Problem, pass_: str, threads: int, entered: Sequence[_Entered], samples: Sequence[Samples]
+) -> Iterator[Row]:
+    copy = samples[0]
+    to_copy = {one.contestant.name: taken.over(copy) for one, taken in zip(entered, samples, strict=True)}
+    bytes_moved = ARRAYS_MOVED[pass_] * problem.x.nbytes
+    for one, taken in zip(entered, samples, strict=True):
+        name, moved = one.contestant.name, ARRAYS_MOVED["infer"] * problem.x.nbytes if one.kind == COPY else bytes_moved
+        yield Row(
+            pass_=pass_,
+            layout=problem.layout,
+            dtype=problem.dtype,
+            shape=problem.shape,
+            threads=threads,
+            contestant=name,
+            kind=one.kind,
+            seconds=taken.median,
+            spread=taken.spread,
+            samples=len(taken.by_round),
+            to_copy=to_copy[name],
+            gb_per_s=moved / taken.median / 1e9,
+            bytes_moved=moved,
+            agrees=one.difference <= TOLERANCE[problem.dtype],
+            difference=one.difference,
+            over=_over(name, entered, to_copy) if one.kind == FASTBN else {},
+        )
+
+
+def _over(name: str, entered: Iterable[_Entered], to_copy: dict[str, float]) -> dict[str, float]:
+    """Each peer's time over this one's, both by the copies of their own rounds."""
+    peers = [one.contestant.name for one in entered if one.kind == PEER]
+    return {peer: to_copy[peer] / to_copy[name] for peer in peers}

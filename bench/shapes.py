@@ -1,0 +1,105 @@
+"""Which shapes are timed? The sets by name, and the reading of --shapes. Every shape is written channels-first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+Shape = tuple[int, ...]
+
+# The distinct (channels, *spatial) of each network's batch norms, for images of 224x224 and volumes of 64x128x128.
+
+RESNET50: tuple[Shape, ...] = (
+    (64, 112, 112),
+    (256, 56, 56),
+    (128, 56, 56),
+    (64, 56, 56),
+    (512, 28, 28),
+    (256, 28, 28),
+    (128, 28, 28),
+    (1024, 14, 14),
+    (512, 14, 14),
+    (256, 14, 14),
+    (2048, 7, 7),
+    (512, 7, 7),
+)
+
+VGG16: tuple[Shape, ...] = ((64, 224, 224), (128, 112, 112), (256, 56, 56), (512, 28, 28), (512, 14, 14))
+
+MOBILENETV2: tuple[Shape, ...] = (
+    *((channels, 112, 112) for channels in (16, 32, 96)),
+    *((channels, 56, 56) for channels in (24, 96, 144)),
+    *((channels, 28, 28) for channels in (32, 144, 192)),
+    *((channels, 14, 14) for channels in (64, 96, 192, 384, 576)),
+    *((channels, 7, 7) for channels in (160, 320, 576, 960, 1280)),
+)
+
+
+def _densenet121() -> Iterator[Shape]:
+    """In a dense block each layer's input is 32 channels wider than the last one's; its bottleneck has 128."""
+    yield (64, 112, 112)
+    for size, first, last in ((56, 64, 256), (28, 128, 512), (14, 256, 1024), (7, 512, 1024)):
+        for channels in sorted({128, *range(first, last + 1, 32)}):
+            yield (channels, size, size)
+
+
+UNET3D: tuple[Shape, ...] = (
+    (32, 64, 128, 128),
+    (64, 64, 128, 128),
+    (64, 32, 64, 64),
+    (128, 32, 64, 64),
+    (128, 16, 32, 32),
+    (256, 16, 32, 32),
+    (256, 8, 16, 16),
+    (512, 8, 16, 16),
+)
+
+NETWORKS: dict[str, tuple[int, tuple[Shape, ...]]] = {
+    "resnet50": (32, RESNET50),
+    "vgg16": (32, VGG16),
+    "mobilenetv2": (32, MOBILENETV2),
+    "densenet121": (32, tuple(_densenet121())),
+    "unet3d": (1, UNET3D),
+    "inference": (1, RESNET50),
+}
+"""Sets that --batch changes: the default batch, and the shapes of one image."""
+
+FIXED: dict[str, tuple[Shape, ...]] = {
+    "dense": ((32, 128), (64, 512), (256, 1024), (1024, 1024), (128, 4096), (4096, 256), (65536, 64)),
+    "latency": ((1, 64), (8, 64), (32, 64), (8, 256), (1, 64, 7, 7), (2, 16, 8, 8)),
+    "targets": (
+        (32, 64, 112, 112),
+        (32, 256, 56, 56),
+        (32, 512, 28, 28),
+        (32, 1024, 14, 14),
+        (32, 2048, 7, 7),
+        (256, 1024),
+        (1, 256, 56, 56),
+        (1, 64),
+        (8, 64),
+    ),
+}
+"""Sets whose batch is part of the shape."""
+
+NAMES = (*NETWORKS, *FIXED)
+
+
+def _one(word: str, batch: int | None) -> tuple[Shape, ...]:
+    if word in FIXED:
+        return FIXED[word]
+    if word in NETWORKS:
+        default, shapes = NETWORKS[word]
+        return tuple((batch or default, *shape) for shape in shapes)
+    sizes = word.split("x")
+    if len(sizes) < 2 or not all(size.isdecimal() and int(size) > 0 for size in sizes):
+        raise ValueError(f"--shapes: got {word!r}; allowed: {', '.join(NAMES)}, or sizes such as 32x64x56x56")
+    return (tuple(map(int, sizes)),)
+
+
+def parse(text: str, batch: int | None = None) -> tuple[Shape, ...]:
+    """The distinct shapes that a comma-separated list of names and sizes asks for, in its order."""
+    return tuple(dict.fromkeys(shape for word in text.split(",") for shape in _one(word.strip(), batch)))
+
+
+def written(shape: Shape) -> str:
+    """As --shapes takes it: 32x64x56x56."""
+    return "x".join(map(str, shape))

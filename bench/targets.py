@@ -1,0 +1,155 @@
+"""How fast should it be? The project's targets, in one place, and what a run says of each. A report, never a test."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from .rows import COPY, FASTBN, Row, races
+from .shapes import Shape, written
+
+TABLE: tuple[tuple[Shape, tuple[float, float, float, float, float]], ...] = (
+    # shape                 forward NCHW, NHWC; backward NCHW, NHWC; infer in either
+    ((32, 64, 112, 112), (1.2, 1.3, 1.8, 2.2, 0.85)),
+    ((32, 256, 56, 56), (1.3, 1.6, 1.8, 2.5, 0.85)),
+    ((32, 512, 28, 28), (1.4, 1.7, 1.9, 2.5, 0.9)),
+    ((32, 1024, 14, 14), (1.8, 1.9, 2.4, 2.8, 1.1)),
+    ((32, 2048, 7, 7), (1.8, 1.8, 2.6, 2.8, 1.1)),
+    ((256, 1024), (2.2, 2.2, 3.2, 3.2, 1.3)),
+    ((1, 256, 56, 56), (1.2, 1.8, 1.8, 2.6, 1.1)),
+)
+"""The most times the copy's time that the C backend may take: float32, out= given, warm."""
+
+SMALL: tuple[tuple[str, Shape, str, float], ...] = (
+    ("infer", (1, 64), "NumPy careful", 1.0),
+    ("forward", (8, 64), "torch", 0.5),
+    ("backward", (8, 64), "torch", 0.5),
+)
+"""Small calls on one thread: the most times that peer's time that the C backend may take."""
+
+GEOMETRIC_MEANS = {"forward": 4.0, "backward": 2.5}
+"""How many times faster than torch with its memory reused, over the table's shapes."""
+
+SPEEDUP_OF_TWO_THREADS = 1.7
+NUMBA_OVER_C, NUMBA_FROM_ELEMENTS = 1.5, 1_000_000
+
+_COLUMNS = {("forward", "nchw"): 0, ("forward", "nhwc"): 1, ("backward", "nchw"): 2, ("backward", "nhwc"): 3}
+_BOUNDS = dict(TABLE)
+
+
+def bound(row: Row) -> float | None:
+    """The table's bound on this row's ratio to a copy, if it has one."""
+    if not is_c(row) or row.dtype != "float32" or row.shape not in _BOUNDS:
+        return None
+    layout = "nchw" if row.layout == "nc" else row.layout
+    return _BOUNDS[row.shape][_COLUMNS.get((row.pass_, layout), 4)]
+
+
+def is_c(row: Row) -> bool:
+    """Whether this is the C backend, on any instruction set."""
+    return row.kind == FASTBN and row.contestant.split()[1] == "c"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A target in words, what was measured, and whether that meets it."""
+
+    target: str
+    measured: str
+    met: bool
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    """The mean of ratios."""
+    logarithms = [math.log(value) for value in values]
+    return math.exp(sum(logarithms) / len(logarithms))
+
+
+def threads_in_words(threads: int) -> str:
+    """How many threads."""
+    return "1 thread" if threads == 1 else f"{threads} threads"
+
+
+def _name(row: Row) -> str:
+    return f"{row.pass_} {written(row.shape)} {row.layout}, {threads_in_words(row.threads)}"
+
+
+def _table(rows: list[Row]) -> Iterator[Verdict]:
+    bounded = [(row, most) for row in rows if (most := bound(row)) is not None]
+    missed = [f"{_name(row)}: {row.to_copy:.2f} > {most:g}" for row, most in bounded if row.to_copy > most]
+    if bounded:
+        score = f"{len(bounded) - len(missed)} of {len(bounded)} cells"
+        yield Verdict("ratio to a copy within the table's bounds", "; ".join([score, *missed]), not missed)
+
+
+def _no_faster_peer(rows: list[Row]) -> Iterator[Verdict]:
+    ours = [row for row in rows if is_c(row) and row.over]
+    beaten = []
+    for peer in dict.fromkeys(peer for row in ours for peer in row.over):
+        faced = [row for row in ours if peer in row.over]
+        lost = sorted((row for row in faced if row.over[peer] < 1), key=lambda row: row.over[peer])
+        if lost:
+            worst = f"{lost[0].over[peer]:.2f} of ours for {_name(lost[0])}"
+            beaten.append(f"{peer} in {len(lost)} of {len(faced)} rows, at best {worst}")
+    if ours:
+        yield Verdict("no peer is faster", "; ".join(beaten) or f"none in {len(ours)} rows", not beaten)
+
+
+def _torch(rows: list[Row]) -> Iterator[Verdict]:
+    for pass_, least in GEOMETRIC_MEANS.items():
+        for threads in sorted({row.threads for row in rows}):
+            fitting = [row for row in rows if bound(row) and (row.pass_, row.threads) == (pass_, threads)]
+            ratios = [row.over["torch reused"] for row in fitting if "torch reused" in row.over]
+            if ratios:
+                mean = geometric_mean(ratios)
+                where = f"{pass_}, {threads_in_words(threads)}"
+                target = f"torch reused over fastbn, {where}, geometric mean: at least {least:g}"
+                yield Verdict(target, f"{mean:.2f}", mean >= least)
+
+
+def _small(rows: list[Row]) -> Iterator[Verdict]:
+    for pass_, shape, peer, most in SMALL:
+        for row in rows:
+            if is_c(row) and (row.pass_, row.shape, row.threads) == (pass_, shape, 1) and peer in row.over:
+                ratio = 1 / row.over[peer]
+                yield Verdict(f"{pass_} {written(shape)} at most {most:g} of {peer}", f"{ratio:.2f}", ratio <= most)
+
+
+def _two_threads(rows: list[Row]) -> Iterator[Verdict]:
+    """Where a copy gains as much from the second thread, every pass should."""
+    times = {(*row.key[:4], row.contestant, row.threads): row.seconds for row in rows}
+    slow, count = [], 0
+    for row in rows:
+        one = (*row.key[:4], row.contestant, 1)
+        copies = [(*row.key[:4], COPY, threads) for threads in (1, 2)]
+        if not is_c(row) or row.threads != 2 or one not in times or any(copy not in times for copy in copies):
+            continue
+        if times[copies[0]] / times[copies[1]] >= SPEEDUP_OF_TWO_THREADS:
+            count += 1
+            gain = times[one] / row.seconds
+            if gain < SPEEDUP_OF_TWO_THREADS:
+                slow.append(f"{_name(row)}: {gain:.2f}")
+    if count:
+        target = f"two threads at least {SPEEDUP_OF_TWO_THREADS:g} times faster than one, where a copy is"
+        yield Verdict(target, "; ".join([f"{count - len(slow)} of {count} rows", *slow]), not slow)
+
+
+def _numba(rows: list[Row]) -> Iterator[Verdict]:
+    slow, count = [], 0
+    for race in races(rows).values():
+        c, numba = ([row for row in race if row.contestant == name] for name in ("fastbn c", "fastbn numba"))
+        if c and numba and math.prod(c[0].shape) >= NUMBA_FROM_ELEMENTS:
+            count += 1
+            ratio = numba[0].to_copy / c[0].to_copy
+            if ratio > NUMBA_OVER_C:
+                slow.append(f"{_name(numba[0])}: {ratio:.2f}")
+    if count:
+        target = f"numba at most {NUMBA_OVER_C:g} times c from {NUMBA_FROM_ELEMENTS:,} elements"
+        yield Verdict(target, "; ".join([f"{count - len(slow)} of {count} rows", *slow]), not slow)
+
+
+def verdicts(rows: list[Row]) -> list[Verdict]:
+    """Each target that this run can tell of."""
+    reports = (_table, _no_faster_peer, _torch, _small, _two_threads, _numba)
+    return [verdict for report in reports for verdict in report(rows)]

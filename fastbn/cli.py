@@ -1,0 +1,44 @@
+"""What can one do from the command line? fastbn demo, fastbn bench, fastbn info."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+from ._info import __version__, show_config
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fastbn", description="Batch normalization for CPUs.")
+    parser.add_argument("--version", action="version", version=f"fastbn {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    demo = commands.add_parser("demo", help="train on handwritten digits, with and without batch norm")
+    demo.add_argument("--quick", action="store_true", help="a few seconds instead of about half a minute")
+    demo.add_argument("--seeds", type=int, metavar="N", help="how many seeds to take the median of")
+    demo.add_argument("--output", default="fastbn-demo.png", metavar="PNG", help="the picture (default: %(default)s)")
+    commands.add_parser("bench", help="time the backends, and the peers that are installed, side by side")
+    commands.add_parser("info", help="show the version, the backends, the instruction set, threads and caches")
+    return parser
+
+
+def _run(argv: list[str]) -> int:
+    if argv[:1] == ["bench"]:
+        return int(importlib.import_module("fastbn.bench.cli").main(argv[1:]))
+    arguments = _parser().parse_args(argv)
+    if arguments.command == "info":
+        show_config()
+    else:
+        importlib.import_module("fastbn.demo").main(arguments.quick, arguments.seeds, arguments.output)
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command and returns its exit status: 2, and a line on stderr, for what the user has to mend."""
+    try:
+        return _run(sys.argv[1:] if argv is None else argv)
+    except (ImportError, OSError, TypeError, ValueError) as error:
+        print(f"fastbn: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130

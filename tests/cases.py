@@ -1,0 +1,268 @@
+"""What do the tests run on, and when is a result right? Kernels, data, places in memory; the oracle's tolerances."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import oracle
+
+import fastbn
+
+Array = np.ndarray[Any, Any]
+CHECKOUT = Path(__file__).resolve().parent.parent
+DTYPES = ("float32", "float64")
+
+
+class Kernel(NamedTuple):
+    """A backend, and the instruction set it runs with where it has several."""
+
+    backend: str
+    isa: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.backend}-{self.isa}" if self.isa else self.backend
+
+
+def isas() -> tuple[str, ...]:
+    """The instruction sets that the C backend has on this processor."""
+    if "c" not in fastbn.backends():
+        return ()
+    from fastbn.backends import c_backend
+
+    return tuple(c_backend.isas())
+
+
+KERNELS = tuple(
+    Kernel(backend, isa) for backend in fastbn.backends() for isa in (isas() if backend == "c" else (None,))
+)
+
+
+class Call(NamedTuple):
+    """The arrays of one forward and backward call."""
+
+    x: Array
+    dy: Array
+    residual: Array
+    gamma: Array | None
+    beta: Array | None
+    running_mean: Array
+    running_var: Array
+
+
+def call(shape: tuple[int, ...], dtype: Any = "float32", axis: int = 1, offset: float = 0.5, seed: int = 0) -> Call:
+    """Random arrays for x of `shape`."""
+    channels = shape[axis]
+    rng = np.random.default_rng([seed, *shape])
+    x, dy, residual = (rng.standard_normal(shape).astype(dtype) for _ in range(3))
+    gamma, beta, mean = (rng.standard_normal(channels).astype(dtype) for _ in range(3))
+    var = rng.uniform(0.5, 2, channels).astype(dtype)
+    return Call(x + np.asarray(offset, dtype), dy, residual, gamma, beta, mean, var)
+
+
+# How far results may be from the oracle ------------------------------------------------------------------------------
+
+ROUNDING = {"float32": 1, "float64": 32}
+"""Times the bound. The contract gives one for float32, whose sums are kept in float64; the sums of float64 data round
+like the data itself, and more the longer they are."""
+
+
+def _worst(error: Array, allowed: Array) -> float:
+    assert not np.isnan(error).any(), "NaN among the results"
+    return float((error / allowed).max(initial=0))
+
+
+def assert_y(y: Array, at: oracle.Normalized, gamma: Array | None = None, *, axis: int = 1, where: str = "") -> None:
+    """Is y within the contract's bound?"""
+    allowed = ROUNDING[y.dtype.name] * oracle.bound(at, gamma, axis=axis, dtype=y.dtype)
+    worst = _worst(abs(y - at.y), allowed)
+    assert worst <= 1, f"|y - exact| is {worst:.3g} times what the contract allows {where}"
+
+
+def assert_sum(name: str, got: Array, exact: Array, terms: Array, where: str = "") -> None:
+    """A sum over a channel, kept in float64 and rounded once to its dtype."""
+    worst = _worst(abs(got - exact), oracle.ulp(exact, got.dtype) + terms * 1e-14)
+    assert worst <= 1, f"{name} is {worst:.3g} times as far from exact as allowed {where}"
+
+
+def assert_gradients(got: Any, exact: oracle.Differentiated, where: str = "") -> None:
+    """Is dx within 2 epsilon of the terms that it adds up, are dgamma and dbeta rounded once, dresidual not at all?"""
+    info = np.finfo(got.dx.dtype)
+    allowed = 2 * ROUNDING[got.dx.dtype.name] * info.eps * exact.dx_terms + 4 * info.smallest_subnormal
+    worst = _worst(abs(got.dx - exact.dx), allowed)
+    assert worst <= 1, f"dx is {worst:.3g} times as far from exact as allowed {where}"
+    if got.dgamma is not None:
+        assert_sum("dgamma", got.dgamma, exact.dgamma, exact.dgamma_terms, where)
+    if got.dbeta is not None:
+        assert_sum("dbeta", got.dbeta, exact.dbeta, exact.dbeta_terms, where)
+    if got.dresidual is not None:
+        assert np.array_equal(got.dresidual, exact.dresidual), f"dresidual is not dy where y > 0 {where}"
+
+
+def assert_running(name: str, got: Array, old: Array, batch: Array, momentum: float, where: str = "") -> None:
+    """A running statistic after one more batch, within 2 ulp of the terms that it blends."""
+    exact = oracle.blended(old, batch, momentum)
+    terms = oracle.blended(abs(old), abs(batch), momentum)
+    worst = _worst(abs(got - exact), 2 * oracle.ulp(terms, got.dtype) + terms * 1e-14)
+    assert worst <= 1, f"{name} is {worst:.3g} times as far from exact as allowed {where}"
+
+
+def check(
+    c: Call,
+    *,
+    axis: int = 1,
+    training: bool = True,
+    activation: str | None = None,
+    residual: bool = False,
+    eps: float = 1e-5,
+    momentum: float = 0.1,
+    where: str = "",
+) -> None:
+    """Runs forward and backward, and holds everything that they return or update against the oracle."""
+    mean, var = c.running_mean.copy(), c.running_var.copy()
+    before = c.x.tobytes(), c.dy.tobytes(), c.residual.tobytes()
+    added = c.residual if residual else None
+    y, cache = fastbn.forward(
+        c.x, c.gamma, c.beta, mean, var,
+        training=training, momentum=momentum, eps=eps, axis=axis, activation=activation, residual=added,
+    )  # fmt: skip
+    statistics = (None, None) if training else (c.running_mean, c.running_var)
+    exact = oracle.forward(c.x, c.gamma, c.beta, *statistics, eps=eps, axis=axis, activation=activation, residual=added)
+    assert y.dtype == c.x.dtype.newbyteorder("="), where
+    assert y.strides == np.empty_like(c.x).strides, f"y is in another memory order than x {where}"
+    assert_y(y, exact, c.gamma, axis=axis, where=where)
+    if training:
+        count = c.x.size // c.x.shape[axis]
+        assert_running("running_mean", mean, c.running_mean, exact.mean, momentum, where)
+        assert_running("running_var", var, c.running_var, oracle.unbiased(exact.var, count), momentum, where)
+    else:
+        assert_same_bits((mean, var), (c.running_mean, c.running_var), where)
+    got = fastbn.backward(c.dy, cache)
+    passed = y if activation == "relu" else None
+    wanted = oracle.backward(c.dy, c.x, exact, c.gamma, axis=axis, passed=passed, frozen=not training)
+    assert got.dx.dtype == y.dtype, where
+    assert got.dx.strides == y.strides, f"dx is in another memory order than x {where}"
+    given = (c.gamma is not None, c.beta is not None, residual)
+    assert tuple(gradient is not None for gradient in (got.dgamma, got.dbeta, got.dresidual)) == given, where
+    assert_gradients(got, wanted, where)
+    assert before == (c.x.tobytes(), c.dy.tobytes(), c.residual.tobytes()), f"an input was changed {where}"
+
+
+def assert_same_bits(a: Any, b: Any, where: str = "") -> None:
+    """Arrays (or tuples of them, or None) that agree in every bit, NaN included."""
+    if isinstance(a, tuple):
+        for one, other in zip(a, b, strict=True):
+            assert_same_bits(one, other, where)
+    elif a is None or b is None:
+        assert a is b, where
+    else:
+        assert a.dtype == b.dtype, where
+        assert a.shape == b.shape, where
+        assert a.tobytes() == b.tobytes(), where
+
+
+# Ways for an array to lie in memory ----------------------------------------------------------------------------------
+
+
+def _c_order(a: Array) -> Array:
+    return np.ascontiguousarray(a)
+
+
+def _fortran(a: Array) -> Array:
+    return np.asfortranarray(a)
+
+
+def _in_order(*order: int) -> Callable[[Array], Array]:
+    """Axes from the slowest in memory to the fastest, for arrays of four dimensions; others are reversed."""
+
+    def place(a: Array) -> Array:
+        chosen = order if a.ndim == len(order) else tuple(reversed(range(a.ndim)))
+        return np.ascontiguousarray(a.transpose(chosen)).transpose(np.argsort(chosen))
+
+    return place
+
+
+def _odd_address(a: Array) -> Array:
+    """One element past a vector's boundary, with NaN on both sides."""
+    buffer = np.full(a.size + 34, np.nan, a.dtype)
+    start = 1 + (-(buffer.ctypes.data // a.itemsize)) % 16
+    inner = buffer[start : start + a.size].reshape(a.shape)
+    inner[...] = a
+    return inner
+
+
+def _unaligned(a: Array) -> Array:
+    """An address that is not a multiple of the element's size."""
+    raw = np.zeros(a.nbytes + 1, np.uint8)
+    inner = raw[1:].view(a.dtype).reshape(a.shape)
+    inner[...] = a
+    return inner
+
+
+def _stepped(a: Array) -> Array:
+    buffer = np.full(tuple(2 * n + 1 for n in a.shape), np.nan, a.dtype)
+    inner = buffer[tuple(slice(1, None, 2) for _ in a.shape)]
+    inner[...] = a
+    return inner
+
+
+def _reversed(a: Array) -> Array:
+    back = tuple(slice(None, None, -1) for _ in a.shape)
+    return np.ascontiguousarray(a[back])[back]
+
+
+def _cropped(a: Array) -> Array:
+    """Part of the last axis of a larger array."""
+    buffer = np.full((*a.shape[:-1], a.shape[-1] + 3), np.nan, a.dtype)
+    buffer[..., 2:-1] = a
+    return buffer[..., 2:-1]
+
+
+def _read_only(a: Array) -> Array:
+    copy = a.copy()
+    copy.flags.writeable = False
+    return copy
+
+
+def _byteswapped(a: Array) -> Array:
+    return a.astype(a.dtype.newbyteorder())
+
+
+PLACEMENTS: dict[str, Callable[[Array], Array]] = {
+    "C order": _c_order,
+    "Fortran order": _fortran,
+    "channels-last seen as channels-first": _in_order(0, 2, 3, 1),
+    "channels outermost": _in_order(1, 0, 2, 3),
+    "batch innermost": _in_order(1, 2, 3, 0),
+    "odd address": _odd_address,
+    "unaligned": _unaligned,
+    "every second element": _stepped,
+    "negative strides": _reversed,
+    "cropped": _cropped,
+    "read-only": _read_only,
+    "byteswapped": _byteswapped,
+}
+"""How the same values may lie in memory; each returns an array equal to its argument."""
+
+
+# Other processes -----------------------------------------------------------------------------------------------------
+
+
+def run_python(script: str, folder: Path, timeout: float = 60, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs a script in a fresh interpreter, in `folder`, with no setting of fastbn's but those given."""
+    inherited = {key: value for key, value in os.environ.items() if not re.match("FASTBN_|OMP_NUM_THREADS", key)}
+    return subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=folder,
+        env={**inherited, **environment},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )

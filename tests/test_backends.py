@@ -1,0 +1,167 @@
+"""Which backend is used, and do all of them agree?"""
+
+from __future__ import annotations
+
+import threading
+from itertools import permutations
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import cases
+import numpy as np
+import pytest
+from test_checks import assert_refused
+
+import fastbn
+from fastbn.backends import Backend, select
+
+BACKENDS = fastbn.backends()
+
+
+def test_best_first() -> None:
+    order = ("c", "numba", "numpy")
+    assert [name for name in order if name in BACKENDS] == list(BACKENDS)
+    assert BACKENDS[-1] == "numpy"
+
+
+def test_the_compiled_backend_is_built() -> None:
+    """Every other test passes without it, on the other backends alone."""
+    assert "c" in BACKENDS
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_protocol(name: str) -> None:
+    """A backend has the protocol's functions, and describes itself in strings."""
+    backend = select(name)
+    assert isinstance(backend, ModuleType)
+    for verb in (verb for verb in vars(Backend) if not verb.startswith("_")):
+        assert callable(getattr(backend, verb))
+    assert all(isinstance(part, str) for item in backend.describe().items() for part in item)
+
+
+def test_the_best_is_the_default(tmp_path: Path) -> None:
+    done = cases.run_python("import fastbn; print(fastbn.get_backend())", tmp_path)
+    assert done.stdout.strip() == BACKENDS[0]
+
+
+def test_which_goes_first(settings: None) -> None:
+    """The innermost block, then the process."""
+    fastbn.set_backend("numpy")
+    assert fastbn.get_backend() == "numpy"
+    for name in BACKENDS:
+        with fastbn.use_backend(name):
+            assert fastbn.get_backend() == name
+            with fastbn.use_backend("numpy"):
+                assert fastbn.get_backend() == "numpy"
+            assert fastbn.get_backend() == name
+    assert fastbn.get_backend() == "numpy"
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_the_one_that_is_named_does_the_work(name: str, monkeypatch: pytest.MonkeyPatch, settings: None) -> None:
+    """Whichever way it is named, and nobody else does: no backend falls back to another."""
+    calls: list[tuple[str, str]] = []
+    for backend in BACKENDS:
+        for verb in ("forward", "infer", "backward"):
+            _spy(monkeypatch, backend, verb, calls)
+    c = cases.call((6, 5, 3))
+
+    def run(**chosen: str) -> None:
+        _, cache = fastbn.forward(c.x, c.gamma, c.beta, **chosen)
+        fastbn.backward(c.dy, cache, **chosen)
+        fastbn.infer(c.x, c.gamma, c.beta, c.running_mean, c.running_var, **chosen)
+
+    wanted = [(name, verb) for verb in ("forward", "backward", "infer")]
+    run(backend=name)
+    with fastbn.use_backend(name):
+        run()
+    fastbn.set_backend(name)
+    run()
+    assert calls == wanted * 3
+
+
+def _spy(monkeypatch: pytest.MonkeyPatch, name: str, verb: str, calls: list[tuple[str, str]]) -> None:
+    backend = select(name)
+    original = getattr(backend, verb)
+
+    def called(*arguments: Any) -> None:
+        calls.append((name, verb))
+        original(*arguments)
+
+    monkeypatch.setattr(backend, verb, called)
+
+
+def test_block_ends_with_an_exception() -> None:
+    before = fastbn.get_backend()
+    with pytest.raises(KeyError), fastbn.use_backend("numpy"):
+        raise KeyError
+    assert fastbn.get_backend() == before
+
+
+def test_block_is_of_its_thread() -> None:
+    before, seen = fastbn.get_backend(), []
+    with fastbn.use_backend("numpy"):
+        thread = threading.Thread(target=lambda: seen.append(fastbn.get_backend()))
+        thread.start()
+        thread.join()
+    assert seen == [before]
+
+
+@pytest.mark.parametrize("choose", [fastbn.set_backend, fastbn.use_backend])
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [
+        ("cuda", ValueError),
+        ("", ValueError),
+        ("NumPy", ValueError),
+        (1, TypeError),
+        (None, TypeError),
+        (["c"], TypeError),
+    ],
+)
+def test_unknown_backend(choose: Any, name: Any, error: type[Exception], settings: None) -> None:
+    before = fastbn.get_backend()
+
+    def enter(name: Any) -> None:
+        with choose(name) or fastbn.use_backend("numpy"):
+            pass
+
+    assert_refused(enter, {"name": name}, error, "backend", repr(name), "'c'", "'numba'", "'numpy'")
+    assert fastbn.get_backend() == before
+
+
+WITHOUT_NUMBA = """
+import sys
+sys.modules["numba"] = None  # as if it were not installed
+import numpy as np, fastbn
+assert "numba" not in fastbn.backends()
+try:
+    fastbn.forward(np.ones((3, 2)), backend="numba")
+except ImportError as error:
+    print(error)
+assert fastbn.get_backend() != "numba"
+"""
+
+
+def test_numba_is_missing(tmp_path: Path) -> None:
+    """Said with the name of the extra that brings it; no other backend steps in."""
+    done = cases.run_python(WITHOUT_NUMBA, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "fastbn[numba]" in done.stdout
+
+
+@pytest.mark.parametrize(("first", "second"), list(permutations(BACKENDS, 2)))
+def test_backward_on_another_backend(first: str, second: str, dtype: str) -> None:
+    """A cache belongs to no backend, and they agree on the gradient."""
+    for shape in ((40, 19), (4, 19, 30)):
+        c = cases.call(shape, dtype)
+        for training in (True, False):
+            _, cache = fastbn.forward(
+                c.x, c.gamma, c.beta, c.running_mean, c.running_var, training=training, residual=c.residual,
+                activation="relu", backend=first,
+            )  # fmt: skip
+            got, wanted = (fastbn.backward(c.dy, cache, backend=name) for name in (second, first))
+            rtol = 64 * np.finfo(dtype).eps
+            for a, b in zip((*got, got.dresidual), (*wanted, wanted.dresidual), strict=True):
+                np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * max(1, float(abs(b).max())))

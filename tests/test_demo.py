@@ -1,0 +1,228 @@
+"""Are the demo's networks right, do its numbers come from its runs, and does it say what they show?"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import fastbn
+from fastbn import _demo_networks as networks
+from fastbn import cli, demo
+from fastbn._demo_networks import KINDS, Conv, Data, Dense, Job, build, cross_entropy, perform
+
+TINY = demo.Plan(2, 0.05, (0.1, 1.0), (1.0, 3.0), (0.003,), 8)
+
+
+def slope(value, array, direction, step=1e-5):
+    """The derivative of value() along a direction of an array that it depends on."""
+    start = array.copy()
+    array[...] = start + step * direction
+    above = value()
+    array[...] = start - step * direction
+    below = value()
+    array[...] = start
+    return (above - below) / (2 * step)
+
+
+def check_slopes(value, arrays, gradients, rng):
+    for array, gradient in zip(arrays, gradients, strict=True):
+        assert array.shape == gradient.shape
+        noise = rng.standard_normal(array.shape)
+        direction = gradient / np.linalg.norm(gradient) + noise / np.linalg.norm(noise)
+        np.testing.assert_allclose((gradient * direction).sum(), slope(value, array, direction), rtol=1e-5)
+
+
+def conv_by_loops(x, weight, bias, stride):
+    padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    rows, columns = range(0, x.shape[1], stride), range(0, x.shape[2], stride)
+    y = np.empty((len(x), len(rows), len(columns), weight.shape[1]))
+    for i, row in enumerate(rows):
+        for j, column in enumerate(columns):
+            y[:, i, j] = padded[:, row : row + 3, column : column + 3].reshape(len(x), -1) @ weight + bias
+    return y
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_dense_has_the_gradient_of_its_output(bias):
+    rng = np.random.default_rng(0)
+    x, dy = rng.standard_normal((5, 4)), rng.standard_normal((5, 3))
+    layer = Dense(rng.standard_normal((4, 3)), bias)
+    layer(x)
+    dx = layer.backward(dy)
+    arrays, gradients = [x, *layer.parameters().values()], [dx, *layer.gradients().values()]
+    assert len(arrays) == 2 + bias
+    check_slopes(lambda: (layer(x) * dy).sum(), arrays, gradients, rng)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("size", [(4, 6), (5, 3)])
+def test_conv_is_a_convolution_with_its_gradient(stride, size):
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((2, *size, 3))
+    layer = Conv(rng.standard_normal((27, 4)), True, stride)
+    layer.parameters()["bias"][...] = rng.standard_normal(4)
+    expected = conv_by_loops(x, *layer.parameters().values(), stride)
+    np.testing.assert_allclose(layer(x), expected, rtol=1e-12, atol=1e-12)
+    dy = rng.standard_normal(expected.shape)
+    dx = layer.backward(dy)
+    arrays, gradients = [x, *layer.parameters().values()], [dx, *layer.gradients().values()]
+    check_slopes(lambda: (layer(x) * dy).sum(), arrays, gradients, rng)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_whole_network_has_the_gradient_of_its_loss(kind, norm):
+    rng = np.random.default_rng(2)
+    x, labels = rng.standard_normal((32, 64)), rng.integers(0, 10, 32)
+    network = build(kind, norm, dtype="float64")
+    network.backward(cross_entropy(network(x), labels)[1])
+    gradients = [gradient.copy() for gradient in network.gradients()]
+    check_slopes(lambda: cross_entropy(network(x), labels)[0], network.parameters(), gradients, rng)
+
+
+def test_the_pair_of_networks_differs_in_batch_norm_alone():
+    for kind in KINDS:
+        plain, norm = build(kind, False), build(kind, True)
+        weights = [[p for p in network.parameters() if p.ndim == 2] for network in (plain, norm)]
+        for a, b in zip(*weights, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+@pytest.fixture(scope="module")
+def data() -> Data:
+    pytest.importorskip("sklearn", reason='needs pip install "fastbn[demo]"')
+    return networks.load_data()
+
+
+def test_the_parts_of_the_data_are_apart(data):
+    images = np.concatenate([part[0] for part in (data.train, data.validation, data.test)])
+    assert [len(part[1]) for part in (data.train, data.validation, data.test)] == [1024, 273, 500]
+    assert len(np.unique(images, axis=0)) == len(images)
+
+
+def test_a_run_depends_on_its_seed_and_on_nothing_else(data):
+    job = Job("shallow", True, 0.1, 12)
+    run, again, other = perform(job, data), perform(job, data), perform(replace(job, seed=1), data)
+    np.testing.assert_array_equal(run.curve, again.curve)
+    assert run.gradient_norm == again.gradient_norm
+    assert run.gradient_norm != other.gradient_norm
+    assert not np.array_equal(run.curve, other.curve)
+
+
+def test_training_learns_and_a_run_that_diverges_ends_at_chance(data):
+    assert perform(Job("shallow", True, 0.1, 60), data).curve[-1] > 0.9
+    diverged = perform(Job("shallow", False, 1e20, 60), data)
+    assert diverged.curve.shape == perform(Job("shallow", False, 0.1, 60), data).curve.shape
+    assert diverged.curve[-1] < 0.2
+
+
+def test_two_processes_give_what_one_gives(data):
+    jobs = [Job("shallow", norm, 0.1, 5, seed=seed) for norm in (False, True) for seed in (0, 1)]
+    found = []
+    for workers in (1, 2):
+        with networks.executor(data, workers) as execute:
+            found.append(dict(execute(jobs)))
+    assert found[0].keys() == found[1].keys() == set(jobs)
+    for job in jobs:
+        np.testing.assert_array_equal(found[0][job].curve, found[1][job].curve)
+
+
+@pytest.fixture(scope="module")
+def comparison(data):
+    experiment = demo.Experiment(TINY, data)
+    with networks.executor(data, 1) as execute:
+        for jobs in (experiment.rate_jobs, experiment.scale_jobs):
+            experiment.runs.update(execute(jobs()))
+    return experiment.comparison("shallow")
+
+
+def test_the_comparison_is_read_off_the_runs(comparison):
+    plain, own = comparison.plain, comparison.own_rate
+    for seed, target in enumerate(plain.curves[:, -1]):
+        first = comparison.checkpoints[np.flatnonzero(plain.curves[seed] >= target)[0]]
+        assert plain.steps_to_plain.low <= first <= plain.steps_to_plain.high
+    assert own.accuracy.low == own.curves[:, -1].min()
+    assert own.accuracy.high == own.curves[:, -1].max()
+    assert plain.times_fewer == demo.Spread(1.0, 1.0, 1.0)
+    assert comparison.without.gradient_norm.low < comparison.without.gradient_norm.high
+    assert comparison.without.seconds_per_step > 0
+
+
+def test_targets_that_are_not_reached_are_reported_so():
+    steps = demo._first_reached([3, 5, 9], np.array([[10.0, 60, 50], [10, 20, 30]]), np.array([55.0, 55]))
+    assert steps.tolist() == [5, np.inf]
+    assert demo.Spread.of(steps).text(demo._steps_text) == "5 (5-never)"
+
+
+def told(lines) -> str:
+    return "\n".join(lines)
+
+
+def test_the_sentences_follow_the_numbers(comparison):
+    spread = demo.Spread
+
+    def with_numbers(plain, own, fewer):
+        return replace(
+            comparison,
+            plain=replace(comparison.plain, rate=0.1, accuracy=plain),
+            own_rate=replace(comparison.own_rate, rate=1.0, accuracy=own, times_fewer=fewer),
+            with_norm=replace(comparison.with_norm, seconds_per_step=2.0),
+            without=replace(comparison.without, seconds_per_step=1.0, by_rate=np.full((2, 2), plain.median)),
+        )
+
+    small = spread(90, 90, 90), spread(80, 80, 80)
+    better = with_numbers(spread(90, 89, 91), spread(97, 96, 98), spread(8, 7, 9))
+    assert "8.0 times fewer at" in told(demo.effects([better]))
+    assert "8.0 times fewer of them, 4.0 times faster by the clock" in told(demo.limits([better], TINY, small))
+    assert "at the end" not in told(demo.limits([better], TINY, small))
+    worse = with_numbers(spread(97, 96, 98), spread(96, 95, 97), spread(0.5, 0.4, 0.6))
+    assert "2.0 times more at" in told(demo.effects([worse]))
+    assert "no gain" in told(demo.limits([worse], TINY, small))
+    assert "no faster by the clock" in told(demo.limits([worse], TINY, small))
+    alike = replace(better, plain=replace(better.plain, rate=1.0))
+    assert "whose best learning rate is the same" in told(demo.effects([alike]))
+    lost = with_numbers(spread(97, 96, 98), spread(90, 90, 91), spread(0, 0, 0))
+    assert "not reached at" in told(demo.effects([lost]))
+    chance = with_numbers(spread(10, 9, 11), spread(97, 96, 98), spread(1, 1, 1))
+    assert "stays at chance (10 %)" in told(demo.effects([chance]))
+    assert "times fewer" not in told(demo.effects([chance])).split("Published")[0]
+    assert "does harm" in told(demo.limits([better], TINY, small))
+    assert "no harm" in told(demo.limits([better], TINY, small[::-1]))
+
+
+def test_the_demo_prints_its_table_and_draws_its_picture(tmp_path, capsys, monkeypatch):
+    for module in ("sklearn", "rich", "threadpoolctl"):
+        pytest.importorskip(module, reason='needs pip install "fastbn[demo]"')
+    image = pytest.importorskip("matplotlib.image", reason='needs pip install "fastbn[demo]"')
+    colors = pytest.importorskip("matplotlib.colors")
+    path = tmp_path / "curves.png"
+    monkeypatch.setattr(demo, "QUICK", TINY)
+    with fastbn.use_num_threads(1):
+        assert cli.main(["demo", "--quick", "--seeds", "1", "--output", str(path)]) == 0
+    printed = capsys.readouterr().out
+    for kind in KINDS.values():
+        assert kind.title in printed
+    assert "seeds: 1," in printed
+    for words in ("test accuracy", "times fewer", "microseconds", "Where it did not help", "Batches of 2"):
+        assert words in printed
+    pixels = image.imread(path)[..., :3]
+    assert pixels.shape[0] > 800
+    assert pixels.shape[1] > 1000
+    for colour in (demo.COLOURS["plain"], demo.COLOURS["own"]):
+        assert (np.abs(pixels - colors.to_rgb(colour)).max(axis=2) < 0.02).sum() > 500
+
+
+@pytest.mark.parametrize("module", ["matplotlib.figure", "rich.progress", "rich.console", "sklearn.datasets"])
+def test_a_missing_extra_is_named(module, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ImportError, match=r'pip install "fastbn\[demo\]"'):
+        demo.run(TINY, str(tmp_path / "curves.png"), workers=1)
+
+
+@pytest.mark.parametrize("output", ["curves.jpg", "no/such/folder/curves.png"])
+def test_a_picture_that_cannot_be_written_is_refused_before_the_runs(output):
+    with pytest.raises(ValueError, match="output"):
+        demo.run(TINY, output, workers=1)

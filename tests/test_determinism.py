@@ -1,0 +1,205 @@
+"""Are results the same, bit for bit, for any number of threads, on every call, from any thread and process?"""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import cases
+import numpy as np
+import pytest
+
+import fastbn
+
+# Enough work for eight threads (32768 values each), or nearly; split in every way that the blocking has.
+SHAPES = (
+    (2, 3, 300, 301),
+    (1, 1, 600_001),
+    (1, 2, 150_000),
+    (3, 2, 70_001),
+    (4096, 100),
+    (20_001, 16),
+    (300_001, 1),
+    (100_003, 3),
+    (600, 1000),
+    (3000, 257),
+    (2, 150_001),
+    (2, 100_000, 3),
+    (3, 2000, 7, 7),
+    (16, 131, 14, 14),
+    (40, 50, 9),
+)
+
+
+@cache
+def call(shape: tuple[int, ...], dtype: str) -> cases.Call:
+    return cases.call(shape, dtype)
+
+
+def results(c: cases.Call, backend: str | None = None) -> tuple[Any, ...]:
+    """Everything that forward, backward and infer return or update."""
+    mean, var = c.running_mean.copy(), c.running_var.copy()
+    y, made = fastbn.forward(c.x, c.gamma, c.beta, mean, var, activation="relu", residual=c.residual, backend=backend)
+    gradients = fastbn.backward(c.dy, made, backend=backend)
+    _, frozen = fastbn.forward(c.x, c.gamma, c.beta, mean, var, training=False, backend=backend)
+    inferred = fastbn.infer(c.x, c.gamma, c.beta, mean, var, residual=c.residual, backend=backend)
+    return (y, mean, var, *gradients, gradients.dresidual, *fastbn.backward(c.dy, frozen, backend=backend), inferred)
+
+
+THREADED = [kernel for kernel in cases.KERNELS if kernel.backend != "numpy"]
+"""The reference runs on one thread."""
+
+
+@pytest.mark.parametrize("kernel", THREADED, ids=str, indirect=True)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_any_number_of_threads(kernel: cases.Kernel, dtype: str, shape: tuple[int, ...]) -> None:
+    c = call(shape, dtype)
+    with fastbn.use_num_threads(1):
+        wanted = results(c)
+    for threads in (2, 3, 8):
+        with fastbn.use_num_threads(threads):
+            cases.assert_same_bits(results(c), wanted, f"for {threads} threads")
+
+
+def test_every_call(kernel: cases.Kernel, dtype: str) -> None:
+    """Also where earlier calls have left other values in memory."""
+    c = call((40, 50, 9), dtype)
+    wanted = results(c)
+    for shape in ((600, 100), (13, 37), (40, 50, 9)):
+        results(cases.call(shape, dtype, seed=1))
+        cases.assert_same_bits(results(c), wanted, f"after {shape}")
+
+
+def test_wherever_the_arrays_lie(kernel: cases.Kernel, dtype: str) -> None:
+    """Neither an array's address nor a stranger's data beside it matters."""
+    for shape in ((13, 37), (3, 5, 67), (5000, 19), (2, 3, 70_001)):
+        c = call(shape, dtype)
+        odd = cases.PLACEMENTS["odd address"]
+        moved = cases.Call(*(odd(array) for array in c))
+        cases.assert_same_bits(results(moved), results(c), f"for {shape}")
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_instruction_sets_with_fused_multiply_add_agree(dtype: str, shape: tuple[int, ...]) -> None:
+    fused = [kernel for kernel in cases.KERNELS if kernel.isa in ("avx2", "avx512", "neon")]
+    if len(fused) < 2:
+        pytest.skip(f"this processor has {', '.join(map(str, fused)) or 'none'} of them")
+    from fastbn.backends import c_backend
+
+    before = c_backend.isa()
+    found = []
+    for kernel in fused:
+        c_backend.select_isa(kernel.isa)
+        found.append(results(call(shape, dtype), "c"))
+    c_backend.select_isa(before)
+    for other in found[1:]:
+        cases.assert_same_bits(other, found[0])
+
+
+PROCESS = """
+import hashlib, numpy as np, fastbn
+for dtype in ("float32", "float64"):
+    for shape in ((600, 1000), (20_001, 16), (2, 3, 70_001), (3, 2000, 7, 7), (13, 37)):
+        rng = np.random.default_rng(0)
+        x, dy, residual = rng.standard_normal((3, *shape)).astype(dtype) + np.asarray(1000, dtype)
+        gamma, beta = rng.standard_normal((2, shape[1])).astype(dtype)
+        y, cache = fastbn.forward(x, gamma, beta, activation="relu", residual=residual - x)
+        found = hashlib.blake2b(y)
+        for array in fastbn.backward(dy, cache):
+            found.update(array)
+        print(found.hexdigest())
+"""
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "neon"])
+def test_any_number_of_threads_in_processes(isa: str, tmp_path: Path) -> None:
+    """As users set it: FASTBN_ISA and FASTBN_NUM_THREADS; and the fused ones agree across processes, too."""
+    if isa not in cases.isas():
+        pytest.skip(f"this processor or build has no {isa}")
+    found = set()
+    for threads in "18":
+        done = cases.run_python(PROCESS, tmp_path, FASTBN_ISA=isa, FASTBN_NUM_THREADS=threads, FASTBN_BACKEND="c")
+        assert done.returncode == 0, done.stderr
+        found.add(done.stdout)
+    assert len(found) == 1
+    if isa == "avx512":
+        assert cases.run_python(PROCESS, tmp_path, FASTBN_ISA="avx2", FASTBN_BACKEND="c").stdout in found
+
+
+# Python threads and forked processes, each in a process of its own: what goes wrong there may never return ----------
+
+CONCURRENT = """
+from concurrent.futures import ThreadPoolExecutor
+import numpy as np, fastbn
+
+def run(seed):
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal(((300, 400), (3, 40, 1000), (2, 3, 50_000))[seed % 3]).astype(np.float32)
+    with fastbn.use_backend("BACKEND"), fastbn.use_num_threads(1 + seed % 4):
+        y, cache = fastbn.forward(x, activation="relu")
+        return y.tobytes() + fastbn.backward(x, cache).dx.tobytes()
+
+alone = [run(seed) for seed in range(12)]
+for _ in range(3):
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(run, range(12))) == alone
+print("done")
+"""
+
+
+@pytest.mark.parametrize("backend", fastbn.backends())
+def test_calls_from_several_threads(backend: str, tmp_path: Path) -> None:
+    done = cases.run_python(CONCURRENT.replace("BACKEND", backend), tmp_path, timeout=120)
+    assert (done.returncode, done.stdout.strip()) == (0, "done"), done.stderr
+
+
+FORK = """
+import os, sys, warnings
+import multiprocessing
+import numpy as np, fastbn
+
+warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of any fork beside threads
+x = np.random.default_rng(0).standard_normal((600, 1000)).astype(np.float32)
+
+def run(_=None):
+    with fastbn.use_backend("BACKEND"), fastbn.use_num_threads(4):
+        y, cache = fastbn.forward(x, activation="relu")
+        return y.tobytes() + fastbn.backward(x, cache).dx.tobytes()
+
+wanted = run()  # starts the parent's worker threads
+child = os.fork()
+if child == 0:
+    os._exit(0 if run() == wanted and fastbn.get_num_threads() == 1 else 1)
+_, status = os.waitpid(child, 0)
+assert os.waitstatus_to_exitcode(status) == 0
+with multiprocessing.get_context("fork").Pool(2) as pool:
+    assert pool.map(run, range(4)) == [wanted] * 4
+assert run() == wanted
+print("done")
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.parametrize("backend", fastbn.backends())
+def test_forked_child(backend: str, tmp_path: Path) -> None:
+    """After its parent has used several threads, of which the child has none."""
+    done = cases.run_python(FORK.replace("BACKEND", backend), tmp_path, timeout=120)
+    assert (done.returncode, done.stdout.strip()) == (0, "done"), done.stderr
+
+
+def test_the_gil_is_free_while_a_kernel_runs() -> None:
+    """A thread that waits for a signal from Python is served during a call that takes longer."""
+    if "c" not in fastbn.backends():
+        pytest.skip("the C backend is not built")
+    x = np.ones((4, 8, 400_000), np.float32)
+    ticks = 0
+    with ThreadPoolExecutor(1) as pool, fastbn.use_backend("c"), fastbn.use_num_threads(1):
+        job = pool.submit(lambda: [fastbn.forward(x, backend="c") for _ in range(3)])
+        while not job.done():
+            ticks += 1
+        job.result()
+    # A kernel that holds the GIL leaves one switch between calls, a few ticks each.
+    assert ticks > 1000

@@ -1,0 +1,90 @@
+"""Is every public name documented, and does every example in docstrings and in README.md run?"""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import inspect
+import pkgutil
+import re
+from pathlib import Path
+
+import cases
+import pytest
+
+import fastbn
+
+README = cases.CHECKOUT / "README.md"
+NAMES = tuple(name for name in fastbn.__all__ if name != "__version__")
+
+
+def documented_modules() -> list[str]:
+    """The modules in Python, without bench."""
+    found = ["fastbn"]
+    for package in ("fastbn", "fastbn.backends"):
+        folder = Path(importlib.import_module(package).__file__ or "").parent
+        found += [
+            f"{package}.{module.name}" for module in pkgutil.iter_modules([str(folder)]) if module.name != "bench"
+        ]
+    return [name for name in found if not name.endswith("c_backend")]
+
+
+@pytest.mark.parametrize("name", documented_modules())
+def test_docstrings_run(name: str, settings: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    try:
+        module = importlib.import_module(name)
+    except ImportError as error:
+        pytest.skip(f"{name} needs an extra: {error}")
+    report: list[str] = []
+    runner = doctest.DocTestRunner()
+    for test in doctest.DocTestFinder(exclude_empty=True).find(module, name):
+        runner.run(test, out=report.append)
+    assert runner.summarize(verbose=False).failed == 0, "".join(report)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_public_name_has_an_example(name: str) -> None:
+    documentation = inspect.getdoc(getattr(fastbn, name)) or ""
+    assert re.search(r"^>>> .*\bfastbn\b", documentation, flags=re.MULTILINE)
+
+
+def test_all_names_are_public() -> None:
+    """__all__ has what `fastbn` exports, in order and nothing private."""
+    found = {name for name, value in vars(fastbn).items() if not name.startswith("_") and not inspect.ismodule(value)}
+    assert found | {"__version__"} <= set(fastbn.__all__) | {"backends"}
+    assert list(fastbn.__all__) == sorted(fastbn.__all__)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_public_methods_are_documented(name: str) -> None:
+    public = getattr(fastbn, name)
+    if not inspect.isclass(public):
+        assert public.__doc__
+        return
+    documentation = public.__doc__ or ""
+    for member, value in vars(public).items():
+        if member.startswith("_") or not (callable(value) or isinstance(value, (property, classmethod))):
+            continue
+        described = (inspect.getdoc(getattr(public, member)) or "") or re.search(rf"\b{member}\b", documentation)
+        assert described, f"{name}.{member}"
+
+
+def readme_blocks() -> list[str]:
+    text = README.read_text(encoding="utf-8") if README.exists() else ""
+    return re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.skipif(not README.exists(), reason="README.md is not beside the tests: no checkout")
+def test_readme_has_examples() -> None:
+    assert readme_blocks()
+
+
+@pytest.mark.parametrize("number", range(len(readme_blocks())))
+def test_readme_runs(number: int, tmp_path: Path) -> None:
+    """Each block is a script that runs by itself; one that needs a peer that is missing is skipped."""
+    done = cases.run_python(readme_blocks()[number], tmp_path)
+    missing = re.search(r"ModuleNotFoundError: No module named '(\w+)'", done.stderr)
+    if missing and missing[1] != "fastbn":
+        pytest.skip(f"needs {missing[1]}")
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,326 @@
+"""Do imports and includes go down only, and do the lists that must agree agree?"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import tomllib
+from pathlib import Path
+
+import cases
+import pytest
+
+import fastbn
+from fastbn import _activations, _config, _dtypes
+from fastbn.backends import SAVED_ROWS
+
+PACKAGE = Path(fastbn.__file__).parent
+SRC_C = cases.CHECKOUT / "src_c"
+in_checkout = pytest.mark.skipif(not SRC_C.is_dir(), reason="src_c is not beside the tests: no checkout")
+
+# Python --------------------------------------------------------------------------------------------------------------
+
+FLOORS = (
+    {"_activations", "_dtypes", "_shape"},
+    {"_check"},
+    {"_config"},
+    {"backends.c_backend", "backends.numba_backend", "backends.numpy_backend"},
+    {"backends"},
+    {"ops", "_info"},
+    {"layer"},
+    {""},
+    {"_demo_networks", "bench"},
+    {"demo"},
+    {"cli"},
+    {"__main__"},
+)
+"""Modules of fastbn, from the ground up. One imports from the floors below its own; "" is fastbn itself."""
+
+FLOOR = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
+
+
+def modules() -> dict[str, Path]:
+    """Every module of fastbn, by its name below it; bench is its own house."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        if parts[0] != "bench":
+            found[".".join(part for part in parts if part != "__init__")] = path
+    return found
+
+
+MODULES = modules()
+
+
+def imports(name: str, path: Path) -> set[str]:
+    """The modules of fastbn that a module imports, anywhere in it, by their names below fastbn."""
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+            found |= {_below(imported) for imported in names if imported.split(".")[0] == "fastbn"}
+        elif isinstance(node, ast.ImportFrom):
+            if node.level:
+                up = package.split(".")[: len(package.split(".")) - (node.level - 1)] if package else []
+                origin = ".".join([*up, *((node.module or "").split(".") if node.module else [])])
+            elif (node.module or "").split(".")[0] == "fastbn":
+                origin = _below(str(node.module))
+            else:
+                continue
+            below = {f"{origin}.{alias.name}".strip(".") for alias in node.names}
+            found |= {module for module in below if module in FLOOR} or {origin}
+    return found
+
+
+def _below(name: str) -> str:
+    return name.removeprefix("fastbn").removeprefix(".")
+
+
+@pytest.mark.parametrize("name", MODULES, ids=lambda name: name or "fastbn")
+def test_imports_go_down(name: str) -> None:
+    assert name in FLOOR, f"{name} has no floor yet: give it one in FLOORS"
+    upward = {imported for imported in imports(name, MODULES[name]) if FLOOR[imported] >= FLOOR[name]}
+    assert not upward, f"fastbn.{name} imports {upward}"
+
+
+def test_imports_are_seen() -> None:
+    """The test above would pass if nothing were found."""
+    assert {"_check", "_config", "_shape", "backends"} <= imports("ops", MODULES["ops"])
+    assert {"_check", "_config"} <= imports("backends", MODULES["backends"])
+    assert "_activations" in imports("backends.numpy_backend", MODULES["backends.numpy_backend"])
+    assert {"layer", "ops"} <= imports("", MODULES[""])
+
+
+HEAVY = (
+    "numba",
+    "torch",
+    "keras",
+    "onnx",
+    "matplotlib",
+    "rich",
+    "sklearn",
+    "scipy",
+    "pytest",
+    "fastbn.demo",
+    "fastbn.bench",
+)
+
+
+@pytest.mark.parametrize("use", ["pass", "fastbn.forward(np.ones((3, 2)), backend='numpy')", "fastbn.BatchNorm(3)"])
+def test_import_is_light(use: str, tmp_path: Path) -> None:
+    """`import fastbn` brings NumPy alone, and so does using another backend than Numba's."""
+    script = f"import sys, numpy as np, fastbn; {use}; print(*(name for name in {HEAVY} if name in sys.modules))"
+    done = cases.run_python(script, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == []
+
+
+def test_c_backend_is_imported_on_first_use_alone(tmp_path: Path) -> None:
+    script = "import sys, fastbn; print('fastbn.backends.c_backend' in sys.modules)"
+    assert cases.run_python(script, tmp_path).stdout.strip() == "False"
+
+
+# C -------------------------------------------------------------------------------------------------------------------
+
+
+def sources() -> list[Path]:
+    return sorted(path for path in SRC_C.rglob("*") if path.suffix in (".c", ".h"))
+
+
+def code_of(path: Path) -> str:
+    """A source without its comments."""
+    return re.sub(r"/\*.*?\*/|//[^\n]*", " ", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+def where(pattern: str) -> set[str]:
+    """The sources with a match, by their paths below src_c."""
+    return {path.relative_to(SRC_C).as_posix() for path in sources() if re.search(pattern, code_of(path))}
+
+
+@in_checkout
+def test_intrinsics_are_in_simd_alone() -> None:
+    found = where(r"immintrin|arm_neon|\b_mm\d*_|\b__m\d+|\bv(ld1|st1|add|mul|fma)q?_f\d\d")
+    assert {path for path in found if not path.startswith("simd/")} <= {"dispatch.c"}
+    assert {"simd/avx2.h", "simd/avx512.h"} <= found
+    assert not re.search(r"\b_mm\d*_|\b__m\d+", code_of(SRC_C / "dispatch.c"))
+
+
+@in_checkout
+@pytest.mark.parametrize(
+    ("pattern", "home"),
+    [
+        (r"\bomp_|<omp\.h>|#\s*pragma\s+omp|_OPENMP", "batchnorm.c"),
+        (r"__builtin_cpu_supports|__cpuid|sysconf|sysctl", "dispatch.c"),
+    ],
+    ids=["omp", "processor"],
+)
+def test_one_home(pattern: str, home: str) -> None:
+    assert where(pattern) == {home}
+
+
+@in_checkout
+@pytest.mark.parametrize(
+    "banned", [r"\b(m|c|re)alloc\b|\bfree\b", r"\bgetenv\b", r"Python\.h", r"\b[f]?printf\b", r"#\s*if\s+0"]
+)
+def test_nowhere(banned: str) -> None:
+    assert where(banned) == set()
+
+
+@in_checkout
+def test_macros_bind_names() -> None:
+    """None ends in a backslash."""
+    assert where(r"\\\n") == set()
+
+
+ALLOWED_INCLUDES = {
+    "fastbn.h": set(),
+    "kernels.h": {"fastbn.h"},
+    "dispatch.h": {"kernels.h"},
+    "dispatch.c": {"dispatch.h"},
+    "batchnorm.c": {"kernels.h", "dispatch.h"},
+}
+
+
+@in_checkout
+@pytest.mark.parametrize("path", sources(), ids=lambda path: path.relative_to(SRC_C).as_posix())
+def test_includes_go_down(path: Path) -> None:
+    """kernels/ and dtypes/ include nothing: isa/ puts them together with simd/."""
+    name = path.relative_to(SRC_C).as_posix()
+    found = {
+        (path.parent / included).resolve().relative_to(SRC_C).as_posix()
+        for included in re.findall(r'#\s*include\s+"([^"]+)"', code_of(path))
+    }
+    folder = name.partition("/")[0]
+    if folder in ("kernels", "dtypes"):
+        assert found == set()
+    elif folder == "simd":
+        assert found <= {"kernels.h"}
+    elif folder == "isa":
+        assert {included.partition("/")[0] for included in found} <= {"simd", "dtypes", "kernels", "isa"}
+    else:
+        assert found <= ALLOWED_INCLUDES[name]
+
+
+# Lists that must agree -----------------------------------------------------------------------------------------------
+
+
+def enum_of(pattern: str) -> dict[str, int]:
+    """The names and numbers of the enum in fastbn.h whose text has `pattern`."""
+    for body in re.findall(r"enum\s*\w*\s*\{([^}]*)\}", code_of(SRC_C / "fastbn.h")):
+        if pattern in body:
+            found: dict[str, int] = {}
+            for member in body.split(","):
+                name, _, value = (part.strip() for part in member.partition("="))
+                found[name] = int(value) if value else len(found)
+            return found
+    raise AssertionError(f"no enum with {pattern} in fastbn.h")
+
+
+@in_checkout
+def test_activations() -> None:
+    wanted = {f"FBN_{activation.name}": activation.value for activation in _activations.Activation}
+    assert enum_of("FBN_RELU") == wanted
+    assert set(_activations.BY_NAME.values()) == set(_activations.Activation)
+
+
+@in_checkout
+def test_rows_of_saved() -> None:
+    wanted = {f"FBN_{name.upper()}": row for row, name in enumerate((*SAVED_ROWS, "saved_rows"))}
+    assert enum_of("FBN_MEAN_LOW") == wanted
+
+
+@in_checkout
+def test_dtypes() -> None:
+    short = {"FBN_" + dtype.name.replace("float", "F") for dtype in _dtypes.STATISTICS}
+    assert set(enum_of("FBN_F32")) == short
+    headers = {path.stem for path in (SRC_C / "dtypes").glob("*.h")} - {"unbind"}
+    assert {f"FBN_{name.upper()}" for name in headers} == short
+    assert {dtype.name for dtype in _dtypes.STATISTICS} == set(cases.DTYPES)
+
+
+@in_checkout
+def test_dtype_headers_bind_the_same_names() -> None:
+    """And unbind.h frees all of them."""
+    bound = {
+        path.stem: set(re.findall(r"#\s*(?:define|undef)\s+(\w+)", code_of(path)))
+        for path in (SRC_C / "dtypes").glob("*.h")
+    }
+    assert len({frozenset(names) for names in bound.values()}) == 1, bound
+
+
+@in_checkout
+def test_instruction_sets() -> None:
+    """In the configuration, the kernels, their vocabularies, and the build."""
+    assert {path.stem for path in (SRC_C / "isa").glob("*.c")} == set(_config.ISAS)
+    assert {path.stem for path in (SRC_C / "simd").glob("*.h")} == set(_config.ISAS)
+    setup = (cases.CHECKOUT / "setup.py").read_text(encoding="utf-8")
+    assert set(re.findall(r'ISAS\["(\w+)"\]', setup)) | set(re.findall(r'ISAS = \{"(\w+)"', setup)) == set(_config.ISAS)
+    dispatched = set(re.findall(r"fbn_kernels_(\w+)", code_of(SRC_C / "dispatch.h")))
+    assert dispatched == set(_config.ISAS)
+
+
+@in_checkout
+def test_simd_headers_have_the_same_vocabulary() -> None:
+    """But for their own helpers, every instruction set defines what the baseline does."""
+    names = {
+        path.stem: set(re.findall(r"FBN_INLINE\s+[\w ]+?\**\s*(\w+)\s*\(", code_of(path)))
+        for path in (SRC_C / "simd").glob("*.h")
+    }
+    for isa, defined in names.items():
+        assert names["baseline"] - defined == set(), f"{isa} lacks operations of baseline.h"
+
+
+@in_checkout
+def test_declarations_for_cython() -> None:
+    """cfastbn.pxd declares the functions of fastbn.h, each with as many arguments."""
+    header, pxd = (
+        code_of(SRC_C / "fastbn.h"),
+        (cases.CHECKOUT / "fastbn/backends/cfastbn.pxd").read_text(encoding="utf-8"),
+    )
+
+    def functions(text: str) -> dict[str, int]:
+        found = re.findall(r"\b(fbn_\w+)\(([^()]*)\)", text)
+        return {name: 0 if arguments.strip() in ("", "void") else arguments.count(",") + 1 for name, arguments in found}
+
+    assert functions(header)
+    assert functions(pxd) == functions(header)
+
+
+@in_checkout
+def test_stub_of_the_c_backend() -> None:
+    """c_backend.pyi names what c_backend.pyx has for Python."""
+    folder = cases.CHECKOUT / "fastbn/backends"
+    names = {
+        suffix: set(
+            re.findall(r"^def (\w+)", (folder / f"c_backend.{suffix}").read_text(encoding="utf-8"), flags=re.MULTILINE)
+        )
+        for suffix in ("pyx", "pyi")
+    }
+    for included in re.findall(
+        r'^include "([^"]+)"', (folder / "c_backend.pyx").read_text(encoding="utf-8"), flags=re.MULTILINE
+    ):
+        names["pyx"] |= set(
+            re.findall(r"^def (\w+)", (folder / included).read_text(encoding="utf-8"), flags=re.MULTILINE)
+        )
+    assert names["pyi"] == names["pyx"]
+
+
+def test_backends() -> None:
+    assert tuple(importlib.import_module("fastbn.backends")._MODULES) == _config.BACKENDS
+
+
+@in_checkout
+def test_version() -> None:
+    project = tomllib.loads((cases.CHECKOUT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert fastbn.__version__ == project["version"]
+
+
+@in_checkout
+def test_packages_that_are_installed() -> None:
+    """Every folder with Python modules below fastbn is named in pyproject.toml."""
+    tools = tomllib.loads((cases.CHECKOUT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]
+    folders = {path.parent for path in (cases.CHECKOUT / "fastbn").rglob("__init__.py")}
+    found = {".".join(folder.relative_to(cases.CHECKOUT).parts) for folder in folders}
+    assert found <= set(tools["setuptools"]["packages"])

@@ -1,0 +1,97 @@
+"""Does a call allocate no more than it must?"""
+
+from __future__ import annotations
+
+import tracemalloc
+from collections.abc import Callable
+
+import cases
+import numpy as np
+import pytest
+
+import fastbn
+
+SHAPE = (8, 16, 40, 25)
+PLACES = ("C order", "channels-last seen as channels-first", "Fortran order", "batch innermost")
+
+
+def peak(call: Callable[[], object]) -> int:
+    """The most bytes that NumPy and Python had allocated at a time during the call, which has run once before."""
+    call()
+    tracemalloc.start()
+    try:
+        call()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def placed(dtype: str, place: str) -> cases.Call:
+    c = cases.call(SHAPE, dtype)
+    move = cases.PLACEMENTS[place]
+    return c._replace(x=move(c.x), dy=move(c.dy), residual=move(c.residual))
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_with_out_nothing_of_the_size_of_x(kernel: cases.Kernel, dtype: str, place: str) -> None:
+    """No hidden copy of x in any memory order, and no temporary."""
+    if kernel.backend == "numpy":
+        pytest.skip("the reference makes temporaries; see below")
+    c = placed(dtype, place)
+    out = np.empty_like(c.x)
+    statistics = (c.running_mean, c.running_var)
+    _, cache = fastbn.forward(c.x, c.gamma, c.beta, residual=c.residual)
+    small = c.x.nbytes // 20
+    for training in (True, False):
+        assert small > peak(
+            lambda training=training: fastbn.forward(
+                c.x, c.gamma, c.beta, *statistics, training=training, residual=c.residual, activation="relu", out=out
+            )
+        )
+    assert small > peak(lambda: fastbn.backward(c.dy, cache, out=out))
+    assert small > peak(lambda: fastbn.infer(c.x, c.gamma, c.beta, *statistics, residual=c.residual, out=out))
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_without_out_the_results_alone(kernel: cases.Kernel, dtype: str, place: str) -> None:
+    if kernel.backend == "numpy":
+        pytest.skip("the reference makes temporaries; see below")
+    c = placed(dtype, place)
+    size, small = c.x.nbytes, c.x.nbytes // 20
+    _, cache = fastbn.forward(c.x, c.gamma, c.beta, residual=c.residual, activation="relu")
+    assert peak(lambda: fastbn.forward(c.x, c.gamma, c.beta, residual=c.residual)) < size + small
+    assert peak(lambda: fastbn.infer(c.x, c.gamma, c.beta, c.running_mean, c.running_var)) < size + small
+    # dx and dresidual
+    assert peak(lambda: fastbn.backward(c.dy, cache)) < 2 * size + small
+
+
+def test_numpy_makes_few_temporaries() -> None:
+    """At most four arrays of the size of x, beside the results."""
+    c = placed("float64", "C order")
+    out = np.empty_like(c.x)
+    with fastbn.use_backend("numpy"):
+        _, cache = fastbn.forward(c.x, c.gamma, c.beta, residual=c.residual, activation="relu")
+        calls: tuple[tuple[int, Callable[[], object]], ...] = (
+            (0, lambda: fastbn.forward(c.x, c.gamma, c.beta, residual=c.residual, activation="relu", out=out)),
+            (
+                0,
+                lambda: fastbn.infer(c.x, c.gamma, c.beta, c.running_mean, c.running_var, residual=c.residual, out=out),
+            ),
+            (1, lambda: fastbn.backward(c.dy, cache, out=out)),
+        )
+        for results, call in calls:
+            assert peak(call) <= (4 + results) * c.x.nbytes
+
+
+def test_a_layer_keeps_one_call() -> None:
+    """What the last call needed is let go at the next."""
+    bn = fastbn.BatchNorm(SHAPE[1])
+
+    def train() -> None:
+        for _ in range(4):
+            x = np.zeros(SHAPE, np.float32)
+            bn(x)
+            bn.backward(x)
+
+    # x, y and dx of one call, while the x, dx of the call before are still held
+    assert peak(train) < 5.5 * np.prod(SHAPE) * 4
