@@ -329,12 +329,12 @@ class Job:
     steps: int
     scale: float = 1.0
     batch: int = BATCH
+    curve: bool = False
     seed: int = 0
 
     def checkpoints(self) -> list[int]:
-        """Where to test: along the curve, evenly on a logarithmic scale, in runs that are drawn; else at the end."""
-        points = min(self.steps, 20) if self.scale == 1 and self.batch == BATCH else 1
-        return sorted({round(step) for step in np.geomspace(self.steps, min(self.steps, 3), points)})
+        """After which steps to test: along the curve, evenly on a logarithmic scale, or at the end alone."""
+        return sorted({round(step) for step in np.geomspace(self.steps, min(self.steps, 3), 60 if self.curve else 1)})
 
 
 def extra(module: str) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,7 @@ class Plan:
 
 
 FULL = Plan()
-QUICK = Plan(3, 0.2, (0.1, 1.0), (1.0, 3.0), (0.003,), 256)
+QUICK = Plan(2, 0.2, (0.1, 1.0), (1.0, 3.0), (0.003,), 256)
 
 
 def _median(values: Any) -> Array:
@@ -118,8 +119,8 @@ class Experiment:
         self.data = data
         self.runs: dict[Job, Run] = {}
 
-    def _job(self, kind: str, norm: bool, rate: float, **changes: Any) -> Job:
-        return replace(Job(kind, norm, rate, max(1, round(self.plan.length * KINDS[kind].steps))), **changes)
+    def _job(self, kind: str, norm: bool, rate: float, scale: float = 1.0) -> Job:
+        return Job(kind, norm, rate, max(1, round(self.plan.length * KINDS[kind].steps)), scale)
 
     def _small_batch(self, norm: bool, rate: float) -> Job:
         return Job("shallow", norm, rate, self.plan.small_batch_steps, batch=SMALL_BATCH)
@@ -148,23 +149,31 @@ class Experiment:
         best = self._best_of_rates(kind, norm)
         return best.rate if norm or self._trains(best) else self._best_of_rates(kind, True).rate
 
+    def _sides(self, kind: str) -> list[Job]:
+        """Without batch norm, with it at the same rate, with it at its own best rate."""
+        plain, own = self._rate(kind, False), self._rate(kind, True)
+        sides = (False, plain), (True, plain), (True, own)
+        return [replace(self._job(kind, norm, rate), curve=True) for norm, rate in sides]
+
     def _scaled(self, kind: str, norm: bool, scale: float) -> list[Job]:
         """At the best rate of scale 1; at every rate where the network trains at none with scale 1."""
         best = self._best_of_rates(kind, norm)
         rates = (best.rate,) if self._trains(best) else self.plan.rates
-        return [self._job(kind, norm, rate, scale=scale) for rate in rates]
+        return [self._job(kind, norm, rate, scale) for rate in rates]
 
     def rate_jobs(self) -> list[Job]:
         """The first round."""
-        jobs = [self._job(kind, norm, rate) for kind in KINDS for norm in (False, True) for rate in self.plan.rates]
+        jobs = [self._job(*each) for each in product(KINDS, (False, True), self.plan.rates)]
         jobs += [self._small_batch(norm, rate) for norm in (False, True) for rate in self.plan.small_batch_rates]
         return [each for job in jobs for each in self._seeds(job)]
 
-    def scale_jobs(self) -> list[Job]:
-        """The second round, which follows from the first."""
+    def other_jobs(self) -> list[Job]:
+        """The second round, which follows from the first: the learning curves, and other initial weights."""
+        jobs = [job for kind in KINDS for job in dict.fromkeys(self._sides(kind))]
         scales = [scale for scale in self.plan.scales if scale != 1]
-        jobs = [self._scaled(kind, norm, scale) for kind in KINDS for norm in (False, True) for scale in scales]
-        return [each for candidates in jobs for job in candidates for each in self._seeds(job)]
+        for kind, norm, scale in product(KINDS, (False, True), scales):
+            jobs += self._scaled(kind, norm, scale)
+        return [each for job in jobs for each in self._seeds(job)]
 
     def _variant(self, kind: str, norm: bool, seconds: float) -> Variant:
         rates = self.plan.rates
@@ -194,15 +203,15 @@ class Experiment:
 
     def comparison(self, kind: str) -> Comparison:
         seconds = seconds_per_step(kind, self.data)
-        plain = self._job(kind, False, self._rate(kind, False))
+        plain, same, own = self._sides(kind)
         return Comparison(
             KINDS[kind],
             np.array(plain.checkpoints()),
             self._variant(kind, False, seconds[0]),
             self._variant(kind, True, seconds[1]),
             self._side(plain, plain),
-            self._side(plain, replace(plain, norm=True)),
-            self._side(plain, self._job(kind, True, self._rate(kind, True))),
+            self._side(plain, same),
+            self._side(plain, own),
         )
 
     def small_batches(self) -> tuple[Spread, Spread]:
@@ -378,7 +387,7 @@ def _band(axes: Any, x: Any, values: Array, name: str, **style: Any) -> None:
 
 def _headline(c: Comparison) -> str:
     if c.plain_trains:
-        return f"batch norm: steps to plain's end\naccuracy {_steps(c.own_rate)}"
+        return f"steps to plain's end accuracy,\nwith batch norm: {_steps(c.own_rate)}"
     return f"plain {_plain_fails(c)};\nbatch norm ends at {c.own_rate.accuracy.median:.0f} %"
 
 
@@ -407,7 +416,7 @@ def plot(comparisons: list[Comparison], plan: Plan, output: str) -> None:
         for variant, name in ((c.without, "plain"), (c.with_norm, "own")):
             _band(rates, plan.rates, variant.by_rate, name, marker="o", markersize=4)
             _band(scales, plan.scales, variant.by_scale, name, marker="o", markersize=4)
-    labels = ("step", "learning rate", "scale of the initial weights, at the best learning rate")
+    labels = ("step", "learning rate", "scale of the initial weights (best rate)")
     for axes in grid[1:].flat:
         axes.set_ylim(0, 103)
     for row, x, y in zip(grid, labels, ("test accuracy, %", *2 * ["accuracy at the end, %"]), strict=True):
@@ -439,7 +448,7 @@ def run(plan: Plan, output: str, workers: int) -> None:
         rich.Progress(*columns, rich.TimeElapsedColumn(), console=console) as progress,
         executor(experiment.data, workers) as execute,
     ):
-        for title, jobs in (("Learning rates", experiment.rate_jobs), ("Initial scales", experiment.scale_jobs)):
+        for title, jobs in (("Learning rates", experiment.rate_jobs), ("Curves, weights", experiment.other_jobs)):
             wanted = jobs()
             task = progress.add_task(title, total=len(wanted))
             for job, found in execute(wanted):

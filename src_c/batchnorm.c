@@ -25,7 +25,6 @@ enum {
     RUN_BYTES = 256,         /* of a row that a block takes at least: narrower, each row costs a cache miss */
     WORK_PER_THREAD = 32768, /* values that are worth waking a thread for */
     CHUNK_BYTES = 65536,     /* of the rows mapped at a time, from the end backwards */
-    NEAR_BYTES = 1024,
     ALIGNMENT = 64
 };
 
@@ -42,12 +41,15 @@ typedef struct {
     int64_t units, segment;   /* units in all; in a segment */
     int64_t segments, padded; /* segments in all; channels with padding */
     int threads, by_channels;
+    int fits;                       /* a block is small enough to fetch the next one while it is at work */
+    int arrays;                     /* that are read */
     int64_t block; /* channels in a block */
 } plan;
 
-/* Channels in a block, so that what the block's channels hold fits in half of a core's cache. */
+/* Channels in a block, so that what the block's channels hold takes a third of a core's cache: there is room for the next
+ * block, and for the results on their way. */
 static int64_t block_of(const fbn_problem *p, const plan *s) {
-    const int64_t budget = p->machine->core_cache / 4, channel = p->outer * p->inner * s->elem;
+    const int64_t budget = p->machine->core_cache / 3, channel = p->outer * p->inner * s->elem * s->arrays;
     const int64_t fit = budget / larger(channel, 1);
     const int64_t share = divide_up(p->channels, s->threads);
     if (s->rows) return smaller(round_up(share, FBN_CHANNEL_PAD), fit / FBN_CHANNEL_PAD * FBN_CHANNEL_PAD);
@@ -62,8 +64,9 @@ static int by_channels(const fbn_problem *p, const plan *s) {
     return 5 * divide_up(blocks, s->threads) * s->threads <= 7 * blocks;
 }
 
-static plan plan_of(const fbn_problem *p) {
+static plan plan_of(const fbn_problem *p, int arrays) {
     plan s = {0};
+    s.arrays = arrays;
     s.rows = p->inner == 1;
     s.elem = p->dtype == FBN_F64 ? 8 : 4;
     s.cut = p->inner <= 2 * SEGMENT ? p->inner : SEGMENT;
@@ -76,6 +79,7 @@ static plan plan_of(const fbn_problem *p) {
     s.threads = (int)larger(1, smaller(p->threads, p->outer * p->inner * p->channels / WORK_PER_THREAD));
     s.block = block_of(p, &s);
     s.by_channels = s.block > 0 && by_channels(p, &s);
+    s.fits = p->outer * p->inner * s.elem * s.arrays * s.block <= p->machine->core_cache / 3;
     if (!s.by_channels && s.rows) s.block = p->channels;
     return s;
 }
@@ -106,18 +110,18 @@ typedef struct {
 static int64_t lane_doubles(const plan *s) { return s->rows ? 0 : s->block * 2 * FBN_LANES; }
 
 size_t fbn_workspace_bytes(const fbn_problem *p) {
-    const plan s = plan_of(p);
+    const plan s = plan_of(p, 1);
     const int64_t rows = CHANNEL_ARRAYS + FBN_SAVED_ROWS + 1 + 2 * s.segments;
     const int64_t doubles = rows * s.padded + s.threads * lane_doubles(&s);
     return (size_t)doubles * sizeof(double) + ALIGNMENT;
 }
 
-static job job_of(const fbn_problem *p, void *workspace) {
+static job job_of(const fbn_problem *p, int arrays, void *workspace) {
     job j;
     memset(&j, 0, sizeof j);
     j.p = p;
     j.kernels = p->machine->kernels->of[p->dtype];
-    j.plan = plan_of(p);
+    j.plan = plan_of(p, arrays);
     double *at = (double *)(((uintptr_t)workspace + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);
     for (int i = 0; i < CHANNEL_ARRAYS; i++, at += j.plan.padded) j.arrays[i] = at;
     j.line = (fbn_line){j.arrays[0], j.arrays[1], j.arrays[2], j.arrays[3], j.arrays[4]};
@@ -373,7 +377,8 @@ static void map_tile(const job *j, int64_t unit, int64_t rows, int64_t c0, int64
     const int64_t start = start_of(j, unit, c0), skip = start * j->plan.elem, C = j->p->channels;
     const int64_t n = c1 - c0, length = length_of(j, unit);
     const fbn_line line = line_at(j, c0);
-    const int64_t ahead = has_sums(j) && j->plan.by_channels ? j->plan.block * j->p->inner * j->plan.elem : NEAR_BYTES;
+    const int64_t block = j->plan.block * j->p->inner * j->plan.elem;
+    const int64_t ahead = has_sums(j) && j->plan.by_channels && j->plan.fits ? block : FBN_AHEAD;
     if (j->dy) {
         const fbn_grad_affine g = {
             j->dy + skip, j->x + skip,      at(j->residual, skip), j->dx + skip, at_out(j->dresidual, skip),
@@ -452,7 +457,7 @@ static void run(job *j) {
 
 void fbn_forward(const fbn_problem *problem, const void *x, const void *residual, const fbn_parameters *parameters,
                  double eps, const fbn_running *running, void *y, double *saved, void *workspace) {
-    job j = job_of(problem, workspace);
+    job j = job_of(problem, residual ? 2 : 1, workspace);
     j.x = x;
     j.residual = residual;
     j.parameters = parameters;
@@ -466,7 +471,7 @@ void fbn_forward(const fbn_problem *problem, const void *x, const void *residual
 
 void fbn_infer(const fbn_problem *problem, const void *x, const void *residual, const fbn_parameters *parameters,
                double eps, const void *mean, const void *var, void *y, double *saved, void *workspace) {
-    job j = job_of(problem, workspace);
+    job j = job_of(problem, residual ? 2 : 1, workspace);
     j.x = x;
     j.residual = residual;
     j.parameters = parameters;
@@ -481,7 +486,7 @@ void fbn_infer(const fbn_problem *problem, const void *x, const void *residual, 
 
 void fbn_backward(const fbn_problem *problem, const void *dy, const void *x, const void *residual, const double *saved,
                   int frozen, void *dx, void *dresidual, void *dgamma, void *dbeta, void *workspace) {
-    job j = job_of(problem, workspace);
+    job j = job_of(problem, residual && problem->activation ? 3 : 2, workspace);
     j.dy = dy;
     j.x = x;
     j.residual = residual;

@@ -19,6 +19,9 @@
  * that those with a fused multiply-add give the same bits. */
 enum { FBN_LANES = 16 };
 
+/* How far ahead of itself, in bytes, a kernel fetches what it reads from memory. */
+enum { FBN_AHEAD = 1024 };
+
 /* Per-channel arrays have room for this many values more than there are channels, and then up to a multiple of it, so
  * that cl kernels may load and store whole vectors. */
 enum { FBN_CHANNEL_PAD = 16 };

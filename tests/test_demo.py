@@ -134,7 +134,7 @@ def test_two_processes_give_what_one_gives(data):
 def comparison(data):
     experiment = demo.Experiment(TINY, data)
     with networks.executor(data, 1) as execute:
-        for jobs in (experiment.rate_jobs, experiment.scale_jobs):
+        for jobs in (experiment.rate_jobs, experiment.other_jobs):
             experiment.runs.update(execute(jobs()))
     return experiment.comparison("shallow")
 

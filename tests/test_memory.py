@@ -11,7 +11,9 @@ import pytest
 
 import fastbn
 
-SHAPE = (8, 16, 40, 25)
+SHAPE = (8, 16, 100, 100)
+WORKSPACE = 1 << 20
+"""Bytes that a call may take whatever the size of x, which is several times that."""
 PLACES = ("C order", "channels-last seen as channels-first", "Fortran order", "batch innermost")
 
 
@@ -27,9 +29,9 @@ def peak(call: Callable[[], object]) -> int:
 
 
 def placed(dtype: str, place: str) -> cases.Call:
-    c = cases.call(SHAPE, dtype)
     move = cases.PLACEMENTS[place]
-    return c._replace(x=move(c.x), dy=move(c.dy), residual=move(c.residual))
+    x, dy, residual = (move(np.zeros(SHAPE, dtype)) for _ in range(3))
+    return cases.Call(x, dy, residual, *np.ones((4, SHAPE[1]), dtype))
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -41,15 +43,14 @@ def test_with_out_nothing_of_the_size_of_x(kernel: cases.Kernel, dtype: str, pla
     out = np.empty_like(c.x)
     statistics = (c.running_mean, c.running_var)
     _, cache = fastbn.forward(c.x, c.gamma, c.beta, residual=c.residual)
-    small = c.x.nbytes // 20
     for training in (True, False):
-        assert small > peak(
+        assert WORKSPACE > peak(
             lambda training=training: fastbn.forward(
                 c.x, c.gamma, c.beta, *statistics, training=training, residual=c.residual, activation="relu", out=out
             )
         )
-    assert small > peak(lambda: fastbn.backward(c.dy, cache, out=out))
-    assert small > peak(lambda: fastbn.infer(c.x, c.gamma, c.beta, *statistics, residual=c.residual, out=out))
+    assert WORKSPACE > peak(lambda: fastbn.backward(c.dy, cache, out=out))
+    assert WORKSPACE > peak(lambda: fastbn.infer(c.x, c.gamma, c.beta, *statistics, residual=c.residual, out=out))
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -57,12 +58,12 @@ def test_without_out_the_results_alone(kernel: cases.Kernel, dtype: str, place: 
     if kernel.backend == "numpy":
         pytest.skip("the reference makes temporaries; see below")
     c = placed(dtype, place)
-    size, small = c.x.nbytes, c.x.nbytes // 20
+    size = c.x.nbytes
     _, cache = fastbn.forward(c.x, c.gamma, c.beta, residual=c.residual, activation="relu")
-    assert peak(lambda: fastbn.forward(c.x, c.gamma, c.beta, residual=c.residual)) < size + small
-    assert peak(lambda: fastbn.infer(c.x, c.gamma, c.beta, c.running_mean, c.running_var)) < size + small
+    assert peak(lambda: fastbn.forward(c.x, c.gamma, c.beta, residual=c.residual)) < size + WORKSPACE
+    assert peak(lambda: fastbn.infer(c.x, c.gamma, c.beta, c.running_mean, c.running_var)) < size + WORKSPACE
     # dx and dresidual
-    assert peak(lambda: fastbn.backward(c.dy, cache)) < 2 * size + small
+    assert peak(lambda: fastbn.backward(c.dy, cache)) < 2 * size + WORKSPACE
 
 
 def test_numpy_makes_few_temporaries() -> None:
@@ -80,7 +81,7 @@ def test_numpy_makes_few_temporaries() -> None:
             (1, lambda: fastbn.backward(c.dy, cache, out=out)),
         )
         for results, call in calls:
-            assert peak(call) <= (4 + results) * c.x.nbytes
+            assert peak(call) <= (4 + results) * c.x.nbytes + WORKSPACE
 
 
 def test_a_layer_keeps_one_call() -> None:

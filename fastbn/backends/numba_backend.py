@@ -1,11 +1,8 @@
 """How does Numba compute batch norm? The algorithm of the C core (src_c), compiled on first use and kept on disk.
 
-A call reduces (sums over each channel), finishes (a channel's constants from its sums) and maps (y or dx from the
-constants). Where a block of channels fits in a core's cache, one thread does all three on it. Otherwise all threads
-reduce, then finish, then map, from the end backwards: the end is what the cache still holds.
-
-The sums of a channel are taken by segments, whose bounds follow from the shape alone, and segments are added in order.
-So neither the blocking nor the number of threads changes a bit.
+Compiled code takes sums over channels and maps x to y, or dy and x to dx; NumPy makes the channels' constants between
+the two. The sums of a channel are taken by segments, whose bounds follow from the shape alone and which one thread
+does from end to end; they are added in one order. So the number of threads does not change a bit.
 
 In compiled code the data is flat. Innermost loops have unsigned indices, which cannot count from the end, so that they
 become vector code; unsigned and signed integers never meet, since Numba would make a float of them.
@@ -13,16 +10,18 @@ become vector code; unsigned and signed integers never meet, since Numba would m
 
 from __future__ import annotations
 
-import functools
-import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numba
 import numpy as np
-from numba import prange
+from llvmlite import ir
+from numba import prange, types
+from numba.core import cgutils
+from numba.extending import intrinsic
 
 from .. import _config
 from .._activations import Activation
@@ -37,12 +36,12 @@ SEGMENT = 32768  # values of a channel that a channels-first segment has at leas
 SEGMENT_ROWS = 128  # rows that a channels-last segment has at least,
 SEGMENTS_MOST = 64  # and how many of these there are at most
 WIDE = 512  # values that a unit of rows has at least: short loops spend their time beginning and ending
-BLOCK_CHANNELS = 64  # channels that a channels-first block has at most
-BLOCK_ROW = 256  # channels that a channels-last block has at least
-BLOCK_BYTES = 1 << 19  # of a block: half of a common level 2 cache
+GROUP_BYTES = 1 << 24  # of the channels that are summed and then mapped, while the last-level cache has them
+STREAM_BYTES = 1 << 24  # of a result that is written around the cache
+CHUNK = 2048  # values that a map leaves in a buffer before they are put in their place
+CACHE_LINE = 64
 WORK_PER_THREAD = 32768  # values that are worth waking a thread for
 
-REDUCE, FINISH, MAP = 1, 2, 4
 RELU = int(Activation.RELU)
 MEAN, MEAN_LOW, VAR, INV_STD, GAMMA, BETA = range(len(SAVED_ROWS))
 PRESCALE, NEG_MEAN, SCALE, SHIFT, SHIFT_LOW, ON_DY, ON_X, CONSTANT = range(8)
@@ -51,8 +50,11 @@ ZERO = np.float32(0)  # compares with float32 and float64 as it is
 
 def _compiled(*fastmath: str, **options: bool) -> Callable[[Callable[..., Any]], Any]:
     """The decorator of every compiled function. a * b + c may be fused; division by zero gives inf."""
-    allowed = {"contract", *fastmath}
-    return numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=allowed, **options)  # type: ignore[call-overload,no-any-return]
+    decorator: Any = numba.njit
+    compiled: Callable[[Callable[..., Any]], Any] = decorator(
+        nogil=True, cache=True, error_model="numpy", fastmath={"contract", *fastmath}, **options
+    )
+    return compiled
 
 
 _jit = _compiled()
@@ -62,7 +64,7 @@ _parallel = _compiled(parallel=True)
 _sum = _compiled("reassoc")
 
 
-# ---- what is passed to compiled code ----
+# ---- how a call is split ----
 
 
 class _Plan(NamedTuple):
@@ -70,7 +72,6 @@ class _Plan(NamedTuple):
 
     rows: bool  # channels-last
     channels: int
-    count: int  # values per channel
     inner: int
     width: int  # of a unit of rows, and of the per-channel arrays, in which channels then recur
     cut: int  # values in a cut of a plane, which may be all of it
@@ -78,79 +79,58 @@ class _Plan(NamedTuple):
     units: int
     segment: int  # units in a segment
     segments: int
-    block: int  # channels in a block
-    blocks: int
-    by_channels: bool
+    group: int  # channels in a group
     activation: int
     adds: bool  # a residual
     keeps: bool  # its gradient
     frozen: bool
-
-
-class _Arrays(NamedTuple):
-    """The arrays of one call. Where there is no residual, no dresidual or no dy, another array stands there unused."""
-
-    x: Array
-    residual: Array
-    dy: Array
-    out: Array  # y or dx
-    dresidual: Array
-    origin: Array  # (width,), of the sums; the mean in a backward call
-    sums: Array  # (segments, 2, width), float64
-    saved: Array  # (6, channels)
-    constants: Array  # (8, width), in the data's dtype
+    buffers: bool  # results go through a buffer,
+    streams: bool  # and from there around the cache
 
 
 def _divide_up(a: int, b: int) -> int:
     return -(-a // b)
 
 
-@functools.lru_cache(maxsize=256)
-def _plan(
-    shape: tuple[int, int, int], itemsize: int, threads: int, activation: int, adds: bool, keeps: bool, frozen: bool
-) -> _Plan:
-    outer, channels, inner = shape
+@lru_cache(maxsize=256)
+def _split(outer: int, channels: int, inner: int, itemsize: int) -> tuple[int, ...]:
+    """The first ten of a plan."""
     rows = inner == 1
     repeats = max(1, WIDE // channels) if rows else 1
     cut = inner if inner <= 2 * SEGMENT else SEGMENT
     cuts = _divide_up(inner, cut)
     units = _divide_up(outer * cuts, repeats)
-    share, fit = _divide_up(channels, threads), BLOCK_BYTES // (outer * inner * itemsize)
     if rows:
-        segment = max(SEGMENT_ROWS // repeats, _divide_up(units, SEGMENTS_MOST), 1)
-        block = min(share, fit)
-        worth = repeats == 1 and block >= BLOCK_ROW
+        segment, group = max(SEGMENT_ROWS // repeats, _divide_up(units, SEGMENTS_MOST), 1), channels
     else:
-        segment = max(1, SEGMENT // cut)
-        block = max(1, min(share, fit, BLOCK_CHANNELS)) if cuts == 1 else 1
-        worth = True
-    blocks, segments = _divide_up(channels, max(1, block)), _divide_up(units, segment)
-    by_channels = worth and 5 * _divide_up(blocks, threads) * threads <= 7 * blocks
-    return _Plan(
-        rows, channels, outer * inner, inner, channels * repeats, cut, cuts, units, segment, segments, block, blocks,
-        by_channels, activation, adds, keeps, frozen,
-    )  # fmt: skip
+        segment, group = max(1, SEGMENT // cut), max(1, GROUP_BYTES // (outer * inner * itemsize))
+    return rows, channels, inner, channels * repeats, cut, cuts, units, segment, _divide_up(units, segment), group
 
 
 @_jit
-def _part(n: int, t: int, threads: int) -> Range:
-    """Thread t's part of range(n)."""
-    return n * t // threads, n * (t + 1) // threads
+def _part(parts: int, group: Range, t: int, threads: int) -> Range:
+    """Thread t's part of all pairs of a part (a segment or a unit) and a channel of the group, numbered in order."""
+    pairs = parts * (group[1] - group[0])
+    return pairs * t // threads, pairs * (t + 1) // threads
+
+
+@_jit
+def _parts_of(pairs: Range, group: Range) -> Range:
+    channels = group[1] - group[0]
+    return pairs[0] // channels, (pairs[1] + channels - 1) // channels
+
+
+@_jit
+def _channels_of(pairs: Range, group: Range, part: int) -> Range:
+    before = part * (group[1] - group[0]) - group[0]
+    return max(group[0], pairs[0] - before), min(group[1], pairs[1] - before)
 
 
 @_jit
 def _plane(p: _Plan, unit: int, c: int) -> Range:
-    """Where channel c of a unit lies (channels-first)."""
+    """Where channel c of a unit begins, and how many values it has (channels-first)."""
     at = unit % p.cuts * p.cut
-    start = (unit // p.cuts * p.channels + c) * p.inner
-    return np.uintp(start + at), np.uintp(start + min(at + p.cut, p.inner))
-
-
-@_jit
-def _row(p: _Plan, size: int, unit: int, channels: Range) -> tuple[int, int, int]:
-    """Where a unit begins, and its part of the channels (channels-last)."""
-    start = unit * p.width
-    return np.uintp(start), np.uintp(channels[0]), np.uintp(min(channels[1], size - start))
+    return (unit // p.cuts * p.channels + c) * p.inner + at, min(p.cut, p.inner - at)
 
 
 # ---- one element ----
@@ -158,7 +138,8 @@ def _row(p: _Plan, size: int, unit: int, channels: Range) -> tuple[int, int, int
 
 @_inline
 def _line(constants: Array, c: int) -> Line:
-    return constants[PRESCALE, c], constants[NEG_MEAN, c], constants[SCALE, c], constants[SHIFT, c], constants[SHIFT_LOW, c]
+    k = constants
+    return k[PRESCALE, c], k[NEG_MEAN, c], k[SCALE, c], k[SHIFT, c], k[SHIFT_LOW, c]
 
 
 @_inline
@@ -208,25 +189,54 @@ def _dx(p: _Plan, dz: Real, x: Real, line: Line, slopes: Line) -> Real:
     return on_x * (x * line[PRESCALE] + line[NEG_MEAN]) + (on_dy * dz + constant)
 
 
-# ---- sums of segments, for some channels ----
+# ---- sums ----
 
 
 @_sum
-def _sum_plane(x: Array, start: int, stop: int, origin: float) -> tuple[float, float]:
+def _sum_plane(x: Array, start: int, n: int, origin: float) -> tuple[float, float]:
     total = squares = 0.0
-    for i in range(start, stop):
+    for i in range(np.uintp(start), np.uintp(start + n)):
         d = _deviation(x[i], origin)
         total += d
         squares += d * d
     return total, squares
 
 
+@_jit
+def _sum_row(x: Array, start: int, n: int, origin: Array, sums: Array) -> None:
+    base = np.uintp(start)
+    for c in range(np.uintp(n)):
+        d = _deviation(x[base + c], origin[c])
+        sums[0, c] += d
+        sums[1, c] += d * d
+
+
+@_jit
+def _sum_forward(t: int, threads: int, p: _Plan, group: Range, x: Array, origin: Array, sums: Array) -> None:
+    """The sums of x - origin and of its square."""
+    pairs = _part(p.segments, group, t, threads)
+    first, last = _parts_of(pairs, group)
+    for s in range(first, last):
+        c0, c1 = _channels_of(pairs, group, s)
+        own = sums[s]
+        for unit in range(s * p.segment, min((s + 1) * p.segment, p.units)):
+            if p.rows:
+                start = unit * p.width
+                _sum_row(x, start, min(p.width, x.size - start), origin, own)
+            else:
+                for c in range(c0, c1):
+                    start, n = _plane(p, unit, c)
+                    total, squares = _sum_plane(x, start, n, origin[c])
+                    own[0, c] += total
+                    own[1, c] += squares
+
+
 @_sum
 def _sum_grad_plane(
-    p: _Plan, dy: Array, x: Array, residual: Array, start: int, stop: int, line: Line, mean: float
+    p: _Plan, dy: Array, x: Array, residual: Array, start: int, n: int, line: Line, mean: float
 ) -> tuple[float, float]:
     total = products = 0.0
-    for i in range(start, stop):
+    for i in range(np.uintp(start), np.uintp(start + n)):
         dz = np.float64(_dz(p, dy[i], x[i], residual[i], line))
         total += dz
         products += dz * _deviation(x[i], mean)
@@ -234,445 +244,129 @@ def _sum_grad_plane(
 
 
 @_jit
-def _sum_row(x: Array, start: int, first: int, last: int, origin: Array, sums: Array) -> None:
-    for c in range(first, last):
-        d = _deviation(x[start + c], origin[c])
-        sums[0, c] += d
-        sums[1, c] += d * d
-
-
-@_jit
 def _sum_grad_row(
-    p: _Plan, dy: Array, x: Array, residual: Array, start: int, first: int, last: int, constants: Array, mean: Array, sums: Array
-) -> None:  # fmt: skip
-    for c in range(first, last):
-        i = start + c
+    p: _Plan, dy: Array, x: Array, residual: Array, start: int, n: int, constants: Array, mean: Array, sums: Array
+) -> None:
+    base = np.uintp(start)
+    for c in range(np.uintp(n)):
+        i = base + c
         dz = np.float64(_dz(p, dy[i], x[i], residual[i], _line(constants, c)))
         sums[0, c] += dz
         sums[1, c] += dz * _deviation(x[i], mean[c])
 
 
 @_jit
-def _sum_forward(p: _Plan, a: _Arrays, segments: Range, channels: Range) -> None:
-    """The sums of x - origin and of its square."""
-    x, origin = a.x, a.origin
-    for s in range(segments[0], segments[1]):
-        sums = a.sums[s]
-        sums[:, channels[0] : channels[1]] = 0
-        for unit in range(s * p.segment, min((s + 1) * p.segment, p.units)):
-            if p.rows:
-                start, first, last = _row(p, x.size, unit, channels)
-                _sum_row(x, start, first, last, origin, sums)
-            else:
-                for c in range(channels[0], channels[1]):
-                    start, stop = _plane(p, unit, c)
-                    total, squares = _sum_plane(x, start, stop, origin[c])
-                    sums[0, c] += total
-                    sums[1, c] += squares
-
-
-@_jit
-def _sum_backward(p: _Plan, a: _Arrays, segments: Range, channels: Range) -> None:
+def _sum_backward(
+    t: int, threads: int, p: _Plan, group: Range, dy: Array, x: Array, residual: Array, mean: Array, constants: Array, sums: Array
+) -> None:  # fmt: skip
     """The sums of dz and of dz * (x - mean)."""
-    x, residual, dy, mean, constants = a.x, a.residual, a.dy, a.origin, a.constants
-    for s in range(segments[0], segments[1]):
-        sums = a.sums[s]
-        sums[:, channels[0] : channels[1]] = 0
+    pairs = _part(p.segments, group, t, threads)
+    first, last = _parts_of(pairs, group)
+    for s in range(first, last):
+        c0, c1 = _channels_of(pairs, group, s)
+        own = sums[s]
         for unit in range(s * p.segment, min((s + 1) * p.segment, p.units)):
             if p.rows:
-                start, first, last = _row(p, x.size, unit, channels)
-                _sum_grad_row(p, dy, x, residual, start, first, last, constants, mean, sums)
+                start = unit * p.width
+                _sum_grad_row(p, dy, x, residual, start, min(p.width, x.size - start), constants, mean, own)
             else:
-                for c in range(channels[0], channels[1]):
-                    start, stop = _plane(p, unit, c)
-                    total, products = _sum_grad_plane(p, dy, x, residual, start, stop, _line(constants, c), mean[c])
-                    sums[0, c] += total
-                    sums[1, c] += products
+                for c in range(c0, c1):
+                    start, n = _plane(p, unit, c)
+                    total, products = _sum_grad_plane(p, dy, x, residual, start, n, _line(constants, c), mean[c])
+                    own[0, c] += total
+                    own[1, c] += products
+
+
+# ---- maps, from the end backwards, which begins with what the sums have just left in the cache ----
+
+
+@intrinsic
+def _put(typing: Any, buffer: Any, n: Any, out: Any, start: Any, around: Any) -> Any:
+    """out[start : start + n] = buffer[:n]. `around`: whole cache lines are written around the cache."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind = signature.args[2]
+        count, word = args[1], args[1].type
+        source = context.make_array(signature.args[0])(context, builder, args[0]).data
+        target = builder.gep(context.make_array(kind)(context, builder, args[2]).data, [args[3]])
+        real = context.get_data_type(kind.dtype)
+        item = context.get_abi_sizeof(real)
+        lanes = CACHE_LINE // item
+        line = ir.VectorType(real, lanes).as_pointer()
+
+        def copy(first: Any, last: Any) -> None:
+            size = builder.mul(builder.sub(last, first), word(item))
+            cgutils.raw_memcpy(builder, builder.gep(target, [first]), builder.gep(source, [first]), size, 1)
+
+        with builder.if_else(args[4]) as (around_cache, through_cache):
+            with around_cache:
+                to_line = builder.and_(builder.neg(builder.ptrtoint(target, word)), word(CACHE_LINE - 1))
+                head = builder.udiv(to_line, word(item))
+                head = builder.select(builder.icmp_signed("<", head, count), head, count)
+                lines = builder.udiv(builder.sub(count, head), word(lanes))
+                copy(word(0), head)
+                with cgutils.for_range(builder, lines) as loop:
+                    at = [builder.add(head, builder.mul(loop.index, word(lanes)))]
+                    value = builder.load(builder.bitcast(builder.gep(source, at), line), align=item)
+                    store = builder.store(value, builder.bitcast(builder.gep(target, at), line), align=CACHE_LINE)
+                    store.set_metadata("nontemporal", builder.module.add_metadata([ir.IntType(32)(1)]))
+                copy(builder.add(head, builder.mul(lines, word(lanes))), count)
+            with through_cache:
+                copy(word(0), count)
+        return context.get_dummy_value()
+
+    return types.void(buffer, types.intp, out, types.intp, types.boolean), generate
+
+
+@intrinsic
+def _fence(typing: Any) -> Any:
+    """Orders what was written around the cache before what follows."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), generate
 
 
 @_jit
-def _total(p: _Plan, sums: Array, channels: Range) -> None:
-    """Adds the sums up in the first place: in each segment as a channel recurs, then segment by segment."""
-    for s in range(p.segments):
-        for k in range(2):
-            for first in range(p.channels, p.width, p.channels):
-                for c in range(channels[0], channels[1]):
-                    sums[s, k, c] += sums[s, k, first + c]
-            if s > 0:
-                for c in range(channels[0], channels[1]):
-                    sums[0, k, c] += sums[s, k, c]
-
-
-# ---- constants, for some channels ----
+def _map_plane(p: _Plan, x: Array, residual: Array, start: int, n: int, line: Line, to: Array, at: int) -> None:
+    first, out = np.uintp(start), np.uintp(at)
+    for i in range(np.uintp(n)):
+        to[out + i] = _y(p, x[first + i], residual[first + i], line)
 
 
 @_jit
-def _prescale(mean: float, inv_std: float, wide: bool) -> float:
-    """The power of two with which x - mean and its products stay inside the exponent range.
-
-    1 for any usual channel; where the spread is below 2^-60 or above 2^60 (of float32), it brings x - mean near 1.
-    """
-    most, usual = (1020, 500) if wide else (124, 60)
-    if not (inv_std > 0 and math.isfinite(inv_std) and math.isfinite(mean)):
-        return 1.0
-    e = math.frexp(inv_std)[1] - 1
-    if -usual <= e <= usual:
-        e = 0
-    if mean != 0:
-        e = min(e, most - 1 - math.frexp(mean)[1])
-    return math.ldexp(1.0, max(-most, min(e, most)))
+def _map_row(p: _Plan, x: Array, residual: Array, start: int, n: int, constants: Array, c: int, to: Array) -> None:
+    first, channel = np.uintp(start), np.uintp(c)
+    for i in range(np.uintp(n)):
+        to[i] = _y(p, x[first + i], residual[first + i], _line(constants, channel + i))
 
 
 @_jit
-def _mean_parts(saved: Array, constants: Array, c: int) -> tuple[float, float]:
-    """The mean in the data's dtype, and what that lacks."""
-    mean_hi = np.float64(constants.dtype.type(saved[MEAN, c]))
-    return mean_hi, (saved[MEAN, c] - mean_hi) + saved[MEAN_LOW, c]
-
-
-@_jit
-def _set_line(saved: Array, constants: Array, channels: Range) -> None:
-    """For y = ((x - mean_hi) - mean_lo) * inv_std * gamma + beta, where the term of mean_lo moves into the shift."""
-    for c in range(channels[0], channels[1]):
-        prescale = _prescale(saved[MEAN, c], saved[INV_STD, c], constants.itemsize == 8)
-        mean_hi, mean_lo = _mean_parts(saved, constants, c)
-        slope = saved[INV_STD, c] * saved[GAMMA, c]
-        for at in range(c, constants.shape[1], saved.shape[1]):
-            constants[PRESCALE, at] = prescale
-            constants[NEG_MEAN, at] = -mean_hi * prescale
-            constants[SCALE, at] = slope / prescale
-            constants[SHIFT, at] = saved[BETA, c] - mean_lo * slope
-            constants[SHIFT_LOW, at] = (saved[BETA, c] - np.float64(constants[SHIFT, at])) - mean_lo * slope
-
-
-@_jit
-def _finish_forward(p: _Plan, a: _Arrays, eps: float, channels: Range) -> None:
-    """Mean and variance of the batch, from sums about the origin; then the line."""
-    saved, sums = a.saved, a.sums
-    _total(p, sums, channels)
-    for c in range(channels[0], channels[1]):
-        origin, offset = a.origin[c], sums[0, 0, c] / p.count
-        mean = origin + offset
-        back = mean - origin
-        lost = (origin - (mean - back)) + (offset - back)  # by the sum's rounding (Knuth's two-sum)
-        m2 = sums[0, 1, c] - sums[0, 0, c] * offset
-        var = (0.0 if m2 < 0 else m2) / p.count
-        saved[MEAN, c], saved[MEAN_LOW, c], saved[VAR, c] = mean, lost if lost == lost else 0.0, var
-        saved[INV_STD, c] = 0.0 if var + eps == 0 else 1 / math.sqrt(var + eps)
-    _set_line(saved, a.constants, channels)
-
-
-@_jit
-def _finish_backward(p: _Plan, a: _Arrays, channels: Range) -> None:
-    """For dx = A dz + B (x - mean) + D: A = gamma/std, B = -A sum(dz (x - mean)) / (M var), D = -A sum(dz) / M.
-
-    That is Ioffe & Szegedy 2015, section 3, gathered by input. _dx has x - mean_hi, prescaled.
-    """
-    saved, sums, constants = a.saved, a.sums, a.constants
-    _total(p, sums, channels)
-    for c in range(channels[0], channels[1]):
-        sums[0, 1, c] -= sums[0, 0, c] * saved[MEAN_LOW, c]
-        inv_std = saved[INV_STD, c]
-        on_dy = inv_std * saved[GAMMA, c]
-        on_x = -on_dy * inv_std * inv_std * sums[0, 1, c] / p.count
-        _, mean_lo = _mean_parts(saved, constants, c)
-        for at in range(c, p.width, p.channels):
-            constants[ON_DY, at] = on_dy
-            constants[ON_X, at] = on_x / np.float64(constants[PRESCALE, c])
-            constants[CONSTANT, at] = -on_dy * sums[0, 0, c] / p.count - on_x * mean_lo
-
-
-# ---- maps of units, for some channels; from the end backwards ----
-
-
-@_jit
-def _map_plane(p: _Plan, x: Array, residual: Array, y: Array, start: int, stop: int, line: Line) -> None:
-    for i in range(start, stop):
-        y[i] = _y(p, x[i], residual[i], line)
-
-
-@_jit
-def _map_grad_plane(
-    p: _Plan, dy: Array, x: Array, residual: Array, dx: Array, dresidual: Array, start: int, stop: int, line: Line, slopes: Line
-) -> None:  # fmt: skip
-    for i in range(start, stop):
-        dz = _dz(p, dy[i], x[i], residual[i], line)
-        dx[i] = _dx(p, dz, x[i], line, slopes)
-        if p.keeps:
-            dresidual[i] = dz
-
-
-@_jit
-def _map_row(
-    p: _Plan, x: Array, residual: Array, y: Array, start: int, first: int, last: int, constants: Array
+def _map_forward(
+    t: int, threads: int, p: _Plan, group: Range, x: Array, residual: Array, constants: Array, y: Array
 ) -> None:
-    for c in range(first, last):
-        y[start + c] = _y(p, x[start + c], residual[start + c], _line(constants, c))
-
-
-@_jit
-def _map_grad_row(
-    p: _Plan, dy: Array, x: Array, residual: Array, dx: Array, dresidual: Array, start: int, first: int, last: int, constants: Array
-) -> None:  # fmt: skip
-    for c in range(first, last):
-        i, line = start + c, _line(constants, c)
-        dz = _dz(p, dy[i], x[i], residual[i], line)
-        dx[i] = _dx(p, dz, x[i], line, _slopes(constants, c))
-        if p.keeps:
-            dresidual[i] = dz
-
-
-@_jit
-def _map_forward(p: _Plan, a: _Arrays, units: Range, channels: Range) -> None:
-    x, residual, y, constants = a.x, a.residual, a.out, a.constants
-    for unit in range(units[1] - 1, units[0] - 1, -1):
+    buffer = np.empty(CHUNK, y.dtype)
+    pairs = _part(p.units, group, t, threads)
+    first, last = _parts_of(pairs, group)
+    together = max(1, CHUNK // p.cut)
+    for unit in range(last - 1, first - 1, -1):
         if p.rows:
-            start, first, last = _row(p, x.size, unit, channels)
-            _map_row(p, x, residual, y, start, first, last, constants)
+            base = unit * p.width
+            for c in range(0, min(p.width, x.size - base), CHUNK):
+                n = min(CHUNK, min(p.width, x.size - base) - c)
+                _map_row(p, x, residual, base + c, n, constants, c, buffer)
+                _put(buffer, n, y, base + c, p.streams)
         else:
-            for c in range(channels[0], channels[1]):
-                start, stop = _plane(p, unit, c)
-                _map_plane(p, x, residual, y, start, stop, _line(constants, c))
-
-
-@_jit
-def _map_backward(p: _Plan, a: _Arrays, units: Range, channels: Range) -> None:
-    x, residual, dy, dx, dresidual, constants = a.x, a.residual, a.dy, a.out, a.dresidual, a.constants
-    for unit in range(units[1] - 1, units[0] - 1, -1):
-        if p.rows:
-            start, first, last = _row(p, x.size, unit, channels)
-            _map_grad_row(p, dy, x, residual, dx, dresidual, start, first, last, constants)
-        else:
-            for c in range(channels[0], channels[1]):
-                start, stop = _plane(p, unit, c)
-                line, slopes = _line(constants, c), _slopes(constants, c)
-                _map_grad_plane(p, dy, x, residual, dx, dresidual, start, stop, line, slopes)
-
-
-# ---- one thread's share of a step, and every thread's ----
-
-
-@_jit
-def _tile(p: _Plan, b: int, t: int, threads: int) -> tuple[Range, Range, Range, Range]:
-    """The segments, units and channels of block b that thread t works on, and the channels that it finishes."""
-    if p.by_channels:
-        channels = b * p.block, min((b + 1) * p.block, p.channels)
-        return (0, p.segments), (0, p.units), channels, channels
-    finished = _part(p.channels, t, threads)
-    return _part(p.segments, t, threads), _part(p.units, t, threads), (0, p.width), finished
-
-
-@_jit
-def _forward_share(step: int, t: int, threads: int, p: _Plan, a: _Arrays, eps: float) -> None:
-    first, last = _part(p.blocks, t, threads) if p.by_channels else (0, 1)
-    for b in range(first, last):
-        segments, units, channels, finished = _tile(p, b, t, threads)
-        if step & REDUCE:
-            _sum_forward(p, a, segments, channels)
-        if step & FINISH:
-            _finish_forward(p, a, eps, finished)
-        if step & MAP:
-            _map_forward(p, a, units, channels)
-
-
-@_jit
-def _backward_share(step: int, t: int, threads: int, p: _Plan, a: _Arrays) -> None:
-    first, last = _part(p.blocks, t, threads) if p.by_channels else (0, 1)
-    for b in range(first, last):
-        segments, units, channels, finished = _tile(p, b, t, threads)
-        if step & REDUCE:
-            _sum_backward(p, a, segments, channels)
-        if step & FINISH:
-            _finish_backward(p, a, finished)
-        if step & MAP:
-            _map_backward(p, a, units, channels)
-
-
-@_parallel
-def _forward_shares(step: int, threads: int, p: _Plan, a: _Arrays, eps: float) -> None:
-    for t in prange(threads):
-        _forward_share(step, np.intp(t), threads, p, a, eps)
-
-
-@_parallel
-def _backward_shares(step: int, threads: int, p: _Plan, a: _Arrays) -> None:
-    for t in prange(threads):
-        _backward_share(step, np.intp(t), threads, p, a)
-
-
-_one_at_a_time = threading.Lock()
-
-
-def _layer() -> str | None:
-    """Numba's threading layer, which is chosen at the first parallel call."""
-    try:
-        return str(numba.threading_layer())  # type: ignore[attr-defined]
-    except ValueError:
-        return None
-
-
-def _most_threads() -> int:
-    return int(numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
-
-
-def _threads(x: Array, most: int) -> int:
-    return 1 if _config.in_forked_child() else max(1, min(most, x.size // WORK_PER_THREAD, _most_threads()))
-
-
-def _in_parallel(shares: Any, step: int, threads: int, *arguments: Any) -> None:
-    """Numba's workqueue layer cannot take two callers at once; the others can."""
-    with nullcontext() if _layer() in ("tbb", "omp") else _one_at_a_time:
-        before = numba.get_num_threads()
-        numba.set_num_threads(threads)
-        try:
-            shares(step, threads, *arguments)
-        finally:
-            numba.set_num_threads(before)
-
-
-def _run(share: Any, shares: Any, steps: int, threads: int, p: _Plan, *arguments: Any) -> None:
-    """Does the steps: all at once where a thread has its channels to itself, else one after the other."""
-    for step in (steps,) if p.by_channels else (REDUCE & steps, FINISH & steps, MAP):
-        if threads > 1:
-            _in_parallel(shares, step, threads, p, *arguments)
-        else:
-            share(step, 0, 1, p, *arguments)
-
-
-# ---- the verbs ----
-
-
-def _input(array: Array) -> Array:
-    """As compiled code takes it: flat, and always read-only, since that is part of the type."""
-    flat = array.reshape(-1)
-    flat.flags.writeable = False
-    return flat
-
-
-def _arrays(
-    p: _Plan, x: Array, residual: Array | None, dy: Array | None, out: Array, dresidual: Array | None, origin: Array, saved: Array
-) -> _Arrays:  # fmt: skip
-    x_, out_ = _input(x), out.reshape(-1)
-    return _Arrays(
-        x=x_,
-        residual=x_ if residual is None else _input(residual),
-        dy=x_ if dy is None else _input(dy),
-        out=out_,
-        dresidual=out_ if dresidual is None else dresidual.reshape(-1),
-        origin=np.tile(origin, p.width // p.channels),
-        sums=np.zeros((p.segments, 2, p.width)),
-        saved=saved,
-        constants=np.empty((8, p.width), x.dtype),
-    )
-
-
-def _origin(x: Array) -> Array:
-    """The origin of each channel's sums: the median of three of its values, so that one outlier does not matter."""
-    outer, _, inner = x.shape
-    a, b, d = x[0, :, 0], x[outer // 2, :, inner // 2], x[-1, :, -1]
-    median = np.fmax(np.fmin(a, b), np.fmin(np.fmax(a, b), d)).astype(np.float64)
-    return np.where(np.isfinite(median), median, 0)
-
-
-def _save_parameters(saved: Array, gamma: Array | None, beta: Array | None) -> None:
-    saved[GAMMA] = 1 if gamma is None else gamma
-    saved[BETA] = 0 if beta is None else beta
-
-
-def forward(
-    x: Array,
-    residual: Array | None,
-    gamma: Array | None,
-    beta: Array | None,
-    running_mean: Array | None,
-    running_var: Array | None,
-    momentum: float,
-    correction: int,
-    eps: float,
-    activation: int,
-    y: Array,
-    saved: Array,
-    threads: int,
-) -> None:
-    """fbn_forward of src_c/fastbn.h."""
-    if not x.size:
-        return
-    threads = _threads(x, threads)
-    p = _plan(x.shape, x.itemsize, threads, int(activation), residual is not None, False, False)
-    _save_parameters(saved, gamma, beta)
-    with np.errstate(all="ignore"):
-        arrays = _arrays(p, x, residual, None, y, None, _origin(x), saved)
-        _run(_forward_share, _forward_shares, REDUCE | FINISH | MAP, threads, p, arrays, float(eps))
-        if running_mean is not None and running_var is not None:
-            unbiased = saved[VAR] * (p.count / (p.count - correction))
-            running_mean[...] = (1 - momentum) * running_mean + momentum * saved[MEAN]
-            running_var[...] = (1 - momentum) * running_var + momentum * unbiased
-
-
-def infer(
-    x: Array,
-    residual: Array | None,
-    gamma: Array | None,
-    beta: Array | None,
-    mean: Array,
-    var: Array,
-    eps: float,
-    activation: int,
-    y: Array,
-    saved: Array | None,
-    threads: int,
-) -> None:
-    """fbn_infer of src_c/fastbn.h."""
-    known = np.empty((len(SAVED_ROWS), x.shape[1])) if saved is None else saved
-    known[MEAN], known[MEAN_LOW], known[VAR] = mean, 0, var
-    _save_parameters(known, gamma, beta)
-    with np.errstate(all="ignore"):
-        known[INV_STD] = np.where(known[VAR] + eps == 0, 0, 1 / np.sqrt(known[VAR] + eps))
-    if not x.size:
-        return
-    threads = _threads(x, threads)
-    p = _plan(x.shape, x.itemsize, threads, int(activation), residual is not None, False, True)
-    arrays = _arrays(p, x, residual, None, y, None, known[MEAN], known)
-    _set_line(known, arrays.constants, (0, p.channels))
-    _run(_forward_share, _forward_shares, MAP, threads, p, arrays, float(eps))
-
-
-def backward(
-    dy: Array,
-    x: Array,
-    residual: Array | None,
-    saved: Array,
-    frozen: bool,
-    activation: int,
-    dx: Array,
-    dresidual: Array | None,
-    dgamma: Array | None,
-    dbeta: Array | None,
-    threads: int,
-) -> None:
-    """fbn_backward of src_c/fastbn.h."""
-    sums = np.zeros((1, 2, x.shape[1]))
-    if x.size:
-        threads = _threads(x, threads)
-        flags = residual is not None, dresidual is not None, bool(frozen)
-        p = _plan(x.shape, x.itemsize, threads, int(activation), *flags)
-        arrays = _arrays(p, x, residual, dy, dx, dresidual, saved[MEAN], saved)
-        _set_line(saved, arrays.constants, (0, p.channels))
-        reduces = not frozen or dgamma is not None or dbeta is not None
-        steps = REDUCE | FINISH | MAP if reduces else FINISH | MAP
-        _run(_backward_share, _backward_shares, steps, threads, p, arrays)
-        sums = arrays.sums[:, :, : p.channels]
-    with np.errstate(all="ignore"):
-        if dgamma is not None:
-            dgamma[...] = sums[0, 1] * saved[INV_STD]
-        if dbeta is not None:
-            dbeta[...] = sums[0, 0]
-
-
-def describe() -> dict[str, str]:
-    """For show_config()."""
-    return {
-        "version": numba.__version__,
-        "threading layer": _layer() or "not started",
-        "most threads": str(_most_threads()),
-    }
+            c0, c1 = _channels_of(pairs, group, unit)
+            for c in range(c0, c1, together):
+                planes = min(together, c1 - c)
+                base, length = _plane(p, unit, c)
+                for at in range(0, length, CHUNK):
+                    n = min(CHUNK, length - at)
+                    for k in range(planes):
+                        _map_plane(p, x, residual, base + at + k * n, n, _line(constants, c + k), buffer, k * n)
+                    _put(buffer, planes * n, y, base + at, p.streams)
+    if p.streams:
+        _fence()

@@ -13,6 +13,10 @@ FBN_INLINE vec NAME(dz_at)(const elem *dy, const elem *x, const elem *residual, 
 FBN_INLINE void NAME(grad_moments_at)(const elem *dy, const elem *x, const elem *residual, int64_t n,
                                       const NAME(line) * l, wide mean, fbn_activation activation, int has_residual,
                                       wide *sum, wide *product) {
+    if (n == WIDTH) {
+        prefetch((const char *)dy + FBN_AHEAD);
+        prefetch((const char *)x + FBN_AHEAD);
+    }
     const wide g = widen(NAME(dz_at)(dy, x, residual, n, l, activation, has_residual));
     const wide v = n == WIDTH ? wload(x) : widen(vload_n(x, n, vset(0)));
     *sum = wadd(*sum, g);

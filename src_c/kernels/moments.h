@@ -16,12 +16,14 @@ static void NAME(moments_cf)(const void *x_, int64_t channels, int64_t inner, co
             square[j] = wget(lanes + FBN_LANES + j * WIDTH);
         }
         int64_t i = 0;
-        for (; i + FBN_LANES <= inner; i += FBN_LANES)
+        for (; i + FBN_LANES <= inner; i += FBN_LANES) {
+            prefetch((const char *)(x + i) + FBN_AHEAD);
             for (int j = 0; j < STEP; j++) {
                 const wide d = wsub(wload(x + i + j * WIDTH), o);
                 sum[j] = wadd(sum[j], d);
                 square[j] = wfma(d, d, square[j]);
             }
+        }
         for (int j = 0; j < STEP && i + j * WIDTH < inner; j++) {
             const int64_t n = NAME(least)(inner - i - j * WIDTH, WIDTH);
             const wide d = wsub(widen(vload_n(x + i + j * WIDTH, n, fill)), o);
@@ -42,6 +44,7 @@ FBN_INLINE void NAME(moments_rows)(const elem *x, int rows, int64_t n, int64_t s
                                    double *squares) {
     wide sum = wget(sums), square = wget(squares);
     for (int r = 0; r < rows; r++) {
+        prefetch((const char *)(x + r * stride) + FBN_AHEAD);
         const wide v = n == WIDTH ? wload(x + r * stride) : widen(vload_n(x + r * stride, n, fill));
         const wide d = wsub(v, o);
         sum = wadd(sum, d);
