@@ -180,7 +180,7 @@ def _overlaps_itself(array: Array) -> bool:
     """Whether two elements share memory, as far as strides that do not nest (slices' and transposes' do) tell."""
     end = array.itemsize
     if array.size:
-        for stride, size in sorted((abs(stride), size) for stride, size in zip(array.strides, array.shape, strict=True)):
+        for stride, size in sorted(zip(map(abs, array.strides), array.shape, strict=True)):
             if size > 1 and stride < end:
                 return True
             end += stride * (size - 1)

@@ -111,7 +111,8 @@ class BatchNorm:
         >>> bn.axis, bn.eps, round(bn.momentum, 2)
         (-1, 0.001, 0.01)
         """
-        bn = cls(num_features, momentum=1 - _check.momentum(momentum), eps=_check.eps(epsilon, "epsilon"), axis=axis, **kwargs)
+        eps = _check.eps(epsilon, "epsilon")
+        bn = cls(num_features, momentum=1 - _check.momentum(momentum), eps=eps, axis=axis, **kwargs)
         bn._correction = 0
         return bn
 
@@ -129,7 +130,8 @@ class BatchNorm:
         >>> bn.axis, bn.eps, round(bn.momentum, 2)
         (1, 1e-05, 0.1)
         """
-        bn = cls(num_features, momentum=1 - _check.momentum(momentum), eps=_check.eps(epsilon, "epsilon"), axis=axis, **kwargs)
+        eps = _check.eps(epsilon, "epsilon")
+        bn = cls(num_features, momentum=1 - _check.momentum(momentum), eps=eps, axis=axis, **kwargs)
         bn._correction = 0
         return bn
 

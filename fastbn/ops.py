@@ -164,7 +164,7 @@ class _Call:
         self.target = _Target(out, self.x, self.layout)
 
     def gather(self) -> Array:
-        """x as the backend takes it."""
+        """What the backend takes as x."""
         return self.layout.gather(self.x)
 
     def put_running_back(self) -> None:
@@ -297,16 +297,43 @@ def forward_corrected(
     call = _Call(x, gamma, beta, running_mean, running_var, eps, axis, activation, residual, out, updates=training)
     if training:
         _check.enough(call.x, call.layout)
+    saved = np.empty((len(SAVED_ROWS), call.layout.shape[1]))
+    if training:
+        chosen.forward(
+            call.gather(),
+            call.residual,
+            call.gamma,
+            call.beta,
+            call.mean,
+            call.var,
+            momentum,
+            correction,
+            call.eps,
+            call.activation,
+            call.target.view,
+            saved,
+            threads,
+        )
+        call.put_running_back()
     elif call.mean is None or call.var is None:
         _check.statistics_missing()
-    saved = np.empty((len(SAVED_ROWS), call.layout.shape[1]))
-    arguments = (call.gather(), call.residual, call.gamma, call.beta, call.mean, call.var)
-    if training:
-        chosen.forward(*arguments, momentum, correction, call.eps, call.activation, call.target.view, saved, threads)
-        call.put_running_back()
     else:
-        chosen.infer(*arguments, call.eps, call.activation, call.target.view, saved, threads)
-    parts = _Parts(call.x, call.given_residual, saved, call.axis, not training, activation, gamma is not None, beta is not None)
+        chosen.infer(
+            call.gather(),
+            call.residual,
+            call.gamma,
+            call.beta,
+            call.mean,
+            call.var,
+            call.eps,
+            call.activation,
+            call.target.view,
+            saved,
+            threads,
+        )
+    parts = _Parts(
+        call.x, call.given_residual, saved, call.axis, not training, activation, gamma is not None, beta is not None
+    )
     return Forward(call.target.finish(call.layout), Cache(parts))
 
 
@@ -347,8 +374,19 @@ def infer(
     )
     if call.mean is None or call.var is None:
         _check.statistics_missing()
-    arguments = (call.gather(), call.residual, call.gamma, call.beta, call.mean, call.var)
-    chosen.infer(*arguments, call.eps, call.activation, call.target.view, None, threads)
+    chosen.infer(
+        call.gather(),
+        call.residual,
+        call.gamma,
+        call.beta,
+        call.mean,
+        call.var,
+        call.eps,
+        call.activation,
+        call.target.view,
+        None,
+        threads,
+    )
     return call.target.finish(call.layout)
 
 
@@ -413,8 +451,17 @@ def _backward(dy: Array, parts: _Parts, out: Array | None, chosen: Backend, thre
     dresidual = None if residual is None or activation is Activation.IDENTITY else _Target(None, x, layout)
     written = None if dresidual is None else dresidual.view
     chosen.backward(
-        *(layout.gather(dy.astype(x.dtype, copy=False)), layout.gather(x), residual, parts.saved, parts.frozen),
-        *(activation, target.view, written, dgamma, dbeta, threads),
+        layout.gather(dy.astype(x.dtype, copy=False)),
+        layout.gather(x),
+        residual,
+        parts.saved,
+        parts.frozen,
+        activation,
+        target.view,
+        written,
+        dgamma,
+        dbeta,
+        threads,
     )
     dx = target.finish(layout)
     if dresidual is not None:

@@ -41,13 +41,13 @@ typedef struct {
     int64_t units, segment;   /* units in all; in a segment */
     int64_t segments, padded; /* segments in all; channels with padding */
     int threads, by_channels;
-    int fits;                       /* a block is small enough to fetch the next one while it is at work */
-    int arrays;                     /* that are read */
+    int fits;      /* a block is small enough to fetch the next one while it is at work */
+    int arrays;    /* that are read */
     int64_t block; /* channels in a block */
 } plan;
 
-/* Channels in a block, so that what the block's channels hold takes a third of a core's cache: there is room for the next
- * block, and for the results on their way. */
+/* Channels in a block, so that what the block's channels hold takes a third of a core's cache: there is room for the
+ * next block, and for the results on their way. */
 static int64_t block_of(const fbn_problem *p, const plan *s) {
     const int64_t budget = p->machine->core_cache / 3, channel = p->outer * p->inner * s->elem * s->arrays;
     const int64_t fit = budget / larger(channel, 1);

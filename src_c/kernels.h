@@ -26,9 +26,9 @@ enum { FBN_AHEAD = 1024 };
  * that cl kernels may load and store whole vectors. */
 enum { FBN_CHANNEL_PAD = 16 };
 
-/* y = ((x * prescale + neg_mean) * scale + shift) + shift_low, per channel, in the compute type (float or double) of the
- * dtype. shift_low is what shift lost to rounding. prescale is a power of two, 1 but for channels whose spread or slope
- * is near the ends of the exponent range; see kernels/constants.h. */
+/* y = ((x * prescale + neg_mean) * scale + shift) + shift_low, per channel, in the compute type (float or double) of
+ * the dtype. shift_low is what shift lost to rounding. prescale is a power of two, 1 but for channels whose spread or
+ * slope is near the ends of the exponent range; see kernels/constants.h. */
 typedef struct {
     void *prescale, *neg_mean, *scale, *shift, *shift_low;
 } fbn_line;
@@ -87,7 +87,8 @@ typedef void fbn_grad_moments_cl(const fbn_grad_moments *g, int64_t rows, int64_
                                  double *sums, double *products);
 
 /* dx = (on_dy * dz + on_x * (x * prescale + neg_mean) + constant) * postscale, with dz as above; frozen: without on_x
- * and constant. postscale is a power of two, 1 for usual channels. With an activation and a residual, dresidual = dz too. */
+ * and constant. postscale is a power of two, 1 for usual channels. With an activation and a residual, dresidual = dz
+ * too. */
 typedef struct {
     const void *dy, *x, *residual;
     void *dx, *dresidual;

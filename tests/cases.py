@@ -42,6 +42,8 @@ def isas() -> tuple[str, ...]:
 KERNELS = tuple(
     Kernel(backend, isa) for backend in fastbn.backends() for isa in (isas() if backend == "c" else (None,))
 )
+COMPILED = tuple(kernel for kernel in KERNELS if kernel.backend != "numpy")
+"""Those that use several threads, and make no temporaries."""
 
 
 class Call(NamedTuple):

@@ -49,11 +49,7 @@ def results(c: cases.Call, backend: str | None = None) -> tuple[Any, ...]:
     return (y, mean, var, *gradients, gradients.dresidual, *fastbn.backward(c.dy, frozen, backend=backend), inferred)
 
 
-THREADED = [kernel for kernel in cases.KERNELS if kernel.backend != "numpy"]
-"""The reference runs on one thread."""
-
-
-@pytest.mark.parametrize("kernel", THREADED, ids=str, indirect=True)
+@pytest.mark.parametrize("kernel", cases.COMPILED, ids=str, indirect=True)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_any_number_of_threads(kernel: cases.Kernel, dtype: str, shape: tuple[int, ...]) -> None:
     c = call(shape, dtype)

@@ -112,7 +112,8 @@ cdef bint take(
     channels = call.problem.channels
     call.parameters.dtype = call.problem.dtype
     call.x = cnp.PyArray_DATA(<cnp.ndarray> x)
-    call.bytes, call.channel_bytes = cnp.PyArray_NBYTES(<cnp.ndarray> x), channels * cnp.PyArray_ITEMSIZE(<cnp.ndarray> x)
+    call.bytes = cnp.PyArray_NBYTES(<cnp.ndarray> x)
+    call.channel_bytes = channels * cnp.PyArray_ITEMSIZE(<cnp.ndarray> x)
     if not (
         take_channels(gamma, x, channels, <void **> &call.parameters.gamma)
         and take_channels(beta, x, channels, <void **> &call.parameters.beta)

@@ -84,8 +84,7 @@ class _Plan(NamedTuple):
     adds: bool  # a residual
     keeps: bool  # its gradient
     frozen: bool
-    buffers: bool  # results go through a buffer,
-    streams: bool  # and from there around the cache
+    streams: bool  # results are written around the cache
 
 
 def _divide_up(a: int, b: int) -> int:
@@ -108,27 +107,43 @@ def _split(outer: int, channels: int, inner: int, itemsize: int) -> tuple[int, .
 
 
 @_jit
-def _part(parts: int, group: Range, t: int, threads: int) -> Range:
-    """Thread t's part of all pairs of a part (a segment or a unit) and a channel of the group, numbered in order."""
-    pairs = parts * (group[1] - group[0])
-    return pairs * t // threads, pairs * (t + 1) // threads
-
-
-@_jit
-def _parts_of(pairs: Range, group: Range) -> Range:
+def _share(p: _Plan, parts: int, group: Range, t: int, threads: int) -> Iterator[tuple[int, int, int]]:
+    """Thread t's parts (segments or units), each with the channels that are t's there; from the last one backwards."""
     channels = group[1] - group[0]
-    return pairs[0] // channels, (pairs[1] + channels - 1) // channels
+    first, last = parts * channels * t // threads, parts * channels * (t + 1) // threads
+    for part in range((last - 1) // channels, first // channels - 1, -1):
+        c0, c1 = max(0, first - part * channels), min(channels, last - part * channels)
+        if c0 < c1:
+            yield part, group[0] + c0, group[0] + c1
 
 
 @_jit
-def _channels_of(pairs: Range, group: Range, part: int) -> Range:
-    before = part * (group[1] - group[0]) - group[0]
-    return max(group[0], pairs[0] - before), min(group[1], pairs[1] - before)
+def _runs(p: _Plan, size: int, group: Range, t: int, threads: int) -> Iterator[tuple[int, int, int, int]]:
+    """What thread t adds up: for segment s, n values from `start` on, of channel c or of channels from c on."""
+    for s, c0, c1 in _share(p, p.segments, group, t, threads):
+        for unit in range(s * p.segment, min((s + 1) * p.segment, p.units)):
+            for c in range(c0, c1):
+                start, n = _place(p, size, unit, c)
+                yield s, start, n, c
 
 
 @_jit
-def _plane(p: _Plan, unit: int, c: int) -> Range:
-    """Where channel c of a unit begins, and how many values it has (channels-first)."""
+def _chunks(p: _Plan, size: int, group: Range, t: int, threads: int) -> Iterator[tuple[int, int, int, int]]:
+    """What thread t maps: n values from `start` on, of channel c or of channels from c on, and as many of channels
+    after c where `planes` is more than 1."""
+    together = 1 if p.rows else max(1, CHUNK // p.cut)
+    for unit, c0, c1 in _share(p, p.units, group, t, threads):
+        for c in range(c0, c1, together):
+            start, length = _place(p, size, unit, c)
+            for at in range(0, length, CHUNK):
+                yield start + at, min(CHUNK, length - at), c + at if p.rows else c, min(together, c1 - c)
+
+
+@_jit
+def _place(p: _Plan, size: int, unit: int, c: int) -> Range:
+    """Where channel c of a unit, or the unit of rows, begins, and how many values it has."""
+    if p.rows:
+        return unit * p.width, min(p.width, size - unit * p.width)
     at = unit % p.cuts * p.cut
     return (unit // p.cuts * p.channels + c) * p.inner + at, min(p.cut, p.inner - at)
 
@@ -214,21 +229,13 @@ def _sum_row(x: Array, start: int, n: int, origin: Array, sums: Array) -> None:
 @_jit
 def _sum_forward(t: int, threads: int, p: _Plan, group: Range, x: Array, origin: Array, sums: Array) -> None:
     """The sums of x - origin and of its square."""
-    pairs = _part(p.segments, group, t, threads)
-    first, last = _parts_of(pairs, group)
-    for s in range(first, last):
-        c0, c1 = _channels_of(pairs, group, s)
-        own = sums[s]
-        for unit in range(s * p.segment, min((s + 1) * p.segment, p.units)):
-            if p.rows:
-                start = unit * p.width
-                _sum_row(x, start, min(p.width, x.size - start), origin, own)
-            else:
-                for c in range(c0, c1):
-                    start, n = _plane(p, unit, c)
-                    total, squares = _sum_plane(x, start, n, origin[c])
-                    own[0, c] += total
-                    own[1, c] += squares
+    for s, start, n, c in _runs(p, x.size, group, t, threads):
+        if p.rows:
+            _sum_row(x, start, n, origin, sums[s])
+        else:
+            total, squares = _sum_plane(x, start, n, origin[c])
+            sums[s, 0, c] += total
+            sums[s, 1, c] += squares
 
 
 @_sum
@@ -260,21 +267,13 @@ def _sum_backward(
     t: int, threads: int, p: _Plan, group: Range, dy: Array, x: Array, residual: Array, mean: Array, constants: Array, sums: Array
 ) -> None:  # fmt: skip
     """The sums of dz and of dz * (x - mean)."""
-    pairs = _part(p.segments, group, t, threads)
-    first, last = _parts_of(pairs, group)
-    for s in range(first, last):
-        c0, c1 = _channels_of(pairs, group, s)
-        own = sums[s]
-        for unit in range(s * p.segment, min((s + 1) * p.segment, p.units)):
-            if p.rows:
-                start = unit * p.width
-                _sum_grad_row(p, dy, x, residual, start, min(p.width, x.size - start), constants, mean, own)
-            else:
-                for c in range(c0, c1):
-                    start, n = _plane(p, unit, c)
-                    total, products = _sum_grad_plane(p, dy, x, residual, start, n, _line(constants, c), mean[c])
-                    own[0, c] += total
-                    own[1, c] += products
+    for s, start, n, c in _runs(p, x.size, group, t, threads):
+        if p.rows:
+            _sum_grad_row(p, dy, x, residual, start, n, constants, mean, sums[s])
+        else:
+            total, products = _sum_grad_plane(p, dy, x, residual, start, n, _line(constants, c), mean[c])
+            sums[s, 0, c] += total
+            sums[s, 1, c] += products
 
 
 # ---- maps, from the end backwards, which begins with what the sums have just left in the cache ----
@@ -348,25 +347,359 @@ def _map_forward(
     t: int, threads: int, p: _Plan, group: Range, x: Array, residual: Array, constants: Array, y: Array
 ) -> None:
     buffer = np.empty(CHUNK, y.dtype)
-    pairs = _part(p.units, group, t, threads)
-    first, last = _parts_of(pairs, group)
-    together = max(1, CHUNK // p.cut)
-    for unit in range(last - 1, first - 1, -1):
-        if p.rows:
-            base = unit * p.width
-            for c in range(0, min(p.width, x.size - base), CHUNK):
-                n = min(CHUNK, min(p.width, x.size - base) - c)
-                _map_row(p, x, residual, base + c, n, constants, c, buffer)
-                _put(buffer, n, y, base + c, p.streams)
-        else:
-            c0, c1 = _channels_of(pairs, group, unit)
-            for c in range(c0, c1, together):
-                planes = min(together, c1 - c)
-                base, length = _plane(p, unit, c)
-                for at in range(0, length, CHUNK):
-                    n = min(CHUNK, length - at)
-                    for k in range(planes):
-                        _map_plane(p, x, residual, base + at + k * n, n, _line(constants, c + k), buffer, k * n)
-                    _put(buffer, planes * n, y, base + at, p.streams)
+    for start, n, c, planes in _chunks(p, x.size, group, t, threads):
+        for k in range(planes):
+            if p.rows:
+                _map_row(p, x, residual, start, n, constants, c, buffer)
+            else:
+                _map_plane(p, x, residual, start + k * n, n, _line(constants, c + k), buffer, k * n)
+        _put(buffer, planes * n, y, start, p.streams)
     if p.streams:
         _fence()
+
+
+@_jit
+def _map_grad_plane(
+    p: _Plan, dy: Array, x: Array, residual: Array, start: int, n: int, line: Line, slopes: Line, to: Array, also: Array, at: int
+) -> None:  # fmt: skip
+    first, out = np.uintp(start), np.uintp(at)
+    for i in range(np.uintp(n)):
+        value = x[first + i]
+        dz = _dz(p, dy[first + i], value, residual[first + i], line)
+        to[out + i] = _dx(p, dz, value, line, slopes)
+        if p.keeps:
+            also[out + i] = dz
+
+
+@_jit
+def _map_grad_row(
+    p: _Plan, dy: Array, x: Array, residual: Array, start: int, n: int, constants: Array, c: int, to: Array, also: Array
+) -> None:  # fmt: skip
+    first, channel = np.uintp(start), np.uintp(c)
+    for i in range(np.uintp(n)):
+        value, line = x[first + i], _line(constants, channel + i)
+        dz = _dz(p, dy[first + i], value, residual[first + i], line)
+        to[i] = _dx(p, dz, value, line, _slopes(constants, channel + i))
+        if p.keeps:
+            also[i] = dz
+
+
+@_jit
+def _map_backward(
+    t: int, threads: int, p: _Plan, group: Range, dy: Array, x: Array, residual: Array, constants: Array, dx: Array, dresidual: Array
+) -> None:  # fmt: skip
+    buffer, also = np.empty(CHUNK, dx.dtype), np.empty(CHUNK, dx.dtype)
+    for start, n, c, planes in _chunks(p, x.size, group, t, threads):
+        for k in range(planes):
+            if p.rows:
+                _map_grad_row(p, dy, x, residual, start, n, constants, c, buffer, also)
+            else:
+                line, slopes = _line(constants, c + k), _slopes(constants, c + k)
+                _map_grad_plane(p, dy, x, residual, start + k * n, n, line, slopes, buffer, also, k * n)
+        _put(buffer, planes * n, dx, start, p.streams)
+        if p.keeps:
+            _put(also, planes * n, dresidual, start, p.streams)
+    if p.streams:
+        _fence()
+
+
+# ---- the channels' constants, for some channels ----
+
+
+def _prescale(mean: Array, inv_std: Array, dtype: Any) -> Array:
+    """The powers of two with which x - mean and its products stay inside the exponent range.
+
+    1 for any usual channel; where the spread is below 2^-60 or above 2^60 (of float32), it brings x - mean near 1.
+    """
+    most, usual = (1020, 500) if dtype == np.float64 else (124, 60)
+    e = np.frexp(inv_std)[1] - 1
+    e[abs(e) <= usual] = 0
+    e = np.where(mean != 0, np.minimum(e, most - 1 - np.frexp(mean)[1]), e).clip(-most, most)
+    return np.ldexp(1.0, np.where((inv_std > 0) & np.isfinite(inv_std) & np.isfinite(mean), e, 0))
+
+
+def _mean_parts(saved: Array, dtype: Any) -> tuple[Array, Array]:
+    """The mean in the data's dtype, and what that lacks."""
+    mean_hi = saved[MEAN].astype(dtype)
+    return mean_hi, (saved[MEAN] - mean_hi) + saved[MEAN_LOW]
+
+
+def _set_line(saved: Array, constants: Array) -> None:
+    """For y = ((x - mean_hi) - mean_lo) * inv_std * gamma + beta, where the term of mean_lo moves into the shift."""
+    dtype, channels = constants.dtype, saved.shape[1]
+    mean_hi, mean_lo = _mean_parts(saved, dtype)
+    prescale = _prescale(saved[MEAN], saved[INV_STD], dtype)
+    slope = saved[INV_STD] * saved[GAMMA]
+    moved = mean_lo * slope
+    shift = (saved[BETA] - moved).astype(dtype)
+    by_channel = constants.reshape(len(constants), -1, channels)
+    by_channel[PRESCALE] = prescale
+    by_channel[NEG_MEAN] = -mean_hi * prescale
+    by_channel[SCALE] = slope / prescale
+    by_channel[SHIFT] = shift
+    by_channel[SHIFT_LOW] = (saved[BETA] - shift) - moved
+
+
+def _set_slopes(saved: Array, constants: Array, total: Array, products: Array, values: int) -> None:
+    """For dx = A dz + B (x - mean) + D: A = gamma/std, B = -A sum(dz (x - mean)) / (M var), D = -A sum(dz) / M.
+
+    That is Ioffe & Szegedy 2015, section 3, gathered by input. _dx has x - mean_hi, prescaled.
+    """
+    by_channel = constants.reshape(len(constants), -1, saved.shape[1])
+    inv_std = saved[INV_STD]
+    a = inv_std * saved[GAMMA]
+    b = -a * inv_std * inv_std * products / values
+    by_channel[ON_DY] = a
+    by_channel[ON_X] = b / by_channel[PRESCALE]
+    by_channel[CONSTANT] = -a * total / values - b * _mean_parts(saved, constants.dtype)[1]
+
+
+def _set_moments(saved: Array, origin: Array, total: Array, squares: Array, values: int) -> None:
+    """Mean and variance of the batch, from sums about the origin."""
+    offset = total / values
+    mean = origin + offset
+    back = mean - origin
+    lost = (origin - (mean - back)) + (offset - back)  # by the sum's rounding (Knuth's two-sum)
+    m2 = squares - total * offset
+    saved[MEAN], saved[MEAN_LOW] = mean, np.where(np.isnan(lost), 0, lost)
+    saved[VAR] = np.where(m2 < 0, 0, m2) / values
+
+
+def _set_inv_std(saved: Array, eps: float) -> None:
+    std = np.sqrt(saved[VAR] + eps)
+    saved[INV_STD] = np.divide(1, std, out=np.zeros_like(std), where=std != 0)
+
+
+# ---- threads ----
+
+
+@_parallel
+def _sum_forward_shares(
+    threads: int, p: _Plan, group: Range, x: Array, origin: Array, sums: Array
+) -> None:  # fmt: skip
+    for t in prange(threads):
+        _sum_forward(np.intp(t), threads, p, group, x, origin, sums)
+
+
+@_parallel
+def _sum_backward_shares(
+    threads: int, p: _Plan, group: Range, dy: Array, x: Array, residual: Array, mean: Array, constants: Array, sums: Array
+) -> None:  # fmt: skip
+    for t in prange(threads):
+        _sum_backward(np.intp(t), threads, p, group, dy, x, residual, mean, constants, sums)
+
+
+@_parallel
+def _map_forward_shares(
+    threads: int, p: _Plan, group: Range, x: Array, residual: Array, constants: Array, y: Array
+) -> None:  # fmt: skip
+    for t in prange(threads):
+        _map_forward(np.intp(t), threads, p, group, x, residual, constants, y)
+
+
+@_parallel
+def _map_backward_shares(
+    threads: int, p: _Plan, group: Range, dy: Array, x: Array, residual: Array, constants: Array, dx: Array, dresidual: Array
+) -> None:  # fmt: skip
+    for t in prange(threads):
+        _map_backward(np.intp(t), threads, p, group, dy, x, residual, constants, dx, dresidual)
+
+
+_SHARES = {
+    _sum_forward: _sum_forward_shares,
+    _sum_backward: _sum_backward_shares,
+    _map_forward: _map_forward_shares,
+    _map_backward: _map_backward_shares,
+}
+_one_at_a_time = threading.Lock()
+
+
+def _layer() -> str | None:
+    """Numba's threading layer, which is chosen at the first parallel call."""
+    try:
+        return str(numba.threading_layer())  # type: ignore[attr-defined]
+    except ValueError:
+        return None
+
+
+def _most_threads() -> int:
+    return int(numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
+
+
+def _run(work: Any, values: int, threads: int, *arguments: Any) -> None:
+    """Does the work on as many of the threads as are worth waking for so many values.
+
+    Numba's workqueue layer cannot take two callers at once; the others can.
+    """
+    threads = min(threads, values // WORK_PER_THREAD, _most_threads())
+    if threads < 2 or _config.in_forked_child():
+        work(0, 1, *arguments)
+        return
+    with nullcontext() if _layer() in ("tbb", "omp") else _one_at_a_time:
+        before = numba.get_num_threads()
+        numba.set_num_threads(threads)
+        try:
+            _SHARES[work](threads, *arguments)
+        finally:
+            numba.set_num_threads(before)
+
+
+# ---- the verbs ----
+
+
+def _plan(
+    x: Array, residual: Array | None, out: Array, dresidual: Array | None, activation: int, frozen: bool
+) -> _Plan:
+    flags = residual is not None, dresidual is not None, bool(frozen), out.nbytes > STREAM_BYTES
+    return _Plan(*_split(*x.shape, x.itemsize), int(activation), *flags)
+
+
+def _groups(p: _Plan) -> Iterator[tuple[Range, slice]]:
+    """For compiled code, to which a unit of rows is one channel, and for NumPy."""
+    if p.rows:
+        yield (0, 1), slice(0, p.channels)
+        return
+    for c in range(0, p.channels, p.group):
+        last = min(c + p.group, p.channels)
+        yield (c, last), slice(c, last)
+
+
+def _recurring(p: _Plan, channels: Array) -> Array:
+    return np.tile(channels, p.width // p.channels)
+
+
+def _totals(p: _Plan, sums: Array, group: slice) -> Array:
+    return sums.reshape(p.segments, 2, -1, p.channels)[..., group].sum(axis=(0, 2))
+
+
+def _input(array: Array) -> Array:
+    """As compiled code takes it: flat, and always read-only, since that is part of the type."""
+    flat = array.reshape(-1)
+    flat.flags.writeable = False
+    return flat
+
+
+def _origin(x: Array) -> Array:
+    """The origin of each channel's sums: the median of three of its values, so that one outlier does not matter."""
+    outer, _, inner = x.shape
+    a, b, d = x[0, :, 0], x[outer // 2, :, inner // 2], x[-1, :, -1]
+    median = np.fmax(np.fmin(a, b), np.fmin(np.fmax(a, b), d)).astype(np.float64)
+    return np.where(np.isfinite(median), median, 0)
+
+
+def _save_parameters(saved: Array, gamma: Array | None, beta: Array | None) -> None:
+    saved[GAMMA] = 1 if gamma is None else gamma
+    saved[BETA] = 0 if beta is None else beta
+
+
+@np.errstate(all="ignore")
+def forward(
+    x: Array,
+    residual: Array | None,
+    gamma: Array | None,
+    beta: Array | None,
+    running_mean: Array | None,
+    running_var: Array | None,
+    momentum: float,
+    correction: int,
+    eps: float,
+    activation: int,
+    y: Array,
+    saved: Array,
+    threads: int,
+) -> None:
+    """fbn_forward of src_c/fastbn.h."""
+    if not x.size:
+        return
+    _save_parameters(saved, gamma, beta)
+    p, values = _plan(x, residual, y, None, activation, False), x.shape[0] * x.shape[2]
+    origin, sums, constants = _origin(x), np.zeros((p.segments, 2, p.width)), np.empty((8, p.width), x.dtype)
+    x_, y_ = _input(x), y.reshape(-1)
+    residual_, origin_ = x_ if residual is None else _input(residual), _recurring(p, origin)
+    for group, c in _groups(p):
+        _run(_sum_forward, x.size, threads, p, group, x_, origin_, sums)
+        _set_moments(saved[:, c], origin[c], *_totals(p, sums, c), values)
+        _set_inv_std(saved[:, c], eps)
+        _set_line(saved[:, c], constants if p.rows else constants[:, c])
+        _run(_map_forward, x.size, threads, p, group, x_, residual_, constants, y_)
+    if running_mean is not None and running_var is not None:
+        unbiased = saved[VAR] * (values / (values - correction))
+        running_mean[...] = (1 - momentum) * running_mean + momentum * saved[MEAN]
+        running_var[...] = (1 - momentum) * running_var + momentum * unbiased
+
+
+@np.errstate(all="ignore")
+def infer(
+    x: Array,
+    residual: Array | None,
+    gamma: Array | None,
+    beta: Array | None,
+    mean: Array,
+    var: Array,
+    eps: float,
+    activation: int,
+    y: Array,
+    saved: Array | None,
+    threads: int,
+) -> None:
+    """fbn_infer of src_c/fastbn.h."""
+    known = np.empty((len(SAVED_ROWS), x.shape[1])) if saved is None else saved
+    known[MEAN], known[MEAN_LOW], known[VAR] = mean, 0, var
+    _save_parameters(known, gamma, beta)
+    _set_inv_std(known, eps)
+    if not x.size:
+        return
+    p = _plan(x, residual, y, None, activation, True)
+    constants = np.empty((8, p.width), x.dtype)
+    _set_line(known, constants)
+    x_ = _input(x)
+    residual_ = x_ if residual is None else _input(residual)
+    everything = (0, 1 if p.rows else p.channels)
+    _run(_map_forward, x.size, threads, p, everything, x_, residual_, constants, y.reshape(-1))
+
+
+@np.errstate(all="ignore")
+def backward(
+    dy: Array,
+    x: Array,
+    residual: Array | None,
+    saved: Array,
+    frozen: bool,
+    activation: int,
+    dx: Array,
+    dresidual: Array | None,
+    dgamma: Array | None,
+    dbeta: Array | None,
+    threads: int,
+) -> None:
+    """fbn_backward of src_c/fastbn.h."""
+    channels, values = x.shape[1], x.shape[0] * x.shape[2]
+    totals = np.zeros((2, channels))
+    if x.size:
+        p = _plan(x, residual, dx, dresidual, activation, frozen)
+        sums, constants = np.zeros((p.segments, 2, p.width)), np.empty((8, p.width), x.dtype)
+        _set_line(saved, constants)
+        dy_, x_, dx_ = _input(dy), _input(x), dx.reshape(-1)
+        residual_ = x_ if residual is None else _input(residual)
+        dresidual_ = dx_ if dresidual is None else dresidual.reshape(-1)
+        mean = _recurring(p, saved[MEAN])
+        for group, c in _groups(p):
+            if not frozen or dgamma is not None or dbeta is not None:
+                _run(_sum_backward, x.size, threads, p, group, dy_, x_, residual_, mean, constants, sums)
+                totals[:, c] = _totals(p, sums, c)
+                totals[1, c] -= totals[0, c] * saved[MEAN_LOW, c]
+            _set_slopes(saved[:, c], constants if p.rows else constants[:, c], *totals[:, c], values)
+            _run(_map_backward, x.size, threads, p, group, dy_, x_, residual_, constants, dx_, dresidual_)
+    if dgamma is not None:
+        dgamma[...] = totals[1] * saved[INV_STD]
+    if dbeta is not None:
+        dbeta[...] = totals[0]
+
+
+def describe() -> dict[str, str]:
+    """For show_config()."""
+    return {
+        "version": numba.__version__,
+        "threading layer": _layer() or "not started",
+        "most threads": str(_most_threads()),
+    }

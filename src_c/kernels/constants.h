@@ -27,7 +27,8 @@ FBN_INLINE int NAME(is_usual)(double mean, double inv_std, double slope) {
            ((slope > low) | (slope < -low) | (slope == 0));
 }
 
-/* Where the exponents cannot all fit in, x is the mean or the result overflows: an infinite scale would make the one NaN. */
+/* Where the exponents cannot all fit in, x is the mean or the result overflows: an infinite scale would make the one
+ * NaN. */
 FBN_INLINE double NAME(finite)(double v) {
     const double most = sizeof(real) == 8 ? DBL_MAX : FLT_MAX;
     const double most_signed = v < 0 ? -most : most;
@@ -68,7 +69,8 @@ static void NAME(set_line)(const fbn_channels *k, int64_t n, const fbn_line *lin
 FBN_INLINE void NAME(set_one_slope)(const fbn_channels *k, int64_t c, double sum, double product, double count,
                                     double postscale, const fbn_line *line, const fbn_slopes *s) {
     const double a = k->inv_std[c] * k->gamma[c] / postscale, b = -(product * k->inv_std[c]) / count * a;
-    const double prescale = ((const real *)line->prescale)[c], mean_lo = (k->mean[c] - (real)k->mean[c]) + k->mean_low[c];
+    const double prescale = ((const real *)line->prescale)[c],
+                 mean_lo = (k->mean[c] - (real)k->mean[c]) + k->mean_low[c];
     ((real *)s->on_dy)[c] = (real)a;
     ((real *)s->on_x)[c] = (real)(b * (k->inv_std[c] / prescale));
     ((real *)s->constant)[c] = (real)(-a * sum / count - b * k->inv_std[c] * mean_lo);

@@ -28,7 +28,7 @@ FBN_INLINE vec NAME(centre)(vec x, const NAME(line) * l) { return vfma(x, l->pre
 /* What the activation gets. shift_low is added last: y is near the shift where that matters. A residual may cancel the
  * shift, so their sum keeps what its rounding loses (Knuth's two-sum); where the sum is infinite there is nothing to
  * keep. */
-FBN_INLINE vec NAME(preactivation)(vec x, vec residual, const NAME(line) *l, int has_residual) {
+FBN_INLINE vec NAME(preactivation)(vec x, vec residual, const NAME(line) * l, int has_residual) {
     const vec d = NAME(centre)(x, l);
     if (!has_residual) return vadd(vfma(d, l->scale, l->shift), l->shift_low);
     const vec sum = vadd(l->shift, residual), back = vsub(sum, l->shift);
