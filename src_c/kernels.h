@@ -20,7 +20,7 @@
 enum { FBN_LANES = 16 };
 
 /* How far ahead of itself, in bytes, a kernel fetches what it reads from memory. */
-enum { FBN_AHEAD = 1024 };
+enum { FBN_AHEAD = 2048 };
 
 /* Per-channel arrays have room for this many values more than there are channels, and then up to a multiple of it, so
  * that cl kernels may load and store whole vectors. */

@@ -1,8 +1,11 @@
 """How does Numba compute batch norm? The algorithm of the C core (src_c), compiled on first use and kept on disk.
 
-Compiled code takes sums over channels and maps x to y, or dy and x to dx; NumPy makes the channels' constants between
-the two. The sums of a channel are taken by segments, whose bounds follow from the shape alone and which one thread
-does from end to end; they are added in one order. So the number of threads does not change a bit.
+A call reduces (sums over each channel), finishes (a channel's constants from its sums) and maps (y or dx from the
+constants). Where a block of channels fits in a core's cache, one thread does all three on it. Otherwise all threads
+reduce, then finish, then map, from the end backwards: the end is what the cache still holds.
+
+The sums of a channel are taken by segments, whose bounds follow from the shape alone, and segments are added in order.
+So neither the blocking nor the number of threads changes a bit.
 
 In compiled code the data is flat. Innermost loops have unsigned indices, which cannot count from the end, so that they
 become vector code; unsigned and signed integers never meet, since Numba would make a float of them.
@@ -10,18 +13,16 @@ become vector code; unsigned and signed integers never meet, since Numba would m
 
 from __future__ import annotations
 
+import functools
+import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numba
 import numpy as np
-from llvmlite import ir
-from numba import prange, types
-from numba.core import cgutils
-from numba.extending import intrinsic
+from numba import prange
 
 from .. import _config
 from .._activations import Activation
@@ -36,12 +37,12 @@ SEGMENT = 32768  # values of a channel that a channels-first segment has at leas
 SEGMENT_ROWS = 128  # rows that a channels-last segment has at least,
 SEGMENTS_MOST = 64  # and how many of these there are at most
 WIDE = 512  # values that a unit of rows has at least: short loops spend their time beginning and ending
-GROUP_BYTES = 1 << 24  # of the channels that are summed and then mapped, while the last-level cache has them
-STREAM_BYTES = 1 << 24  # of a result that is written around the cache
-CHUNK = 2048  # values that a map leaves in a buffer before they are put in their place
-CACHE_LINE = 64
+BLOCK_CHANNELS = 64  # channels that a channels-first block has at most
+BLOCK_ROW = 256  # channels that a channels-last block has at least
+BLOCK_BYTES = 1 << 19  # of a block: half of a common level 2 cache
 WORK_PER_THREAD = 32768  # values that are worth waking a thread for
 
+REDUCE, FINISH, MAP = 1, 2, 4
 RELU = int(Activation.RELU)
 MEAN, MEAN_LOW, VAR, INV_STD, GAMMA, BETA = range(len(SAVED_ROWS))
 PRESCALE, NEG_MEAN, SCALE, SHIFT, SHIFT_LOW, ON_DY, ON_X, CONSTANT = range(8)
@@ -50,10 +51,17 @@ ZERO = np.float32(0)  # compares with float32 and float64 as it is
 
 def _compiled(*fastmath: str, **options: bool) -> Callable[[Callable[..., Any]], Any]:
     """The decorator of every compiled function. a * b + c may be fused; division by zero gives inf."""
-    decorator: Any = numba.njit
-    compiled: Callable[[Callable[..., Any]], Any] = decorator(
-        nogil=True, cache=True, error_model="numpy", fastmath={"contract", *fastmath}, **options
-    )
+    njit: Any = numba.njit
+
+    def compiled(function: Callable[..., Any]) -> Any:
+        jit = functools.partial(
+            njit, function, nogil=True, error_model="numpy", fastmath={"contract", *fastmath}, **options
+        )
+        try:
+            return jit(cache=True)
+        except RuntimeError:  # there is no place on disk that may be written
+            return jit()
+
     return compiled
 
 
@@ -64,7 +72,7 @@ _parallel = _compiled(parallel=True)
 _sum = _compiled("reassoc")
 
 
-# ---- how a call is split ----
+# ---- what is passed to compiled code ----
 
 
 class _Plan(NamedTuple):
@@ -72,6 +80,7 @@ class _Plan(NamedTuple):
 
     rows: bool  # channels-last
     channels: int
+    values: int  # per channel
     inner: int
     width: int  # of a unit of rows, and of the per-channel arrays, in which channels then recur
     cut: int  # values in a cut of a plane, which may be all of it
@@ -79,73 +88,91 @@ class _Plan(NamedTuple):
     units: int
     segment: int  # units in a segment
     segments: int
-    group: int  # channels in a group
+    block: int  # channels in a block
+    blocks: int
+    by_channels: bool
     activation: int
     adds: bool  # a residual
     keeps: bool  # its gradient
     frozen: bool
-    streams: bool  # results are written around the cache
+
+
+class _Arrays(NamedTuple):
+    """The arrays of one call. Where there is no residual, no dresidual or no dy, another array stands there unused."""
+
+    x: Array
+    residual: Array
+    dy: Array
+    out: Array  # y or dx
+    dresidual: Array
+    origin: Array  # (width,), of the sums; the mean in a backward call
+    sums: Array  # (segments, 2, width), float64
+    saved: Array  # (6, channels)
+    constants: Array  # (8, width), in the data's dtype
 
 
 def _divide_up(a: int, b: int) -> int:
     return -(-a // b)
 
 
-@lru_cache(maxsize=256)
-def _split(outer: int, channels: int, inner: int, itemsize: int) -> tuple[int, ...]:
-    """The first ten of a plan."""
+@functools.lru_cache(maxsize=256)
+def _plan(
+    shape: tuple[int, int, int], itemsize: int, threads: int, activation: int, adds: bool, keeps: bool, frozen: bool
+) -> _Plan:
+    outer, channels, inner = shape
     rows = inner == 1
     repeats = max(1, WIDE // channels) if rows else 1
     cut = inner if inner <= 2 * SEGMENT else SEGMENT
     cuts = _divide_up(inner, cut)
     units = _divide_up(outer * cuts, repeats)
+    share, fit = _divide_up(channels, threads), BLOCK_BYTES // (outer * inner * itemsize)
     if rows:
-        segment, group = max(SEGMENT_ROWS // repeats, _divide_up(units, SEGMENTS_MOST), 1), channels
+        segment = max(SEGMENT_ROWS // repeats, _divide_up(units, SEGMENTS_MOST), 1)
+        block = min(share, fit)
+        worth = repeats == 1 and block >= BLOCK_ROW
     else:
-        segment, group = max(1, SEGMENT // cut), max(1, GROUP_BYTES // (outer * inner * itemsize))
-    return rows, channels, inner, channels * repeats, cut, cuts, units, segment, _divide_up(units, segment), group
+        segment = max(1, SEGMENT // cut)
+        block = max(1, min(share, fit, BLOCK_CHANNELS)) if cuts == 1 else 1
+        worth = True
+    blocks, segments = _divide_up(channels, max(1, block)), _divide_up(units, segment)
+    by_channels = worth and 5 * _divide_up(blocks, threads) * threads <= 7 * blocks
+    return _Plan(
+        rows, channels, outer * inner, inner, channels * repeats, cut, cuts, units, segment, segments, block, blocks,
+        by_channels, activation, adds, keeps, frozen,
+    )  # fmt: skip
 
 
 @_jit
-def _share(p: _Plan, parts: int, group: Range, t: int, threads: int) -> Iterator[tuple[int, int, int]]:
-    """Thread t's parts (segments or units), each with the channels that are t's there; from the last one backwards."""
-    channels = group[1] - group[0]
-    first, last = parts * channels * t // threads, parts * channels * (t + 1) // threads
-    for part in range((last - 1) // channels, first // channels - 1, -1):
-        c0, c1 = max(0, first - part * channels), min(channels, last - part * channels)
-        if c0 < c1:
-            yield part, group[0] + c0, group[0] + c1
+def _part(n: int, t: int, threads: int) -> Range:
+    """Thread t's part of range(n)."""
+    return n * t // threads, n * (t + 1) // threads
 
 
 @_jit
-def _runs(p: _Plan, size: int, group: Range, t: int, threads: int) -> Iterator[tuple[int, int, int, int]]:
-    """What thread t adds up: for segment s, n values from `start` on, of channel c or of channels from c on."""
-    for s, c0, c1 in _share(p, p.segments, group, t, threads):
-        for unit in range(s * p.segment, min((s + 1) * p.segment, p.units)):
-            for c in range(c0, c1):
-                start, n = _place(p, size, unit, c)
-                yield s, start, n, c
+def _tiles(p: _Plan, t: int, threads: int) -> Iterator[tuple[Range, Range, Range, Range]]:
+    """What thread t works on, one after the other: segments, units and channels; and the channels that it finishes."""
+    if p.by_channels:
+        first, last = _part(p.blocks, t, threads)
+        for b in range(first, last):
+            channels = b * p.block, min((b + 1) * p.block, p.channels)
+            yield (0, p.segments), (0, p.units), channels, channels
+    else:
+        finished = _part(p.channels, t, threads)
+        yield _part(p.segments, t, threads), _part(p.units, t, threads), (0, p.width), finished
 
 
 @_jit
-def _chunks(p: _Plan, size: int, group: Range, t: int, threads: int) -> Iterator[tuple[int, int, int, int]]:
-    """What thread t maps: n values from `start` on, of channel c or of channels from c on, and as many of channels
-    after c where `planes` is more than 1."""
-    together = 1 if p.rows else max(1, CHUNK // p.cut)
-    for unit, c0, c1 in _share(p, p.units, group, t, threads):
-        for c in range(c0, c1, together):
-            start, length = _place(p, size, unit, c)
-            for at in range(0, length, CHUNK):
-                yield start + at, min(CHUNK, length - at), c + at if p.rows else c, min(together, c1 - c)
-
-
-@_jit
-def _place(p: _Plan, size: int, unit: int, c: int) -> Range:
-    """Where channel c of a unit, or the unit of rows, begins, and how many values it has."""
-    if p.rows:
-        return unit * p.width, min(p.width, size - unit * p.width)
+def _plane(p: _Plan, unit: int, c: int) -> Range:
+    """Where channel c of a unit begins, and how many values it has (channels-first)."""
     at = unit % p.cuts * p.cut
     return (unit // p.cuts * p.channels + c) * p.inner + at, min(p.cut, p.inner - at)
+
+
+@_jit
+def _row(p: _Plan, size: int, unit: int, channels: Range) -> Range:
+    """Where a unit's part of the channels begins, and how many values it has (channels-last)."""
+    base = unit * p.width
+    return base + channels[0], min(channels[1], size - base) - channels[0]
 
 
 # ---- one element ----
@@ -204,7 +231,7 @@ def _dx(p: _Plan, dz: Real, x: Real, line: Line, slopes: Line) -> Real:
     return on_x * (x * line[PRESCALE] + line[NEG_MEAN]) + (on_dy * dz + constant)
 
 
-# ---- sums ----
+# ---- sums of segments, for some channels: run by run, n values from `start` on ----
 
 
 @_sum
@@ -218,24 +245,30 @@ def _sum_plane(x: Array, start: int, n: int, origin: float) -> tuple[float, floa
 
 
 @_jit
-def _sum_row(x: Array, start: int, n: int, origin: Array, sums: Array) -> None:
-    base = np.uintp(start)
-    for c in range(np.uintp(n)):
-        d = _deviation(x[base + c], origin[c])
-        sums[0, c] += d
-        sums[1, c] += d * d
+def _sum_row(x: Array, start: int, n: int, c: int, origin: Array, sums: Array) -> None:
+    first, channel = np.uintp(start), np.uintp(c)
+    for i in range(np.uintp(n)):
+        d = _deviation(x[first + i], origin[channel + i])
+        sums[0, channel + i] += d
+        sums[1, channel + i] += d * d
 
 
 @_jit
-def _sum_forward(t: int, threads: int, p: _Plan, group: Range, x: Array, origin: Array, sums: Array) -> None:
+def _sum_forward(p: _Plan, a: _Arrays, segments: Range, channels: Range) -> None:
     """The sums of x - origin and of its square."""
-    for s, start, n, c in _runs(p, x.size, group, t, threads):
-        if p.rows:
-            _sum_row(x, start, n, origin, sums[s])
-        else:
-            total, squares = _sum_plane(x, start, n, origin[c])
-            sums[s, 0, c] += total
-            sums[s, 1, c] += squares
+    x, origin = a.x, a.origin
+    for s in range(segments[0], segments[1]):
+        sums = a.sums[s]
+        for unit in range(s * p.segment, min((s + 1) * p.segment, p.units)):
+            if p.rows:
+                start, n = _row(p, x.size, unit, channels)
+                _sum_row(x, start, n, channels[0], origin, sums)
+            else:
+                for c in range(channels[0], channels[1]):
+                    start, n = _plane(p, unit, c)
+                    total, squares = _sum_plane(x, start, n, origin[c])
+                    sums[0, c] += total
+                    sums[1, c] += squares
 
 
 @_sum
@@ -252,265 +285,230 @@ def _sum_grad_plane(
 
 @_jit
 def _sum_grad_row(
-    p: _Plan, dy: Array, x: Array, residual: Array, start: int, n: int, constants: Array, mean: Array, sums: Array
-) -> None:
-    base = np.uintp(start)
-    for c in range(np.uintp(n)):
-        i = base + c
-        dz = np.float64(_dz(p, dy[i], x[i], residual[i], _line(constants, c)))
-        sums[0, c] += dz
-        sums[1, c] += dz * _deviation(x[i], mean[c])
+    p: _Plan, dy: Array, x: Array, residual: Array, start: int, n: int, c: int, constants: Array, mean: Array, sums: Array
+) -> None:  # fmt: skip
+    first, channel = np.uintp(start), np.uintp(c)
+    for i in range(np.uintp(n)):
+        at, k = first + i, channel + i
+        dz = np.float64(_dz(p, dy[at], x[at], residual[at], _line(constants, k)))
+        sums[0, k] += dz
+        sums[1, k] += dz * _deviation(x[at], mean[k])
 
 
 @_jit
-def _sum_backward(
-    t: int, threads: int, p: _Plan, group: Range, dy: Array, x: Array, residual: Array, mean: Array, constants: Array, sums: Array
-) -> None:  # fmt: skip
+def _sum_backward(p: _Plan, a: _Arrays, segments: Range, channels: Range) -> None:
     """The sums of dz and of dz * (x - mean)."""
-    for s, start, n, c in _runs(p, x.size, group, t, threads):
-        if p.rows:
-            _sum_grad_row(p, dy, x, residual, start, n, constants, mean, sums[s])
-        else:
-            total, products = _sum_grad_plane(p, dy, x, residual, start, n, _line(constants, c), mean[c])
-            sums[s, 0, c] += total
-            sums[s, 1, c] += products
-
-
-# ---- maps, from the end backwards, which begins with what the sums have just left in the cache ----
-
-
-@intrinsic
-def _put(typing: Any, buffer: Any, n: Any, out: Any, start: Any, around: Any) -> Any:
-    """out[start : start + n] = buffer[:n]. `around`: whole cache lines are written around the cache."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        kind = signature.args[2]
-        count, word = args[1], args[1].type
-        source = context.make_array(signature.args[0])(context, builder, args[0]).data
-        target = builder.gep(context.make_array(kind)(context, builder, args[2]).data, [args[3]])
-        real = context.get_data_type(kind.dtype)
-        item = context.get_abi_sizeof(real)
-        lanes = CACHE_LINE // item
-        line = ir.VectorType(real, lanes).as_pointer()
-
-        def copy(first: Any, last: Any) -> None:
-            size = builder.mul(builder.sub(last, first), word(item))
-            cgutils.raw_memcpy(builder, builder.gep(target, [first]), builder.gep(source, [first]), size, 1)
-
-        with builder.if_else(args[4]) as (around_cache, through_cache):
-            with around_cache:
-                to_line = builder.and_(builder.neg(builder.ptrtoint(target, word)), word(CACHE_LINE - 1))
-                head = builder.udiv(to_line, word(item))
-                head = builder.select(builder.icmp_signed("<", head, count), head, count)
-                lines = builder.udiv(builder.sub(count, head), word(lanes))
-                copy(word(0), head)
-                with cgutils.for_range(builder, lines) as loop:
-                    at = [builder.add(head, builder.mul(loop.index, word(lanes)))]
-                    value = builder.load(builder.bitcast(builder.gep(source, at), line), align=item)
-                    store = builder.store(value, builder.bitcast(builder.gep(target, at), line), align=CACHE_LINE)
-                    store.set_metadata("nontemporal", builder.module.add_metadata([ir.IntType(32)(1)]))
-                copy(builder.add(head, builder.mul(lines, word(lanes))), count)
-            with through_cache:
-                copy(word(0), count)
-        return context.get_dummy_value()
-
-    return types.void(buffer, types.intp, out, types.intp, types.boolean), generate
-
-
-@intrinsic
-def _fence(typing: Any) -> Any:
-    """Orders what was written around the cache before what follows."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        builder.fence("seq_cst")
-        return context.get_dummy_value()
-
-    return types.void(), generate
-
-
-@_jit
-def _map_plane(p: _Plan, x: Array, residual: Array, start: int, n: int, line: Line, to: Array, at: int) -> None:
-    first, out = np.uintp(start), np.uintp(at)
-    for i in range(np.uintp(n)):
-        to[out + i] = _y(p, x[first + i], residual[first + i], line)
-
-
-@_jit
-def _map_row(p: _Plan, x: Array, residual: Array, start: int, n: int, constants: Array, c: int, to: Array) -> None:
-    first, channel = np.uintp(start), np.uintp(c)
-    for i in range(np.uintp(n)):
-        to[i] = _y(p, x[first + i], residual[first + i], _line(constants, channel + i))
-
-
-@_jit
-def _map_forward(
-    t: int, threads: int, p: _Plan, group: Range, x: Array, residual: Array, constants: Array, y: Array
-) -> None:
-    buffer = np.empty(CHUNK, y.dtype)
-    for start, n, c, planes in _chunks(p, x.size, group, t, threads):
-        for k in range(planes):
+    x, residual, dy, mean, constants = a.x, a.residual, a.dy, a.origin, a.constants
+    for s in range(segments[0], segments[1]):
+        sums = a.sums[s]
+        for unit in range(s * p.segment, min((s + 1) * p.segment, p.units)):
             if p.rows:
-                _map_row(p, x, residual, start, n, constants, c, buffer)
+                start, n = _row(p, x.size, unit, channels)
+                _sum_grad_row(p, dy, x, residual, start, n, channels[0], constants, mean, sums)
             else:
-                _map_plane(p, x, residual, start + k * n, n, _line(constants, c + k), buffer, k * n)
-        _put(buffer, planes * n, y, start, p.streams)
-    if p.streams:
-        _fence()
+                for c in range(channels[0], channels[1]):
+                    start, n = _plane(p, unit, c)
+                    total, products = _sum_grad_plane(p, dy, x, residual, start, n, _line(constants, c), mean[c])
+                    sums[0, c] += total
+                    sums[1, c] += products
 
 
 @_jit
-def _map_grad_plane(
-    p: _Plan, dy: Array, x: Array, residual: Array, start: int, n: int, line: Line, slopes: Line, to: Array, also: Array, at: int
-) -> None:  # fmt: skip
-    first, out = np.uintp(start), np.uintp(at)
-    for i in range(np.uintp(n)):
-        value = x[first + i]
-        dz = _dz(p, dy[first + i], value, residual[first + i], line)
-        to[out + i] = _dx(p, dz, value, line, slopes)
-        if p.keeps:
-            also[out + i] = dz
+def _total(p: _Plan, sums: Array, channels: Range) -> None:
+    """Adds the sums up in the first place: in each segment as a channel recurs, then segment by segment."""
+    for s in range(p.segments):
+        for k in range(2):
+            for first in range(p.channels, p.width, p.channels):
+                for c in range(channels[0], channels[1]):
+                    sums[s, k, c] += sums[s, k, first + c]
+            if s > 0:
+                for c in range(channels[0], channels[1]):
+                    sums[0, k, c] += sums[s, k, c]
+
+
+# ---- constants, for some channels ----
 
 
 @_jit
-def _map_grad_row(
-    p: _Plan, dy: Array, x: Array, residual: Array, start: int, n: int, constants: Array, c: int, to: Array, also: Array
-) -> None:  # fmt: skip
-    first, channel = np.uintp(start), np.uintp(c)
-    for i in range(np.uintp(n)):
-        value, line = x[first + i], _line(constants, channel + i)
-        dz = _dz(p, dy[first + i], value, residual[first + i], line)
-        to[i] = _dx(p, dz, value, line, _slopes(constants, channel + i))
-        if p.keeps:
-            also[i] = dz
-
-
-@_jit
-def _map_backward(
-    t: int, threads: int, p: _Plan, group: Range, dy: Array, x: Array, residual: Array, constants: Array, dx: Array, dresidual: Array
-) -> None:  # fmt: skip
-    buffer, also = np.empty(CHUNK, dx.dtype), np.empty(CHUNK, dx.dtype)
-    for start, n, c, planes in _chunks(p, x.size, group, t, threads):
-        for k in range(planes):
-            if p.rows:
-                _map_grad_row(p, dy, x, residual, start, n, constants, c, buffer, also)
-            else:
-                line, slopes = _line(constants, c + k), _slopes(constants, c + k)
-                _map_grad_plane(p, dy, x, residual, start + k * n, n, line, slopes, buffer, also, k * n)
-        _put(buffer, planes * n, dx, start, p.streams)
-        if p.keeps:
-            _put(also, planes * n, dresidual, start, p.streams)
-    if p.streams:
-        _fence()
-
-
-# ---- the channels' constants, for some channels ----
-
-
-def _prescale(mean: Array, inv_std: Array, dtype: Any) -> Array:
-    """The powers of two with which x - mean and its products stay inside the exponent range.
+def _prescale(mean: float, inv_std: float, wide: bool) -> float:
+    """The power of two with which x - mean and its products stay inside the exponent range.
 
     1 for any usual channel; where the spread is below 2^-60 or above 2^60 (of float32), it brings x - mean near 1.
     """
-    most, usual = (1020, 500) if dtype == np.float64 else (124, 60)
-    e = np.frexp(inv_std)[1] - 1
-    e[abs(e) <= usual] = 0
-    e = np.where(mean != 0, np.minimum(e, most - 1 - np.frexp(mean)[1]), e).clip(-most, most)
-    return np.ldexp(1.0, np.where((inv_std > 0) & np.isfinite(inv_std) & np.isfinite(mean), e, 0))
+    most, usual = (1020, 500) if wide else (124, 60)
+    if not (inv_std > 0 and math.isfinite(inv_std) and math.isfinite(mean)):
+        return 1.0
+    e = math.frexp(inv_std)[1] - 1
+    if -usual <= e <= usual:
+        e = 0
+    if mean != 0:
+        e = min(e, most - 1 - math.frexp(mean)[1])
+    return math.ldexp(1.0, max(-most, min(e, most)))
 
 
-def _mean_parts(saved: Array, dtype: Any) -> tuple[Array, Array]:
+@_jit
+def _mean_parts(saved: Array, constants: Array, c: int) -> tuple[float, float]:
     """The mean in the data's dtype, and what that lacks."""
-    mean_hi = saved[MEAN].astype(dtype)
-    return mean_hi, (saved[MEAN] - mean_hi) + saved[MEAN_LOW]
+    mean_hi = np.float64(constants.dtype.type(saved[MEAN, c]))
+    return mean_hi, (saved[MEAN, c] - mean_hi) + saved[MEAN_LOW, c]
 
 
-def _set_line(saved: Array, constants: Array) -> None:
+@_jit
+def _set_line(saved: Array, constants: Array, channels: Range) -> None:
     """For y = ((x - mean_hi) - mean_lo) * inv_std * gamma + beta, where the term of mean_lo moves into the shift."""
-    dtype, channels = constants.dtype, saved.shape[1]
-    mean_hi, mean_lo = _mean_parts(saved, dtype)
-    prescale = _prescale(saved[MEAN], saved[INV_STD], dtype)
-    slope = saved[INV_STD] * saved[GAMMA]
-    moved = mean_lo * slope
-    shift = (saved[BETA] - moved).astype(dtype)
-    by_channel = constants.reshape(len(constants), -1, channels)
-    by_channel[PRESCALE] = prescale
-    by_channel[NEG_MEAN] = -mean_hi * prescale
-    by_channel[SCALE] = slope / prescale
-    by_channel[SHIFT] = shift
-    by_channel[SHIFT_LOW] = (saved[BETA] - shift) - moved
+    for c in range(channels[0], channels[1]):
+        prescale = _prescale(saved[MEAN, c], saved[INV_STD, c], constants.itemsize == 8)
+        mean_hi, mean_lo = _mean_parts(saved, constants, c)
+        slope = saved[INV_STD, c] * saved[GAMMA, c]
+        for at in range(c, constants.shape[1], saved.shape[1]):
+            constants[PRESCALE, at] = prescale
+            constants[NEG_MEAN, at] = -mean_hi * prescale
+            constants[SCALE, at] = slope / prescale
+            constants[SHIFT, at] = saved[BETA, c] - mean_lo * slope
+            constants[SHIFT_LOW, at] = (saved[BETA, c] - np.float64(constants[SHIFT, at])) - mean_lo * slope
 
 
-def _set_slopes(saved: Array, constants: Array, total: Array, products: Array, values: int) -> None:
+@_jit
+def _finish_forward(p: _Plan, a: _Arrays, eps: float, channels: Range) -> None:
+    """Mean and variance of the batch, from sums about the origin; then the line."""
+    saved, sums = a.saved, a.sums
+    _total(p, sums, channels)
+    for c in range(channels[0], channels[1]):
+        origin, offset = a.origin[c], sums[0, 0, c] / p.values
+        mean = origin + offset
+        back = mean - origin
+        lost = (origin - (mean - back)) + (offset - back)  # by the sum's rounding (Knuth's two-sum)
+        m2 = sums[0, 1, c] - sums[0, 0, c] * offset
+        var = (0.0 if m2 < 0 else m2) / p.values
+        saved[MEAN, c], saved[MEAN_LOW, c], saved[VAR, c] = mean, lost if lost == lost else 0.0, var
+        saved[INV_STD, c] = 0.0 if var + eps == 0 else 1 / math.sqrt(var + eps)
+    _set_line(saved, a.constants, channels)
+
+
+@_jit
+def _finish_backward(p: _Plan, a: _Arrays, channels: Range) -> None:
     """For dx = A dz + B (x - mean) + D: A = gamma/std, B = -A sum(dz (x - mean)) / (M var), D = -A sum(dz) / M.
 
     That is Ioffe & Szegedy 2015, section 3, gathered by input. _dx has x - mean_hi, prescaled.
     """
-    by_channel = constants.reshape(len(constants), -1, saved.shape[1])
-    inv_std = saved[INV_STD]
-    a = inv_std * saved[GAMMA]
-    b = -a * inv_std * inv_std * products / values
-    by_channel[ON_DY] = a
-    by_channel[ON_X] = b / by_channel[PRESCALE]
-    by_channel[CONSTANT] = -a * total / values - b * _mean_parts(saved, constants.dtype)[1]
+    saved, sums, constants = a.saved, a.sums, a.constants
+    _total(p, sums, channels)
+    for c in range(channels[0], channels[1]):
+        sums[0, 1, c] -= sums[0, 0, c] * saved[MEAN_LOW, c]
+        inv_std = saved[INV_STD, c]
+        on_dy = inv_std * saved[GAMMA, c]
+        on_x = -on_dy * inv_std * inv_std * sums[0, 1, c] / p.values
+        _, mean_lo = _mean_parts(saved, constants, c)
+        for at in range(c, p.width, p.channels):
+            constants[ON_DY, at] = on_dy
+            constants[ON_X, at] = on_x / np.float64(constants[PRESCALE, c])
+            constants[CONSTANT, at] = -on_dy * sums[0, 0, c] / p.values - on_x * mean_lo
 
 
-def _set_moments(saved: Array, origin: Array, total: Array, squares: Array, values: int) -> None:
-    """Mean and variance of the batch, from sums about the origin."""
-    offset = total / values
-    mean = origin + offset
-    back = mean - origin
-    lost = (origin - (mean - back)) + (offset - back)  # by the sum's rounding (Knuth's two-sum)
-    m2 = squares - total * offset
-    saved[MEAN], saved[MEAN_LOW] = mean, np.where(np.isnan(lost), 0, lost)
-    saved[VAR] = np.where(m2 < 0, 0, m2) / values
+# ---- maps of units, for some channels; from the end backwards ----
 
 
-def _set_inv_std(saved: Array, eps: float) -> None:
-    std = np.sqrt(saved[VAR] + eps)
-    saved[INV_STD] = np.divide(1, std, out=np.zeros_like(std), where=std != 0)
+@_jit
+def _map_plane(p: _Plan, x: Array, residual: Array, y: Array, start: int, n: int, line: Line) -> None:
+    for i in range(np.uintp(start), np.uintp(start + n)):
+        y[i] = _y(p, x[i], residual[i], line)
 
 
-# ---- threads ----
+@_jit
+def _map_row(p: _Plan, x: Array, residual: Array, y: Array, start: int, n: int, c: int, constants: Array) -> None:
+    first, channel = np.uintp(start), np.uintp(c)
+    for i in range(np.uintp(n)):
+        y[first + i] = _y(p, x[first + i], residual[first + i], _line(constants, channel + i))
+
+
+@_jit
+def _map_forward(p: _Plan, a: _Arrays, units: Range, channels: Range) -> None:
+    x, residual, y, constants = a.x, a.residual, a.out, a.constants
+    for unit in range(units[1] - 1, units[0] - 1, -1):
+        if p.rows:
+            start, n = _row(p, x.size, unit, channels)
+            _map_row(p, x, residual, y, start, n, channels[0], constants)
+        else:
+            for c in range(channels[0], channels[1]):
+                start, n = _plane(p, unit, c)
+                _map_plane(p, x, residual, y, start, n, _line(constants, c))
+
+
+@_jit
+def _map_grad_plane(
+    p: _Plan, dy: Array, x: Array, residual: Array, dx: Array, dresidual: Array, start: int, n: int, line: Line, slopes: Line
+) -> None:  # fmt: skip
+    for i in range(np.uintp(start), np.uintp(start + n)):
+        dz = _dz(p, dy[i], x[i], residual[i], line)
+        dx[i] = _dx(p, dz, x[i], line, slopes)
+        if p.keeps:
+            dresidual[i] = dz
+
+
+@_jit
+def _map_grad_row(
+    p: _Plan, dy: Array, x: Array, residual: Array, dx: Array, dresidual: Array, start: int, n: int, c: int, constants: Array
+) -> None:  # fmt: skip
+    first, channel = np.uintp(start), np.uintp(c)
+    for i in range(np.uintp(n)):
+        at, line = first + i, _line(constants, channel + i)
+        dz = _dz(p, dy[at], x[at], residual[at], line)
+        dx[at] = _dx(p, dz, x[at], line, _slopes(constants, channel + i))
+        if p.keeps:
+            dresidual[at] = dz
+
+
+@_jit
+def _map_backward(p: _Plan, a: _Arrays, units: Range, channels: Range) -> None:
+    x, residual, dy, dx, dresidual, constants = a.x, a.residual, a.dy, a.out, a.dresidual, a.constants
+    for unit in range(units[1] - 1, units[0] - 1, -1):
+        if p.rows:
+            start, n = _row(p, x.size, unit, channels)
+            _map_grad_row(p, dy, x, residual, dx, dresidual, start, n, channels[0], constants)
+        else:
+            for c in range(channels[0], channels[1]):
+                start, n = _plane(p, unit, c)
+                line, slopes = _line(constants, c), _slopes(constants, c)
+                _map_grad_plane(p, dy, x, residual, dx, dresidual, start, n, line, slopes)
+
+
+# ---- one thread's share of a step, and every thread's ----
+
+
+@_jit
+def _forward_share(step: int, t: int, threads: int, p: _Plan, a: _Arrays, eps: float) -> None:
+    for segments, units, channels, finished in _tiles(p, t, threads):
+        if step & REDUCE:
+            _sum_forward(p, a, segments, channels)
+        if step & FINISH:
+            _finish_forward(p, a, eps, finished)
+        if step & MAP:
+            _map_forward(p, a, units, channels)
+
+
+@_jit
+def _backward_share(step: int, t: int, threads: int, p: _Plan, a: _Arrays) -> None:
+    for segments, units, channels, finished in _tiles(p, t, threads):
+        if step & REDUCE:
+            _sum_backward(p, a, segments, channels)
+        if step & FINISH:
+            _finish_backward(p, a, finished)
+        if step & MAP:
+            _map_backward(p, a, units, channels)
 
 
 @_parallel
-def _sum_forward_shares(
-    threads: int, p: _Plan, group: Range, x: Array, origin: Array, sums: Array
-) -> None:  # fmt: skip
+def _forward_shares(step: int, threads: int, p: _Plan, a: _Arrays, eps: float) -> None:
     for t in prange(threads):
-        _sum_forward(np.intp(t), threads, p, group, x, origin, sums)
+        _forward_share(step, np.intp(t), threads, p, a, eps)
 
 
 @_parallel
-def _sum_backward_shares(
-    threads: int, p: _Plan, group: Range, dy: Array, x: Array, residual: Array, mean: Array, constants: Array, sums: Array
-) -> None:  # fmt: skip
+def _backward_shares(step: int, threads: int, p: _Plan, a: _Arrays) -> None:
     for t in prange(threads):
-        _sum_backward(np.intp(t), threads, p, group, dy, x, residual, mean, constants, sums)
+        _backward_share(step, np.intp(t), threads, p, a)
 
 
-@_parallel
-def _map_forward_shares(
-    threads: int, p: _Plan, group: Range, x: Array, residual: Array, constants: Array, y: Array
-) -> None:  # fmt: skip
-    for t in prange(threads):
-        _map_forward(np.intp(t), threads, p, group, x, residual, constants, y)
-
-
-@_parallel
-def _map_backward_shares(
-    threads: int, p: _Plan, group: Range, dy: Array, x: Array, residual: Array, constants: Array, dx: Array, dresidual: Array
-) -> None:  # fmt: skip
-    for t in prange(threads):
-        _map_backward(np.intp(t), threads, p, group, dy, x, residual, constants, dx, dresidual)
-
-
-_SHARES = {
-    _sum_forward: _sum_forward_shares,
-    _sum_backward: _sum_backward_shares,
-    _map_forward: _map_forward_shares,
-    _map_backward: _map_backward_shares,
-}
 _one_at_a_time = threading.Lock()
 
 
@@ -526,50 +524,31 @@ def _most_threads() -> int:
     return int(numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
 
 
-def _run(work: Any, values: int, threads: int, *arguments: Any) -> None:
-    """Does the work on as many of the threads as are worth waking for so many values.
+def _threads(x: Array, most: int) -> int:
+    return 1 if _config.in_forked_child() else max(1, min(most, x.size // WORK_PER_THREAD, _most_threads()))
 
-    Numba's workqueue layer cannot take two callers at once; the others can.
-    """
-    threads = min(threads, values // WORK_PER_THREAD, _most_threads())
-    if threads < 2 or _config.in_forked_child():
-        work(0, 1, *arguments)
-        return
+
+def _in_parallel(shares: Any, step: int, threads: int, *arguments: Any) -> None:
+    """Numba's workqueue layer cannot take two callers at once; the others can."""
     with nullcontext() if _layer() in ("tbb", "omp") else _one_at_a_time:
         before = numba.get_num_threads()
         numba.set_num_threads(threads)
         try:
-            _SHARES[work](threads, *arguments)
+            shares(step, threads, *arguments)
         finally:
             numba.set_num_threads(before)
 
 
+def _run(share: Any, shares: Any, steps: int, threads: int, p: _Plan, *arguments: Any) -> None:
+    """Does the steps: all at once where a thread has its channels to itself, else one after the other."""
+    for step in (steps,) if p.by_channels else (step for step in (REDUCE, FINISH, MAP) if step & steps):
+        if threads > 1:
+            _in_parallel(shares, step, threads, p, *arguments)
+        else:
+            share(step, 0, 1, p, *arguments)
+
+
 # ---- the verbs ----
-
-
-def _plan(
-    x: Array, residual: Array | None, out: Array, dresidual: Array | None, activation: int, frozen: bool
-) -> _Plan:
-    flags = residual is not None, dresidual is not None, bool(frozen), out.nbytes > STREAM_BYTES
-    return _Plan(*_split(*x.shape, x.itemsize), int(activation), *flags)
-
-
-def _groups(p: _Plan) -> Iterator[tuple[Range, slice]]:
-    """For compiled code, to which a unit of rows is one channel, and for NumPy."""
-    if p.rows:
-        yield (0, 1), slice(0, p.channels)
-        return
-    for c in range(0, p.channels, p.group):
-        last = min(c + p.group, p.channels)
-        yield (c, last), slice(c, last)
-
-
-def _recurring(p: _Plan, channels: Array) -> Array:
-    return np.tile(channels, p.width // p.channels)
-
-
-def _totals(p: _Plan, sums: Array, group: slice) -> Array:
-    return sums.reshape(p.segments, 2, -1, p.channels)[..., group].sum(axis=(0, 2))
 
 
 def _input(array: Array) -> Array:
@@ -577,6 +556,23 @@ def _input(array: Array) -> Array:
     flat = array.reshape(-1)
     flat.flags.writeable = False
     return flat
+
+
+def _arrays(
+    p: _Plan, x: Array, residual: Array | None, dy: Array | None, out: Array, dresidual: Array | None, origin: Array, saved: Array
+) -> _Arrays:  # fmt: skip
+    x_, out_ = _input(x), out.reshape(-1)
+    return _Arrays(
+        x=x_,
+        residual=x_ if residual is None else _input(residual),
+        dy=x_ if dy is None else _input(dy),
+        out=out_,
+        dresidual=out_ if dresidual is None else dresidual.reshape(-1),
+        origin=np.tile(origin, p.width // p.channels),
+        sums=np.zeros((p.segments, 2, p.width)),
+        saved=saved,
+        constants=np.empty((8, p.width), x.dtype),
+    )
 
 
 def _origin(x: Array) -> Array:
@@ -592,7 +588,6 @@ def _save_parameters(saved: Array, gamma: Array | None, beta: Array | None) -> N
     saved[BETA] = 0 if beta is None else beta
 
 
-@np.errstate(all="ignore")
 def forward(
     x: Array,
     residual: Array | None,
@@ -611,24 +606,18 @@ def forward(
     """fbn_forward of src_c/fastbn.h."""
     if not x.size:
         return
+    threads = _threads(x, threads)
+    p = _plan(x.shape, x.itemsize, threads, int(activation), residual is not None, False, False)
     _save_parameters(saved, gamma, beta)
-    p, values = _plan(x, residual, y, None, activation, False), x.shape[0] * x.shape[2]
-    origin, sums, constants = _origin(x), np.zeros((p.segments, 2, p.width)), np.empty((8, p.width), x.dtype)
-    x_, y_ = _input(x), y.reshape(-1)
-    residual_, origin_ = x_ if residual is None else _input(residual), _recurring(p, origin)
-    for group, c in _groups(p):
-        _run(_sum_forward, x.size, threads, p, group, x_, origin_, sums)
-        _set_moments(saved[:, c], origin[c], *_totals(p, sums, c), values)
-        _set_inv_std(saved[:, c], eps)
-        _set_line(saved[:, c], constants if p.rows else constants[:, c])
-        _run(_map_forward, x.size, threads, p, group, x_, residual_, constants, y_)
-    if running_mean is not None and running_var is not None:
-        unbiased = saved[VAR] * (values / (values - correction))
-        running_mean[...] = (1 - momentum) * running_mean + momentum * saved[MEAN]
-        running_var[...] = (1 - momentum) * running_var + momentum * unbiased
+    with np.errstate(all="ignore"):
+        arrays = _arrays(p, x, residual, None, y, None, _origin(x), saved)
+        _run(_forward_share, _forward_shares, REDUCE | FINISH | MAP, threads, p, arrays, float(eps))
+        if running_mean is not None and running_var is not None:
+            unbiased = saved[VAR] * (p.values / (p.values - correction))
+            running_mean[...] = (1 - momentum) * running_mean + momentum * saved[MEAN]
+            running_var[...] = (1 - momentum) * running_var + momentum * unbiased
 
 
-@np.errstate(all="ignore")
 def infer(
     x: Array,
     residual: Array | None,
@@ -646,19 +635,17 @@ def infer(
     known = np.empty((len(SAVED_ROWS), x.shape[1])) if saved is None else saved
     known[MEAN], known[MEAN_LOW], known[VAR] = mean, 0, var
     _save_parameters(known, gamma, beta)
-    _set_inv_std(known, eps)
+    with np.errstate(all="ignore"):
+        known[INV_STD] = np.where(known[VAR] + eps == 0, 0, 1 / np.sqrt(known[VAR] + eps))
     if not x.size:
         return
-    p = _plan(x, residual, y, None, activation, True)
-    constants = np.empty((8, p.width), x.dtype)
-    _set_line(known, constants)
-    x_ = _input(x)
-    residual_ = x_ if residual is None else _input(residual)
-    everything = (0, 1 if p.rows else p.channels)
-    _run(_map_forward, x.size, threads, p, everything, x_, residual_, constants, y.reshape(-1))
+    threads = _threads(x, threads)
+    p = _plan(x.shape, x.itemsize, threads, int(activation), residual is not None, False, True)
+    arrays = _arrays(p, x, residual, None, y, None, known[MEAN], known)
+    _set_line(known, arrays.constants, (0, p.channels))
+    _run(_forward_share, _forward_shares, MAP, threads, p, arrays, float(eps))
 
 
-@np.errstate(all="ignore")
 def backward(
     dy: Array,
     x: Array,
@@ -673,27 +660,22 @@ def backward(
     threads: int,
 ) -> None:
     """fbn_backward of src_c/fastbn.h."""
-    channels, values = x.shape[1], x.shape[0] * x.shape[2]
-    totals = np.zeros((2, channels))
+    sums = np.zeros((1, 2, x.shape[1]))
     if x.size:
-        p = _plan(x, residual, dx, dresidual, activation, frozen)
-        sums, constants = np.zeros((p.segments, 2, p.width)), np.empty((8, p.width), x.dtype)
-        _set_line(saved, constants)
-        dy_, x_, dx_ = _input(dy), _input(x), dx.reshape(-1)
-        residual_ = x_ if residual is None else _input(residual)
-        dresidual_ = dx_ if dresidual is None else dresidual.reshape(-1)
-        mean = _recurring(p, saved[MEAN])
-        for group, c in _groups(p):
-            if not frozen or dgamma is not None or dbeta is not None:
-                _run(_sum_backward, x.size, threads, p, group, dy_, x_, residual_, mean, constants, sums)
-                totals[:, c] = _totals(p, sums, c)
-                totals[1, c] -= totals[0, c] * saved[MEAN_LOW, c]
-            _set_slopes(saved[:, c], constants if p.rows else constants[:, c], *totals[:, c], values)
-            _run(_map_backward, x.size, threads, p, group, dy_, x_, residual_, constants, dx_, dresidual_)
-    if dgamma is not None:
-        dgamma[...] = totals[1] * saved[INV_STD]
-    if dbeta is not None:
-        dbeta[...] = totals[0]
+        threads = _threads(x, threads)
+        flags = residual is not None, dresidual is not None, bool(frozen)
+        p = _plan(x.shape, x.itemsize, threads, int(activation), *flags)
+        arrays = _arrays(p, x, residual, dy, dx, dresidual, saved[MEAN], saved)
+        _set_line(saved, arrays.constants, (0, p.channels))
+        reduces = not frozen or dgamma is not None or dbeta is not None
+        steps = REDUCE | FINISH | MAP if reduces else FINISH | MAP
+        _run(_backward_share, _backward_shares, steps, threads, p, arrays)
+        sums = arrays.sums[:, :, : p.channels]
+    with np.errstate(all="ignore"):
+        if dgamma is not None:
+            dgamma[...] = sums[0, 1] * saved[INV_STD]
+        if dbeta is not None:
+            dbeta[...] = sums[0, 0]
 
 
 def describe() -> dict[str, str]:

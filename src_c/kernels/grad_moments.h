@@ -64,43 +64,51 @@ static void NAME(grad_moments_cf)(const fbn_grad_moments *g, int64_t channels, i
     }
 }
 
-/* Rows in blocks of this many: the accumulators and constants are fetched once a block. */
-enum { NAME(GRAD_MOMENTS_ROWS) = 8 };
+/* Rows are summed this many at a time, far apart, as in moments.h. */
+enum { NAME(GRAD_MOMENTS_ROWS) = 4 };
 
-FBN_INLINE void NAME(grad_moments_rows)(const fbn_grad_moments *g, int64_t rows, int64_t channels, int64_t stride,
-                                        double *sums, double *products, fbn_activation activation, int has_residual) {
-    enum { BLOCK = NAME(GRAD_MOMENTS_ROWS) };
+FBN_INLINE void NAME(grad_moments_rows)(const fbn_grad_moments *g, int64_t at, int64_t channels, int rows,
+                                        int64_t apart, double *sums, double *products, fbn_activation activation,
+                                        int has_residual) {
     const elem *dy = g->dy, *x = g->x, *residual = has_residual ? g->residual : g->x;
-    const int64_t step = BLOCK * stride;
-    for (int64_t r = 0; r < rows; r += BLOCK, dy += step, x += step, residual += step) {
-        const int64_t block = rows - r < BLOCK ? rows - r : BLOCK;
-        for (int64_t c = 0; c < channels; c += WIDTH) {
-            const NAME(line) l = NAME(line_at)(&g->line, c, channels);
-            const wide mean = wget(g->mean + c);
-            wide sum = wget(sums + c), product = wget(products + c);
-            if (block == BLOCK && c + WIDTH <= channels)
-                for (int64_t k = c; k < c + step; k += stride)
-                    NAME(grad_moments_at)(dy + k, x + k, residual + k, WIDTH, &l, mean, activation, has_residual, &sum,
-                                          &product);
-            else
-                for (int64_t k = c; k < c + block * stride; k += stride)
-                    NAME(grad_moments_at)(dy + k, x + k, residual + k, NAME(least)(channels - c, WIDTH), &l, mean,
-                                          activation, has_residual, &sum, &product);
-            wput(sums + c, sum);
-            wput(products + c, product);
-        }
+    for (int64_t c = 0; c < channels; c += WIDTH) {
+        const NAME(line) l = NAME(line_at)(&g->line, c, channels);
+        const wide mean = wget(g->mean + c);
+        wide sum = wget(sums + c), product = wget(products + c);
+        int64_t i = at + c;
+        if (c + WIDTH <= channels)
+            for (int r = 0; r < rows; r++, i += apart)
+                NAME(grad_moments_at)(dy + i, x + i, residual + i, WIDTH, &l, mean, activation, has_residual, &sum,
+                                      &product);
+        else
+            for (int r = 0; r < rows; r++, i += apart)
+                NAME(grad_moments_at)(dy + i, x + i, residual + i, channels - c, &l, mean, activation, has_residual,
+                                      &sum, &product);
+        wput(sums + c, sum);
+        wput(products + c, product);
     }
+}
+
+FBN_INLINE void NAME(grad_moments_all)(const fbn_grad_moments *g, int64_t rows, int64_t channels, int64_t stride,
+                                       double *sums, double *products, fbn_activation activation, int has_residual) {
+    enum { ROWS = NAME(GRAD_MOMENTS_ROWS) };
+    const int64_t times = rows / ROWS;
+    for (int64_t r = 0; r < times; r++)
+        NAME(grad_moments_rows)(g, r * stride, channels, ROWS, times * stride, sums, products, activation,
+                                has_residual);
+    for (int64_t r = ROWS * times; r < rows; r++)
+        NAME(grad_moments_rows)(g, r * stride, channels, 1, 0, sums, products, activation, has_residual);
 }
 
 static void NAME(grad_moments_cl)(const fbn_grad_moments *g, int64_t rows, int64_t channels, int64_t stride,
                                   double *sums, double *products) {
     switch (g->activation) {
     case FBN_IDENTITY:
-        NAME(grad_moments_rows)(g, rows, channels, stride, sums, products, FBN_IDENTITY, 0);
+        NAME(grad_moments_all)(g, rows, channels, stride, sums, products, FBN_IDENTITY, 0);
         break;
     case FBN_RELU:
-        if (g->residual) NAME(grad_moments_rows)(g, rows, channels, stride, sums, products, FBN_RELU, 1);
-        else NAME(grad_moments_rows)(g, rows, channels, stride, sums, products, FBN_RELU, 0);
+        if (g->residual) NAME(grad_moments_all)(g, rows, channels, stride, sums, products, FBN_RELU, 1);
+        else NAME(grad_moments_all)(g, rows, channels, stride, sums, products, FBN_RELU, 0);
         break;
     }
 }
