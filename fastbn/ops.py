@@ -28,6 +28,11 @@ class _Parts(NamedTuple):
     has_beta: bool
 
 
+def _own(x: Array, residual: Array | None) -> tuple[Array, Array | None]:
+    """Views, since a caller may change the shape of the arrays themselves."""
+    return x.view(), None if residual is None else residual.view()
+
+
 class Cache:
     """What `backward` needs of a `forward` call. It refers to x and residual: leave them as they are until then.
 
@@ -290,7 +295,9 @@ def forward_corrected(
         if done is not None:
             y, saved = done
             has_gamma, has_beta = gamma is not None, beta is not None
-            return Forward(y, Cache(_Parts(x, residual, saved, axis, not training, activation, has_gamma, has_beta)))
+            return Forward(
+                y, Cache(_Parts(*_own(x, residual), saved, axis, not training, activation, has_gamma, has_beta))
+            )
     training = _check.flag("training", training)
     momentum = _check.momentum(momentum)
     _check.no_mask(mask)
