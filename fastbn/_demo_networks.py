@@ -411,7 +411,7 @@ def seconds_per_step(kind: str, data: Data) -> tuple[float, float]:
     fastest = [np.inf, np.inf]
     with one_thread():
         optimizers = [Momentum(build(kind, norm), 0.01) for norm in (False, True)]
-        for _ in range(20):
+        for _ in range(12):
             for norm, optimizer in enumerate(optimizers):
                 start = time.perf_counter()
                 for _ in range(5):

@@ -34,7 +34,7 @@ def test_demo_takes_its_options(monkeypatch):
     assert asked[0] == (demo.FULL, "fastbn-demo.png", 3)
     assert asked[1][0].seeds == 4
     assert asked[1][0].rates == demo.QUICK.rates
-    assert asked[1][1:] == ("x.png", 3)
+    assert asked[1][1:] == ("x.png", 1)
 
 
 @pytest.mark.parametrize("rest", [["--help"], ["--quick", "--", "-x"], []])

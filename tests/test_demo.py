@@ -184,6 +184,8 @@ def test_the_sentences_follow_the_numbers(comparison):
     assert "no faster by the clock" in told(demo.limits([worse], TINY, small))
     alike = replace(better, plain=replace(better.plain, rate=1.0))
     assert "whose best learning rate is the same" in told(demo.effects([alike]))
+    slower = replace(better, same_rate=replace(better.same_rate, times_fewer=spread(0.5, 0.4, 0.6)))
+    assert "at plain's learning rate: 2.0 times more" in told(demo.limits([slower], TINY, small))
     lost = with_numbers(spread(97, 96, 98), spread(90, 90, 91), spread(0, 0, 0))
     assert "not reached at" in told(demo.effects([lost]))
     chance = with_numbers(spread(10, 9, 11), spread(97, 96, 98), spread(1, 1, 1))

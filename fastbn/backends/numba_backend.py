@@ -40,6 +40,7 @@ WIDE = 512  # values that a unit of rows has at least: short loops spend their t
 BLOCK_CHANNELS = 64  # channels that a channels-first block has at most
 BLOCK_ROW = 256  # channels that a channels-last block has at least
 BLOCK_BYTES = 1 << 19  # of a block: half of a common level 2 cache
+STRETCH = 32  # units that a map takes in order, before it turns to those in front of them
 WORK_PER_THREAD = 32768  # values that are worth waking a thread for
 
 REDUCE, FINISH, MAP = 1, 2, 4
@@ -54,13 +55,12 @@ def _compiled(*fastmath: str, **options: bool) -> Callable[[Callable[..., Any]],
     njit: Any = numba.njit
 
     def compiled(function: Callable[..., Any]) -> Any:
-        jit = functools.partial(
-            njit, function, nogil=True, error_model="numpy", fastmath={"contract", *fastmath}, **options
-        )
+        allowed = {"contract", *fastmath}
+        jit = functools.partial(njit, nogil=True, error_model="numpy", fastmath=allowed, **options)
         try:
-            return jit(cache=True)
-        except RuntimeError:  # there is no place on disk that may be written
-            return jit()
+            return jit(cache=True)(function)
+        except RuntimeError:  # nowhere on disk may be written
+            return jit()(function)
 
     return compiled
 
@@ -72,12 +72,13 @@ _parallel = _compiled(parallel=True)
 _sum = _compiled("reassoc")
 
 
-# ---- what is passed to compiled code ----
+# ---- what compiled code is told ----
 
 
 class _Plan(NamedTuple):
-    """What to do, and how it is split. A unit is a run of rows (channels-last), or a cut of a plane (channels-first)."""
+    """What to do, and how it is split. A unit is a run of rows (channels-last) or a cut of a plane (channels-first)."""
 
+    """How a call is split. A unit is a run of rows (channels-last), or a cut of a plane (channels-first)."""
     rows: bool  # channels-last
     channels: int
     values: int  # per channel
@@ -90,7 +91,7 @@ class _Plan(NamedTuple):
     segments: int
     block: int  # channels in a block
     blocks: int
-    by_channels: bool
+    by_channels: bool  # a thread does all steps on a block
     activation: int
     adds: bool  # a residual
     keeps: bool  # its gradient
@@ -98,15 +99,14 @@ class _Plan(NamedTuple):
 
 
 class _Arrays(NamedTuple):
-    """The arrays of one call. Where there is no residual, no dresidual or no dy, another array stands there unused."""
+    """The arrays of one call. Where there is no residual or dresidual, another array stands there unused."""
 
     x: Array
     residual: Array
-    dy: Array
     out: Array  # y or dx
     dresidual: Array
     origin: Array  # (width,), of the sums; the mean in a backward call
-    sums: Array  # (segments, 2, width), float64
+    sums: Array  # (segments, 2, width), float64; zeros at first
     saved: Array  # (6, channels)
     constants: Array  # (8, width), in the data's dtype
 
@@ -116,9 +116,7 @@ def _divide_up(a: int, b: int) -> int:
 
 
 @functools.lru_cache(maxsize=256)
-def _plan(
-    shape: tuple[int, int, int], itemsize: int, threads: int, activation: int, adds: bool, keeps: bool, frozen: bool
-) -> _Plan:
+def _plan(shape: tuple[int, ...], itemsize: int, threads: int, *flags: int) -> _Plan:
     outer, channels, inner = shape
     rows = inner == 1
     repeats = max(1, WIDE // channels) if rows else 1
@@ -127,7 +125,7 @@ def _plan(
     units = _divide_up(outer * cuts, repeats)
     share, fit = _divide_up(channels, threads), BLOCK_BYTES // (outer * inner * itemsize)
     if rows:
-        segment = max(SEGMENT_ROWS // repeats, _divide_up(units, SEGMENTS_MOST), 1)
+        segment = max(SEGMENT_ROWS // repeats, _divide_up(units, SEGMENTS_MOST))
         block = min(share, fit)
         worth = repeats == 1 and block >= BLOCK_ROW
     else:
@@ -138,7 +136,7 @@ def _plan(
     by_channels = worth and 5 * _divide_up(blocks, threads) * threads <= 7 * blocks
     return _Plan(
         rows, channels, outer * inner, inner, channels * repeats, cut, cuts, units, segment, segments, block, blocks,
-        by_channels, activation, adds, keeps, frozen,
+        by_channels, *flags,
     )  # fmt: skip
 
 
@@ -190,7 +188,7 @@ def _slopes(constants: Array, c: int) -> Line:
 
 
 @_inline
-def _deviation(x: Real, origin: float) -> float:
+def _deviation(x: Real, origin: float) -> Real:
     return np.float64(x) - origin
 
 
@@ -231,11 +229,12 @@ def _dx(p: _Plan, dz: Real, x: Real, line: Line, slopes: Line) -> Real:
     return on_x * (x * line[PRESCALE] + line[NEG_MEAN]) + (on_dy * dz + constant)
 
 
-# ---- sums of segments, for some channels: run by run, n values from `start` on ----
+# ---- sums: of n values of one channel, or of n channels one value each; then of segments ----
 
 
 @_sum
 def _sum_plane(x: Array, start: int, n: int, origin: float) -> tuple[float, float]:
+    """Of x - origin and of its square."""
     total = squares = 0.0
     for i in range(np.uintp(start), np.uintp(start + n)):
         d = _deviation(x[i], origin)
@@ -248,33 +247,17 @@ def _sum_plane(x: Array, start: int, n: int, origin: float) -> tuple[float, floa
 def _sum_row(x: Array, start: int, n: int, c: int, origin: Array, sums: Array) -> None:
     first, channel = np.uintp(start), np.uintp(c)
     for i in range(np.uintp(n)):
-        d = _deviation(x[first + i], origin[channel + i])
-        sums[0, channel + i] += d
-        sums[1, channel + i] += d * d
-
-
-@_jit
-def _sum_forward(p: _Plan, a: _Arrays, segments: Range, channels: Range) -> None:
-    """The sums of x - origin and of its square."""
-    x, origin = a.x, a.origin
-    for s in range(segments[0], segments[1]):
-        sums = a.sums[s]
-        for unit in range(s * p.segment, min((s + 1) * p.segment, p.units)):
-            if p.rows:
-                start, n = _row(p, x.size, unit, channels)
-                _sum_row(x, start, n, channels[0], origin, sums)
-            else:
-                for c in range(channels[0], channels[1]):
-                    start, n = _plane(p, unit, c)
-                    total, squares = _sum_plane(x, start, n, origin[c])
-                    sums[0, c] += total
-                    sums[1, c] += squares
+        k = channel + i
+        d = _deviation(x[first + i], origin[k])
+        sums[0, k] += d
+        sums[1, k] += d * d
 
 
 @_sum
 def _sum_grad_plane(
     p: _Plan, dy: Array, x: Array, residual: Array, start: int, n: int, line: Line, mean: float
 ) -> tuple[float, float]:
+    """Of dz and of dz * (x - mean)."""
     total = products = 0.0
     for i in range(np.uintp(start), np.uintp(start + n)):
         dz = np.float64(_dz(p, dy[i], x[i], residual[i], line))
@@ -285,32 +268,37 @@ def _sum_grad_plane(
 
 @_jit
 def _sum_grad_row(
-    p: _Plan, dy: Array, x: Array, residual: Array, start: int, n: int, c: int, constants: Array, mean: Array, sums: Array
-) -> None:  # fmt: skip
+    p: _Plan, dy: Array, x: Array, residual: Array, start: int, n: int, c: int, line: Array, mean: Array, sums: Array
+) -> None:
     first, channel = np.uintp(start), np.uintp(c)
     for i in range(np.uintp(n)):
         at, k = first + i, channel + i
-        dz = np.float64(_dz(p, dy[at], x[at], residual[at], _line(constants, k)))
+        dz = np.float64(_dz(p, dy[at], x[at], residual[at], _line(line, k)))
         sums[0, k] += dz
         sums[1, k] += dz * _deviation(x[at], mean[k])
 
 
 @_jit
-def _sum_backward(p: _Plan, a: _Arrays, segments: Range, channels: Range) -> None:
-    """The sums of dz and of dz * (x - mean)."""
-    x, residual, dy, mean, constants = a.x, a.residual, a.dy, a.origin, a.constants
+def _reduce(p: _Plan, a: _Arrays, dy: Array | None, segments: Range, channels: Range) -> None:
+    x, residual, origin, line = a.x, a.residual, a.origin, a.constants
     for s in range(segments[0], segments[1]):
         sums = a.sums[s]
         for unit in range(s * p.segment, min((s + 1) * p.segment, p.units)):
             if p.rows:
                 start, n = _row(p, x.size, unit, channels)
-                _sum_grad_row(p, dy, x, residual, start, n, channels[0], constants, mean, sums)
-            else:
-                for c in range(channels[0], channels[1]):
-                    start, n = _plane(p, unit, c)
-                    total, products = _sum_grad_plane(p, dy, x, residual, start, n, _line(constants, c), mean[c])
-                    sums[0, c] += total
-                    sums[1, c] += products
+                if dy is None:
+                    _sum_row(x, start, n, channels[0], origin, sums)
+                else:
+                    _sum_grad_row(p, dy, x, residual, start, n, channels[0], line, origin, sums)
+                continue
+            for c in range(channels[0], channels[1]):
+                start, n = _plane(p, unit, c)
+                if dy is None:
+                    first, second = _sum_plane(x, start, n, origin[c])
+                else:
+                    first, second = _sum_grad_plane(p, dy, x, residual, start, n, _line(line, c), origin[c])
+                sums[0, c] += first
+                sums[1, c] += second
 
 
 @_jit
@@ -405,7 +393,7 @@ def _finish_backward(p: _Plan, a: _Arrays, channels: Range) -> None:
             constants[CONSTANT, at] = -on_dy * sums[0, 0, c] / p.values - on_x * mean_lo
 
 
-# ---- maps of units, for some channels; from the end backwards ----
+# ---- maps: of n values of one channel, or of n channels one value each; then units ----
 
 
 @_jit
@@ -422,21 +410,9 @@ def _map_row(p: _Plan, x: Array, residual: Array, y: Array, start: int, n: int, 
 
 
 @_jit
-def _map_forward(p: _Plan, a: _Arrays, units: Range, channels: Range) -> None:
-    x, residual, y, constants = a.x, a.residual, a.out, a.constants
-    for unit in range(units[1] - 1, units[0] - 1, -1):
-        if p.rows:
-            start, n = _row(p, x.size, unit, channels)
-            _map_row(p, x, residual, y, start, n, channels[0], constants)
-        else:
-            for c in range(channels[0], channels[1]):
-                start, n = _plane(p, unit, c)
-                _map_plane(p, x, residual, y, start, n, _line(constants, c))
-
-
-@_jit
 def _map_grad_plane(
-    p: _Plan, dy: Array, x: Array, residual: Array, dx: Array, dresidual: Array, start: int, n: int, line: Line, slopes: Line
+    p: _Plan, dy: Array, x: Array, residual: Array, dx: Array, dresidual: Array, start: int, n: int, line: Line,
+    slopes: Line,
 ) -> None:  # fmt: skip
     for i in range(np.uintp(start), np.uintp(start + n)):
         dz = _dz(p, dy[i], x[i], residual[i], line)
@@ -447,7 +423,8 @@ def _map_grad_plane(
 
 @_jit
 def _map_grad_row(
-    p: _Plan, dy: Array, x: Array, residual: Array, dx: Array, dresidual: Array, start: int, n: int, c: int, constants: Array
+    p: _Plan, dy: Array, x: Array, residual: Array, dx: Array, dresidual: Array, start: int, n: int, c: int,
+    constants: Array,
 ) -> None:  # fmt: skip
     first, channel = np.uintp(start), np.uintp(c)
     for i in range(np.uintp(n)):
@@ -459,54 +436,49 @@ def _map_grad_row(
 
 
 @_jit
-def _map_backward(p: _Plan, a: _Arrays, units: Range, channels: Range) -> None:
-    x, residual, dy, dx, dresidual, constants = a.x, a.residual, a.dy, a.out, a.dresidual, a.constants
-    for unit in range(units[1] - 1, units[0] - 1, -1):
-        if p.rows:
-            start, n = _row(p, x.size, unit, channels)
-            _map_grad_row(p, dy, x, residual, dx, dresidual, start, n, channels[0], constants)
-        else:
+def _map(p: _Plan, a: _Arrays, dy: Array | None, units: Range, channels: Range) -> None:
+    """From the end backwards, which begins with what the sums have just left in the cache."""
+    x, residual, out, dresidual, constants = a.x, a.residual, a.out, a.dresidual, a.constants
+    for end in range(units[1], units[0], -STRETCH):
+        for unit in range(max(units[0], end - STRETCH), end):
+            if p.rows:
+                start, n = _row(p, x.size, unit, channels)
+                if dy is None:
+                    _map_row(p, x, residual, out, start, n, channels[0], constants)
+                else:
+                    _map_grad_row(p, dy, x, residual, out, dresidual, start, n, channels[0], constants)
+                continue
             for c in range(channels[0], channels[1]):
                 start, n = _plane(p, unit, c)
-                line, slopes = _line(constants, c), _slopes(constants, c)
-                _map_grad_plane(p, dy, x, residual, dx, dresidual, start, n, line, slopes)
+                line = _line(constants, c)
+                if dy is None:
+                    _map_plane(p, x, residual, out, start, n, line)
+                else:
+                    _map_grad_plane(p, dy, x, residual, out, dresidual, start, n, line, _slopes(constants, c))
 
 
-# ---- one thread's share of a step, and every thread's ----
-
-
-@_jit
-def _forward_share(step: int, t: int, threads: int, p: _Plan, a: _Arrays, eps: float) -> None:
-    for segments, units, channels, finished in _tiles(p, t, threads):
-        if step & REDUCE:
-            _sum_forward(p, a, segments, channels)
-        if step & FINISH:
-            _finish_forward(p, a, eps, finished)
-        if step & MAP:
-            _map_forward(p, a, units, channels)
+# ---- threads ----
 
 
 @_jit
-def _backward_share(step: int, t: int, threads: int, p: _Plan, a: _Arrays) -> None:
+def _share(step: int, t: int, threads: int, p: _Plan, a: _Arrays, dy: Array | None, eps: float) -> None:
+    """Thread t's share of a step, or of several."""
     for segments, units, channels, finished in _tiles(p, t, threads):
         if step & REDUCE:
-            _sum_backward(p, a, segments, channels)
+            _reduce(p, a, dy, segments, channels)
         if step & FINISH:
-            _finish_backward(p, a, finished)
+            if dy is None:
+                _finish_forward(p, a, eps, finished)
+            else:
+                _finish_backward(p, a, finished)
         if step & MAP:
-            _map_backward(p, a, units, channels)
+            _map(p, a, dy, units, channels)
 
 
 @_parallel
-def _forward_shares(step: int, threads: int, p: _Plan, a: _Arrays, eps: float) -> None:
+def _shares(step: int, threads: int, p: _Plan, a: _Arrays, dy: Array | None, eps: float) -> None:
     for t in prange(threads):
-        _forward_share(step, np.intp(t), threads, p, a, eps)
-
-
-@_parallel
-def _backward_shares(step: int, threads: int, p: _Plan, a: _Arrays) -> None:
-    for t in prange(threads):
-        _backward_share(step, np.intp(t), threads, p, a)
+        _share(step, np.intp(t), threads, p, a, dy, eps)
 
 
 _one_at_a_time = threading.Lock()
@@ -524,28 +496,15 @@ def _most_threads() -> int:
     return int(numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
 
 
-def _threads(x: Array, most: int) -> int:
-    return 1 if _config.in_forked_child() else max(1, min(most, x.size // WORK_PER_THREAD, _most_threads()))
-
-
-def _in_parallel(shares: Any, step: int, threads: int, *arguments: Any) -> None:
+def _in_parallel(step: int, threads: int, *arguments: Any) -> None:
     """Numba's workqueue layer cannot take two callers at once; the others can."""
     with nullcontext() if _layer() in ("tbb", "omp") else _one_at_a_time:
         before = numba.get_num_threads()
         numba.set_num_threads(threads)
         try:
-            shares(step, threads, *arguments)
+            _shares(step, threads, *arguments)
         finally:
             numba.set_num_threads(before)
-
-
-def _run(share: Any, shares: Any, steps: int, threads: int, p: _Plan, *arguments: Any) -> None:
-    """Does the steps: all at once where a thread has its channels to itself, else one after the other."""
-    for step in (steps,) if p.by_channels else (step for step in (REDUCE, FINISH, MAP) if step & steps):
-        if threads > 1:
-            _in_parallel(shares, step, threads, p, *arguments)
-        else:
-            share(step, 0, 1, p, *arguments)
 
 
 # ---- the verbs ----
@@ -558,21 +517,39 @@ def _input(array: Array) -> Array:
     return flat
 
 
-def _arrays(
-    p: _Plan, x: Array, residual: Array | None, dy: Array | None, out: Array, dresidual: Array | None, origin: Array, saved: Array
-) -> _Arrays:  # fmt: skip
-    x_, out_ = _input(x), out.reshape(-1)
-    return _Arrays(
-        x=x_,
-        residual=x_ if residual is None else _input(residual),
-        dy=x_ if dy is None else _input(dy),
-        out=out_,
-        dresidual=out_ if dresidual is None else dresidual.reshape(-1),
+def _run(
+    steps: int, x: Array, residual: Array | None, dy: Array | None, out: Array, dresidual: Array | None, origin: Array,
+    saved: Array, eps: float, activation: int, frozen: bool, threads: int,
+) -> Array:  # fmt: skip
+    """Does the steps: all at once where a thread has its channels to itself, else one after the other.
+
+    Returns the totals of the sums, (2, channels).
+    """
+    threads = max(1, min(threads, x.size // WORK_PER_THREAD, _most_threads()))
+    if _config.in_forked_child():
+        threads = 1
+    flags = int(activation), residual is not None, dresidual is not None, bool(frozen)
+    p = _plan(x.shape, x.itemsize, threads, *flags)
+    x, out = _input(x), out.reshape(-1)
+    a = _Arrays(
+        x=x,
+        residual=x if residual is None else _input(residual),
+        out=out,
+        dresidual=out if dresidual is None else dresidual.reshape(-1),
         origin=np.tile(origin, p.width // p.channels),
         sums=np.zeros((p.segments, 2, p.width)),
         saved=saved,
         constants=np.empty((8, p.width), x.dtype),
     )
+    arguments = p, a, None if dy is None else _input(dy), float(eps)
+    if dy is not None or not steps & FINISH:
+        _set_line(saved, a.constants, (0, p.channels))
+    for step in (steps,) if p.by_channels else (step for step in (REDUCE, FINISH, MAP) if step & steps):
+        if threads > 1:
+            _in_parallel(step, threads, *arguments)
+        else:
+            _share(step, 0, 1, *arguments)
+    return a.sums[0, :, : p.channels]
 
 
 def _origin(x: Array) -> Array:
@@ -588,94 +565,54 @@ def _save_parameters(saved: Array, gamma: Array | None, beta: Array | None) -> N
     saved[BETA] = 0 if beta is None else beta
 
 
+@np.errstate(all="ignore")
 def forward(
-    x: Array,
-    residual: Array | None,
-    gamma: Array | None,
-    beta: Array | None,
-    running_mean: Array | None,
-    running_var: Array | None,
-    momentum: float,
-    correction: int,
-    eps: float,
-    activation: int,
-    y: Array,
-    saved: Array,
+    x: Array, residual: Array | None, gamma: Array | None, beta: Array | None, running_mean: Array | None,
+    running_var: Array | None, momentum: float, correction: int, eps: float, activation: int, y: Array, saved: Array,
     threads: int,
-) -> None:
+) -> None:  # fmt: skip
     """fbn_forward of src_c/fastbn.h."""
     if not x.size:
         return
-    threads = _threads(x, threads)
-    p = _plan(x.shape, x.itemsize, threads, int(activation), residual is not None, False, False)
     _save_parameters(saved, gamma, beta)
-    with np.errstate(all="ignore"):
-        arrays = _arrays(p, x, residual, None, y, None, _origin(x), saved)
-        _run(_forward_share, _forward_shares, REDUCE | FINISH | MAP, threads, p, arrays, float(eps))
-        if running_mean is not None and running_var is not None:
-            unbiased = saved[VAR] * (p.values / (p.values - correction))
-            running_mean[...] = (1 - momentum) * running_mean + momentum * saved[MEAN]
-            running_var[...] = (1 - momentum) * running_var + momentum * unbiased
+    _run(REDUCE | FINISH | MAP, x, residual, None, y, None, _origin(x), saved, eps, activation, False, threads)
+    if running_mean is not None and running_var is not None:
+        values = x.shape[0] * x.shape[2]
+        unbiased = saved[VAR] * (values / (values - correction))
+        running_mean[...] = (1 - momentum) * running_mean + momentum * saved[MEAN]
+        running_var[...] = (1 - momentum) * running_var + momentum * unbiased
 
 
+@np.errstate(all="ignore")
 def infer(
-    x: Array,
-    residual: Array | None,
-    gamma: Array | None,
-    beta: Array | None,
-    mean: Array,
-    var: Array,
-    eps: float,
-    activation: int,
-    y: Array,
-    saved: Array | None,
-    threads: int,
-) -> None:
+    x: Array, residual: Array | None, gamma: Array | None, beta: Array | None, mean: Array, var: Array, eps: float,
+    activation: int, y: Array, saved: Array | None, threads: int,
+) -> None:  # fmt: skip
     """fbn_infer of src_c/fastbn.h."""
     known = np.empty((len(SAVED_ROWS), x.shape[1])) if saved is None else saved
     known[MEAN], known[MEAN_LOW], known[VAR] = mean, 0, var
+    std = np.sqrt(known[VAR] + eps)
+    known[INV_STD] = np.where(std == 0, 0, 1 / std)
     _save_parameters(known, gamma, beta)
-    with np.errstate(all="ignore"):
-        known[INV_STD] = np.where(known[VAR] + eps == 0, 0, 1 / np.sqrt(known[VAR] + eps))
-    if not x.size:
-        return
-    threads = _threads(x, threads)
-    p = _plan(x.shape, x.itemsize, threads, int(activation), residual is not None, False, True)
-    arrays = _arrays(p, x, residual, None, y, None, known[MEAN], known)
-    _set_line(known, arrays.constants, (0, p.channels))
-    _run(_forward_share, _forward_shares, MAP, threads, p, arrays, float(eps))
-
-
-def backward(
-    dy: Array,
-    x: Array,
-    residual: Array | None,
-    saved: Array,
-    frozen: bool,
-    activation: int,
-    dx: Array,
-    dresidual: Array | None,
-    dgamma: Array | None,
-    dbeta: Array | None,
-    threads: int,
-) -> None:
-    """fbn_backward of src_c/fastbn.h."""
-    sums = np.zeros((1, 2, x.shape[1]))
     if x.size:
-        threads = _threads(x, threads)
-        flags = residual is not None, dresidual is not None, bool(frozen)
-        p = _plan(x.shape, x.itemsize, threads, int(activation), *flags)
-        arrays = _arrays(p, x, residual, dy, dx, dresidual, saved[MEAN], saved)
-        _set_line(saved, arrays.constants, (0, p.channels))
-        reduces = not frozen or dgamma is not None or dbeta is not None
-        steps = REDUCE | FINISH | MAP if reduces else FINISH | MAP
-        _run(_backward_share, _backward_shares, steps, threads, p, arrays)
-        sums = arrays.sums[:, :, : p.channels]
-    with np.errstate(all="ignore"):
-        if dgamma is not None:
-            dgamma[...] = sums[0, 1] * saved[INV_STD]
-        if dbeta is not None:
-            dbeta[...] = sums[0, 0]
+        _run(MAP, x, residual, None, y, None, known[MEAN], known, eps, activation, True, threads)
+
+
+@np.errstate(all="ignore")
+def backward(
+    dy: Array, x: Array, residual: Array | None, saved: Array, frozen: bool, activation: int, dx: Array,
+    dresidual: Array | None, dgamma: Array | None, dbeta: Array | None, threads: int,
+) -> None:  # fmt: skip
+    """fbn_backward of src_c/fastbn.h."""
+    reduces = not frozen or dgamma is not None or dbeta is not None
+    steps = REDUCE | FINISH | MAP if reduces else FINISH | MAP
+    totals = np.zeros((2, x.shape[1]))
+    if x.size:
+        totals = _run(steps, x, residual, dy, dx, dresidual, saved[MEAN], saved, 0, activation, frozen, threads)
+    if dgamma is not None:
+        dgamma[...] = totals[1] * saved[INV_STD]
+    if dbeta is not None:
+        dbeta[...] = totals[0]
 
 
 def describe() -> dict[str, str]:
