@@ -339,7 +339,13 @@ def forward_corrected(
             threads,
         )
     parts = _Parts(
-        call.x, call.given_residual, saved, call.axis, not training, activation, gamma is not None, beta is not None
+        *_own(call.x, call.given_residual),
+        saved,
+        call.axis,
+        not training,
+        activation,
+        gamma is not None,
+        beta is not None,
     )
     return Forward(call.target.finish(call.layout), Cache(parts))
 
