@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -46,7 +46,7 @@ WORK_PER_THREAD = 32768  # values that are worth waking a thread for
 REDUCE, FINISH, MAP = 1, 2, 4
 RELU = int(Activation.RELU)
 MEAN, MEAN_LOW, VAR, INV_STD, GAMMA, BETA = range(len(SAVED_ROWS))
-PRESCALE, NEG_MEAN, SCALE, SHIFT, SHIFT_LOW, ON_DY, ON_X, CONSTANT = range(8)
+PRESCALE, NEG_MEAN, SCALE, SHIFT, SHIFT_LOW, ON_DY, ON_X, CONSTANT, POSTSCALE = range(9)
 ZERO = np.float32(0)  # compares with float32 and float64 as it is
 
 
@@ -116,7 +116,7 @@ def _divide_up(a: int, b: int) -> int:
 
 
 @functools.lru_cache(maxsize=256)
-def _plan(shape: tuple[int, ...], itemsize: int, threads: int, *flags: int) -> _Plan:
+def _plan(shape: tuple[int, ...], itemsize: int, threads: int, *flags: Any) -> _Plan:
     outer, channels, inner = shape
     rows = inner == 1
     repeats = max(1, WIDE // channels) if rows else 1
@@ -135,9 +135,21 @@ def _plan(shape: tuple[int, ...], itemsize: int, threads: int, *flags: int) -> _
     blocks, segments = _divide_up(channels, max(1, block)), _divide_up(units, segment)
     by_channels = worth and 5 * _divide_up(blocks, threads) * threads <= 7 * blocks
     return _Plan(
-        rows, channels, outer * inner, inner, channels * repeats, cut, cuts, units, segment, segments, block, blocks,
-        by_channels, *flags,
-    )  # fmt: skip
+        rows,
+        channels,
+        outer * inner,
+        inner,
+        channels * repeats,
+        cut,
+        cuts,
+        units,
+        segment,
+        segments,
+        block,
+        blocks,
+        by_channels,
+        *flags,
+    )
 
 
 @_jit
@@ -147,16 +159,19 @@ def _part(n: int, t: int, threads: int) -> Range:
 
 
 @_jit
-def _tiles(p: _Plan, t: int, threads: int) -> Iterator[tuple[Range, Range, Range, Range]]:
-    """What thread t works on, one after the other: segments, units and channels; and the channels that it finishes."""
+def _tiles(p: _Plan, t: int, threads: int) -> Range:
+    """The tiles that thread t works on, one after the other: its blocks of channels, or one of its own."""
+    return _part(p.blocks, t, threads) if p.by_channels else (t, t + 1)
+
+
+@_jit
+def _tile(p: _Plan, tile: int, threads: int) -> tuple[Range, Range, Range, Range]:
+    """The segments, units and channels of a tile; and the channels that are finished with it."""
     if p.by_channels:
-        first, last = _part(p.blocks, t, threads)
-        for b in range(first, last):
-            channels = b * p.block, min((b + 1) * p.block, p.channels)
-            yield (0, p.segments), (0, p.units), channels, channels
-    else:
-        finished = _part(p.channels, t, threads)
-        yield _part(p.segments, t, threads), _part(p.units, t, threads), (0, p.width), finished
+        channels = tile * p.block, min((tile + 1) * p.block, p.channels)
+        return (0, p.segments), (0, p.units), channels, channels
+    finished = _part(p.channels, tile, threads)
+    return _part(p.segments, tile, threads), _part(p.units, tile, threads), (0, p.width), finished
 
 
 @_jit
@@ -184,7 +199,7 @@ def _line(constants: Array, c: int) -> Line:
 
 @_inline
 def _slopes(constants: Array, c: int) -> Line:
-    return constants[ON_DY, c], constants[ON_X, c], constants[CONSTANT, c]
+    return constants[ON_DY, c], constants[ON_X, c], constants[CONSTANT, c], constants[POSTSCALE, c]
 
 
 @_inline
@@ -196,13 +211,14 @@ def _deviation(x: Real, origin: float) -> Real:
 def _preactivation(p: _Plan, x: Real, residual: Real, line: Line) -> Real:
     """What the activation gets.
 
-    x - mean_hi is exact where x is near the mean, whatever the offset. A residual may cancel the shift, so their sum
+    x - mean_hi is exact where x is near the mean, whatever the offset. shift_low is what shift lost to rounding: it is
+    added last, since y is near the shift where it matters. A residual may cancel the shift, so their sum
     keeps what its rounding loses (Knuth's two-sum); where the sum is infinite there is nothing to keep.
     """
     prescale, neg_mean, scale, shift, shift_low = line
     d = x * prescale + neg_mean
     if not p.adds:
-        return d * scale + shift
+        return (d * scale + shift) + shift_low
     total = shift + residual
     back = total - shift
     lost = ((shift - (total - back)) + (residual - back)) + shift_low
@@ -223,10 +239,10 @@ def _dz(p: _Plan, dy: Real, x: Real, residual: Real, line: Line) -> Real:
 
 @_inline
 def _dx(p: _Plan, dz: Real, x: Real, line: Line, slopes: Line) -> Real:
-    on_dy, on_x, constant = slopes
+    on_dy, on_x, constant, postscale = slopes
     if p.frozen:
-        return on_dy * dz
-    return on_x * (x * line[PRESCALE] + line[NEG_MEAN]) + (on_dy * dz + constant)
+        return on_dy * dz * postscale
+    return (on_x * (x * line[PRESCALE] + line[NEG_MEAN]) + (on_dy * dz + constant)) * postscale
 
 
 # ---- sums: of n values of one channel, or of n channels one value each; then of segments ----
@@ -318,20 +334,43 @@ def _total(p: _Plan, sums: Array, channels: Range) -> None:
 
 
 @_jit
-def _prescale(mean: float, inv_std: float, wide: bool) -> float:
-    """The power of two with which x - mean and its products stay inside the exponent range.
+def _exponent(v: float) -> int:
+    return math.frexp(v)[1] - 1 if v != 0 and math.isfinite(v) else 0
 
-    1 for any usual channel; where the spread is below 2^-60 or above 2^60 (of float32), it brings x - mean near 1.
-    """
-    most, usual = (1020, 500) if wide else (124, 60)
-    if not (inv_std > 0 and math.isfinite(inv_std) and math.isfinite(mean)):
-        return 1.0
-    e = math.frexp(inv_std)[1] - 1
-    if -usual <= e <= usual:
-        e = 0
+
+@_jit
+def _limits(wide: bool) -> tuple[int, int]:
+    """Exponents that none may pass, and up to which all are usual."""
+    return (1016, 500) if wide else (120, 60)
+
+
+@_jit
+def _prescale(mean: float, inv_std: float, slope: float, wide: bool) -> float:
+    """The power of two, 1 for usual channels, with which x - mean and slope / prescale stay in the exponent range."""
+    most, usual = _limits(wide)
+    spread, steep = _exponent(inv_std), _exponent(slope)
+    e = 0 if -usual <= spread <= usual else spread
+    if slope != 0:
+        e = max(steep - most, min(e, steep + most))
     if mean != 0:
-        e = min(e, most - 1 - math.frexp(mean)[1])
+        e = min(e, most - _exponent(mean))
     return math.ldexp(1.0, max(-most, min(e, most)))
+
+
+@_jit
+def _postscale(slope: float, wide: bool) -> float:
+    """The power of two, 1 for usual channels, that leaves the slope near 1."""
+    most, usual = _limits(wide)
+    e = _exponent(slope)
+    return 1.0 if -usual <= e <= usual else math.ldexp(1.0, max(-most, min(e, most)))
+
+
+@_jit
+def _scale(slope: float, prescale: float, wide: bool) -> float:
+    """For y = ((x - mean_hi) - mean_lo) * inv_std * gamma + beta, where the mean_lo term moves into the shift."""
+    most = 1.7976931348623157e308 if wide else 3.4028234663852886e38
+    scale = slope / prescale
+    return max(-most, min(scale, most)) if math.isfinite(scale) else scale
 
 
 @_jit
@@ -345,15 +384,17 @@ def _mean_parts(saved: Array, constants: Array, c: int) -> tuple[float, float]:
 def _set_line(saved: Array, constants: Array, channels: Range) -> None:
     """For y = ((x - mean_hi) - mean_lo) * inv_std * gamma + beta, where the term of mean_lo moves into the shift."""
     for c in range(channels[0], channels[1]):
-        prescale = _prescale(saved[MEAN, c], saved[INV_STD, c], constants.itemsize == 8)
-        mean_hi, mean_lo = _mean_parts(saved, constants, c)
+        wide = constants.itemsize == 8
         slope = saved[INV_STD, c] * saved[GAMMA, c]
+        prescale = _prescale(saved[MEAN, c], saved[INV_STD, c], slope, wide)
+        mean_hi, mean_lo = _mean_parts(saved, constants, c)
         for at in range(c, constants.shape[1], saved.shape[1]):
             constants[PRESCALE, at] = prescale
             constants[NEG_MEAN, at] = -mean_hi * prescale
-            constants[SCALE, at] = slope / prescale
+            constants[SCALE, at] = _scale(slope, prescale, wide)
             constants[SHIFT, at] = saved[BETA, c] - mean_lo * slope
-            constants[SHIFT_LOW, at] = (saved[BETA, c] - np.float64(constants[SHIFT, at])) - mean_lo * slope
+            lost = (saved[BETA, c] - np.float64(constants[SHIFT, at])) - mean_lo * slope
+            constants[SHIFT_LOW, at] = lost if lost == lost else 0.0  # beta may be infinite
 
 
 @_jit
@@ -384,13 +425,16 @@ def _finish_backward(p: _Plan, a: _Arrays, channels: Range) -> None:
     for c in range(channels[0], channels[1]):
         sums[0, 1, c] -= sums[0, 0, c] * saved[MEAN_LOW, c]
         inv_std = saved[INV_STD, c]
-        on_dy = inv_std * saved[GAMMA, c]
-        on_x = -on_dy * inv_std * inv_std * sums[0, 1, c] / p.values
+        slope = inv_std * saved[GAMMA, c]
+        postscale = _postscale(slope, constants.itemsize == 8)
+        on_dy = slope / postscale
+        on_xhat = -(sums[0, 1, c] * inv_std) / p.values * on_dy
         _, mean_lo = _mean_parts(saved, constants, c)
         for at in range(c, p.width, p.channels):
             constants[ON_DY, at] = on_dy
-            constants[ON_X, at] = on_x / np.float64(constants[PRESCALE, c])
-            constants[CONSTANT, at] = -on_dy * sums[0, 0, c] / p.values - on_x * mean_lo
+            constants[ON_X, at] = on_xhat * (inv_std / np.float64(constants[PRESCALE, c]))
+            constants[CONSTANT, at] = -on_dy * sums[0, 0, c] / p.values - on_xhat * inv_std * mean_lo
+            constants[POSTSCALE, at] = postscale
 
 
 # ---- maps: of n values of one channel, or of n channels one value each; then units ----
@@ -411,9 +455,17 @@ def _map_row(p: _Plan, x: Array, residual: Array, y: Array, start: int, n: int, 
 
 @_jit
 def _map_grad_plane(
-    p: _Plan, dy: Array, x: Array, residual: Array, dx: Array, dresidual: Array, start: int, n: int, line: Line,
+    p: _Plan,
+    dy: Array,
+    x: Array,
+    residual: Array,
+    dx: Array,
+    dresidual: Array,
+    start: int,
+    n: int,
+    line: Line,
     slopes: Line,
-) -> None:  # fmt: skip
+) -> None:
     for i in range(np.uintp(start), np.uintp(start + n)):
         dz = _dz(p, dy[i], x[i], residual[i], line)
         dx[i] = _dx(p, dz, x[i], line, slopes)
@@ -423,9 +475,17 @@ def _map_grad_plane(
 
 @_jit
 def _map_grad_row(
-    p: _Plan, dy: Array, x: Array, residual: Array, dx: Array, dresidual: Array, start: int, n: int, c: int,
+    p: _Plan,
+    dy: Array,
+    x: Array,
+    residual: Array,
+    dx: Array,
+    dresidual: Array,
+    start: int,
+    n: int,
+    c: int,
     constants: Array,
-) -> None:  # fmt: skip
+) -> None:
     first, channel = np.uintp(start), np.uintp(c)
     for i in range(np.uintp(n)):
         at, line = first + i, _line(constants, channel + i)
@@ -463,7 +523,9 @@ def _map(p: _Plan, a: _Arrays, dy: Array | None, units: Range, channels: Range) 
 @_jit
 def _share(step: int, t: int, threads: int, p: _Plan, a: _Arrays, dy: Array | None, eps: float) -> None:
     """Thread t's share of a step, or of several."""
-    for segments, units, channels, finished in _tiles(p, t, threads):
+    first, last = _tiles(p, t, threads)
+    for tile in range(first, last):
+        segments, units, channels, finished = _tile(p, tile, threads)
         if step & REDUCE:
             _reduce(p, a, dy, segments, channels)
         if step & FINISH:
@@ -518,9 +580,19 @@ def _input(array: Array) -> Array:
 
 
 def _run(
-    steps: int, x: Array, residual: Array | None, dy: Array | None, out: Array, dresidual: Array | None, origin: Array,
-    saved: Array, eps: float, activation: int, frozen: bool, threads: int,
-) -> Array:  # fmt: skip
+    steps: int,
+    x: Array,
+    residual: Array | None,
+    dy: Array | None,
+    out: Array,
+    dresidual: Array | None,
+    origin: Array,
+    saved: Array,
+    eps: float,
+    activation: int,
+    frozen: bool,
+    threads: int,
+) -> Array:
     """Does the steps: all at once where a thread has its channels to itself, else one after the other.
 
     Returns the totals of the sums, (2, channels).
@@ -539,7 +611,7 @@ def _run(
         origin=np.tile(origin, p.width // p.channels),
         sums=np.zeros((p.segments, 2, p.width)),
         saved=saved,
-        constants=np.empty((8, p.width), x.dtype),
+        constants=np.empty((9, p.width), x.dtype),
     )
     arguments = p, a, None if dy is None else _input(dy), float(eps)
     if dy is not None or not steps & FINISH:
@@ -567,10 +639,20 @@ def _save_parameters(saved: Array, gamma: Array | None, beta: Array | None) -> N
 
 @np.errstate(all="ignore")
 def forward(
-    x: Array, residual: Array | None, gamma: Array | None, beta: Array | None, running_mean: Array | None,
-    running_var: Array | None, momentum: float, correction: int, eps: float, activation: int, y: Array, saved: Array,
+    x: Array,
+    residual: Array | None,
+    gamma: Array | None,
+    beta: Array | None,
+    running_mean: Array | None,
+    running_var: Array | None,
+    momentum: float,
+    correction: int,
+    eps: float,
+    activation: int,
+    y: Array,
+    saved: Array,
     threads: int,
-) -> None:  # fmt: skip
+) -> None:
     """fbn_forward of src_c/fastbn.h."""
     if not x.size:
         return
@@ -585,9 +667,18 @@ def forward(
 
 @np.errstate(all="ignore")
 def infer(
-    x: Array, residual: Array | None, gamma: Array | None, beta: Array | None, mean: Array, var: Array, eps: float,
-    activation: int, y: Array, saved: Array | None, threads: int,
-) -> None:  # fmt: skip
+    x: Array,
+    residual: Array | None,
+    gamma: Array | None,
+    beta: Array | None,
+    mean: Array,
+    var: Array,
+    eps: float,
+    activation: int,
+    y: Array,
+    saved: Array | None,
+    threads: int,
+) -> None:
     """fbn_infer of src_c/fastbn.h."""
     known = np.empty((len(SAVED_ROWS), x.shape[1])) if saved is None else saved
     known[MEAN], known[MEAN_LOW], known[VAR] = mean, 0, var
@@ -600,9 +691,18 @@ def infer(
 
 @np.errstate(all="ignore")
 def backward(
-    dy: Array, x: Array, residual: Array | None, saved: Array, frozen: bool, activation: int, dx: Array,
-    dresidual: Array | None, dgamma: Array | None, dbeta: Array | None, threads: int,
-) -> None:  # fmt: skip
+    dy: Array,
+    x: Array,
+    residual: Array | None,
+    saved: Array,
+    frozen: bool,
+    activation: int,
+    dx: Array,
+    dresidual: Array | None,
+    dgamma: Array | None,
+    dbeta: Array | None,
+    threads: int,
+) -> None:
     """fbn_backward of src_c/fastbn.h."""
     reduces = not frozen or dgamma is not None or dbeta is not None
     steps = REDUCE | FINISH | MAP if reduces else FINISH | MAP
