@@ -159,19 +159,13 @@ def _part(n: int, t: int, threads: int) -> Range:
 
 
 @_jit
-def _tiles(p: _Plan, t: int, threads: int) -> Range:
-    """The tiles that thread t works on, one after the other: its blocks of channels, or one of its own."""
-    return _part(p.blocks, t, threads) if p.by_channels else (t, t + 1)
-
-
-@_jit
-def _tile(p: _Plan, tile: int, threads: int) -> tuple[Range, Range, Range, Range]:
-    """The segments, units and channels of a tile; and the channels that are finished with it."""
+def _tile(p: _Plan, b: int, t: int, threads: int) -> tuple[Range, Range, Range, Range]:
+    """What thread t works on in block b: segments, units and channels; and the channels that it finishes."""
     if p.by_channels:
-        channels = tile * p.block, min((tile + 1) * p.block, p.channels)
+        channels = b * p.block, min((b + 1) * p.block, p.channels)
         return (0, p.segments), (0, p.units), channels, channels
-    finished = _part(p.channels, tile, threads)
-    return _part(p.segments, tile, threads), _part(p.units, tile, threads), (0, p.width), finished
+    finished = _part(p.channels, t, threads)
+    return _part(p.segments, t, threads), _part(p.units, t, threads), (0, p.width), finished
 
 
 @_jit
@@ -367,7 +361,7 @@ def _postscale(slope: float, wide: bool) -> float:
 
 @_jit
 def _scale(slope: float, prescale: float, wide: bool) -> float:
-    """For y = ((x - mean_hi) - mean_lo) * inv_std * gamma + beta, where the mean_lo term moves into the shift."""
+    """Finite: where the exponents cannot all fit in, x is the mean or the result overflows; inf would give NaN."""
     most = 1.7976931348623157e308 if wide else 3.4028234663852886e38
     scale = slope / prescale
     return max(-most, min(scale, most)) if math.isfinite(scale) else scale
