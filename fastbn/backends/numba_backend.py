@@ -159,13 +159,19 @@ def _part(n: int, t: int, threads: int) -> Range:
 
 
 @_jit
-def _tile(p: _Plan, b: int, t: int, threads: int) -> tuple[Range, Range, Range, Range]:
-    """What thread t works on in block b: segments, units and channels; and the channels that it finishes."""
+def _tiles(p: _Plan, t: int, threads: int) -> Range:
+    """The tiles that thread t works on, one after the other: its blocks of channels, or one of its own."""
+    return _part(p.blocks, t, threads) if p.by_channels else (t, t + 1)
+
+
+@_jit
+def _tile(p: _Plan, tile: int, threads: int) -> tuple[Range, Range, Range, Range]:
+    """The segments, units and channels of a tile; and the channels that are finished with it."""
     if p.by_channels:
-        channels = b * p.block, min((b + 1) * p.block, p.channels)
+        channels = tile * p.block, min((tile + 1) * p.block, p.channels)
         return (0, p.segments), (0, p.units), channels, channels
-    finished = _part(p.channels, t, threads)
-    return _part(p.segments, t, threads), _part(p.units, t, threads), (0, p.width), finished
+    finished = _part(p.channels, tile, threads)
+    return _part(p.segments, tile, threads), _part(p.units, tile, threads), (0, p.width), finished
 
 
 @_jit
