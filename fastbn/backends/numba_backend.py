@@ -22,7 +22,9 @@ from typing import Any, NamedTuple
 
 import numba
 import numpy as np
+from llvmlite import ir  # type: ignore[import-untyped]
 from numba import prange
+from numba.extending import intrinsic
 
 from .. import _config
 from .._activations import Activation
@@ -51,12 +53,11 @@ ZERO = np.float32(0)  # compares with float32 and float64 as it is
 
 
 def _compiled(*fastmath: str, **options: bool) -> Callable[[Callable[..., Any]], Any]:
-    """The decorator of every compiled function. a * b + c may be fused; division by zero gives inf."""
+    """The decorator of every compiled function. Division by zero gives inf."""
     njit: Any = numba.njit
 
     def compiled(function: Callable[..., Any]) -> Any:
-        allowed = {"contract", *fastmath}
-        jit = functools.partial(njit, nogil=True, error_model="numpy", fastmath=allowed, **options)
+        jit = functools.partial(njit, nogil=True, error_model="numpy", fastmath=set(fastmath), **options)
         try:
             return jit(cache=True)(function)
         except RuntimeError:  # nowhere on disk may be written
@@ -69,7 +70,7 @@ _jit = _compiled()
 _inline = _compiled(forceinline=True)
 _parallel = _compiled(parallel=True)
 # For functions that do nothing but add up float64 values which others made: in any order, hence by vectors.
-_sum = _compiled("reassoc")
+_sum = _compiled("reassoc", "contract")
 
 
 # ---- what compiled code is told ----
@@ -202,6 +203,23 @@ def _slopes(constants: Array, c: int) -> Line:
     return constants[ON_DY, c], constants[ON_X, c], constants[CONSTANT, c], constants[POSTSCALE, c]
 
 
+def _make_fused(typing: Any, a: Any, b: Any, c: Any) -> Any:
+    """The sum a * b + c, rounded once where the processor can.
+
+    "contract" would leave it to the place whether that is done, and forward and backward would not see the same z.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        real = arguments[0].type
+        operation = builder.module.declare_intrinsic("llvm.fmuladd", [real], ir.FunctionType(real, [real] * 3))
+        return builder.call(operation, arguments)
+
+    return a(a, a, a), generate
+
+
+_fused: Any = intrinsic(_make_fused)
+
+
 @_inline
 def _deviation(x: Real, origin: float) -> Real:
     return np.float64(x) - origin
@@ -216,13 +234,13 @@ def _preactivation(p: _Plan, x: Real, residual: Real, line: Line) -> Real:
     keeps what its rounding loses (Knuth's two-sum); where the sum is infinite there is nothing to keep.
     """
     prescale, neg_mean, scale, shift, shift_low = line
-    d = x * prescale + neg_mean
+    d = _fused(x, prescale, neg_mean)
     if not p.adds:
-        return (d * scale + shift) + shift_low
+        return _fused(d, scale, shift) + shift_low
     total = shift + residual
     back = total - shift
     lost = ((shift - (total - back)) + (residual - back)) + shift_low
-    return (d * scale + total) + (lost if lost == lost else ZERO)
+    return _fused(d, scale, total) + (lost if lost == lost else ZERO)
 
 
 @_inline
@@ -242,7 +260,7 @@ def _dx(p: _Plan, dz: Real, x: Real, line: Line, slopes: Line) -> Real:
     on_dy, on_x, constant, postscale = slopes
     if p.frozen:
         return on_dy * dz * postscale
-    return (on_x * (x * line[PRESCALE] + line[NEG_MEAN]) + (on_dy * dz + constant)) * postscale
+    return _fused(on_x, _fused(x, line[PRESCALE], line[NEG_MEAN]), _fused(on_dy, dz, constant)) * postscale
 
 
 # ---- sums: of n values of one channel, or of n channels one value each; then of segments ----
@@ -266,7 +284,7 @@ def _sum_row(x: Array, start: int, n: int, c: int, origin: Array, sums: Array) -
         k = channel + i
         d = _deviation(x[first + i], origin[k])
         sums[0, k] += d
-        sums[1, k] += d * d
+        sums[1, k] = _fused(d, d, sums[1, k])
 
 
 @_sum
@@ -291,7 +309,7 @@ def _sum_grad_row(
         at, k = first + i, channel + i
         dz = np.float64(_dz(p, dy[at], x[at], residual[at], _line(line, k)))
         sums[0, k] += dz
-        sums[1, k] += dz * _deviation(x[at], mean[k])
+        sums[1, k] = _fused(dz, _deviation(x[at], mean[k]), sums[1, k])
 
 
 @_jit
