@@ -101,7 +101,8 @@ typedef struct {
     const double *seen;
     int frozen, stream;
     void *dgamma, *dbeta;
-    double *origin, *partial, *lanes;
+    double *origin; /* padded: what the sums of a channel are about, the mean in backward */
+    double *partial, *lanes;
     void *arrays[CHANNEL_ARRAYS]; /* those of line and slopes */
     fbn_line line;
     fbn_slopes slopes;
@@ -190,9 +191,9 @@ static void set_lines(job *j, int64_t c0, int64_t c1) {
 }
 
 /* Repeats the first channels' constants behind the last's, for runs of rows. Whoever has channel 0 has all of them. */
-static void wrap(job *j, int64_t c0) {
+static void wrap(job *j, int64_t c0, int64_t c1) {
     void *const *arrays = j->arrays;
-    if (!j->plan.rows || c0 || j->plan.units < 2) return;
+    if (!j->plan.rows || c0 || c0 == c1 || j->plan.units < 2) return;
     for (int i = 0; i < CHANNEL_ARRAYS; i++)
         for (int64_t k = 0; k < FBN_CHANNEL_PAD; k++) {
             const int64_t to = (j->p->channels + k) * j->plan.elem, from = k % j->p->channels * j->plan.elem;
@@ -294,14 +295,16 @@ static void finish_backward(job *j, int64_t c0, int64_t c1) {
 
 /* What a reduction needs before it starts. */
 static void prepare(job *j, int64_t c0, int64_t c1) {
-    if (j->dy) set_lines(j, c0, c1);
-    else if (has_sums(j)) set_origin(j, c0, c1);
+    if (j->dy) {
+        set_lines(j, c0, c1);
+        memcpy(j->origin + c0, known_row(j, FBN_MEAN) + c0, (size_t)(c1 - c0) * sizeof(double));
+    } else if (has_sums(j)) set_origin(j, c0, c1);
 }
 
 static void finish(job *j, int64_t c0, int64_t c1) {
     if (j->dy) finish_backward(j, c0, c1);
     else finish_forward(j, c0, c1);
-    wrap(j, c0);
+    wrap(j, c0, c1);
 }
 
 /* ---- tiles ---- */
@@ -323,7 +326,7 @@ static char *at_out(char *array, int64_t bytes) { return array ? array + bytes :
 static fbn_grad_moments grad_moments_at(const job *j, int64_t start, int64_t c) {
     const int64_t skip = start * j->plan.elem;
     return (fbn_grad_moments){j->dy + skip,  j->x + skip,      at(j->residual, skip),
-                              line_at(j, c), j->p->activation, known_row(j, FBN_MEAN) + c};
+                              line_at(j, c), j->p->activation, j->origin + c};
 }
 
 /* Adds a channel's lanes, in one order everywhere. */
