@@ -22,9 +22,10 @@ enum {
     SEGMENT_ROWS = 128,      /* rows that a channels-last segment has at least, */
     SEGMENTS_MOST = 64,      /* and how many of these there are at most */
     BLOCK_CHANNELS = 64,     /* channels that a channels-first block has at most */
-    RUN_BYTES = 256,         /* of a row that a block takes at least: narrower, each row costs a cache miss */
     WORK_PER_THREAD = 32768, /* values that are worth waking a thread for */
-    CHUNK_BYTES = 65536,     /* of the rows mapped at a time, from the end backwards */
+    CHUNK_BYTES = 262144,    /* of the rows mapped at a time, from the end backwards */
+    SUM_IMAGES = 8,          /* planes of a channel that are summed in turns, */
+    MAP_IMAGES = 8,          /* and mapped in turns */
     ALIGNMENT = 64
 };
 
@@ -41,7 +42,6 @@ typedef struct {
     int64_t units, segment;   /* units in all; in a segment */
     int64_t segments, padded; /* segments in all; channels with padding */
     int threads, by_channels;
-    int fits;      /* a block is small enough to fetch the next one while it is at work */
     int arrays;    /* that are read */
     int64_t block; /* channels in a block */
 } plan;
@@ -52,14 +52,14 @@ static int64_t block_of(const fbn_problem *p, const plan *s) {
     const int64_t budget = p->machine->core_cache / 3, channel = p->outer * p->inner * s->elem * s->arrays;
     const int64_t fit = budget / larger(channel, 1);
     const int64_t share = divide_up(p->channels, s->threads);
-    if (s->rows) return smaller(round_up(share, FBN_CHANNEL_PAD), fit / FBN_CHANNEL_PAD * FBN_CHANNEL_PAD);
+    if (s->rows) return p->channels;
     if (s->cuts > 1) return 1;
     return larger(1, smaller(smaller(share, fit), BLOCK_CHANNELS));
 }
 
 /* By channels wastes no memory traffic, but needs blocks that are worth it and enough of them for every thread. */
 static int by_channels(const fbn_problem *p, const plan *s) {
-    if (s->rows && s->block * s->elem < RUN_BYTES && s->block < p->channels) return 0;
+    if (s->rows) return 0;
     const int64_t blocks = divide_up(p->channels, s->block);
     return 5 * divide_up(blocks, s->threads) * s->threads <= 7 * blocks;
 }
@@ -72,15 +72,13 @@ static plan plan_of(const fbn_problem *p, int arrays) {
     s.cut = p->inner <= 2 * SEGMENT ? p->inner : SEGMENT;
     s.cuts = s.rows ? 1 : divide_up(p->inner, larger(s.cut, 1));
     s.units = p->outer * s.cuts;
-    s.segment =
-        s.rows ? larger(SEGMENT_ROWS, divide_up(s.units, SEGMENTS_MOST)) : larger(1, SEGMENT / larger(s.cut, 1));
+    s.segment = s.rows ? larger(SEGMENT_ROWS, divide_up(s.units, SEGMENTS_MOST))
+                       : larger(SUM_IMAGES, SEGMENT / larger(s.cut, 1));
     s.segments = larger(1, divide_up(s.units, s.segment));
     s.padded = round_up(p->channels, FBN_CHANNEL_PAD) + FBN_CHANNEL_PAD;
     s.threads = (int)larger(1, smaller(p->threads, p->outer * p->inner * p->channels / WORK_PER_THREAD));
     s.block = block_of(p, &s);
-    s.by_channels = s.block > 0 && by_channels(p, &s);
-    s.fits = p->outer * p->inner * s.elem * s.arrays * s.block <= p->machine->core_cache / 3;
-    if (!s.by_channels && s.rows) s.block = p->channels;
+    s.by_channels = by_channels(p, &s);
     return s;
 }
 
@@ -319,6 +317,17 @@ static int64_t length_of(const job *j, int64_t unit) {
     return smaller(j->plan.cut, j->p->inner - unit % j->plan.cuts * j->plan.cut);
 }
 
+/* From `unit` on, how many of at most `most` units before `last` are of one length and evenly apart, as planes. */
+static fbn_planes planes_from(const job *j, int64_t unit, int64_t last, int64_t most, int64_t channels) {
+    const int64_t start = start_of(j, unit, 0), length = length_of(j, unit);
+    const int64_t apart = unit + 1 < last ? start_of(j, unit + 1, 0) - start : 0;
+    int64_t n = 1;
+    while (n < most && unit + n < last && length_of(j, unit + n) == length &&
+           start_of(j, unit + n, 0) == start + n * apart)
+        n++;
+    return (fbn_planes){n, apart, channels, length};
+}
+
 /* Pointers into arrays that may be absent. */
 static const char *at(const char *array, int64_t bytes) { return array ? array + bytes : NULL; }
 static char *at_out(char *array, int64_t bytes) { return array ? array + bytes : NULL; }
@@ -340,12 +349,14 @@ static void reduce_planes(job *j, int64_t segment, int64_t c0, int64_t c1, doubl
     const int64_t first = segment * j->plan.segment, last = smaller(first + j->plan.segment, j->plan.units);
     double *sums = j->partial + 2 * segment * j->plan.padded;
     memset(lanes, 0, (size_t)(c1 - c0) * 2 * FBN_LANES * sizeof(double));
-    for (int64_t unit = first; unit < last; unit++) {
-        const int64_t start = start_of(j, unit, c0), n = length_of(j, unit);
+    for (int64_t unit = first, n; unit < last; unit += n) {
+        const fbn_planes planes = planes_from(j, unit, last, SUM_IMAGES, c1 - c0);
+        const int64_t start = start_of(j, unit, c0);
+        n = planes.images;
         if (j->dy) {
             const fbn_grad_moments g = grad_moments_at(j, start, c0);
-            j->kernels->grad_moments_cf(&g, c1 - c0, n, lanes);
-        } else j->kernels->moments_cf(j->x + start * j->plan.elem, c1 - c0, n, j->origin + c0, lanes);
+            j->kernels->grad_moments_cf(&g, planes, lanes);
+        } else j->kernels->moments_cf(j->x + start * j->plan.elem, planes, j->origin + c0, lanes);
     }
     for (int64_t c = c0; c < c1; c++, lanes += 2 * FBN_LANES) {
         sums[c] = fold(lanes);
@@ -362,8 +373,8 @@ static void reduce_rows(job *j, int64_t segment, int64_t c0, int64_t c1) {
     memset(others, 0, bytes);
     if (j->dy) {
         const fbn_grad_moments g = grad_moments_at(j, start, c0);
-        j->kernels->grad_moments_cl(&g, last - first, c1 - c0, C, sums, others);
-    } else j->kernels->moments_cl(j->x + start * j->plan.elem, last - first, c1 - c0, C, j->origin + c0, sums, others);
+        j->kernels->grad_moments_cl(&g, last - first, c1 - c0, sums, others);
+    } else j->kernels->moments_cl(j->x + start * j->plan.elem, last - first, c1 - c0, j->origin + c0, sums, others);
 }
 
 static void reduce(job *j, int64_t s0, int64_t s1, int64_t c0, int64_t c1, int thread) {
@@ -375,37 +386,44 @@ static void reduce(job *j, int64_t s0, int64_t s1, int64_t c0, int64_t c1, int t
     }
 }
 
-/* Maps `rows` rows, or one unit of planes. */
-static void map_tile(const job *j, int64_t unit, int64_t rows, int64_t c0, int64_t c1) {
-    const int64_t start = start_of(j, unit, c0), skip = start * j->plan.elem, C = j->p->channels;
-    const int64_t n = c1 - c0, length = length_of(j, unit);
+/* Maps rows, or planes. */
+static void map_tile(const job *j, int64_t unit, int64_t rows, fbn_planes planes, int64_t c0, int64_t c1) {
+    const int64_t start = start_of(j, unit, c0), skip = start * j->plan.elem, C = j->p->channels, n = c1 - c0;
     const fbn_line line = line_at(j, c0);
-    const int64_t block = j->plan.block * j->p->inner * j->plan.elem;
-    const int64_t ahead = has_sums(j) && j->plan.by_channels && j->plan.fits ? block : FBN_AHEAD;
     if (j->dy) {
         const fbn_grad_affine g = {
             j->dy + skip, j->x + skip,      at(j->residual, skip), j->dx + skip, at_out(j->dresidual, skip),
-            line,         j->p->activation, slopes_at(j, c0),      j->frozen,    j->stream,
-            ahead};
-        if (j->plan.rows) j->kernels->grad_affine_cl(&g, rows, n, C);
-        else j->kernels->grad_affine_cf(&g, n, length);
+            line,         j->p->activation, slopes_at(j, c0),      j->frozen,    j->stream};
+        if (j->plan.rows) j->kernels->grad_affine_cl(&g, rows, n);
+        else j->kernels->grad_affine_cf(&g, planes);
     } else {
-        const fbn_affine a = {j->x + skip, at(j->residual, skip), j->y + skip, line, j->p->activation, j->stream,
-                              ahead};
-        if (j->plan.rows) j->kernels->affine_cl(&a, rows, n, C);
-        else j->kernels->affine_cf(&a, n, length);
+        const fbn_affine a = {j->x + skip, at(j->residual, skip), j->y + skip, line, j->p->activation, j->stream};
+        if (j->plan.rows) j->kernels->affine_cl(&a, rows, n);
+        else j->kernels->affine_cf(&a, planes);
+    }
+}
+
+static void map_planes(const job *j, int64_t first, int64_t last, int64_t c0, int64_t c1) {
+    for (int64_t unit = first; unit < last;) {
+        const fbn_planes most = planes_from(j, unit, last, MAP_IMAGES, 0);
+        for (int64_t c = c0; c < c1; c += j->plan.block) {
+            const int64_t end = smaller(c + j->plan.block, c1);
+            const fbn_planes planes = {most.images, most.apart, end - c, most.inner};
+            map_tile(j, unit, 0, planes, c, end);
+        }
+        unit += most.images;
     }
 }
 
 /* After a reduction from the end backwards, which begins with what it has just left in the cache. */
 static void map(const job *j, int64_t u0, int64_t u1, int64_t c0, int64_t c1) {
-    const int64_t chunk = j->plan.rows ? larger(1, CHUNK_BYTES / ((c1 - c0) * j->plan.elem)) : 1;
+    const int64_t row = (c1 - c0) * j->plan.elem;
+    const int64_t chunk = j->plan.rows ? round_up(divide_up(CHUNK_BYTES, row), FBN_STREAMS) : MAP_IMAGES;
     const int64_t chunks = divide_up(u1 - u0, chunk);
     for (int64_t k = 0; k < chunks; k++) {
         const int64_t first = u0 + (has_sums(j) ? chunks - 1 - k : k) * chunk, last = smaller(first + chunk, u1);
-        if (j->plan.rows) map_tile(j, first, last - first, c0, c1);
-        else
-            for (int64_t c = c0; c < c1; c += j->plan.block) map_tile(j, first, 1, c, smaller(c + j->plan.block, c1));
+        if (j->plan.rows) map_tile(j, first, last - first, (fbn_planes){0}, c0, c1);
+        else map_planes(j, first, last, c0, c1);
     }
 }
 

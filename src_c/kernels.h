@@ -1,8 +1,9 @@
 /* kernels.h: the contract of each kernel, and the table that an instruction set fills.
  *
  * A kernel is a loop over one tile. It knows no threads, allocates nothing and reads only what its arguments name.
- * `cf` kernels get planes: `channels` runs of `inner` contiguous elements, one after the other.
- * `cl` kernels get rows: `rows` runs of `channels` contiguous elements, `stride` elements apart.
+ * `cf` kernels get planes: `channels` runs of `inner` contiguous elements, one after the other, and that `images`
+ * times, `apart` elements from one to the next. `cl` kernels get rows: `rows` runs of `channels` contiguous elements,
+ * one after the other.
  */
 #ifndef FBN_KERNELS_H
 #define FBN_KERNELS_H
@@ -19,8 +20,10 @@
  * that those with a fused multiply-add give the same bits. */
 enum { FBN_LANES = 16 };
 
-/* How far ahead of itself, in bytes, a kernel fetches what it reads from memory. */
-enum { FBN_AHEAD = 2048 };
+/* How far ahead of itself, in bytes, a kernel fetches what it reads from memory. Memory answers several streams faster
+ * than one, and takes what is written in stretches better than line by line: so kernels work on FBN_STREAMS
+ * or more stretches that lie far apart, in turns of FBN_TURN bytes. */
+enum { FBN_AHEAD = 512, FBN_STREAMS = 4, FBN_TURN = 256, FBN_SMALL_PLANE = 1024 };
 
 /* Per-channel arrays have room for this many values more than there are channels, and then up to a multiple of it, so
  * that cl kernels may load and store whole vectors. */
@@ -49,17 +52,20 @@ typedef struct {
 typedef void fbn_set_slopes(const fbn_channels *known, const double *sums, const double *products, double count,
                             int64_t n, const fbn_line *line, const fbn_slopes *slopes);
 
+typedef struct {
+    int64_t images, apart, channels, inner;
+} fbn_planes;
+
 /* sums[c] += x - origin[c], squares[c] += (x - origin[c])^2, in float64.
  * cf: sums and squares hold FBN_LANES lanes a channel, sums first: [channels][2][FBN_LANES].
  * origin must be representable in the dtype (tails are padded with it). */
-typedef void fbn_moments_cf(const void *x, int64_t channels, int64_t inner, const double *origin, double *lanes);
-typedef void fbn_moments_cl(const void *x, int64_t rows, int64_t channels, int64_t stride, const double *origin,
-                            double *sums, double *squares);
+typedef void fbn_moments_cf(const void *x, fbn_planes planes, const double *origin, double *lanes);
+typedef void fbn_moments_cl(const void *x, int64_t rows, int64_t channels, const double *origin, double *sums,
+                            double *squares);
 
-/* stream: a map writes around the cache. ahead: while it works on an element of x (and dy) it fetches the one that many
- * bytes on, which is what will be read next. */
+/* stream: a map writes around the cache. */
 
-/* A map's rows that touch (stride == channels) are one run, in which the channels' constants recur: those past the last
+/* A map's rows are one run, in which the channels' constants recur: those past the last
  * must repeat the first FBN_CHANNEL_PAD. */
 
 /* y = activation(line(x) + residual); y may be x. residual may be NULL. */
@@ -69,10 +75,9 @@ typedef struct {
     fbn_line line;
     fbn_activation activation;
     int stream;
-    int64_t ahead;
 } fbn_affine;
-typedef void fbn_affine_cf(const fbn_affine *a, int64_t channels, int64_t inner);
-typedef void fbn_affine_cl(const fbn_affine *a, int64_t rows, int64_t channels, int64_t stride);
+typedef void fbn_affine_cf(const fbn_affine *a, fbn_planes planes);
+typedef void fbn_affine_cl(const fbn_affine *a, int64_t rows, int64_t channels);
 
 /* dz = dy * activation'(line(x) + residual);  sums[c] += dz,  products[c] += dz * (x - mean[c]), in float64.
  * Laid out as for moments. */
@@ -82,9 +87,9 @@ typedef struct {
     fbn_activation activation;
     const double *mean;
 } fbn_grad_moments;
-typedef void fbn_grad_moments_cf(const fbn_grad_moments *g, int64_t channels, int64_t inner, double *lanes);
-typedef void fbn_grad_moments_cl(const fbn_grad_moments *g, int64_t rows, int64_t channels, int64_t stride,
-                                 double *sums, double *products);
+typedef void fbn_grad_moments_cf(const fbn_grad_moments *g, fbn_planes planes, double *lanes);
+typedef void fbn_grad_moments_cl(const fbn_grad_moments *g, int64_t rows, int64_t channels, double *sums,
+                                 double *products);
 
 /* dx = (on_dy * dz + on_x * (x * prescale + neg_mean) + constant) * postscale, with dz as above; frozen: without on_x
  * and constant. postscale is a power of two, 1 for usual channels. With an activation and a residual, dresidual = dz
@@ -96,10 +101,9 @@ typedef struct {
     fbn_activation activation;
     fbn_slopes slopes;
     int frozen, stream;
-    int64_t ahead;
 } fbn_grad_affine;
-typedef void fbn_grad_affine_cf(const fbn_grad_affine *g, int64_t channels, int64_t inner);
-typedef void fbn_grad_affine_cl(const fbn_grad_affine *g, int64_t rows, int64_t channels, int64_t stride);
+typedef void fbn_grad_affine_cf(const fbn_grad_affine *g, fbn_planes planes);
+typedef void fbn_grad_affine_cl(const fbn_grad_affine *g, int64_t rows, int64_t channels);
 
 typedef struct {
     fbn_set_line *set_line;

@@ -12,6 +12,7 @@
 #define vstore_n f32_store_n
 #define vstream f32_stream
 #define vget f32_load
+#define vjoin f32_join
 #define vadd f32_add
 #define vsub f32_sub
 #define vmul f32_mul

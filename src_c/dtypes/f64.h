@@ -11,6 +11,7 @@
 #define vstore_n f64_store_n
 #define vstream f64_stream
 #define vget f64_load
+#define vjoin f64_join
 #define vadd f64_add
 #define vsub f64_sub
 #define vmul f64_mul

@@ -11,6 +11,7 @@
 #undef vstore_n
 #undef vstream
 #undef vget
+#undef vjoin
 #undef vadd
 #undef vsub
 #undef vmul

@@ -3,7 +3,7 @@
 FBN_INLINE vec NAME(affine_at)(const fbn_affine *a, int64_t i, int64_t n, const NAME(line) * l,
                                fbn_activation activation, int has_residual) {
     const elem *x = (const elem *)a->x + i;
-    if (n == WIDTH) prefetch((const char *)x + a->ahead);
+    if (n == WIDTH) prefetch((const char *)x + FBN_AHEAD);
     const vec zero = vset(0);
     const vec v = n == WIDTH ? vload(x) : vload_n(x, n, zero);
     if (!has_residual) return NAME(activate)(NAME(preactivation)(v, zero, l, 0), activation);
@@ -12,55 +12,95 @@ FBN_INLINE vec NAME(affine_at)(const fbn_affine *a, int64_t i, int64_t n, const 
     return NAME(activate)(NAME(preactivation)(v, r, l, 1), activation);
 }
 
+FBN_INLINE void NAME(affine_put)(elem *y, vec v, int64_t n, int stream) {
+    if (n < WIDTH) vstore_n(y, v, n);
+    else if (stream) vstream(y, v);
+    else vstore(y, v);
+}
+
 /* Elements [i, end), contiguous, from channel c on: all of that channel (period 0), or of the next channel each, which
  * recur after `period`. */
 FBN_INLINE void NAME(affine_run)(const fbn_affine *a, int64_t i, int64_t end, int64_t c, int64_t period,
                                  fbn_activation activation, int has_residual) {
     elem *y = a->y;
-    const int stream = a->stream;
     NAME(line) l = NAME(line_at)(&a->line, c, period);
     const int64_t head = NAME(least)(NAME(misaligned)(y + i), end - i);
     if (head) {
         vstore_n(y + i, NAME(affine_at)(a, i, head, &l, activation, has_residual), head);
+        i += head;
         c = NAME(onward)(c, head, period);
-        if (period) l = NAME(line_at)(&a->line, c, period);
     }
-    for (i += head; i + WIDTH <= end; i += WIDTH) {
-        const vec v = NAME(affine_at)(a, i, WIDTH, &l, activation, has_residual);
-        if (stream) vstream(y + i, v);
-        else vstore(y + i, v);
-        c = NAME(onward)(c, WIDTH, period);
-        if (period) l = NAME(line_at)(&a->line, c, period);
+    for (int64_t n; i + WIDTH <= end; i += n, c = NAME(onward)(c, n, period)) {
+        n = NAME(vectors)(end - i, c, period);
+        for (int64_t k = 0; k < n; k += WIDTH) {
+            if (period) l = NAME(line_at)(&a->line, c + k, period);
+            NAME(affine_put)(y + i + k, NAME(affine_at)(a, i + k, WIDTH, &l, activation, has_residual), WIDTH,
+                             a->stream);
+        }
     }
-    if (i < end) vstore_n(y + i, NAME(affine_at)(a, i, end - i, &l, activation, has_residual), end - i);
+    if (i == end) return;
+    if (period) l = NAME(line_at)(&a->line, c, period);
+    vstore_n(y + i, NAME(affine_at)(a, i, end - i, &l, activation, has_residual), end - i);
 }
 
-/* Runs of `length` elements, `stride` apart. cf: one channel each. cl: every channel, period after period. */
-FBN_INLINE void NAME(affine_runs)(const fbn_affine *a, int64_t runs, int64_t length, int64_t stride, int64_t period,
-                                  fbn_activation activation, int has_residual) {
-    for (int64_t r = 0; r < runs; r++)
-        NAME(affine_run)(a, r * stride, r * stride + length, period ? 0 : r, period, activation, has_residual);
+/* Planes from `start` on, one channel each, as one run. */
+FBN_INLINE void NAME(affine_joined)(const fbn_affine *a, NAME(runs) r, int64_t start, fbn_activation activation,
+                                    int has_residual) {
+    const int64_t end = r.count * r.length;
+    int64_t c = 0, left = r.length, n = NAME(first)((elem *)a->y + start, end);
+    for (int64_t i = 0; i < end;) {
+        const NAME(line) l = NAME(line_over)(&a->line, c, left, r.length);
+        do {
+            const int64_t at = start + i;
+            NAME(affine_put)((elem *)a->y + at, NAME(affine_at)(a, at, n, &l, activation, has_residual), n, a->stream);
+            i += n;
+            left -= n;
+            n = NAME(least)(WIDTH, end - i);
+        } while (left >= WIDTH && n == WIDTH);
+        for (; left <= 0; left += r.length) c++;
+    }
 }
 
-FBN_INLINE void NAME(affine_call)(const fbn_affine *a, int64_t runs, int64_t length, int64_t stride, int64_t period) {
+/* The streams of one run, from channel c on. */
+FBN_INLINE void NAME(affine_turns)(const fbn_affine *a, NAME(runs) r, int64_t i, int64_t c, int64_t period,
+                                   fbn_activation activation, int has_residual) {
+    const int64_t turn = NAME(turn)(r), end = i + r.length;
+    int64_t n = NAME(least)(NAME(misaligned)((elem *)a->y + i) + turn, r.length);
+    for (; i < end; i += n, n = NAME(least)(turn, end - i)) {
+        for (int64_t k = 0, at = i; k < r.streams; k++, at += r.apart)
+            NAME(affine_run)(a, at, at + n, c, period, activation, has_residual);
+        c = NAME(onward)(c, n, period);
+    }
+}
+
+FBN_INLINE void NAME(affine_runs)(fbn_affine a, NAME(runs) r, int64_t period, fbn_activation activation,
+                                  int has_residual) {
+    if (!period && NAME(joins)(r))
+        for (int64_t k = 0; k < r.streams; k++) NAME(affine_joined)(&a, r, k * r.apart, activation, has_residual);
+    else
+        for (int64_t k = 0; k < r.count; k++)
+            NAME(affine_turns)(&a, r, k * r.length, period ? 0 : k, period, activation, has_residual);
+}
+
+/* cf: a run for each channel (period 0). cl: runs that hold every channel, period after period. */
+FBN_INLINE void NAME(affine_call)(const fbn_affine *a, NAME(runs) r, int64_t period) {
     switch (a->activation) {
     case FBN_IDENTITY:
-        if (a->residual) NAME(affine_runs)(a, runs, length, stride, period, FBN_IDENTITY, 1);
-        else NAME(affine_runs)(a, runs, length, stride, period, FBN_IDENTITY, 0);
+        if (a->residual) NAME(affine_runs)(*a, r, period, FBN_IDENTITY, 1);
+        else NAME(affine_runs)(*a, r, period, FBN_IDENTITY, 0);
         break;
     case FBN_RELU:
-        if (a->residual) NAME(affine_runs)(a, runs, length, stride, period, FBN_RELU, 1);
-        else NAME(affine_runs)(a, runs, length, stride, period, FBN_RELU, 0);
+        if (a->residual) NAME(affine_runs)(*a, r, period, FBN_RELU, 1);
+        else NAME(affine_runs)(*a, r, period, FBN_RELU, 0);
         break;
     }
     if (a->stream) stream_fence();
 }
 
-static void NAME(affine_cf)(const fbn_affine *a, int64_t channels, int64_t inner) {
-    NAME(affine_call)(a, channels, inner, inner, 0);
+static void NAME(affine_cf)(const fbn_affine *a, fbn_planes planes) {
+    NAME(affine_call)(a, NAME(runs_of_planes)(planes), 0);
 }
 
-static void NAME(affine_cl)(const fbn_affine *a, int64_t rows, int64_t channels, int64_t stride) {
-    if (stride == channels) NAME(affine_call)(a, 1, rows * channels, 0, channels);
-    else NAME(affine_call)(a, rows, channels, stride, channels);
+static void NAME(affine_cl)(const fbn_affine *a, int64_t rows, int64_t channels) {
+    NAME(affine_call)(a, NAME(runs_of_rows)(rows, channels), channels);
 }

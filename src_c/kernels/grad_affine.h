@@ -13,6 +13,13 @@ FBN_INLINE NAME(slopes) NAME(slopes_at)(const fbn_grad_affine *g, int64_t c, int
                           NAME(constant_at)(g->slopes.postscale, c, period)};
 }
 
+FBN_INLINE NAME(slopes) NAME(slopes_over)(const fbn_grad_affine *g, int64_t c, int64_t left, int64_t inner) {
+    return (NAME(slopes)){
+        NAME(line_over)(&g->line, c, left, inner), NAME(constant_over)(g->slopes.on_dy, c, left, inner),
+        NAME(constant_over)(g->slopes.on_x, c, left, inner), NAME(constant_over)(g->slopes.constant, c, left, inner),
+        NAME(constant_over)(g->slopes.postscale, c, left, inner)};
+}
+
 /* Which of the kernel's parts a call has; every field is a constant where the loops are instantiated. */
 typedef struct {
     fbn_activation activation;
@@ -20,11 +27,11 @@ typedef struct {
 } NAME(grad_parts);
 
 FBN_INLINE void NAME(grad_affine_at)(const fbn_grad_affine *g, int64_t i, int64_t n, const NAME(slopes) * s,
-                                     NAME(grad_parts) parts, int stream) {
+                                     NAME(grad_parts) parts) {
     const elem *x = (const elem *)g->x + i;
     if (n == WIDTH) {
-        prefetch((const char *)x + g->ahead);
-        prefetch((const char *)((const elem *)g->dy + i) + g->ahead);
+        prefetch((const char *)x + FBN_AHEAD);
+        prefetch((const char *)((const elem *)g->dy + i) + FBN_AHEAD);
     }
     const vec dz = NAME(dz_at)((const elem *)g->dy + i, x, parts.has_residual ? (const elem *)g->residual + i : x, n,
                                &s->line, parts.activation, parts.has_residual);
@@ -36,62 +43,92 @@ FBN_INLINE void NAME(grad_affine_at)(const fbn_grad_affine *g, int64_t i, int64_
         d = vfma(s->on_x, NAME(centre)(v, &s->line), vfma(s->on_dy, dz, s->constant));
     }
     d = vmul(d, s->postscale);
-    if (stream) vstream(dx, d);
-    else if (n == WIDTH) vstore(dx, d);
-    else vstore_n(dx, d, n);
+    NAME(affine_put)(dx, d, n, g->stream);
     if (!parts.has_residual) return;
-    if (n == WIDTH) vstore((elem *)g->dresidual + i, dz);
-    else vstore_n((elem *)g->dresidual + i, dz, n);
+    NAME(affine_put)((elem *)g->dresidual + i, dz, n, 0);
 }
 
 /* Elements [i, end), as affine_run has them. */
 FBN_INLINE void NAME(grad_affine_run)(const fbn_grad_affine *g, int64_t i, int64_t end, int64_t c, int64_t period,
                                       NAME(grad_parts) parts) {
-    const int stream = g->stream;
     NAME(slopes) s = NAME(slopes_at)(g, c, period);
     const int64_t head = NAME(least)(NAME(misaligned)((elem *)g->dx + i), end - i);
     if (head) {
-        NAME(grad_affine_at)(g, i, head, &s, parts, 0);
+        NAME(grad_affine_at)(g, i, head, &s, parts);
+        i += head;
         c = NAME(onward)(c, head, period);
-        if (period) s = NAME(slopes_at)(g, c, period);
     }
-    for (i += head; i + WIDTH <= end; i += WIDTH) {
-        NAME(grad_affine_at)(g, i, WIDTH, &s, parts, stream);
-        c = NAME(onward)(c, WIDTH, period);
-        if (period) s = NAME(slopes_at)(g, c, period);
+    for (int64_t n; i + WIDTH <= end; i += n, c = NAME(onward)(c, n, period)) {
+        n = NAME(vectors)(end - i, c, period);
+        for (int64_t k = 0; k < n; k += WIDTH) {
+            if (period) s = NAME(slopes_at)(g, c + k, period);
+            NAME(grad_affine_at)(g, i + k, WIDTH, &s, parts);
+        }
     }
-    if (i < end) NAME(grad_affine_at)(g, i, end - i, &s, parts, 0);
+    if (i == end) return;
+    if (period) s = NAME(slopes_at)(g, c, period);
+    NAME(grad_affine_at)(g, i, end - i, &s, parts);
 }
 
-FBN_INLINE void NAME(grad_affine_runs)(const fbn_grad_affine *g, int64_t runs, int64_t length, int64_t stride,
-                                       int64_t period, fbn_activation activation, int has_residual, int frozen) {
+/* Planes from `start` on, one channel each, as one run. */
+FBN_INLINE void NAME(grad_affine_joined)(const fbn_grad_affine *g, NAME(runs) r, int64_t start,
+                                         NAME(grad_parts) parts) {
+    const int64_t end = r.count * r.length;
+    int64_t c = 0, left = r.length, n = NAME(first)((elem *)g->dx + start, end);
+    for (int64_t i = 0; i < end;) {
+        const NAME(slopes) s = NAME(slopes_over)(g, c, left, r.length);
+        do {
+            NAME(grad_affine_at)(g, start + i, n, &s, parts);
+            i += n;
+            left -= n;
+            n = NAME(least)(WIDTH, end - i);
+        } while (left >= WIDTH && n == WIDTH);
+        for (; left <= 0; left += r.length) c++;
+    }
+}
+
+/* The streams of one run, from channel c on. */
+FBN_INLINE void NAME(grad_affine_turns)(const fbn_grad_affine *g, NAME(runs) r, int64_t i, int64_t c, int64_t period,
+                                        NAME(grad_parts) parts) {
+    const int64_t turn = NAME(turn)(r), end = i + r.length;
+    int64_t n = NAME(least)(NAME(misaligned)((elem *)g->dx + i) + turn, r.length);
+    for (; i < end; i += n, n = NAME(least)(turn, end - i)) {
+        for (int64_t k = 0, at = i; k < r.streams; k++, at += r.apart)
+            NAME(grad_affine_run)(g, at, at + n, c, period, parts);
+        c = NAME(onward)(c, n, period);
+    }
+}
+
+FBN_INLINE void NAME(grad_affine_runs)(fbn_grad_affine g, NAME(runs) r, int64_t period, fbn_activation activation,
+                                       int has_residual, int frozen) {
     const NAME(grad_parts) parts = {activation, has_residual, frozen};
-    for (int64_t r = 0; r < runs; r++)
-        NAME(grad_affine_run)(g, r * stride, r * stride + length, period ? 0 : r, period, parts);
+    if (!period && NAME(joins)(r))
+        for (int64_t k = 0; k < r.streams; k++) NAME(grad_affine_joined)(&g, r, k * r.apart, parts);
+    else
+        for (int64_t k = 0; k < r.count; k++)
+            NAME(grad_affine_turns)(&g, r, k * r.length, period ? 0 : k, period, parts);
 }
 
-FBN_INLINE void NAME(grad_affine_call)(const fbn_grad_affine *g, int64_t runs, int64_t length, int64_t stride,
-                                       int64_t period) {
+FBN_INLINE void NAME(grad_affine_call)(const fbn_grad_affine *g, NAME(runs) r, int64_t period) {
     switch (g->activation) {
     case FBN_IDENTITY:
-        if (g->frozen) NAME(grad_affine_runs)(g, runs, length, stride, period, FBN_IDENTITY, 0, 1);
-        else NAME(grad_affine_runs)(g, runs, length, stride, period, FBN_IDENTITY, 0, 0);
+        if (g->frozen) NAME(grad_affine_runs)(*g, r, period, FBN_IDENTITY, 0, 1);
+        else NAME(grad_affine_runs)(*g, r, period, FBN_IDENTITY, 0, 0);
         break;
     case FBN_RELU:
-        if (g->frozen && g->residual) NAME(grad_affine_runs)(g, runs, length, stride, period, FBN_RELU, 1, 1);
-        else if (g->frozen) NAME(grad_affine_runs)(g, runs, length, stride, period, FBN_RELU, 0, 1);
-        else if (g->residual) NAME(grad_affine_runs)(g, runs, length, stride, period, FBN_RELU, 1, 0);
-        else NAME(grad_affine_runs)(g, runs, length, stride, period, FBN_RELU, 0, 0);
+        if (g->frozen && g->residual) NAME(grad_affine_runs)(*g, r, period, FBN_RELU, 1, 1);
+        else if (g->frozen) NAME(grad_affine_runs)(*g, r, period, FBN_RELU, 0, 1);
+        else if (g->residual) NAME(grad_affine_runs)(*g, r, period, FBN_RELU, 1, 0);
+        else NAME(grad_affine_runs)(*g, r, period, FBN_RELU, 0, 0);
         break;
     }
     if (g->stream) stream_fence();
 }
 
-static void NAME(grad_affine_cf)(const fbn_grad_affine *g, int64_t channels, int64_t inner) {
-    NAME(grad_affine_call)(g, channels, inner, inner, 0);
+static void NAME(grad_affine_cf)(const fbn_grad_affine *g, fbn_planes planes) {
+    NAME(grad_affine_call)(g, NAME(runs_of_planes)(planes), 0);
 }
 
-static void NAME(grad_affine_cl)(const fbn_grad_affine *g, int64_t rows, int64_t channels, int64_t stride) {
-    if (stride == channels) NAME(grad_affine_call)(g, 1, rows * channels, 0, channels);
-    else NAME(grad_affine_call)(g, rows, channels, stride, channels);
+static void NAME(grad_affine_cl)(const fbn_grad_affine *g, int64_t rows, int64_t channels) {
+    NAME(grad_affine_call)(g, NAME(runs_of_rows)(rows, channels), channels);
 }

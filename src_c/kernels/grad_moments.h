@@ -23,11 +23,26 @@ FBN_INLINE void NAME(grad_moments_at)(const elem *dy, const elem *x, const elem 
     *product = wfma(g, wsub(v, mean), *product);
 }
 
-FBN_INLINE void NAME(grad_moments_planes)(const fbn_grad_moments *g, int64_t channels, int64_t inner, double *lanes,
-                                          fbn_activation activation, int has_residual) {
+/* Elements [i, end) of a channel's plane, WIDTH lanes each for sum[j] and product[j]. */
+FBN_INLINE void NAME(grad_moments_run)(const fbn_grad_moments *g, int64_t i, int64_t end, const NAME(line) * l,
+                                       wide mean, wide *sum, wide *product, fbn_activation activation,
+                                       int has_residual) {
     enum { STEP = FBN_LANES / WIDTH };
     const elem *dy = g->dy, *x = g->x, *residual = has_residual ? g->residual : g->x;
-    for (int64_t c = 0; c < channels; c++, lanes += 2 * FBN_LANES) {
+    for (; i + FBN_LANES <= end; i += FBN_LANES)
+        for (int j = 0; j < STEP; j++)
+            NAME(grad_moments_at)(dy + i + j * WIDTH, x + i + j * WIDTH, residual + i + j * WIDTH, WIDTH, l, mean,
+                                  activation, has_residual, &sum[j], &product[j]);
+    for (int j = 0; j < STEP && i + j * WIDTH < end; j++)
+        NAME(grad_moments_at)(dy + i + j * WIDTH, x + i + j * WIDTH, residual + i + j * WIDTH,
+                              NAME(least)(end - i - j * WIDTH, WIDTH), l, mean, activation, has_residual, &sum[j],
+                              &product[j]);
+}
+
+FBN_INLINE void NAME(grad_moments_planes)(const fbn_grad_moments *g, fbn_planes p, double *lanes,
+                                          fbn_activation activation, int has_residual) {
+    enum { STEP = FBN_LANES / WIDTH, TURN = FBN_TURN / sizeof(elem) };
+    for (int64_t c = 0; c < p.channels; c++, lanes += 2 * FBN_LANES) {
         const NAME(line) l = NAME(line_at)(&g->line, c, 0);
         const wide mean = wset(g->mean[c]);
         wide sum[STEP], product[STEP];
@@ -35,16 +50,10 @@ FBN_INLINE void NAME(grad_moments_planes)(const fbn_grad_moments *g, int64_t cha
             sum[j] = wget(lanes + j * WIDTH);
             product[j] = wget(lanes + FBN_LANES + j * WIDTH);
         }
-        int64_t i = c * inner;
-        const int64_t end = i + inner;
-        for (; i + FBN_LANES <= end; i += FBN_LANES)
-            for (int j = 0; j < STEP; j++)
-                NAME(grad_moments_at)(dy + i + j * WIDTH, x + i + j * WIDTH, residual + i + j * WIDTH, WIDTH, &l, mean,
-                                      activation, has_residual, &sum[j], &product[j]);
-        for (int j = 0; j < STEP && i + j * WIDTH < end; j++)
-            NAME(grad_moments_at)(dy + i + j * WIDTH, x + i + j * WIDTH, residual + i + j * WIDTH,
-                                  NAME(least)(end - i - j * WIDTH, WIDTH), &l, mean, activation, has_residual, &sum[j],
-                                  &product[j]);
+        for (int64_t i = c * p.inner; i < (c + 1) * p.inner; i += TURN)
+            for (int64_t k = 0; k < p.images; k++)
+                NAME(grad_moments_run)(g, k * p.apart + i, k * p.apart + NAME(least)(i + TURN, (c + 1) * p.inner), &l,
+                                       mean, sum, product, activation, has_residual);
         for (int j = 0; j < STEP; j++) {
             wput(lanes + j * WIDTH, sum[j]);
             wput(lanes + FBN_LANES + j * WIDTH, product[j]);
@@ -52,14 +61,14 @@ FBN_INLINE void NAME(grad_moments_planes)(const fbn_grad_moments *g, int64_t cha
     }
 }
 
-static void NAME(grad_moments_cf)(const fbn_grad_moments *g, int64_t channels, int64_t inner, double *lanes) {
+static void NAME(grad_moments_cf)(const fbn_grad_moments *g, fbn_planes p, double *lanes) {
     switch (g->activation) {
     case FBN_IDENTITY:
-        NAME(grad_moments_planes)(g, channels, inner, lanes, FBN_IDENTITY, 0);
+        NAME(grad_moments_planes)(g, p, lanes, FBN_IDENTITY, 0);
         break;
     case FBN_RELU:
-        if (g->residual) NAME(grad_moments_planes)(g, channels, inner, lanes, FBN_RELU, 1);
-        else NAME(grad_moments_planes)(g, channels, inner, lanes, FBN_RELU, 0);
+        if (g->residual) NAME(grad_moments_planes)(g, p, lanes, FBN_RELU, 1);
+        else NAME(grad_moments_planes)(g, p, lanes, FBN_RELU, 0);
         break;
     }
 }
@@ -89,26 +98,26 @@ FBN_INLINE void NAME(grad_moments_rows)(const fbn_grad_moments *g, int64_t at, i
     }
 }
 
-FBN_INLINE void NAME(grad_moments_all)(const fbn_grad_moments *g, int64_t rows, int64_t channels, int64_t stride,
-                                       double *sums, double *products, fbn_activation activation, int has_residual) {
+FBN_INLINE void NAME(grad_moments_all)(const fbn_grad_moments *g, int64_t rows, int64_t channels, double *sums,
+                                       double *products, fbn_activation activation, int has_residual) {
     enum { ROWS = NAME(GRAD_MOMENTS_ROWS) };
     const int64_t times = rows / ROWS;
     for (int64_t r = 0; r < times; r++)
-        NAME(grad_moments_rows)(g, r * stride, channels, ROWS, times * stride, sums, products, activation,
+        NAME(grad_moments_rows)(g, r * channels, channels, ROWS, times * channels, sums, products, activation,
                                 has_residual);
     for (int64_t r = ROWS * times; r < rows; r++)
-        NAME(grad_moments_rows)(g, r * stride, channels, 1, 0, sums, products, activation, has_residual);
+        NAME(grad_moments_rows)(g, r * channels, channels, 1, 0, sums, products, activation, has_residual);
 }
 
-static void NAME(grad_moments_cl)(const fbn_grad_moments *g, int64_t rows, int64_t channels, int64_t stride,
-                                  double *sums, double *products) {
+static void NAME(grad_moments_cl)(const fbn_grad_moments *g, int64_t rows, int64_t channels, double *sums,
+                                  double *products) {
     switch (g->activation) {
     case FBN_IDENTITY:
-        NAME(grad_moments_all)(g, rows, channels, stride, sums, products, FBN_IDENTITY, 0);
+        NAME(grad_moments_all)(g, rows, channels, sums, products, FBN_IDENTITY, 0);
         break;
     case FBN_RELU:
-        if (g->residual) NAME(grad_moments_all)(g, rows, channels, stride, sums, products, FBN_RELU, 1);
-        else NAME(grad_moments_all)(g, rows, channels, stride, sums, products, FBN_RELU, 0);
+        if (g->residual) NAME(grad_moments_all)(g, rows, channels, sums, products, FBN_RELU, 1);
+        else NAME(grad_moments_all)(g, rows, channels, sums, products, FBN_RELU, 0);
         break;
     }
 }

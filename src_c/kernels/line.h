@@ -17,9 +17,25 @@ FBN_INLINE NAME(line) NAME(line_at)(const fbn_line *l, int64_t c, int64_t period
                         NAME(constant_at)(l->shift_low, c, period)};
 }
 
+/* Constants where a vector runs from channel c, of which it holds `left` elements, into the next ones of `inner` each.
+ */
+FBN_INLINE vec NAME(constant_over)(const void *constants, int64_t c, int64_t left, int64_t inner) {
+    vec v = NAME(constant_at)(constants, c, 0);
+    for (; left < WIDTH; left += inner) v = vjoin(v, NAME(constant_at)(constants, ++c, 0), left);
+    return v;
+}
+
+FBN_INLINE NAME(line) NAME(line_over)(const fbn_line *l, int64_t c, int64_t left, int64_t inner) {
+    return (NAME(line)){NAME(constant_over)(l->prescale, c, left, inner),
+                        NAME(constant_over)(l->neg_mean, c, left, inner), NAME(constant_over)(l->scale, c, left, inner),
+                        NAME(constant_over)(l->shift, c, left, inner),
+                        NAME(constant_over)(l->shift_low, c, left, inner)};
+}
+
 /* The channel that is n elements on. */
 FBN_INLINE int64_t NAME(onward)(int64_t c, int64_t n, int64_t period) {
-    return !period ? c : c + n < period ? c + n : (c + n) % period;
+    const int64_t on = c + n;
+    return !period ? c : on < period ? on : on < 2 * period ? on - period : on % period;
 }
 
 /* x - mean_hi: exact where x is near the mean, whatever the offset. */
@@ -47,3 +63,41 @@ FBN_INLINE int64_t NAME(least)(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* Elements from p to the first address that is aligned to a vector. */
 FBN_INLINE int64_t NAME(misaligned)(const elem *p) { return (int64_t)(-((uintptr_t)p / sizeof(elem)) % WIDTH); }
+
+/* What a map goes through: `count` runs of `length` contiguous elements, one after the other, and that `streams` times,
+ * `apart` from one to the next, in turns. */
+typedef struct {
+    int64_t count, length, streams, apart;
+} NAME(runs);
+
+FBN_INLINE NAME(runs) NAME(runs_of_planes)(fbn_planes p) {
+    return (NAME(runs)){p.channels, p.inner, p.images, p.apart};
+}
+
+/* Rows are one run, or FBN_STREAMS of a length. */
+FBN_INLINE NAME(runs) NAME(runs_of_rows)(int64_t rows, int64_t channels) {
+    const int64_t streams = rows % FBN_STREAMS ? 1 : FBN_STREAMS, length = rows / streams * channels;
+    return (NAME(runs)){1, length, streams, length};
+}
+
+/* Whether planes are so small, and their ends so ragged, that vectors should run on from one into the next. */
+FBN_INLINE int NAME(joins)(NAME(runs) r) {
+    return r.count > 1 && r.length > 4 * WIDTH && r.length < FBN_SMALL_PLANE && r.length % WIDTH;
+}
+
+/* Elements of a turn: all that there are, where streams do not share their alignment. */
+FBN_INLINE int64_t NAME(turn)(NAME(runs) r) {
+    return r.streams > 1 && r.apart % WIDTH == 0 ? (int64_t)(FBN_TURN / sizeof(elem)) : r.length;
+}
+
+/* Elements in the whole vectors of `length` elements from channel c on, until the channels recur. */
+FBN_INLINE int64_t NAME(vectors)(int64_t length, int64_t c, int64_t period) {
+    const int64_t whole = length / WIDTH * WIDTH;
+    return period ? NAME(least)(whole, (period - c + WIDTH - 1) / WIDTH * WIDTH) : whole;
+}
+
+/* Elements up to the first aligned address, or a vector of them. */
+FBN_INLINE int64_t NAME(first)(const elem *p, int64_t most) {
+    const int64_t head = NAME(misaligned)(p);
+    return NAME(least)(head ? head : WIDTH, most);
+}

@@ -4,10 +4,30 @@
  * the sums are float64. Sums about one origin simply add up, whatever way the work was split.
  */
 
-static void NAME(moments_cf)(const void *x_, int64_t channels, int64_t inner, const double *origin, double *lanes) {
+/* Elements [i, end) of a channel's plane, WIDTH lanes each for sum[j] and square[j]. */
+FBN_INLINE void NAME(moments_run)(const elem *x, int64_t i, int64_t end, wide origin, vec fill, wide *sum,
+                                  wide *square) {
     enum { STEP = FBN_LANES / WIDTH };
+    for (; i + FBN_LANES <= end; i += FBN_LANES) {
+        prefetch((const char *)(x + i) + FBN_AHEAD);
+        for (int j = 0; j < STEP; j++) {
+            const wide d = wsub(wload(x + i + j * WIDTH), origin);
+            sum[j] = wadd(sum[j], d);
+            square[j] = wfma(d, d, square[j]);
+        }
+    }
+    for (int j = 0; j < STEP && i + j * WIDTH < end; j++) {
+        const int64_t n = NAME(least)(end - i - j * WIDTH, WIDTH);
+        const wide d = wsub(widen(vload_n(x + i + j * WIDTH, n, fill)), origin);
+        sum[j] = wadd(sum[j], d);
+        square[j] = wfma(d, d, square[j]);
+    }
+}
+
+static void NAME(moments_cf)(const void *x_, fbn_planes p, const double *origin, double *lanes) {
+    enum { STEP = FBN_LANES / WIDTH, TURN = FBN_TURN / sizeof(elem) };
     const elem *x = x_;
-    for (int64_t c = 0; c < channels; c++, x += inner, lanes += 2 * FBN_LANES) {
+    for (int64_t c = 0; c < p.channels; c++, x += p.inner, lanes += 2 * FBN_LANES) {
         const wide o = wset(origin[c]);
         const vec fill = vset((elem)origin[c]);
         wide sum[STEP], square[STEP];
@@ -15,21 +35,9 @@ static void NAME(moments_cf)(const void *x_, int64_t channels, int64_t inner, co
             sum[j] = wget(lanes + j * WIDTH);
             square[j] = wget(lanes + FBN_LANES + j * WIDTH);
         }
-        int64_t i = 0;
-        for (; i + FBN_LANES <= inner; i += FBN_LANES) {
-            prefetch((const char *)(x + i) + FBN_AHEAD);
-            for (int j = 0; j < STEP; j++) {
-                const wide d = wsub(wload(x + i + j * WIDTH), o);
-                sum[j] = wadd(sum[j], d);
-                square[j] = wfma(d, d, square[j]);
-            }
-        }
-        for (int j = 0; j < STEP && i + j * WIDTH < inner; j++) {
-            const int64_t n = NAME(least)(inner - i - j * WIDTH, WIDTH);
-            const wide d = wsub(widen(vload_n(x + i + j * WIDTH, n, fill)), o);
-            sum[j] = wadd(sum[j], d);
-            square[j] = wfma(d, d, square[j]);
-        }
+        for (int64_t i = 0; i < p.inner; i += TURN)
+            for (int64_t k = 0; k < p.images; k++)
+                NAME(moments_run)(x + k * p.apart, i, NAME(least)(i + TURN, p.inner), o, fill, sum, square);
         for (int j = 0; j < STEP; j++) {
             wput(lanes + j * WIDTH, sum[j]);
             wput(lanes + FBN_LANES + j * WIDTH, square[j]);
@@ -54,19 +62,19 @@ FBN_INLINE void NAME(moments_rows)(const elem *x, int rows, int64_t n, int64_t a
     wput(squares, square);
 }
 
-static void NAME(moments_cl)(const void *x_, int64_t rows, int64_t channels, int64_t stride, const double *origin,
-                             double *sums, double *squares) {
+static void NAME(moments_cl)(const void *x_, int64_t rows, int64_t channels, const double *origin, double *sums,
+                             double *squares) {
     enum { ROWS = NAME(MOMENTS_ROWS) };
-    const int64_t times = rows / ROWS, apart = times * stride;
+    const int64_t times = rows / ROWS, apart = times * channels;
     const elem *x = x_;
-    for (int64_t r = 0; r < times; r++, x += stride) {
+    for (int64_t r = 0; r < times; r++, x += channels) {
         int64_t c = 0;
         for (; c + WIDTH <= channels; c += WIDTH)
             NAME(moments_rows)(x + c, ROWS, WIDTH, apart, wget(origin + c), sums + c, squares + c);
         if (c < channels) NAME(moments_rows)(x + c, ROWS, channels - c, apart, wget(origin + c), sums + c, squares + c);
     }
     x = (const elem *)x_ + ROWS * apart;
-    for (int64_t r = ROWS * times; r < rows; r++, x += stride)
+    for (int64_t r = ROWS * times; r < rows; r++, x += channels)
         for (int64_t c = 0; c < channels; c += WIDTH)
             NAME(moments_rows)(x + c, 1, NAME(least)(channels - c, WIDTH), 0, wget(origin + c), sums + c, squares + c);
 }

@@ -19,6 +19,7 @@ FBN_INLINE f64_vec f64_load_n(const double *p, int64_t n, f64_vec fill) {
 FBN_INLINE void f64_store(double *p, f64_vec a) { _mm512_storeu_pd(p, a); }
 FBN_INLINE void f64_store_n(double *p, f64_vec a, int64_t n) { _mm512_mask_storeu_pd(p, f64_first(n), a); }
 FBN_INLINE void f64_stream(double *p, f64_vec a) { _mm512_stream_pd(p, a); }
+FBN_INLINE f64_vec f64_join(f64_vec a, f64_vec b, int64_t n) { return _mm512_mask_blend_pd(f64_first(n), b, a); }
 FBN_INLINE f64_vec f64_add(f64_vec a, f64_vec b) { return _mm512_add_pd(a, b); }
 FBN_INLINE f64_vec f64_sub(f64_vec a, f64_vec b) { return _mm512_sub_pd(a, b); }
 FBN_INLINE f64_vec f64_mul(f64_vec a, f64_vec b) { return _mm512_mul_pd(a, b); }
@@ -42,6 +43,7 @@ FBN_INLINE f32_vec f32_load_n(const float *p, int64_t n, f32_vec fill) {
 FBN_INLINE void f32_store(float *p, f32_vec a) { _mm512_storeu_ps(p, a); }
 FBN_INLINE void f32_store_n(float *p, f32_vec a, int64_t n) { _mm512_mask_storeu_ps(p, f32_first(n), a); }
 FBN_INLINE void f32_stream(float *p, f32_vec a) { _mm512_stream_ps(p, a); }
+FBN_INLINE f32_vec f32_join(f32_vec a, f32_vec b, int64_t n) { return _mm512_mask_blend_ps(f32_first(n), b, a); }
 FBN_INLINE f32_vec f32_add(f32_vec a, f32_vec b) { return _mm512_add_ps(a, b); }
 FBN_INLINE f32_vec f32_sub(f32_vec a, f32_vec b) { return _mm512_sub_ps(a, b); }
 FBN_INLINE f32_vec f32_mul(f32_vec a, f32_vec b) { return _mm512_mul_ps(a, b); }

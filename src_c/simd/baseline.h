@@ -6,6 +6,7 @@
  *   T_load_n(p, n, fill)  the first n elements, 0 <= n <= T_WIDTH, and fill in the other lanes; touches no other memory
  *   T_store_n(p, a, n)    writes the first n lanes only
  *   T_stream(p, a)        T_store, around the cache where the processor can; p is aligned to the vector's size
+ *   T_join(a, b, n)       the first n lanes of a, then those of b
  *   T_add, T_mul, T_sub   lane by lane
  *   T_fma(a, b, c)        a * b + c, rounded once. Here float32 goes through float64, where the product is exact, and
  *                         float64 is rounded twice.
@@ -42,6 +43,7 @@ FBN_INLINE void f64_store_n(double *p, f64_vec a, int64_t n) {
 }
 FBN_INLINE void f64_store(double *p, f64_vec a) { f64_store_n(p, a, F64_WIDTH); }
 FBN_INLINE void f64_stream(double *p, f64_vec a) { f64_store(p, a); }
+FBN_INLINE f64_vec f64_join(f64_vec a, f64_vec b, int64_t n) { return f64_load_n(a.lane, n, b); }
 FBN_INLINE f64_vec f64_add(f64_vec a, f64_vec b) {
     for (int i = 0; i < F64_WIDTH; i++) a.lane[i] += b.lane[i];
     return a;
@@ -84,6 +86,7 @@ FBN_INLINE void f32_store_n(float *p, f32_vec a, int64_t n) {
 }
 FBN_INLINE void f32_store(float *p, f32_vec a) { f32_store_n(p, a, F32_WIDTH); }
 FBN_INLINE void f32_stream(float *p, f32_vec a) { f32_store(p, a); }
+FBN_INLINE f32_vec f32_join(f32_vec a, f32_vec b, int64_t n) { return f32_load_n(a.lane, n, b); }
 FBN_INLINE f32_vec f32_add(f32_vec a, f32_vec b) {
     for (int i = 0; i < F32_WIDTH; i++) a.lane[i] += b.lane[i];
     return a;

@@ -22,6 +22,11 @@ FBN_INLINE void f64_store_n(double *p, f64_vec a, int64_t n) {
     else if (n == 1) vst1q_lane_f64(p, a, 0);
 }
 FBN_INLINE void f64_stream(double *p, f64_vec a) { vst1q_f64(p, a); }
+FBN_INLINE f64_vec f64_join(f64_vec a, f64_vec b, int64_t n) {
+    double lanes[F64_WIDTH];
+    f64_store(lanes, a);
+    return f64_load_n(lanes, n, b);
+}
 FBN_INLINE f64_vec f64_add(f64_vec a, f64_vec b) { return vaddq_f64(a, b); }
 FBN_INLINE f64_vec f64_sub(f64_vec a, f64_vec b) { return vsubq_f64(a, b); }
 FBN_INLINE f64_vec f64_mul(f64_vec a, f64_vec b) { return vmulq_f64(a, b); }
@@ -54,6 +59,11 @@ FBN_INLINE void f32_store_n(float *p, f32_vec a, int64_t n) {
     if (n >= 3) vst1q_lane_f32(p + 2, a, 2);
 }
 FBN_INLINE void f32_stream(float *p, f32_vec a) { vst1q_f32(p, a); }
+FBN_INLINE f32_vec f32_join(f32_vec a, f32_vec b, int64_t n) {
+    float lanes[F32_WIDTH];
+    f32_store(lanes, a);
+    return f32_load_n(lanes, n, b);
+}
 FBN_INLINE f32_vec f32_add(f32_vec a, f32_vec b) { return vaddq_f32(a, b); }
 FBN_INLINE f32_vec f32_sub(f32_vec a, f32_vec b) { return vsubq_f32(a, b); }
 FBN_INLINE f32_vec f32_mul(f32_vec a, f32_vec b) { return vmulq_f32(a, b); }
