@@ -43,6 +43,7 @@ typedef struct {
     int64_t segments, padded; /* segments in all; channels with padding */
     int threads, by_channels;
     int arrays;    /* that are read */
+    int resident;  /* a block is in the core's cache when it is mapped */
     int64_t block; /* channels in a block */
 } plan;
 
@@ -79,6 +80,7 @@ static plan plan_of(const fbn_problem *p, int arrays) {
     s.threads = (int)larger(1, smaller(p->threads, p->outer * p->inner * p->channels / WORK_PER_THREAD));
     s.block = block_of(p, &s);
     s.by_channels = by_channels(p, &s);
+    s.resident = s.by_channels && p->outer * p->inner * s.elem * s.arrays * s.block <= p->machine->core_cache * 3 / 4;
     return s;
 }
 
@@ -157,6 +159,11 @@ static fbn_line line_at(const job *j, int64_t c) {
                       (char *)j->line.shift + skip, (char *)j->line.shift_low + skip};
 }
 
+static double median_of(double a, double b, double c) {
+    if (a > b) return median_of(b, a, c);
+    return c < a ? a : c > b ? b : c;
+}
+
 /* The origin of a channel's sums: the median of three of its values, so that one outlier does not matter. */
 static void set_origin(job *j, int64_t c0, int64_t c1) {
     const int64_t N = j->p->outer, C = j->p->channels, n = j->p->inner;
@@ -164,7 +171,7 @@ static void set_origin(job *j, int64_t c0, int64_t c1) {
         const double a = get(j->x, c * n, j->p->dtype);
         const double b = get(j->x, (N / 2 * C + c) * n + n / 2, j->p->dtype);
         const double d = get(j->x, ((N - 1) * C + c) * n + n - 1, j->p->dtype);
-        const double median = fmax(fmin(a, b), fmin(fmax(a, b), d));
+        const double median = median_of(a, b, d);
         j->origin[c] = isfinite(median) ? median : 0;
     }
 }
@@ -405,7 +412,7 @@ static void map_tile(const job *j, int64_t unit, int64_t rows, fbn_planes planes
 
 static void map_planes(const job *j, int64_t first, int64_t last, int64_t c0, int64_t c1) {
     for (int64_t unit = first; unit < last;) {
-        const fbn_planes most = planes_from(j, unit, last, MAP_IMAGES, 0);
+        const fbn_planes most = planes_from(j, unit, last, has_sums(j) && j->plan.resident ? 1 : MAP_IMAGES, 0);
         for (int64_t c = c0; c < c1; c += j->plan.block) {
             const int64_t end = smaller(c + j->plan.block, c1);
             const fbn_planes planes = {most.images, most.apart, end - c, most.inner};

@@ -64,7 +64,7 @@ FBN_INLINE void NAME(affine_joined)(const fbn_affine *a, NAME(runs) r, int64_t s
 /* The streams of one run, from channel c on. */
 FBN_INLINE void NAME(affine_turns)(const fbn_affine *a, NAME(runs) r, int64_t i, int64_t c, int64_t period,
                                    fbn_activation activation, int has_residual) {
-    const int64_t turn = NAME(turn)(r), end = i + r.length;
+    const int64_t turn = NAME(turn)(r, a->stream), end = i + r.length;
     int64_t n = NAME(least)(NAME(misaligned)((elem *)a->y + i) + turn, r.length);
     for (; i < end; i += n, n = NAME(least)(turn, end - i)) {
         for (int64_t k = 0, at = i; k < r.streams; k++, at += r.apart)

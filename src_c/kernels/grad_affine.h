@@ -90,7 +90,7 @@ FBN_INLINE void NAME(grad_affine_joined)(const fbn_grad_affine *g, NAME(runs) r,
 /* The streams of one run, from channel c on. */
 FBN_INLINE void NAME(grad_affine_turns)(const fbn_grad_affine *g, NAME(runs) r, int64_t i, int64_t c, int64_t period,
                                         NAME(grad_parts) parts) {
-    const int64_t turn = NAME(turn)(r), end = i + r.length;
+    const int64_t turn = NAME(turn)(r, g->stream), end = i + r.length;
     int64_t n = NAME(least)(NAME(misaligned)((elem *)g->dx + i) + turn, r.length);
     for (; i < end; i += n, n = NAME(least)(turn, end - i)) {
         for (int64_t k = 0, at = i; k < r.streams; k++, at += r.apart)

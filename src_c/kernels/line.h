@@ -85,9 +85,9 @@ FBN_INLINE int NAME(joins)(NAME(runs) r) {
     return r.count > 1 && r.length > 4 * WIDTH && r.length < FBN_SMALL_PLANE && r.length % WIDTH;
 }
 
-/* Elements of a turn: all that there are, where streams do not share their alignment. */
-FBN_INLINE int64_t NAME(turn)(NAME(runs) r) {
-    return r.streams > 1 && r.apart % WIDTH == 0 ? (int64_t)(FBN_TURN / sizeof(elem)) : r.length;
+/* Elements of a turn: all that there are, where the data is in the cache or the streams do not share their alignment. */
+FBN_INLINE int64_t NAME(turn)(NAME(runs) r, int stream) {
+    return stream && r.streams > 1 && r.apart % WIDTH == 0 ? (int64_t)(FBN_TURN / sizeof(elem)) : r.length;
 }
 
 /* Elements in the whole vectors of `length` elements from channel c on, until the channels recur. */
