@@ -43,19 +43,19 @@ typedef struct {
     int64_t segments, padded; /* segments in all; channels with padding */
     int threads, by_channels;
     int arrays;    /* that are read */
-    int resident;  /* a block is in the core's cache when it is mapped */
     int64_t block; /* channels in a block */
 } plan;
 
-/* Channels in a block, so that what the block's channels hold takes a third of a core's cache: there is room for the
- * next block, and for the results on their way. */
+/* Channels in a block, so that what the block's channels hold takes a third of a core's cache: there is room for
+ * what is fetched ahead, and for the results on their way. */
 static int64_t block_of(const fbn_problem *p, const plan *s) {
     const int64_t budget = p->machine->core_cache / 3, channel = p->outer * p->inner * s->elem * s->arrays;
     const int64_t fit = budget / larger(channel, 1);
     const int64_t share = divide_up(p->channels, s->threads);
     if (s->rows) return p->channels;
     if (s->cuts > 1) return 1;
-    return larger(1, smaller(smaller(share, fit), BLOCK_CHANNELS));
+    const int64_t most = smaller(smaller(share, fit), BLOCK_CHANNELS);
+    return most >= FBN_CHANNEL_PAD ? most / FBN_CHANNEL_PAD * FBN_CHANNEL_PAD : larger(1, most);
 }
 
 /* By channels wastes no memory traffic, but needs blocks that are worth it and enough of them for every thread. */
@@ -80,7 +80,6 @@ static plan plan_of(const fbn_problem *p, int arrays) {
     s.threads = (int)larger(1, smaller(p->threads, p->outer * p->inner * p->channels / WORK_PER_THREAD));
     s.block = block_of(p, &s);
     s.by_channels = by_channels(p, &s);
-    s.resident = s.by_channels && p->outer * p->inner * s.elem * s.arrays * s.block <= p->machine->core_cache * 3 / 4;
     return s;
 }
 
@@ -137,7 +136,7 @@ static job job_of(const fbn_problem *p, int arrays, void *workspace) {
 /* Streaming saves the read that a store into memory costs, but sends what would have stayed in cache away. */
 static int streams(const job *j, const void *out) {
     const int64_t bytes = j->p->outer * j->p->channels * j->p->inner * j->plan.elem;
-    return bytes > j->p->machine->shared_cache / 2 && (uintptr_t)out % (size_t)j->plan.elem == 0;
+    return bytes > j->p->machine->shared_cache / 8 && (uintptr_t)out % (size_t)j->plan.elem == 0;
 }
 
 static double get(const void *array, int64_t i, fbn_dtype dtype) {
@@ -412,7 +411,7 @@ static void map_tile(const job *j, int64_t unit, int64_t rows, fbn_planes planes
 
 static void map_planes(const job *j, int64_t first, int64_t last, int64_t c0, int64_t c1) {
     for (int64_t unit = first; unit < last;) {
-        const fbn_planes most = planes_from(j, unit, last, has_sums(j) && j->plan.resident ? 1 : MAP_IMAGES, 0);
+        const fbn_planes most = planes_from(j, unit, last, MAP_IMAGES, 0);
         for (int64_t c = c0; c < c1; c += j->plan.block) {
             const int64_t end = smaller(c + j->plan.block, c1);
             const fbn_planes planes = {most.images, most.apart, end - c, most.inner};

@@ -43,43 +43,42 @@ FBN_INLINE void NAME(affine_run)(const fbn_affine *a, int64_t i, int64_t end, in
     vstore_n(y + i, NAME(affine_at)(a, i, end - i, &l, activation, has_residual), end - i);
 }
 
-/* Planes from `start` on, one channel each, as one run. */
-FBN_INLINE void NAME(affine_joined)(const fbn_affine *a, NAME(runs) r, int64_t start, fbn_activation activation,
-                                    int has_residual) {
-    const int64_t end = r.count * r.length;
-    int64_t c = 0, left = r.length, n = NAME(first)((elem *)a->y + start, end);
-    for (int64_t i = 0; i < end;) {
+/* Elements [at, end) of planes that touch, one channel each; the first is element i of their run. */
+FBN_INLINE void NAME(affine_joined)(const fbn_affine *a, NAME(runs) r, int64_t at, int64_t end, int64_t i,
+                                    fbn_activation activation, int has_residual) {
+    int64_t c = i / r.length, left = (c + 1) * r.length - i, n = NAME(first)((elem *)a->y + at, end - at);
+    while (at < end) {
         const NAME(line) l = NAME(line_over)(&a->line, c, left, r.length);
         do {
-            const int64_t at = start + i;
             NAME(affine_put)((elem *)a->y + at, NAME(affine_at)(a, at, n, &l, activation, has_residual), n, a->stream);
-            i += n;
+            at += n;
             left -= n;
-            n = NAME(least)(WIDTH, end - i);
+            n = NAME(least)(WIDTH, end - at);
         } while (left >= WIDTH && n == WIDTH);
         for (; left <= 0; left += r.length) c++;
     }
 }
 
-/* The streams of one run, from channel c on. */
-FBN_INLINE void NAME(affine_turns)(const fbn_affine *a, NAME(runs) r, int64_t i, int64_t c, int64_t period,
+/* The streams of one run, from channel c on; or of all runs, joined. */
+FBN_INLINE void NAME(affine_turns)(const fbn_affine *a, NAME(runs) r, int joined, int64_t c, int64_t period,
                                    fbn_activation activation, int has_residual) {
-    const int64_t turn = NAME(turn)(r, a->stream), end = i + r.length;
-    int64_t n = NAME(least)(NAME(misaligned)((elem *)a->y + i) + turn, r.length);
-    for (; i < end; i += n, n = NAME(least)(turn, end - i)) {
-        for (int64_t k = 0, at = i; k < r.streams; k++, at += r.apart)
-            NAME(affine_run)(a, at, at + n, c, period, activation, has_residual);
+    const int64_t start = period || joined ? 0 : c * r.length, length = joined ? r.count * r.length : r.length;
+    const int64_t turn = NAME(turn)(r, a->stream, length);
+    int64_t n = NAME(least)(NAME(misaligned)((elem *)a->y + start) + turn, length);
+    for (int64_t i = 0; i < length; i += n, n = NAME(least)(turn, length - i)) {
+        for (int64_t k = 0, at = start + i; k < r.streams; k++, at += r.apart)
+            if (joined) NAME(affine_joined)(a, r, at, at + n, i, activation, has_residual);
+            else NAME(affine_run)(a, at, at + n, c, period, activation, has_residual);
         c = NAME(onward)(c, n, period);
     }
 }
 
 FBN_INLINE void NAME(affine_runs)(fbn_affine a, NAME(runs) r, int64_t period, fbn_activation activation,
                                   int has_residual) {
-    if (!period && NAME(joins)(r))
-        for (int64_t k = 0; k < r.streams; k++) NAME(affine_joined)(&a, r, k * r.apart, activation, has_residual);
+
+    if (!period && NAME(joins)(r, a.stream)) NAME(affine_turns)(&a, r, 1, 0, 0, activation, has_residual);
     else
-        for (int64_t k = 0; k < r.count; k++)
-            NAME(affine_turns)(&a, r, k * r.length, period ? 0 : k, period, activation, has_residual);
+        for (int64_t c = 0; c < r.count; c++) NAME(affine_turns)(&a, r, 0, c, period, activation, has_residual);
 }
 
 /* cf: a run for each channel (period 0). cl: runs that hold every channel, period after period. */

@@ -70,31 +70,32 @@ FBN_INLINE void NAME(grad_affine_run)(const fbn_grad_affine *g, int64_t i, int64
     NAME(grad_affine_at)(g, i, end - i, &s, parts);
 }
 
-/* Planes from `start` on, one channel each, as one run. */
-FBN_INLINE void NAME(grad_affine_joined)(const fbn_grad_affine *g, NAME(runs) r, int64_t start,
+/* Elements [at, end) of planes that touch, one channel each; the first is element i of their run. */
+FBN_INLINE void NAME(grad_affine_joined)(const fbn_grad_affine *g, NAME(runs) r, int64_t at, int64_t end, int64_t i,
                                          NAME(grad_parts) parts) {
-    const int64_t end = r.count * r.length;
-    int64_t c = 0, left = r.length, n = NAME(first)((elem *)g->dx + start, end);
-    for (int64_t i = 0; i < end;) {
+    int64_t c = i / r.length, left = (c + 1) * r.length - i, n = NAME(first)((elem *)g->dx + at, end - at);
+    while (at < end) {
         const NAME(slopes) s = NAME(slopes_over)(g, c, left, r.length);
         do {
-            NAME(grad_affine_at)(g, start + i, n, &s, parts);
-            i += n;
+            NAME(grad_affine_at)(g, at, n, &s, parts);
+            at += n;
             left -= n;
-            n = NAME(least)(WIDTH, end - i);
+            n = NAME(least)(WIDTH, end - at);
         } while (left >= WIDTH && n == WIDTH);
         for (; left <= 0; left += r.length) c++;
     }
 }
 
-/* The streams of one run, from channel c on. */
-FBN_INLINE void NAME(grad_affine_turns)(const fbn_grad_affine *g, NAME(runs) r, int64_t i, int64_t c, int64_t period,
+/* The streams of one run, from channel c on; or of all runs, joined. */
+FBN_INLINE void NAME(grad_affine_turns)(const fbn_grad_affine *g, NAME(runs) r, int joined, int64_t c, int64_t period,
                                         NAME(grad_parts) parts) {
-    const int64_t turn = NAME(turn)(r, g->stream), end = i + r.length;
-    int64_t n = NAME(least)(NAME(misaligned)((elem *)g->dx + i) + turn, r.length);
-    for (; i < end; i += n, n = NAME(least)(turn, end - i)) {
-        for (int64_t k = 0, at = i; k < r.streams; k++, at += r.apart)
-            NAME(grad_affine_run)(g, at, at + n, c, period, parts);
+    const int64_t start = period || joined ? 0 : c * r.length, length = joined ? r.count * r.length : r.length;
+    const int64_t turn = NAME(turn)(r, g->stream, length);
+    int64_t n = NAME(least)(NAME(misaligned)((elem *)g->dx + start) + turn, length);
+    for (int64_t i = 0; i < length; i += n, n = NAME(least)(turn, length - i)) {
+        for (int64_t k = 0, at = start + i; k < r.streams; k++, at += r.apart)
+            if (joined) NAME(grad_affine_joined)(g, r, at, at + n, i, parts);
+            else NAME(grad_affine_run)(g, at, at + n, c, period, parts);
         c = NAME(onward)(c, n, period);
     }
 }
@@ -102,11 +103,9 @@ FBN_INLINE void NAME(grad_affine_turns)(const fbn_grad_affine *g, NAME(runs) r, 
 FBN_INLINE void NAME(grad_affine_runs)(fbn_grad_affine g, NAME(runs) r, int64_t period, fbn_activation activation,
                                        int has_residual, int frozen) {
     const NAME(grad_parts) parts = {activation, has_residual, frozen};
-    if (!period && NAME(joins)(r))
-        for (int64_t k = 0; k < r.streams; k++) NAME(grad_affine_joined)(&g, r, k * r.apart, parts);
+    if (!period && NAME(joins)(r, g.stream)) NAME(grad_affine_turns)(&g, r, 1, 0, 0, parts);
     else
-        for (int64_t k = 0; k < r.count; k++)
-            NAME(grad_affine_turns)(&g, r, k * r.length, period ? 0 : k, period, parts);
+        for (int64_t c = 0; c < r.count; c++) NAME(grad_affine_turns)(&g, r, 0, c, period, parts);
 }
 
 FBN_INLINE void NAME(grad_affine_call)(const fbn_grad_affine *g, NAME(runs) r, int64_t period) {

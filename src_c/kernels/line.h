@@ -81,13 +81,14 @@ FBN_INLINE NAME(runs) NAME(runs_of_rows)(int64_t rows, int64_t channels) {
 }
 
 /* Whether planes are so small, and their ends so ragged, that vectors should run on from one into the next. */
-FBN_INLINE int NAME(joins)(NAME(runs) r) {
-    return r.count > 1 && r.length > 4 * WIDTH && r.length < FBN_SMALL_PLANE && r.length % WIDTH;
+FBN_INLINE int NAME(joins)(NAME(runs) r, int stream) {
+    return r.count > 1 && (stream || r.length > 4 * WIDTH) && r.length < FBN_SMALL_PLANE && r.length % WIDTH;
 }
 
-/* Elements of a turn: all that there are, where the data is in the cache or the streams do not share their alignment. */
-FBN_INLINE int64_t NAME(turn)(NAME(runs) r, int stream) {
-    return stream && r.streams > 1 && r.apart % WIDTH == 0 ? (int64_t)(FBN_TURN / sizeof(elem)) : r.length;
+/* Elements of a turn: all that there are, where the data is in the cache or the streams do not share their alignment.
+ */
+FBN_INLINE int64_t NAME(turn)(NAME(runs) r, int stream, int64_t length) {
+    return stream && r.streams > 1 && r.apart % WIDTH == 0 ? (int64_t)(FBN_TURN / sizeof(elem)) : length;
 }
 
 /* Elements in the whole vectors of `length` elements from channel c on, until the channels recur. */
