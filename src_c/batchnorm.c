@@ -36,7 +36,7 @@ static int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
 /* How a call is split. A unit is a row (channels-last), or a plane or a cut of one (channels-first). */
 typedef struct {
     int rows;                 /* channels-last */
-    int64_t elem;             /* bytes of an element */
+    int64_t elem, real;       /* bytes of an element, and of a channel's constant */
     int64_t cut, cuts;        /* elements in a cut of a plane; cuts in a plane */
     int64_t units, segment;   /* units in all; in a segment */
     int64_t segments, padded; /* segments in all; channels with padding */
@@ -68,7 +68,8 @@ static plan plan_of(const fbn_problem *p, int arrays) {
     plan s = {0};
     s.arrays = arrays;
     s.rows = p->inner == 1;
-    s.elem = p->dtype == FBN_F64 ? 8 : 4;
+    s.real = p->dtype == FBN_F64 ? 8 : 4;
+    s.elem = p->dtype == FBN_F16 || p->dtype == FBN_BF16 ? 2 : s.real;
     s.cut = p->inner <= 2 * SEGMENT ? p->inner : SEGMENT;
     s.cuts = s.rows ? 1 : divide_up(p->inner, larger(s.cut, 1));
     s.units = p->outer * s.cuts;
@@ -98,8 +99,8 @@ typedef struct {
     const fbn_running *running;
     const void *given_mean, *given_var;
     double *saved;
-    const double *seen;
-    int frozen, stream;
+    const double *seen, *of_x; /* what backward knows of what it gets as x, and of x itself */
+    int frozen, from_y, stream;
     void *dgamma, *dbeta;
     double *origin; /* padded: what the sums of a channel are about, the mean in backward */
     double *partial, *lanes;
@@ -125,7 +126,7 @@ static job job_of(const fbn_problem *p, int arrays, void *workspace) {
     j.plan = plan_of(p, arrays);
     double *at = (double *)(((uintptr_t)workspace + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);
     for (int i = 0; i < CHANNEL_ARRAYS; i++, at += j.plan.padded) j.arrays[i] = at;
-    j.line = (fbn_line){j.arrays[0], j.arrays[1], j.arrays[2], j.arrays[3], j.arrays[4]};
+    j.line = (fbn_line){j.arrays[0], j.arrays[1], j.arrays[2], j.arrays[3], j.arrays[4], p->slope};
     j.slopes = (fbn_slopes){j.arrays[5], j.arrays[6], j.arrays[7], j.arrays[8]};
     j.saved = at;
     j.origin = at + FBN_SAVED_ROWS * j.plan.padded;
@@ -140,6 +141,7 @@ static int streams(const job *j, const void *out) {
     return bytes > j->p->machine->shared_cache / 2 && (uintptr_t)out % (size_t)j->plan.elem == 0;
 }
 
+/* Values in the statistics dtype of a dtype. */
 static double get(const void *array, int64_t i, fbn_dtype dtype) {
     return dtype == FBN_F64 ? ((const double *)array)[i] : ((const float *)array)[i];
 }
@@ -154,25 +156,21 @@ static void put(void *array, int64_t i, double value, fbn_dtype dtype) {
 static int has_sums(const job *j) { return j->dy ? !j->frozen || j->dgamma || j->dbeta : !j->given_mean; }
 
 static fbn_line line_at(const job *j, int64_t c) {
-    const int64_t skip = c * j->plan.elem;
-    return (fbn_line){(char *)j->line.prescale + skip, (char *)j->line.neg_mean + skip, (char *)j->line.scale + skip,
-                      (char *)j->line.shift + skip, (char *)j->line.shift_low + skip};
+    const int64_t skip = c * j->plan.real;
+    return (fbn_line){(char *)j->line.prescale + skip, (char *)j->line.neg_mean + skip,  (char *)j->line.scale + skip,
+                      (char *)j->line.shift + skip,    (char *)j->line.shift_low + skip, j->p->slope};
 }
 
-/* The origin of a channel's sums: the median of three of its values, so that one outlier does not matter. */
+/* The origin of a channel's sums: one of its values. */
 static void set_origin(job *j, int64_t c0, int64_t c1) {
-    const int64_t N = j->p->outer, C = j->p->channels, n = j->p->inner;
-    for (int64_t c = c0; c < c1; c++) {
-        const double a = get(j->x, c * n, j->p->dtype);
-        const double b = get(j->x, (N / 2 * C + c) * n + n / 2, j->p->dtype);
-        const double d = get(j->x, ((N - 1) * C + c) * n + n - 1, j->p->dtype);
-        const double median = fmax(fmin(a, b), fmin(fmax(a, b), d));
-        j->origin[c] = isfinite(median) ? median : 0;
-    }
+    const int64_t N = j->p->outer, C = j->p->channels, n = j->p->inner, elem = j->plan.elem;
+    const char *first = j->x + c0 * n * elem, *middle = j->x + ((N / 2 * C + c0) * n + n / 2) * elem;
+    const char *last = j->x + (((N - 1) * C + c0) * n + n - 1) * elem;
+    j->kernels->set_origin(first, middle, last, c1 - c0, n, j->origin + c0);
 }
 
 static fbn_slopes slopes_at(const job *j, int64_t c) {
-    const int64_t skip = c * j->plan.elem;
+    const int64_t skip = c * j->plan.real;
     return (fbn_slopes){(char *)j->slopes.on_dy + skip, (char *)j->slopes.on_x + skip,
                         (char *)j->slopes.constant + skip, (char *)j->slopes.postscale + skip};
 }
@@ -196,8 +194,8 @@ static void wrap(job *j, int64_t c0, int64_t c1) {
     if (!j->plan.rows || c0 || c0 == c1 || j->plan.units < 2) return;
     for (int i = 0; i < CHANNEL_ARRAYS; i++)
         for (int64_t k = 0; k < FBN_CHANNEL_PAD; k++) {
-            const int64_t to = (j->p->channels + k) * j->plan.elem, from = k % j->p->channels * j->plan.elem;
-            memcpy((char *)arrays[i] + to, (char *)arrays[i] + from, (size_t)j->plan.elem);
+            const int64_t to = (j->p->channels + k) * j->plan.real, from = k % j->p->channels * j->plan.real;
+            memcpy((char *)arrays[i] + to, (char *)arrays[i] + from, (size_t)j->plan.real);
         }
 }
 
@@ -293,9 +291,23 @@ static void finish_backward(job *j, int64_t c0, int64_t c1) {
     j->kernels->set_slopes(&known, sums + c0, products + c0, count, c1 - c0, &line, &slopes);
 }
 
+/* What is known of gamma * xhat + beta, which stands for x where backward gets y. The slope gamma * inv_std is x's. */
+static void set_seen_from_y(job *j, int64_t c0, int64_t c1) {
+    const int64_t C = j->p->channels;
+    const double *gamma = j->of_x + FBN_GAMMA * C, *inv_std = j->of_x + FBN_INV_STD * C;
+    for (int64_t c = c0; c < c1; c++) {
+        j->saved[FBN_MEAN * C + c] = j->of_x[FBN_BETA * C + c];
+        j->saved[FBN_MEAN_LOW * C + c] = 0;
+        j->saved[FBN_INV_STD * C + c] = 1 / gamma[c];
+        j->saved[FBN_GAMMA * C + c] = gamma[c] * (gamma[c] * inv_std[c]);
+        j->saved[FBN_BETA * C + c] = j->of_x[FBN_BETA * C + c];
+    }
+}
+
 /* What a reduction needs before it starts. */
 static void prepare(job *j, int64_t c0, int64_t c1) {
     if (j->dy) {
+        if (j->from_y) set_seen_from_y(j, c0, c1);
         set_lines(j, c0, c1);
         memcpy(j->origin + c0, known_row(j, FBN_MEAN) + c0, (size_t)(c1 - c0) * sizeof(double));
     } else if (has_sums(j)) set_origin(j, c0, c1);
@@ -308,6 +320,8 @@ static void finish(job *j, int64_t c0, int64_t c1) {
 }
 
 /* ---- tiles ---- */
+
+static int gradient_activation(const job *j) { return (int)j->p->activation | (j->from_y ? FBN_FROM_Y : 0); }
 
 /* The index of a unit's first element of channel c, and the elements in it (of one channel). */
 static int64_t start_of(const job *j, int64_t unit, int64_t c) {
@@ -325,8 +339,8 @@ static char *at_out(char *array, int64_t bytes) { return array ? array + bytes :
 
 static fbn_grad_moments grad_moments_at(const job *j, int64_t start, int64_t c) {
     const int64_t skip = start * j->plan.elem;
-    return (fbn_grad_moments){j->dy + skip,  j->x + skip,      at(j->residual, skip),
-                              line_at(j, c), j->p->activation, j->origin + c};
+    return (fbn_grad_moments){j->dy + skip,           j->x + skip,  at(j->residual, skip), line_at(j, c),
+                              gradient_activation(j), j->origin + c};
 }
 
 /* Adds a channel's lanes, in one order everywhere. */
@@ -383,10 +397,17 @@ static void map_tile(const job *j, int64_t unit, int64_t rows, int64_t c0, int64
     const int64_t block = j->plan.block * j->p->inner * j->plan.elem;
     const int64_t ahead = has_sums(j) && j->plan.by_channels && j->plan.fits ? block : FBN_AHEAD;
     if (j->dy) {
-        const fbn_grad_affine g = {
-            j->dy + skip, j->x + skip,      at(j->residual, skip), j->dx + skip, at_out(j->dresidual, skip),
-            line,         j->p->activation, slopes_at(j, c0),      j->frozen,    j->stream,
-            ahead};
+        const fbn_grad_affine g = {j->dy + skip,
+                                   j->x + skip,
+                                   at(j->residual, skip),
+                                   j->dx + skip,
+                                   at_out(j->dresidual, skip),
+                                   line,
+                                   gradient_activation(j),
+                                   slopes_at(j, c0),
+                                   j->frozen,
+                                   j->stream,
+                                   ahead};
         if (j->plan.rows) j->kernels->grad_affine_cl(&g, rows, n, C);
         else j->kernels->grad_affine_cf(&g, n, length);
     } else {
@@ -488,13 +509,15 @@ void fbn_infer(const fbn_problem *problem, const void *x, const void *residual, 
 }
 
 void fbn_backward(const fbn_problem *problem, const void *dy, const void *x, const void *residual, const double *saved,
-                  int frozen, void *dx, void *dresidual, void *dgamma, void *dbeta, void *workspace) {
+                  int frozen, int from_y, void *dx, void *dresidual, void *dgamma, void *dbeta, void *workspace) {
     job j = job_of(problem, residual && problem->activation ? 3 : 2, workspace);
     j.dy = dy;
     j.x = x;
     j.residual = residual;
-    j.seen = saved;
+    j.of_x = saved;
+    j.seen = from_y ? j.saved : saved;
     j.frozen = frozen;
+    j.from_y = from_y;
     j.dx = dx;
     j.dresidual = dresidual;
     j.dgamma = dgamma;

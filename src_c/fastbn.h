@@ -18,9 +18,19 @@
 extern "C" {
 #endif
 
-typedef enum { FBN_F32 = 0, FBN_F64 = 1 } fbn_dtype;
+typedef enum { FBN_F32 = 0, FBN_F64 = 1, FBN_F16 = 2, FBN_BF16 = 3 } fbn_dtype;
 
-typedef enum { FBN_IDENTITY = 0, FBN_RELU = 1 } fbn_activation;
+/* z is what comes in: relu max(z, 0), relu6 min(max(z, 0), 6), leaky_relu z or, up to 0, slope * z,
+ * silu z * sigmoid(z), hardswish z * relu6(z + 3) / 6, sigmoid 1 / (1 + exp(-z)). */
+typedef enum {
+    FBN_IDENTITY = 0,
+    FBN_RELU = 1,
+    FBN_RELU6 = 2,
+    FBN_LEAKY_RELU = 3,
+    FBN_SILU = 4,
+    FBN_HARDSWISH = 5,
+    FBN_SIGMOID = 6
+} fbn_activation;
 
 /* One instruction set's kernels. Opaque; see fbn_kernels_at. */
 typedef struct fbn_kernels fbn_kernels;
@@ -32,16 +42,18 @@ typedef struct {
     int64_t core_cache, shared_cache;
 } fbn_machine;
 
-/* What every call shares. `dtype` is that of x, y, residual and their gradients; the statistics dtype is the same. */
+/* What every call shares. `dtype` is that of x, y, residual and their gradients; the statistics dtype is float64 for
+ * float64 and float32 for all others. */
 typedef struct {
     const fbn_machine *machine;
     fbn_dtype dtype;
     fbn_activation activation;
+    double slope; /* of leaky_relu up to 0 */
     int64_t outer, channels, inner;
     int threads; /* the most that may work; 1 runs in the calling thread and never touches OpenMP */
 } fbn_problem;
 
-/* gamma and beta, `channels` values each, or NULL for ones and zeros. */
+/* gamma and beta, `channels` values each, float64 or float32, or NULL for ones and zeros. */
 typedef struct {
     const void *gamma, *beta;
     fbn_dtype dtype;
@@ -72,9 +84,10 @@ void fbn_infer(const fbn_problem *problem, const void *x, const void *residual, 
 
 /* The exact gradient of fbn_forward (frozen = 0) or fbn_infer (frozen = 1), from their `saved`.
  * dresidual is written where there are a residual and an activation (without one it would equal dy). dgamma and dbeta,
- * in the statistics dtype, may be NULL. */
+ * in the statistics dtype, may be NULL. from_y: `x` holds y, where forward wrote over its x; the activation is identity
+ * or leaky_relu with a slope above 0, and no gamma is so small that y tells too little of x. */
 void fbn_backward(const fbn_problem *problem, const void *dy, const void *x, const void *residual, const double *saved,
-                  int frozen, void *dx, void *dresidual, void *dgamma, void *dbeta, void *workspace);
+                  int frozen, int from_y, void *dx, void *dresidual, void *dgamma, void *dbeta, void *workspace);
 
 /* The kernel tables that run on this processor, best first; NULL past the end. */
 const fbn_kernels *fbn_kernels_at(int index);

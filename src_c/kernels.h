@@ -11,8 +11,10 @@
 
 #if defined(_MSC_VER)
 #define FBN_INLINE static __forceinline
+#define FBN_APART static __declspec(noinline)
 #else
 #define FBN_INLINE static inline __attribute__((always_inline))
+#define FBN_APART static __attribute__((noinline))
 #endif
 
 /* Accumulator lanes of a cf reduction: element i of a plane adds to lane i % FBN_LANES, on every instruction set, so
@@ -26,17 +28,27 @@ enum { FBN_AHEAD = 2048 };
  * that cl kernels may load and store whole vectors. */
 enum { FBN_CHANNEL_PAD = 16 };
 
+/* Or'ed to an activation that has an inverse (identity, leaky_relu): instead of x a kernel gets y = activation(gamma *
+ * xhat + beta + residual), and gamma * xhat + beta stands for x. */
+enum { FBN_FROM_Y = 8 };
+
 /* y = ((x * prescale + neg_mean) * scale + shift) + shift_low, per channel, in the compute type (float or double) of
  * the dtype. shift_low is what shift lost to rounding. prescale is a power of two, 1 but for channels whose spread or
- * slope is near the ends of the exponent range; see kernels/constants.h. */
+ * slope is near the ends of the exponent range; see kernels/constants.h. `slope` is leaky_relu's, of what comes out. */
 typedef struct {
     void *prescale, *neg_mean, *scale, *shift, *shift_low;
+    double slope;
 } fbn_line;
 
 /* What is known of channels before they become a line: pointers to float64, one value a channel. */
 typedef struct {
     const double *mean, *mean_low, *inv_std, *gamma, *beta;
 } fbn_channels;
+
+/* origin[c]: the median of channel c's values in three places, 0 where it is not finite. Each pointer is to a value of
+ * the first channel; those of the next channels follow `apart` elements from one to the next. */
+typedef void fbn_set_origin(const void *first, const void *middle, const void *last, int64_t n, int64_t apart,
+                            double *origin);
 
 /* The lines of n channels; `line` is written. */
 typedef void fbn_set_line(const fbn_channels *known, int64_t n, const fbn_line *line);
@@ -74,12 +86,12 @@ typedef struct {
 typedef void fbn_affine_cf(const fbn_affine *a, int64_t channels, int64_t inner);
 typedef void fbn_affine_cl(const fbn_affine *a, int64_t rows, int64_t channels, int64_t stride);
 
-/* dz = dy * activation'(line(x) + residual);  sums[c] += dz,  products[c] += dz * (x - mean[c]), in float64.
- * Laid out as for moments. */
+/* dz = dy * activation'(line(x) + residual), where `activation` may have FBN_FROM_Y;  sums[c] += dz,  products[c] += dz
+ * * (x - mean[c]), in float64. Laid out as for moments. */
 typedef struct {
     const void *dy, *x, *residual;
     fbn_line line;
-    fbn_activation activation;
+    int activation;
     const double *mean;
 } fbn_grad_moments;
 typedef void fbn_grad_moments_cf(const fbn_grad_moments *g, int64_t channels, int64_t inner, double *lanes);
@@ -93,7 +105,7 @@ typedef struct {
     const void *dy, *x, *residual;
     void *dx, *dresidual;
     fbn_line line;
-    fbn_activation activation;
+    int activation;
     fbn_slopes slopes;
     int frozen, stream;
     int64_t ahead;
@@ -102,6 +114,7 @@ typedef void fbn_grad_affine_cf(const fbn_grad_affine *g, int64_t channels, int6
 typedef void fbn_grad_affine_cl(const fbn_grad_affine *g, int64_t rows, int64_t channels, int64_t stride);
 
 typedef struct {
+    fbn_set_origin *set_origin;
     fbn_set_line *set_line;
     fbn_set_slopes *set_slopes;
     fbn_moments_cf *moments_cf;
@@ -116,7 +129,7 @@ typedef struct {
 
 struct fbn_kernels {
     const char *name;
-    const fbn_dtype_kernels *of[2]; /* indexed by fbn_dtype */
+    const fbn_dtype_kernels *of[4]; /* indexed by fbn_dtype */
 };
 
 #endif

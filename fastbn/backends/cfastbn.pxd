@@ -7,10 +7,17 @@ cdef extern from "fastbn.h" nogil:
     ctypedef enum fbn_dtype:
         FBN_F32
         FBN_F64
+        FBN_F16
+        FBN_BF16
 
     ctypedef enum fbn_activation:
         FBN_IDENTITY
         FBN_RELU
+        FBN_RELU6
+        FBN_LEAKY_RELU
+        FBN_SILU
+        FBN_HARDSWISH
+        FBN_SIGMOID
 
     ctypedef struct fbn_kernels:
         pass
@@ -24,6 +31,7 @@ cdef extern from "fastbn.h" nogil:
         const fbn_machine *machine
         fbn_dtype dtype
         fbn_activation activation
+        double slope
         int64_t outer
         int64_t channels
         int64_t inner
@@ -57,8 +65,8 @@ cdef extern from "fastbn.h" nogil:
                    const fbn_parameters *parameters, double eps, const void *mean, const void *var, void *y,
                    double *saved, void *workspace)
     void fbn_backward(const fbn_problem *problem, const void *dy, const void *x, const void *residual,
-                      const double *saved, int frozen, void *dx, void *dresidual, void *dgamma, void *dbeta,
-                      void *workspace)
+                      const double *saved, int frozen, int from_y, void *dx, void *dresidual, void *dgamma,
+                      void *dbeta, void *workspace)
     const fbn_kernels *fbn_kernels_at(int index)
     const char *fbn_kernels_name(const fbn_kernels *kernels)
     int fbn_openmp()

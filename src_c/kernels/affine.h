@@ -6,10 +6,9 @@ FBN_INLINE vec NAME(affine_at)(const fbn_affine *a, int64_t i, int64_t n, const 
     if (n == WIDTH) prefetch((const char *)x + a->ahead);
     const vec zero = vset(0);
     const vec v = n == WIDTH ? vload(x) : vload_n(x, n, zero);
-    if (!has_residual) return NAME(activate)(NAME(preactivation)(v, zero, l, 0), activation);
-    const elem *residual = (const elem *)a->residual + i;
-    const vec r = n == WIDTH ? vload(residual) : vload_n(residual, n, zero);
-    return NAME(activate)(NAME(preactivation)(v, r, l, 1), activation);
+    const elem *residual = has_residual ? (const elem *)a->residual + i : x;
+    const vec r = !has_residual ? zero : n == WIDTH ? vload(residual) : vload_n(residual, n, zero);
+    return NAME(activate)(NAME(preactivation)(v, r, l, has_residual), l, activation);
 }
 
 /* Elements [i, end), contiguous, from channel c on: all of that channel (period 0), or of the next channel each, which
@@ -43,7 +42,7 @@ FBN_INLINE void NAME(affine_runs)(const fbn_affine *a, int64_t runs, int64_t len
 }
 
 FBN_INLINE void NAME(affine_call)(const fbn_affine *a, int64_t runs, int64_t length, int64_t stride, int64_t period) {
-    switch (a->activation) {
+    switch (OWN_LOOPS ? (int)a->activation : -1) {
     case FBN_IDENTITY:
         if (a->residual) NAME(affine_runs)(a, runs, length, stride, period, FBN_IDENTITY, 1);
         else NAME(affine_runs)(a, runs, length, stride, period, FBN_IDENTITY, 0);
@@ -52,6 +51,8 @@ FBN_INLINE void NAME(affine_call)(const fbn_affine *a, int64_t runs, int64_t len
         if (a->residual) NAME(affine_runs)(a, runs, length, stride, period, FBN_RELU, 1);
         else NAME(affine_runs)(a, runs, length, stride, period, FBN_RELU, 0);
         break;
+    default:
+        NAME(affine_runs)(a, runs, length, stride, period, a->activation, a->residual != NULL);
     }
     if (a->stream) stream_fence();
 }

@@ -13,10 +13,10 @@ FBN_INLINE NAME(slopes) NAME(slopes_at)(const fbn_grad_affine *g, int64_t c, int
                           NAME(constant_at)(g->slopes.postscale, c, period)};
 }
 
-/* Which of the kernel's parts a call has; every field is a constant where the loops are instantiated. */
+/* Which of the kernel's parts a call has; every field is a constant where the loops are instantiated for identity
+ * and relu. */
 typedef struct {
-    fbn_activation activation;
-    int has_residual, frozen;
+    int activation, has_residual, frozen;
 } NAME(grad_parts);
 
 FBN_INLINE void NAME(grad_affine_at)(const fbn_grad_affine *g, int64_t i, int64_t n, const NAME(slopes) * s,
@@ -26,20 +26,20 @@ FBN_INLINE void NAME(grad_affine_at)(const fbn_grad_affine *g, int64_t i, int64_
         prefetch((const char *)x + g->ahead);
         prefetch((const char *)((const elem *)g->dy + i) + g->ahead);
     }
-    const vec dz = NAME(dz_at)((const elem *)g->dy + i, x, parts.has_residual ? (const elem *)g->residual + i : x, n,
-                               &s->line, parts.activation, parts.has_residual);
+    const elem *residual = parts.has_residual ? (const elem *)g->residual + i : x;
+    const vec dz = NAME(dz_at)((const elem *)g->dy + i, x, residual, n, &s->line, parts.activation, parts.has_residual);
     elem *dx = (elem *)g->dx + i;
     vec d;
     if (parts.frozen) d = vmul(s->on_dy, dz);
     else {
-        const vec v = n == WIDTH ? vload(x) : vload_n(x, n, vset(0));
+        const vec v = NAME(x_at)(x, residual, n, &s->line, parts.activation, parts.has_residual);
         d = vfma(s->on_x, NAME(centre)(v, &s->line), vfma(s->on_dy, dz, s->constant));
     }
     d = vmul(d, s->postscale);
     if (stream) vstream(dx, d);
     else if (n == WIDTH) vstore(dx, d);
     else vstore_n(dx, d, n);
-    if (!parts.has_residual) return;
+    if (!parts.has_residual || (parts.activation | FBN_FROM_Y) == FBN_FROM_Y) return;
     if (n == WIDTH) vstore((elem *)g->dresidual + i, dz);
     else vstore_n((elem *)g->dresidual + i, dz, n);
 }
@@ -64,7 +64,7 @@ FBN_INLINE void NAME(grad_affine_run)(const fbn_grad_affine *g, int64_t i, int64
 }
 
 FBN_INLINE void NAME(grad_affine_runs)(const fbn_grad_affine *g, int64_t runs, int64_t length, int64_t stride,
-                                       int64_t period, fbn_activation activation, int has_residual, int frozen) {
+                                       int64_t period, int activation, int has_residual, int frozen) {
     const NAME(grad_parts) parts = {activation, has_residual, frozen};
     for (int64_t r = 0; r < runs; r++)
         NAME(grad_affine_run)(g, r * stride, r * stride + length, period ? 0 : r, period, parts);
@@ -72,7 +72,7 @@ FBN_INLINE void NAME(grad_affine_runs)(const fbn_grad_affine *g, int64_t runs, i
 
 FBN_INLINE void NAME(grad_affine_call)(const fbn_grad_affine *g, int64_t runs, int64_t length, int64_t stride,
                                        int64_t period) {
-    switch (g->activation) {
+    switch (OWN_LOOPS ? g->activation : -1) {
     case FBN_IDENTITY:
         if (g->frozen) NAME(grad_affine_runs)(g, runs, length, stride, period, FBN_IDENTITY, 0, 1);
         else NAME(grad_affine_runs)(g, runs, length, stride, period, FBN_IDENTITY, 0, 0);
@@ -83,6 +83,8 @@ FBN_INLINE void NAME(grad_affine_call)(const fbn_grad_affine *g, int64_t runs, i
         else if (g->residual) NAME(grad_affine_runs)(g, runs, length, stride, period, FBN_RELU, 1, 0);
         else NAME(grad_affine_runs)(g, runs, length, stride, period, FBN_RELU, 0, 0);
         break;
+    default:
+        NAME(grad_affine_runs)(g, runs, length, stride, period, g->activation, g->residual != NULL, g->frozen);
     }
     if (g->stream) stream_fence();
 }

@@ -1,30 +1,44 @@
 /* grad_moments.h: the sums of dz and of dz * (x - mean), per channel, where dz is dy behind the activation. */
 
+/* x, or what stands for it where only y is known: gamma * xhat + beta. */
+FBN_INLINE vec NAME(x_at)(const elem *x, const elem *residual, int64_t n, const NAME(line) * l, int activation,
+                          int has_residual) {
+    const vec v = n == WIDTH ? vload(x) : vload_n(x, n, vset(0));
+    if (!(activation & FBN_FROM_Y)) return v;
+    const vec z = NAME(inverse)(v, l, activation);
+    if (!has_residual) return z;
+    return vsub(z, n == WIDTH ? vload(residual) : vload_n(residual, n, vset(0)));
+}
+
 FBN_INLINE vec NAME(dz_at)(const elem *dy, const elem *x, const elem *residual, int64_t n, const NAME(line) * l,
-                           fbn_activation activation, int has_residual) {
+                           int activation, int has_residual) {
     const vec zero = vset(0);
     const vec g = n == WIDTH ? vload(dy) : vload_n(dy, n, zero);
     if (activation == FBN_IDENTITY) return g;
     const vec v = n == WIDTH ? vload(x) : vload_n(x, n, zero);
+    /* The inverse keeps the sign. */
+    if (activation & FBN_FROM_Y) return NAME(activation_gradient)(g, v, l, activation & ~FBN_FROM_Y);
     const vec r = !has_residual ? zero : n == WIDTH ? vload(residual) : vload_n(residual, n, zero);
-    return NAME(activation_gradient)(g, NAME(preactivation)(v, r, l, has_residual), activation);
+    return NAME(activation_gradient)(g, NAME(preactivation)(v, r, l, has_residual), l, activation);
 }
 
 FBN_INLINE void NAME(grad_moments_at)(const elem *dy, const elem *x, const elem *residual, int64_t n,
-                                      const NAME(line) * l, wide mean, fbn_activation activation, int has_residual,
-                                      wide *sum, wide *product) {
+                                      const NAME(line) * l, wide mean, int activation, int has_residual, wide *sum,
+                                      wide *product) {
     if (n == WIDTH) {
         prefetch((const char *)dy + FBN_AHEAD);
         prefetch((const char *)x + FBN_AHEAD);
     }
     const wide g = widen(NAME(dz_at)(dy, x, residual, n, l, activation, has_residual));
-    const wide v = n == WIDTH ? wload(x) : widen(vload_n(x, n, vset(0)));
+    const wide v = n == WIDTH && !(activation & FBN_FROM_Y)
+                       ? wload(x)
+                       : widen(NAME(x_at)(x, residual, n, l, activation, has_residual));
     *sum = wadd(*sum, g);
     *product = wfma(g, wsub(v, mean), *product);
 }
 
 FBN_INLINE void NAME(grad_moments_planes)(const fbn_grad_moments *g, int64_t channels, int64_t inner, double *lanes,
-                                          fbn_activation activation, int has_residual) {
+                                          int activation, int has_residual) {
     enum { STEP = FBN_LANES / WIDTH };
     const elem *dy = g->dy, *x = g->x, *residual = has_residual ? g->residual : g->x;
     for (int64_t c = 0; c < channels; c++, lanes += 2 * FBN_LANES) {
@@ -53,7 +67,7 @@ FBN_INLINE void NAME(grad_moments_planes)(const fbn_grad_moments *g, int64_t cha
 }
 
 static void NAME(grad_moments_cf)(const fbn_grad_moments *g, int64_t channels, int64_t inner, double *lanes) {
-    switch (g->activation) {
+    switch (OWN_LOOPS ? g->activation : -1) {
     case FBN_IDENTITY:
         NAME(grad_moments_planes)(g, channels, inner, lanes, FBN_IDENTITY, 0);
         break;
@@ -61,6 +75,8 @@ static void NAME(grad_moments_cf)(const fbn_grad_moments *g, int64_t channels, i
         if (g->residual) NAME(grad_moments_planes)(g, channels, inner, lanes, FBN_RELU, 1);
         else NAME(grad_moments_planes)(g, channels, inner, lanes, FBN_RELU, 0);
         break;
+    default:
+        NAME(grad_moments_planes)(g, channels, inner, lanes, g->activation, g->residual != NULL);
     }
 }
 
@@ -68,7 +84,7 @@ static void NAME(grad_moments_cf)(const fbn_grad_moments *g, int64_t channels, i
 enum { NAME(GRAD_MOMENTS_ROWS) = 4 };
 
 FBN_INLINE void NAME(grad_moments_rows)(const fbn_grad_moments *g, int64_t at, int64_t channels, int rows,
-                                        int64_t apart, double *sums, double *products, fbn_activation activation,
+                                        int64_t apart, double *sums, double *products, int activation,
                                         int has_residual) {
     const elem *dy = g->dy, *x = g->x, *residual = has_residual ? g->residual : g->x;
     for (int64_t c = 0; c < channels; c += WIDTH) {
@@ -90,7 +106,7 @@ FBN_INLINE void NAME(grad_moments_rows)(const fbn_grad_moments *g, int64_t at, i
 }
 
 FBN_INLINE void NAME(grad_moments_all)(const fbn_grad_moments *g, int64_t rows, int64_t channels, int64_t stride,
-                                       double *sums, double *products, fbn_activation activation, int has_residual) {
+                                       double *sums, double *products, int activation, int has_residual) {
     enum { ROWS = NAME(GRAD_MOMENTS_ROWS) };
     const int64_t times = rows / ROWS;
     for (int64_t r = 0; r < times; r++)
@@ -102,7 +118,7 @@ FBN_INLINE void NAME(grad_moments_all)(const fbn_grad_moments *g, int64_t rows, 
 
 static void NAME(grad_moments_cl)(const fbn_grad_moments *g, int64_t rows, int64_t channels, int64_t stride,
                                   double *sums, double *products) {
-    switch (g->activation) {
+    switch (OWN_LOOPS ? g->activation : -1) {
     case FBN_IDENTITY:
         NAME(grad_moments_all)(g, rows, channels, stride, sums, products, FBN_IDENTITY, 0);
         break;
@@ -110,5 +126,7 @@ static void NAME(grad_moments_cl)(const fbn_grad_moments *g, int64_t rows, int64
         if (g->residual) NAME(grad_moments_all)(g, rows, channels, stride, sums, products, FBN_RELU, 1);
         else NAME(grad_moments_all)(g, rows, channels, stride, sums, products, FBN_RELU, 0);
         break;
+    default:
+        NAME(grad_moments_all)(g, rows, channels, stride, sums, products, g->activation, g->residual != NULL);
     }
 }

@@ -3,6 +3,7 @@
 /* A channel's (cf) or a vector of channels' (cl) constants. */
 typedef struct {
     vec prescale, neg_mean, scale, shift, shift_low;
+    real slope;
 } NAME(line);
 
 /* Constants from channel c on: of that channel in every lane (period 0), or of the next channel in each. */
@@ -12,9 +13,9 @@ FBN_INLINE vec NAME(constant_at)(const void *constants, int64_t c, int64_t perio
 }
 
 FBN_INLINE NAME(line) NAME(line_at)(const fbn_line *l, int64_t c, int64_t period) {
-    return (NAME(line)){NAME(constant_at)(l->prescale, c, period), NAME(constant_at)(l->neg_mean, c, period),
-                        NAME(constant_at)(l->scale, c, period), NAME(constant_at)(l->shift, c, period),
-                        NAME(constant_at)(l->shift_low, c, period)};
+    return (NAME(line)){NAME(constant_at)(l->prescale, c, period),  NAME(constant_at)(l->neg_mean, c, period),
+                        NAME(constant_at)(l->scale, c, period),     NAME(constant_at)(l->shift, c, period),
+                        NAME(constant_at)(l->shift_low, c, period), (real)l->slope};
 }
 
 /* The channel that is n elements on. */
@@ -34,13 +35,6 @@ FBN_INLINE vec NAME(preactivation)(vec x, vec residual, const NAME(line) * l, in
     const vec sum = vadd(l->shift, residual), back = vsub(sum, l->shift);
     const vec lost = vadd(vsub(l->shift, vsub(sum, back)), vsub(residual, back));
     return vadd(vfma(d, l->scale, sum), vzero_nan(vadd(lost, l->shift_low)));
-}
-
-FBN_INLINE vec NAME(activate)(vec z, fbn_activation activation) { return activation == FBN_RELU ? vrelu(z) : z; }
-
-/* dy times the activation's slope at z. */
-FBN_INLINE vec NAME(activation_gradient)(vec dy, vec z, fbn_activation activation) {
-    return activation == FBN_RELU ? vkeep_if_positive(z, dy) : dy;
 }
 
 FBN_INLINE int64_t NAME(least)(int64_t a, int64_t b) { return a < b ? a : b; }

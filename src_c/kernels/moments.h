@@ -9,7 +9,7 @@ static void NAME(moments_cf)(const void *x_, int64_t channels, int64_t inner, co
     const elem *x = x_;
     for (int64_t c = 0; c < channels; c++, x += inner, lanes += 2 * FBN_LANES) {
         const wide o = wset(origin[c]);
-        const vec fill = vset((elem)origin[c]);
+        const vec fill = vset((real)origin[c]);
         wide sum[STEP], square[STEP];
         for (int j = 0; j < STEP; j++) {
             sum[j] = wget(lanes + j * WIDTH);
@@ -69,4 +69,15 @@ static void NAME(moments_cl)(const void *x_, int64_t rows, int64_t channels, int
     for (int64_t r = ROWS * times; r < rows; r++, x += stride)
         for (int64_t c = 0; c < channels; c += WIDTH)
             NAME(moments_rows)(x + c, 1, NAME(least)(channels - c, WIDTH), 0, wget(origin + c), sums + c, squares + c);
+}
+
+/* The median of three values of each channel, so that one outlier does not matter. */
+static void NAME(set_origin)(const void *first_, const void *middle_, const void *last_, int64_t n, int64_t apart,
+                             double *origin) {
+    const elem *first = first_, *middle = middle_, *last = last_;
+    for (int64_t c = 0; c < n; c++) {
+        const double a = value_of(first + c * apart), b = value_of(middle + c * apart), d = value_of(last + c * apart);
+        const double median = fmax(fmin(a, b), fmin(fmax(a, b), d));
+        origin[c] = isfinite(median) ? median : 0;
+    }
 }
