@@ -4,6 +4,7 @@ import os
 import sys
 import sysconfig
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -25,11 +26,11 @@ ARM = "aarch64" in PLATFORM or "arm64" in PLATFORM
 # Baseline: GCC 12's SLP vectorizer drops the rounding of a float32 between two float64 operations (f32_fma of f32_fma).
 ISAS = {"baseline": [] if MSVC else ["-fno-tree-slp-vectorize"]}
 if X86:
-    ISAS["avx2"] = ["/arch:AVX2"] if MSVC else ["-mavx2", "-mfma"]
+    ISAS["avx2"] = ["/arch:AVX2"] if MSVC else ["-mavx2", "-mfma", "-mf16c"]
     ISAS["avx512"] = (
         ["/arch:AVX512"]
         if MSVC
-        else ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"]
+        else ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-mprefer-vector-width=512"]
     )
 elif ARM:
     ISAS["neon"] = []
@@ -37,7 +38,7 @@ elif ARM:
 FLAGS = (
     ["/O2", "/std:c11", "/fp:precise"]
     if MSVC
-    else ["-std=c11", "-O3", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+    else ["-std=c11", "-O3", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-g0"]
 )
 CORE = ["src_c/batchnorm.c", "src_c/dispatch.c"]
 HEADERS = [str(path) for path in Path("src_c").rglob("*.h")]
@@ -65,15 +66,19 @@ def openmp_flags(compiler):
 
 
 class BuildExt(build_ext):
-    """Compiles each instruction set with its own flags, and the core with OpenMP where there is any."""
+    """Compiles each instruction set with its own flags, and the core with OpenMP where there is any; all at a time."""
 
     def build_extension(self, ext):
         compile_flags, link_flags = openmp_flags(self.compiler)
         units = [(source, FLAGS + compile_flags) for source in CORE]
         units += [(f"src_c/isa/{isa}.c", FLAGS + flags) for isa, flags in ISAS.items()]
-        ext.extra_objects = []
-        for source, flags in units:
-            ext.extra_objects += self.compiler.compile([source], output_dir=self.build_temp, extra_postargs=flags)
+
+        def compiled(unit):
+            source, flags = unit
+            return self.compiler.compile([source], output_dir=self.build_temp, extra_postargs=flags)
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            ext.extra_objects = [path for objects in pool.map(compiled, units) for path in objects]
         ext.extra_link_args = link_flags
         super().build_extension(ext)
 
@@ -82,6 +87,7 @@ extension = Extension(
     "fastbn.backends.c_backend",
     ["fastbn/backends/c_backend.pyx"],
     include_dirs=["src_c", np.get_include()],
+    extra_compile_args=[] if MSVC else ["-g0"],
     define_macros=[("NPY_NO_DEPRECATED_API", "NPY_1_25_API_VERSION"), ("NPY_TARGET_VERSION", "NPY_1_25_API_VERSION")],
     depends=["fastbn/backends/c_express.pxi"] + HEADERS + CORE + [f"src_c/isa/{isa}.c" for isa in ISAS],
 )

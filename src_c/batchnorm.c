@@ -37,7 +37,7 @@ static int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
 /* How a call is split. A unit is a row (channels-last), or a plane or a cut of one (channels-first). */
 typedef struct {
     int rows;                 /* channels-last */
-    int64_t elem;             /* bytes of an element */
+    int64_t elem, real;       /* bytes of an element, and of a channel's constant */
     int64_t cut, cuts;        /* elements in a cut of a plane; cuts in a plane */
     int64_t units, segment;   /* units in all; in a segment */
     int64_t segments, padded; /* segments in all; channels with padding */
@@ -69,7 +69,8 @@ static plan plan_of(const fbn_problem *p, int arrays) {
     plan s = {0};
     s.arrays = arrays;
     s.rows = p->inner == 1;
-    s.elem = p->dtype == FBN_F64 ? 8 : 4;
+    s.real = p->dtype == FBN_F64 ? 8 : 4;
+    s.elem = p->dtype == FBN_F16 || p->dtype == FBN_BF16 ? 2 : s.real;
     s.cut = p->inner <= 2 * SEGMENT ? p->inner : SEGMENT;
     s.cuts = s.rows ? 1 : divide_up(p->inner, larger(s.cut, 1));
     s.units = p->outer * s.cuts;
@@ -96,9 +97,15 @@ typedef struct {
     const fbn_parameters *parameters;
     const fbn_running *running;
     const void *given_mean, *given_var;
+    int given; /* the statistics: as given_mean and given_var, or in saved */
     double *saved;
-    const double *seen;
-    int frozen, stream;
+    const double *seen, *of_x; /* what backward knows of what it gets as x, and of x itself */
+    int frozen, from_y, stream;
+    const unsigned char *mask; /* by position, (outer, inner): which count */
+    double count;              /* values that the statistics come from */
+    int64_t origins[3];        /* positions whose values the origin is taken from */
+    const double *given_sums;
+    double *moments_out, *sums_out;
     void *dgamma, *dbeta;
     double *origin; /* padded: what the sums of a channel are about, the mean in backward */
     double *partial, *lanes;
@@ -124,7 +131,7 @@ static job job_of(const fbn_problem *p, int arrays, void *workspace) {
     j.plan = plan_of(p, arrays);
     double *at = (double *)(((uintptr_t)workspace + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);
     for (int i = 0; i < CHANNEL_ARRAYS; i++, at += j.plan.padded) j.arrays[i] = at;
-    j.line = (fbn_line){j.arrays[0], j.arrays[1], j.arrays[2], j.arrays[3], j.arrays[4]};
+    j.line = (fbn_line){j.arrays[0], j.arrays[1], j.arrays[2], j.arrays[3], j.arrays[4], p->slope};
     j.slopes = (fbn_slopes){j.arrays[5], j.arrays[6], j.arrays[7], j.arrays[8]};
     j.saved = at;
     j.origin = at + FBN_SAVED_ROWS * j.plan.padded;
@@ -139,6 +146,7 @@ static int streams(const job *j, const void *out) {
     return bytes > j->p->machine->shared_cache / 8 && (uintptr_t)out % (size_t)j->plan.elem == 0;
 }
 
+/* Values in the statistics dtype of a dtype. */
 static double get(const void *array, int64_t i, fbn_dtype dtype) {
     return dtype == FBN_F64 ? ((const double *)array)[i] : ((const float *)array)[i];
 }
@@ -150,33 +158,29 @@ static void put(void *array, int64_t i, double value, fbn_dtype dtype) {
 
 /* ---- the constants of channels [c0, c1) ---- */
 
-static int has_sums(const job *j) { return j->dy ? !j->frozen || j->dgamma || j->dbeta : !j->given_mean; }
+static int has_sums(const job *j) {
+    if (!j->dy) return !j->given;
+    return !j->given_sums && (!j->frozen || j->dgamma || j->dbeta || j->sums_out);
+}
+
+static int maps(const job *j) { return j->y || j->dx; }
 
 static fbn_line line_at(const job *j, int64_t c) {
-    const int64_t skip = c * j->plan.elem;
-    return (fbn_line){(char *)j->line.prescale + skip, (char *)j->line.neg_mean + skip, (char *)j->line.scale + skip,
-                      (char *)j->line.shift + skip, (char *)j->line.shift_low + skip};
+    const int64_t skip = c * j->plan.real;
+    return (fbn_line){(char *)j->line.prescale + skip, (char *)j->line.neg_mean + skip,  (char *)j->line.scale + skip,
+                      (char *)j->line.shift + skip,    (char *)j->line.shift_low + skip, j->p->slope};
 }
 
-static double median_of(double a, double b, double c) {
-    if (a > b) return median_of(b, a, c);
-    return c < a ? a : c > b ? b : c;
-}
-
-/* The origin of a channel's sums: the median of three of its values, so that one outlier does not matter. */
+/* The origin of a channel's sums: one of its values. */
 static void set_origin(job *j, int64_t c0, int64_t c1) {
-    const int64_t N = j->p->outer, C = j->p->channels, n = j->p->inner;
-    for (int64_t c = c0; c < c1; c++) {
-        const double a = get(j->x, c * n, j->p->dtype);
-        const double b = get(j->x, (N / 2 * C + c) * n + n / 2, j->p->dtype);
-        const double d = get(j->x, ((N - 1) * C + c) * n + n - 1, j->p->dtype);
-        const double median = median_of(a, b, d);
-        j->origin[c] = isfinite(median) ? median : 0;
-    }
+    const int64_t C = j->p->channels, n = j->p->inner;
+    const char *at[3];
+    for (int i = 0; i < 3; i++) at[i] = j->x + ((j->origins[i] / n * C + c0) * n + j->origins[i] % n) * j->plan.elem;
+    j->kernels->set_origin(at[0], at[1], at[2], c1 - c0, n, j->origin + c0);
 }
 
 static fbn_slopes slopes_at(const job *j, int64_t c) {
-    const int64_t skip = c * j->plan.elem;
+    const int64_t skip = c * j->plan.real;
     return (fbn_slopes){(char *)j->slopes.on_dy + skip, (char *)j->slopes.on_x + skip,
                         (char *)j->slopes.constant + skip, (char *)j->slopes.postscale + skip};
 }
@@ -200,8 +204,8 @@ static void wrap(job *j, int64_t c0, int64_t c1) {
     if (!j->plan.rows || c0 || c0 == c1 || j->plan.units < 2) return;
     for (int i = 0; i < CHANNEL_ARRAYS; i++)
         for (int64_t k = 0; k < FBN_CHANNEL_PAD; k++) {
-            const int64_t to = (j->p->channels + k) * j->plan.elem, from = k % j->p->channels * j->plan.elem;
-            memcpy((char *)arrays[i] + to, (char *)arrays[i] + from, (size_t)j->plan.elem);
+            const int64_t to = (j->p->channels + k) * j->plan.real, from = k % j->p->channels * j->plan.real;
+            memcpy((char *)arrays[i] + to, (char *)arrays[i] + from, (size_t)j->plan.real);
         }
 }
 
@@ -215,11 +219,12 @@ static void total(job *j, int64_t c0, int64_t c1) {
     }
 }
 
-/* Mean and variance of the batch, from sums about the origin. */
+/* Mean and variance of the batch, from sums about the origin; the sum of squares about the mean stays in their place.
+ */
 static void set_moments(job *j, int64_t c0, int64_t c1) {
     const int64_t C = j->p->channels;
-    const double count = (double)j->p->outer * (double)j->p->inner;
-    const double *sums = j->partial, *squares = j->partial + j->plan.padded, *origin = j->origin;
+    const double count = j->count;
+    double *sums = j->partial, *squares = j->partial + j->plan.padded, *origin = j->origin;
     double *mean = j->saved + FBN_MEAN * C, *low = j->saved + FBN_MEAN_LOW * C, *var = j->saved + FBN_VAR * C;
     for (int64_t c = c0; c < c1; c++) {
         const double offset = sums[c] / count, m2 = squares[c] - sums[c] * offset;
@@ -227,7 +232,8 @@ static void set_moments(job *j, int64_t c0, int64_t c1) {
         /* What that addition rounded away (Knuth's two-sum); nothing where it was infinite. */
         const double back = mean[c] - origin[c], lost = (origin[c] - (mean[c] - back)) + (offset - back);
         low[c] = lost == lost ? lost : 0;
-        var[c] = (m2 < 0 ? 0 : m2) / count;
+        squares[c] = m2 < 0 ? 0 : m2;
+        var[c] = squares[c] / count;
     }
 }
 
@@ -240,10 +246,9 @@ static void blend(void *running, const double *batch, double factor, double mome
 static void update_running(const job *j, int64_t c0, int64_t c1) {
     const int64_t C = j->p->channels;
     const fbn_running *r = j->running;
-    const double count = (double)j->p->outer * (double)j->p->inner;
     if (!r || !r->mean) return;
     blend(r->mean, j->saved + FBN_MEAN * C, 1, r->momentum, c0, c1, j->p->dtype);
-    blend(r->var, j->saved + FBN_VAR * C, count / (count - r->correction), r->momentum, c0, c1, j->p->dtype);
+    blend(r->var, j->saved + FBN_VAR * C, j->count / (j->count - r->correction), r->momentum, c0, c1, j->p->dtype);
 }
 
 /* A row of saved, from an array of any dtype, or all `absent` where there is none. */
@@ -256,6 +261,13 @@ static void set_row(job *j, int row, const void *array, fbn_dtype dtype, double 
         for (int64_t c = c0; c < c1; c++) to[c] = ((const float *)array)[c];
 }
 
+static void put_moments(const job *j, int64_t c0, int64_t c1) {
+    const int64_t C = j->p->channels;
+    const double *rows[] = {j->saved + FBN_MEAN * C, j->saved + FBN_MEAN_LOW * C, j->partial + j->plan.padded};
+    for (int row = 0; row < 3; row++)
+        memcpy(j->moments_out + row * C + c0, rows[row] + c0, (size_t)(c1 - c0) * sizeof(double));
+}
+
 static void finish_forward(job *j, int64_t c0, int64_t c1) {
     const double *var = j->saved + FBN_VAR * j->p->channels;
     double *inv_std = j->saved + FBN_INV_STD * j->p->channels;
@@ -264,10 +276,14 @@ static void finish_forward(job *j, int64_t c0, int64_t c1) {
         set_row(j, FBN_MEAN, j->given_mean, j->p->dtype, 0, c0, c1);
         set_row(j, FBN_MEAN_LOW, NULL, j->p->dtype, 0, c0, c1);
         set_row(j, FBN_VAR, j->given_var, j->p->dtype, 0, c0, c1);
-    } else {
+    } else if (!j->given) {
         total(j, c0, c1);
         set_moments(j, c0, c1);
         update_running(j, c0, c1);
+    }
+    if (j->moments_out) {
+        put_moments(j, c0, c1);
+        return;
     }
     for (int64_t c = c0; c < c1; c++) {
         const double inverse = 1 / sqrt(var[c] + eps);
@@ -281,25 +297,47 @@ static void finish_forward(job *j, int64_t c0, int64_t c1) {
 static void finish_backward(job *j, int64_t c0, int64_t c1) {
     double *sums = j->partial, *products = j->partial + j->plan.padded;
     const double *low = known_row(j, FBN_MEAN_LOW), *inv_std = known_row(j, FBN_INV_STD);
-    const double count = (double)j->p->outer * (double)j->p->inner;
+    const int64_t C = j->p->channels;
     if (has_sums(j)) {
         total(j, c0, c1);
         for (int64_t c = c0; c < c1; c++) products[c] -= sums[c] * low[c];
+    } else if (j->given_sums) {
+        memcpy(sums + c0, j->given_sums + c0, (size_t)(c1 - c0) * sizeof(double));
+        for (int64_t c = c0; c < c1; c++) products[c] = inv_std[c] == 0 ? 0 : j->given_sums[C + c] / inv_std[c];
     } else {
         memset(sums + c0, 0, (size_t)(c1 - c0) * sizeof(double));
         memset(products + c0, 0, (size_t)(c1 - c0) * sizeof(double));
     }
     for (int64_t c = c0; j->dgamma && c < c1; c++) put(j->dgamma, c, products[c] * inv_std[c], j->p->dtype);
     for (int64_t c = c0; j->dbeta && c < c1; c++) put(j->dbeta, c, sums[c], j->p->dtype);
+    if (j->sums_out) {
+        memcpy(j->sums_out + c0, sums + c0, (size_t)(c1 - c0) * sizeof(double));
+        for (int64_t c = c0; c < c1; c++) j->sums_out[C + c] = products[c] * inv_std[c];
+        return;
+    }
     const fbn_channels known = known_at(j, c0);
     const fbn_line line = line_at(j, c0);
     const fbn_slopes slopes = slopes_at(j, c0);
-    j->kernels->set_slopes(&known, sums + c0, products + c0, count, c1 - c0, &line, &slopes);
+    j->kernels->set_slopes(&known, sums + c0, products + c0, j->count, c1 - c0, &line, &slopes);
+}
+
+/* What is known of gamma * xhat + beta, which stands for x where backward gets y. The slope gamma * inv_std is x's. */
+static void set_seen_from_y(job *j, int64_t c0, int64_t c1) {
+    const int64_t C = j->p->channels;
+    const double *gamma = j->of_x + FBN_GAMMA * C, *inv_std = j->of_x + FBN_INV_STD * C;
+    for (int64_t c = c0; c < c1; c++) {
+        j->saved[FBN_MEAN * C + c] = j->of_x[FBN_BETA * C + c];
+        j->saved[FBN_MEAN_LOW * C + c] = 0;
+        j->saved[FBN_INV_STD * C + c] = 1 / gamma[c];
+        j->saved[FBN_GAMMA * C + c] = gamma[c] * (gamma[c] * inv_std[c]);
+        j->saved[FBN_BETA * C + c] = j->of_x[FBN_BETA * C + c];
+    }
 }
 
 /* What a reduction needs before it starts. */
 static void prepare(job *j, int64_t c0, int64_t c1) {
     if (j->dy) {
+        if (j->from_y) set_seen_from_y(j, c0, c1);
         set_lines(j, c0, c1);
         memcpy(j->origin + c0, known_row(j, FBN_MEAN) + c0, (size_t)(c1 - c0) * sizeof(double));
     } else if (has_sums(j)) set_origin(j, c0, c1);
@@ -313,6 +351,8 @@ static void finish(job *j, int64_t c0, int64_t c1) {
 
 /* ---- tiles ---- */
 
+static int gradient_activation(const job *j) { return (int)j->p->activation | (j->from_y ? FBN_FROM_Y : 0); }
+
 /* The index of a unit's first element of channel c, and the elements in it (of one channel). */
 static int64_t start_of(const job *j, int64_t unit, int64_t c) {
     const int64_t plane = unit / j->plan.cuts, cut = unit % j->plan.cuts;
@@ -323,15 +363,51 @@ static int64_t length_of(const job *j, int64_t unit) {
     return smaller(j->plan.cut, j->p->inner - unit % j->plan.cuts * j->plan.cut);
 }
 
-/* From `unit` on, how many of at most `most` units before `last` are of one length and evenly apart, as planes. */
-static fbn_planes planes_from(const job *j, int64_t unit, int64_t last, int64_t most, int64_t channels) {
+/* A part of the batch that a kernel takes at once: rows, or planes of `images` units. With a mask, a run of positions
+ * that all count or all do not. */
+typedef struct {
+    int64_t unit, from; /* where it starts: a unit, and an element in it */
+    int64_t rows;
+    fbn_planes planes;
+    int counts;
+    int64_t next_unit, next_from;
+} tile;
+
+static tile tile_of_rows(const job *j, int64_t unit, int64_t last, int by_mask) {
+    int64_t next = last;
+    if (by_mask)
+        for (next = unit + 1; next < last && j->mask[next] == j->mask[unit];) next++;
+    return (tile){.unit = unit, .rows = next - unit, .counts = !by_mask || j->mask[unit], .next_unit = next};
+}
+
+static tile tile_of_masked(const job *j, int64_t unit, int64_t from) {
+    const int64_t inner = j->p->inner, length = length_of(j, unit);
+    const unsigned char *mask = j->mask + unit / j->plan.cuts * inner + unit % j->plan.cuts * j->plan.cut;
+    int64_t to = from + 1;
+    while (to < length && mask[to] == mask[from]) to++;
+    const int ends = to == length;
+    return (tile){.unit = unit,
+                  .from = from,
+                  .planes = {1, 0, 0, inner, to - from},
+                  .counts = mask[from],
+                  .next_unit = unit + ends,
+                  .next_from = ends ? 0 : to};
+}
+
+/* At most `most` units, of one length and evenly apart. */
+static tile tile_of_planes(const job *j, int64_t unit, int64_t last, int64_t most) {
     const int64_t start = start_of(j, unit, 0), length = length_of(j, unit);
     const int64_t apart = unit + 1 < last ? start_of(j, unit + 1, 0) - start : 0;
     int64_t n = 1;
     while (n < most && unit + n < last && length_of(j, unit + n) == length &&
            start_of(j, unit + n, 0) == start + n * apart)
         n++;
-    return (fbn_planes){n, apart, channels, length};
+    return (tile){.unit = unit, .planes = {n, apart, 0, j->p->inner, length}, .counts = 1, .next_unit = unit + n};
+}
+
+static tile tile_from(const job *j, int64_t unit, int64_t from, int64_t last, int64_t most, int by_mask) {
+    if (j->plan.rows) return tile_of_rows(j, unit, last, by_mask);
+    return by_mask ? tile_of_masked(j, unit, from) : tile_of_planes(j, unit, last, most);
 }
 
 /* Pointers into arrays that may be absent. */
@@ -340,8 +416,8 @@ static char *at_out(char *array, int64_t bytes) { return array ? array + bytes :
 
 static fbn_grad_moments grad_moments_at(const job *j, int64_t start, int64_t c) {
     const int64_t skip = start * j->plan.elem;
-    return (fbn_grad_moments){j->dy + skip,  j->x + skip,      at(j->residual, skip),
-                              line_at(j, c), j->p->activation, j->origin + c};
+    return (fbn_grad_moments){j->dy + skip,           j->x + skip,  at(j->residual, skip), line_at(j, c),
+                              gradient_activation(j), j->origin + c};
 }
 
 /* Adds a channel's lanes, in one order everywhere. */
@@ -351,73 +427,81 @@ static double fold(double *lanes) {
     return lanes[0];
 }
 
-static void reduce_planes(job *j, int64_t segment, int64_t c0, int64_t c1, double *lanes) {
-    const int64_t first = segment * j->plan.segment, last = smaller(first + j->plan.segment, j->plan.units);
-    double *sums = j->partial + 2 * segment * j->plan.padded;
-    memset(lanes, 0, (size_t)(c1 - c0) * 2 * FBN_LANES * sizeof(double));
-    for (int64_t unit = first, n; unit < last; unit += n) {
-        const fbn_planes planes = planes_from(j, unit, last, SUM_IMAGES, c1 - c0);
-        const int64_t start = start_of(j, unit, c0);
-        n = planes.images;
-        if (j->dy) {
-            const fbn_grad_moments g = grad_moments_at(j, start, c0);
-            j->kernels->grad_moments_cf(&g, planes, lanes);
-        } else j->kernels->moments_cf(j->x + start * j->plan.elem, planes, j->origin + c0, lanes);
-    }
-    for (int64_t c = c0; c < c1; c++, lanes += 2 * FBN_LANES) {
-        sums[c] = fold(lanes);
-        sums[j->plan.padded + c] = fold(lanes + FBN_LANES);
-    }
-}
-
-static void reduce_rows(job *j, int64_t segment, int64_t c0, int64_t c1) {
-    const int64_t first = segment * j->plan.segment, last = smaller(first + j->plan.segment, j->plan.units);
-    const int64_t start = start_of(j, first, c0), C = j->p->channels;
-    double *sums = j->partial + 2 * segment * j->plan.padded + c0, *others = sums + j->plan.padded;
-    const size_t bytes = (size_t)round_up(c1 - c0, FBN_CHANNEL_PAD) * sizeof(double);
-    memset(sums, 0, bytes);
-    memset(others, 0, bytes);
+/* Adds a tile to the sums of channels [c0, c1). */
+static void reduce_tile(const job *j, const tile *t, int64_t c0, int64_t c1, double *sums, double *others) {
+    const int64_t start = start_of(j, t->unit, c0) + t->from, n = c1 - c0;
+    const char *x = j->x + start * j->plan.elem;
+    fbn_planes planes = t->planes;
+    planes.channels = n;
     if (j->dy) {
         const fbn_grad_moments g = grad_moments_at(j, start, c0);
-        j->kernels->grad_moments_cl(&g, last - first, c1 - c0, sums, others);
-    } else j->kernels->moments_cl(j->x + start * j->plan.elem, last - first, c1 - c0, j->origin + c0, sums, others);
+        if (j->plan.rows) j->kernels->grad_moments_cl(&g, t->rows, n, sums, others);
+        else j->kernels->grad_moments_cf(&g, planes, sums);
+    } else if (j->plan.rows) j->kernels->moments_cl(x, t->rows, n, j->origin + c0, sums, others);
+    else j->kernels->moments_cf(x, planes, j->origin + c0, sums);
+}
+
+/* The sums of one segment. Those of planes are gathered in lanes. */
+static void reduce_segment(job *j, int64_t segment, int64_t c0, int64_t c1, double *lanes) {
+    const int64_t first = segment * j->plan.segment, last = smaller(first + j->plan.segment, j->plan.units);
+    const int by_mask = j->mask && !j->dy;
+    double *sums = j->partial + 2 * segment * j->plan.padded + c0, *others = sums + j->plan.padded;
+    if (j->plan.rows) {
+        const size_t bytes = (size_t)round_up(c1 - c0, FBN_CHANNEL_PAD) * sizeof(double);
+        memset(sums, 0, bytes);
+        memset(others, 0, bytes);
+    } else memset(lanes, 0, (size_t)(c1 - c0) * 2 * FBN_LANES * sizeof(double));
+    for (int64_t unit = first, from = 0; unit < last;) {
+        const tile t = tile_from(j, unit, from, last, SUM_IMAGES, by_mask);
+        if (t.counts) reduce_tile(j, &t, c0, c1, j->plan.rows ? sums : lanes, others);
+        unit = t.next_unit;
+        from = t.next_from;
+    }
+    for (int64_t c = 0; c < c1 - c0 && !j->plan.rows; c++, lanes += 2 * FBN_LANES) {
+        sums[c] = fold(lanes);
+        others[c] = fold(lanes + FBN_LANES);
+    }
 }
 
 static void reduce(job *j, int64_t s0, int64_t s1, int64_t c0, int64_t c1, int thread) {
-    for (int64_t s = s0; s < s1; s++) {
-        if (j->plan.rows) reduce_rows(j, s, c0, c1);
-        else
-            for (int64_t c = c0; c < c1; c += j->plan.block)
-                reduce_planes(j, s, c, smaller(c + j->plan.block, c1), j->lanes + thread * lane_doubles(&j->plan));
-    }
+    for (int64_t s = s0; s < s1; s++)
+        for (int64_t c = c0; c < c1; c += j->plan.block)
+            reduce_segment(j, s, c, smaller(c + j->plan.block, c1), j->lanes + thread * lane_doubles(&j->plan));
 }
 
-/* Maps rows, or planes. */
-static void map_tile(const job *j, int64_t unit, int64_t rows, fbn_planes planes, int64_t c0, int64_t c1) {
-    const int64_t start = start_of(j, unit, c0), skip = start * j->plan.elem, C = j->p->channels, n = c1 - c0;
+static void map_tile(const job *j, const tile *t, int64_t c0, int64_t c1) {
+    const int64_t start = start_of(j, t->unit, c0) + t->from, skip = start * j->plan.elem, n = c1 - c0;
     const fbn_line line = line_at(j, c0);
+    fbn_planes planes = t->planes;
+    planes.channels = n;
     if (j->dy) {
-        const fbn_grad_affine g = {
-            j->dy + skip, j->x + skip,      at(j->residual, skip), j->dx + skip, at_out(j->dresidual, skip),
-            line,         j->p->activation, slopes_at(j, c0),      j->frozen,    j->stream};
-        if (j->plan.rows) j->kernels->grad_affine_cl(&g, rows, n);
+        const fbn_grad_affine g = {.dy = j->dy + skip,
+                                   .x = j->x + skip,
+                                   .residual = at(j->residual, skip),
+                                   .dx = j->dx + skip,
+                                   .dresidual = at_out(j->dresidual, skip),
+                                   .line = line,
+                                   .activation = gradient_activation(j),
+                                   .slopes = slopes_at(j, c0),
+                                   .frozen = j->frozen || !t->counts,
+                                   .stream = j->stream};
+        if (j->plan.rows) j->kernels->grad_affine_cl(&g, t->rows, n);
         else j->kernels->grad_affine_cf(&g, planes);
     } else {
         const fbn_affine a = {j->x + skip, at(j->residual, skip), j->y + skip, line, j->p->activation, j->stream};
-        if (j->plan.rows) j->kernels->affine_cl(&a, rows, n);
+        if (j->plan.rows) j->kernels->affine_cl(&a, t->rows, n);
         else j->kernels->affine_cf(&a, planes);
     }
 }
 
-static void map_planes(const job *j, int64_t first, int64_t last, int64_t c0, int64_t c1) {
-    for (int64_t unit = first; unit < last;) {
-        const fbn_planes most = planes_from(j, unit, last, MAP_IMAGES, 0);
-        for (int64_t c = c0; c < c1; c += j->plan.block) {
-            const int64_t end = smaller(c + j->plan.block, c1);
-            const fbn_planes planes = {most.images, most.apart, end - c, most.inner};
-            map_tile(j, unit, 0, planes, c, end);
-        }
-        unit += most.images;
+/* Positions that do not count are mapped as if the statistics were frozen: those do not depend on them. */
+static void map_units(const job *j, int64_t first, int64_t last, int64_t c0, int64_t c1) {
+    const int by_mask = j->mask && j->dy && !j->frozen;
+    for (int64_t unit = first, from = 0; unit < last;) {
+        const tile t = tile_from(j, unit, from, last, MAP_IMAGES, by_mask);
+        for (int64_t c = c0; c < c1; c += j->plan.block) map_tile(j, &t, c, smaller(c + j->plan.block, c1));
+        unit = t.next_unit;
+        from = t.next_from;
     }
 }
 
@@ -427,9 +511,8 @@ static void map(const job *j, int64_t u0, int64_t u1, int64_t c0, int64_t c1) {
     const int64_t chunk = j->plan.rows ? round_up(divide_up(CHUNK_BYTES, row), FBN_STREAMS) : MAP_IMAGES;
     const int64_t chunks = divide_up(u1 - u0, chunk);
     for (int64_t k = 0; k < chunks; k++) {
-        const int64_t first = u0 + (has_sums(j) ? chunks - 1 - k : k) * chunk, last = smaller(first + chunk, u1);
-        if (j->plan.rows) map_tile(j, first, last - first, (fbn_planes){0}, c0, c1);
-        else map_planes(j, first, last, c0, c1);
+        const int64_t first = u0 + (has_sums(j) ? chunks - 1 - k : k) * chunk;
+        map_units(j, first, smaller(first + chunk, u1), c0, c1);
     }
 }
 
@@ -452,7 +535,7 @@ static void work(job *j, int64_t t, int threads) {
             prepare(j, c0, c1);
             if (has_sums(j)) reduce(j, 0, j->plan.segments, c0, c1, (int)t);
             finish(j, c0, c1);
-            map(j, 0, j->plan.units, c0, c1);
+            if (maps(j)) map(j, 0, j->plan.units, c0, c1);
         }
         return;
     }
@@ -464,6 +547,7 @@ static void work(job *j, int64_t t, int threads) {
         barrier(threads);
     }
     finish(j, c0, c1);
+    if (!maps(j)) return;
     barrier(threads);
     map(j, j->plan.units * t / threads, j->plan.units * (t + 1) / threads, 0, C);
 }
@@ -482,43 +566,90 @@ static void run(job *j) {
 
 /* ---- the verbs ---- */
 
-void fbn_forward(const fbn_problem *problem, const void *x, const void *residual, const fbn_parameters *parameters,
-                 double eps, const fbn_running *running, void *y, double *saved, void *workspace) {
+/* Which positions count: how many, and where the first, a middle and the last of them are. */
+static void set_mask(job *j, const unsigned char *mask) {
+    const int64_t positions = j->p->outer * j->p->inner, inner = j->p->inner;
+    int64_t first = 0, middle = j->p->outer / 2 * inner + inner / 2, last = positions - 1, count = 0;
+    j->mask = mask;
+    for (int64_t i = 0; mask && i < positions; i++) count += mask[i];
+    if (count) {
+        while (!mask[first]) first++;
+        while (!mask[last]) last--;
+        while (middle < last && !mask[middle]) middle++;
+        middle = smaller(middle, last);
+    }
+    j->origins[0] = first;
+    j->origins[1] = middle;
+    j->origins[2] = last;
+    j->count = mask ? (double)count : (double)positions;
+}
+
+static job job_of_x(const fbn_problem *problem, const void *x, const void *residual, const fbn_parameters *parameters,
+                    double eps, void *y, double *saved, void *workspace) {
     job j = job_of(problem, residual ? 2 : 1, workspace);
     j.x = x;
     j.residual = residual;
     j.parameters = parameters;
     j.eps = eps;
-    j.running = running;
     j.y = y;
-    j.saved = saved;
+    if (saved) j.saved = saved;
     j.stream = streams(&j, y);
+    return j;
+}
+
+void fbn_forward(const fbn_problem *problem, const void *x, const void *residual, const unsigned char *mask,
+                 const fbn_parameters *parameters, double eps, const fbn_running *running, void *y, double *saved,
+                 void *workspace) {
+    job j = job_of_x(problem, x, residual, parameters, eps, y, saved, workspace);
+    j.running = running;
+    set_mask(&j, mask);
     run(&j);
 }
 
 void fbn_infer(const fbn_problem *problem, const void *x, const void *residual, const fbn_parameters *parameters,
                double eps, const void *mean, const void *var, void *y, double *saved, void *workspace) {
-    job j = job_of(problem, residual ? 2 : 1, workspace);
-    j.x = x;
-    j.residual = residual;
-    j.parameters = parameters;
-    j.eps = eps;
+    job j = job_of_x(problem, x, residual, parameters, eps, y, saved, workspace);
+    j.given = 1;
     j.given_mean = mean;
     j.given_var = var;
-    j.y = y;
-    if (saved) j.saved = saved;
-    j.stream = streams(&j, y);
     run(&j);
 }
 
-void fbn_backward(const fbn_problem *problem, const void *dy, const void *x, const void *residual, const double *saved,
-                  int frozen, void *dx, void *dresidual, void *dgamma, void *dbeta, void *workspace) {
+void fbn_moments(const fbn_problem *problem, const void *x, const unsigned char *mask, double *moments,
+                 void *workspace) {
+    job j = job_of(problem, 1, workspace);
+    j.x = x;
+    j.moments_out = moments;
+    set_mask(&j, mask);
+    run(&j);
+}
+
+static job job_of_dy(const fbn_problem *problem, const void *dy, const void *x, const void *residual,
+                     const double *saved, int from_y, void *workspace) {
     job j = job_of(problem, residual && problem->activation ? 3 : 2, workspace);
     j.dy = dy;
     j.x = x;
     j.residual = residual;
-    j.seen = saved;
-    j.frozen = frozen;
+    j.of_x = saved;
+    j.seen = from_y ? j.saved : saved;
+    j.from_y = from_y;
+    return j;
+}
+
+void fbn_backward_sums(const fbn_problem *problem, const void *dy, const void *x, const void *residual,
+                       const double *saved, int from_y, double *sums, void *workspace) {
+    job j = job_of_dy(problem, dy, x, residual, saved, from_y, workspace);
+    j.sums_out = sums;
+    run(&j);
+}
+
+void fbn_backward(const fbn_problem *problem, const void *dy, const void *x, const void *residual, const double *saved,
+                  const fbn_called *called, void *dx, void *dresidual, void *dgamma, void *dbeta, void *workspace) {
+    job j = job_of_dy(problem, dy, x, residual, saved, called->from_y, workspace);
+    j.mask = called->mask;
+    j.count = called->count;
+    j.frozen = called->frozen;
+    j.given_sums = called->sums;
     j.dx = dx;
     j.dresidual = dresidual;
     j.dgamma = dgamma;

@@ -10,6 +10,11 @@
 #if defined(FBN_X86) && defined(_MSC_VER)
 #include <immintrin.h>
 #include <intrin.h>
+#elif defined(FBN_X86)
+#include <cpuid.h>
+#endif
+
+#if defined(FBN_X86) && defined(_MSC_VER)
 
 /* The operating system must save the registers too: bits 1-2 of XCR0 for AVX, 5-7 for AVX-512. */
 static int saves(unsigned long long state) {
@@ -22,7 +27,7 @@ static int has_avx2(void) {
     int one[4], seven[4];
     __cpuid(one, 1);
     __cpuidex(seven, 7, 0);
-    return (one[2] >> 12 & 1) && (seven[1] >> 5 & 1) && saves(0x6);
+    return (one[2] >> 12 & 1) && (one[2] >> 29 & 1) && (seven[1] >> 5 & 1) && saves(0x6); /* FMA, F16C, AVX2 */
 }
 
 static int has_avx512(void) {
@@ -32,7 +37,13 @@ static int has_avx512(void) {
     return (seven[1] & needed) == needed && has_avx2() && saves(0xe6);
 }
 #elif defined(FBN_X86)
-static int has_avx2(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+/* Asked of the processor itself: not every compiler's __builtin_cpu_supports knows it. */
+static int has_f16c(void) {
+    unsigned a, b, c, d;
+    return __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1);
+}
+
+static int has_avx2(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c(); }
 
 static int has_avx512(void) {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&

@@ -18,9 +18,19 @@
 extern "C" {
 #endif
 
-typedef enum { FBN_F32 = 0, FBN_F64 = 1 } fbn_dtype;
+typedef enum { FBN_F32 = 0, FBN_F64 = 1, FBN_F16 = 2, FBN_BF16 = 3 } fbn_dtype;
 
-typedef enum { FBN_IDENTITY = 0, FBN_RELU = 1 } fbn_activation;
+/* z is what comes in: relu max(z, 0), relu6 min(max(z, 0), 6), leaky_relu z or, up to 0, slope * z,
+ * silu z * sigmoid(z), hardswish z * relu6(z + 3) / 6, sigmoid 1 / (1 + exp(-z)). */
+typedef enum {
+    FBN_IDENTITY = 0,
+    FBN_RELU = 1,
+    FBN_RELU6 = 2,
+    FBN_LEAKY_RELU = 3,
+    FBN_SILU = 4,
+    FBN_HARDSWISH = 5,
+    FBN_SIGMOID = 6
+} fbn_activation;
 
 /* One instruction set's kernels. Opaque; see fbn_kernels_at. */
 typedef struct fbn_kernels fbn_kernels;
@@ -32,16 +42,18 @@ typedef struct {
     int64_t core_cache, shared_cache;
 } fbn_machine;
 
-/* What every call shares. `dtype` is that of x, y, residual and their gradients; the statistics dtype is the same. */
+/* What every call shares. `dtype` is that of x, y, residual and their gradients; the statistics dtype is float64 for
+ * float64 and float32 for all others. */
 typedef struct {
     const fbn_machine *machine;
     fbn_dtype dtype;
     fbn_activation activation;
+    double slope; /* of leaky_relu up to 0 */
     int64_t outer, channels, inner;
     int threads; /* the most that may work; 1 runs in the calling thread and never touches OpenMP */
 } fbn_problem;
 
-/* gamma and beta, `channels` values each, or NULL for ones and zeros. */
+/* gamma and beta, `channels` values each, float64 or float32, or NULL for ones and zeros. */
 typedef struct {
     const void *gamma, *beta;
     fbn_dtype dtype;
@@ -61,20 +73,43 @@ typedef struct {
 /* Bytes of workspace that a call on this problem needs, of any alignment. */
 size_t fbn_workspace_bytes(const fbn_problem *problem);
 
+/* A mask has one byte a position, (outer, inner): 1 where it counts towards the statistics, 0 where it does not; or it
+ * is NULL, and all count. At least one must. Every position is normalized. */
+
 /* Training: y = activation(xhat * gamma + beta + residual) with the batch's own mean and biased variance.
  * M = outer * inner must be at least 1. residual may be NULL. y may be x. */
-void fbn_forward(const fbn_problem *problem, const void *x, const void *residual, const fbn_parameters *parameters,
-                 double eps, const fbn_running *running, void *y, double *saved, void *workspace);
+void fbn_forward(const fbn_problem *problem, const void *x, const void *residual, const unsigned char *mask,
+                 const fbn_parameters *parameters, double eps, const fbn_running *running, void *y, double *saved,
+                 void *workspace);
 
-/* The same with given statistics, in the statistics dtype. saved may be NULL (plain inference). y may be x. */
+/* The same with given statistics, in the statistics dtype. saved may be NULL (plain inference). y may be x.
+ * Where mean is NULL, the rows FBN_MEAN, FBN_MEAN_LOW and FBN_VAR of saved are given instead. */
 void fbn_infer(const fbn_problem *problem, const void *x, const void *residual, const fbn_parameters *parameters,
                double eps, const void *mean, const void *var, void *y, double *saved, void *workspace);
 
-/* The exact gradient of fbn_forward (frozen = 0) or fbn_infer (frozen = 1), from their `saved`.
- * dresidual is written where there are a residual and an activation (without one it would equal dy). dgamma and dbeta,
- * in the statistics dtype, may be NULL. */
+/* The batch's moments alone: moments is (3, channels), mean, mean_low and the sum of squares about the mean. */
+void fbn_moments(const fbn_problem *problem, const void *x, const unsigned char *mask, double *moments,
+                 void *workspace);
+
+/* What the gradient must know of the forward call beside `saved`. */
+typedef struct {
+    const unsigned char *mask;
+    double count;       /* values that the statistics came from */
+    int frozen;         /* the statistics were given ones, which do not depend on x (fbn_infer) */
+    int from_y;         /* `x` holds y: forward wrote over its x. The activation is identity or leaky_relu with a slope
+                         * above 0, and no gamma is so small that y tells too little of x */
+    const double *sums; /* (2, channels), to be used instead of the call's own; or NULL */
+} fbn_called;
+
+/* The sums that the gradient needs: sums is (2, channels), those of dz and of dz * xhat, dz being dy times the slope of
+ * the activation. */
+void fbn_backward_sums(const fbn_problem *problem, const void *dy, const void *x, const void *residual,
+                       const double *saved, int from_y, double *sums, void *workspace);
+
+/* The exact gradient. dresidual is written where there are a residual and an activation (without one it would equal
+ * dy). dgamma and dbeta, in the statistics dtype, may be NULL. */
 void fbn_backward(const fbn_problem *problem, const void *dy, const void *x, const void *residual, const double *saved,
-                  int frozen, void *dx, void *dresidual, void *dgamma, void *dbeta, void *workspace);
+                  const fbn_called *called, void *dx, void *dresidual, void *dgamma, void *dbeta, void *workspace);
 
 /* The kernel tables that run on this processor, best first; NULL past the end. */
 const fbn_kernels *fbn_kernels_at(int index);

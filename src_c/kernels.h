@@ -1,9 +1,8 @@
 /* kernels.h: the contract of each kernel, and the table that an instruction set fills.
  *
  * A kernel is a loop over one tile. It knows no threads, allocates nothing and reads only what its arguments name.
- * `cf` kernels get planes: `channels` runs of `inner` contiguous elements, one after the other, and that `images`
- * times, `apart` elements from one to the next. `cl` kernels get rows: `rows` runs of `channels` contiguous elements,
- * one after the other.
+ * `cf` kernels get planes: runs of contiguous elements of one channel each. `cl` kernels get rows: `rows` runs of
+ * `channels` contiguous elements, one after the other.
  */
 #ifndef FBN_KERNELS_H
 #define FBN_KERNELS_H
@@ -12,8 +11,10 @@
 
 #if defined(_MSC_VER)
 #define FBN_INLINE static __forceinline
+#define FBN_APART static __declspec(noinline)
 #else
 #define FBN_INLINE static inline __attribute__((always_inline))
+#define FBN_APART static __attribute__((noinline))
 #endif
 
 /* Accumulator lanes of a cf reduction: element i of a plane adds to lane i % FBN_LANES, on every instruction set, so
@@ -29,17 +30,27 @@ enum { FBN_AHEAD = 512, FBN_STREAMS = 4, FBN_TURN = 256, FBN_SMALL_PLANE = 1024 
  * that cl kernels may load and store whole vectors. */
 enum { FBN_CHANNEL_PAD = 16 };
 
+/* Or'ed to an activation that has an inverse (identity, leaky_relu): instead of x a kernel gets y = activation(gamma *
+ * xhat + beta + residual), and gamma * xhat + beta stands for x. */
+enum { FBN_FROM_Y = 8 };
+
 /* y = ((x * prescale + neg_mean) * scale + shift) + shift_low, per channel, in the compute type (float or double) of
  * the dtype. shift_low is what shift lost to rounding. prescale is a power of two, 1 but for channels whose spread or
- * slope is near the ends of the exponent range; see kernels/constants.h. */
+ * slope is near the ends of the exponent range; see kernels/constants.h. `slope` is leaky_relu's, of what comes out. */
 typedef struct {
     void *prescale, *neg_mean, *scale, *shift, *shift_low;
+    double slope;
 } fbn_line;
 
 /* What is known of channels before they become a line: pointers to float64, one value a channel. */
 typedef struct {
     const double *mean, *mean_low, *inv_std, *gamma, *beta;
 } fbn_channels;
+
+/* origin[c]: the median of channel c's values in three places, 0 where it is not finite. Each pointer is to a value of
+ * the first channel; those of the next channels follow `apart` elements from one to the next. */
+typedef void fbn_set_origin(const void *first, const void *middle, const void *last, int64_t n, int64_t apart,
+                            double *origin);
 
 /* The lines of n channels; `line` is written. */
 typedef void fbn_set_line(const fbn_channels *known, int64_t n, const fbn_line *line);
@@ -52,8 +63,10 @@ typedef struct {
 typedef void fbn_set_slopes(const fbn_channels *known, const double *sums, const double *products, double count,
                             int64_t n, const fbn_line *line, const fbn_slopes *slopes);
 
+/* `channels` runs of `inner` contiguous elements, `step` elements from one to the next, and that `images` times,
+ * `apart` elements from one to the next. */
 typedef struct {
-    int64_t images, apart, channels, inner;
+    int64_t images, apart, channels, step, inner;
 } fbn_planes;
 
 /* sums[c] += x - origin[c], squares[c] += (x - origin[c])^2, in float64.
@@ -79,12 +92,12 @@ typedef struct {
 typedef void fbn_affine_cf(const fbn_affine *a, fbn_planes planes);
 typedef void fbn_affine_cl(const fbn_affine *a, int64_t rows, int64_t channels);
 
-/* dz = dy * activation'(line(x) + residual);  sums[c] += dz,  products[c] += dz * (x - mean[c]), in float64.
- * Laid out as for moments. */
+/* dz = dy * activation'(line(x) + residual), where `activation` may have FBN_FROM_Y;  sums[c] += dz,  products[c] += dz
+ * * (x - mean[c]), in float64. Laid out as for moments. */
 typedef struct {
     const void *dy, *x, *residual;
     fbn_line line;
-    fbn_activation activation;
+    int activation;
     const double *mean;
 } fbn_grad_moments;
 typedef void fbn_grad_moments_cf(const fbn_grad_moments *g, fbn_planes planes, double *lanes);
@@ -98,7 +111,7 @@ typedef struct {
     const void *dy, *x, *residual;
     void *dx, *dresidual;
     fbn_line line;
-    fbn_activation activation;
+    int activation;
     fbn_slopes slopes;
     int frozen, stream;
 } fbn_grad_affine;
@@ -106,6 +119,7 @@ typedef void fbn_grad_affine_cf(const fbn_grad_affine *g, fbn_planes planes);
 typedef void fbn_grad_affine_cl(const fbn_grad_affine *g, int64_t rows, int64_t channels);
 
 typedef struct {
+    fbn_set_origin *set_origin;
     fbn_set_line *set_line;
     fbn_set_slopes *set_slopes;
     fbn_moments_cf *moments_cf;
@@ -120,7 +134,7 @@ typedef struct {
 
 struct fbn_kernels {
     const char *name;
-    const fbn_dtype_kernels *of[2]; /* indexed by fbn_dtype */
+    const fbn_dtype_kernels *of[4]; /* indexed by fbn_dtype */
 };
 
 #endif

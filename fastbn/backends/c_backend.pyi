@@ -4,6 +4,8 @@ import numpy as np
 
 Array = np.ndarray[Any, Any]
 
+DTYPES: frozenset[str]
+
 def forward(
     x: Array,
     residual: Array | None,
@@ -15,6 +17,7 @@ def forward(
     correction: int,
     eps: float,
     activation: int,
+    slope: float,
     y: Array,
     saved: Array,
     threads: int,
@@ -28,6 +31,7 @@ def infer(
     var: Array,
     eps: float,
     activation: int,
+    slope: float,
     y: Array,
     saved: Array | None,
     threads: int,
@@ -39,6 +43,8 @@ def backward(
     saved: Array,
     frozen: bool,
     activation: int,
+    slope: float,
+    from_y: bool,
     dx: Array,
     dresidual: Array | None,
     dgamma: Array | None,

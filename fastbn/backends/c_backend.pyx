@@ -31,21 +31,40 @@ cdef inline void *pointer(cnp.ndarray array):
     return NULL if array is None else cnp.PyArray_DATA(array)
 
 
-cdef inline c.fbn_dtype dtype_of(cnp.ndarray array):
-    return c.FBN_F64 if cnp.PyArray_TYPE(array) == cnp.NPY_FLOAT64 else c.FBN_F32
+DTYPES = frozenset(("float16", "bfloat16", "float32", "float64"))
+"""The names of the dtypes that data may have."""
+
+# NumPy numbers the dtypes of other packages as they come: that of bfloat16, once one has been seen.
+cdef int bfloat16 = -1
 
 
-cdef c.fbn_problem problem_of(cnp.ndarray x, int activation, int threads):
+cdef c.fbn_dtype dtype_of(cnp.ndarray array) except *:
+    global bfloat16
+    cdef int number = cnp.PyArray_TYPE(array)
+    if number == cnp.NPY_FLOAT32:
+        return c.FBN_F32
+    if number == cnp.NPY_FLOAT64:
+        return c.FBN_F64
+    if number == cnp.NPY_FLOAT16:
+        return c.FBN_F16
+    if number != bfloat16:
+        if array.dtype.name != "bfloat16":
+            raise TypeError(f"dtype: got {array.dtype}; allowed: {', '.join(sorted(DTYPES))}")
+        bfloat16 = number
+    return c.FBN_BF16
+
+
+cdef c.fbn_problem problem_of(cnp.ndarray x, int activation, double slope, int threads) except *:
     cdef c.fbn_problem p
     p.machine = &machine
     p.dtype = dtype_of(x)
-    p.activation = <c.fbn_activation> activation
+    p.activation, p.slope = <c.fbn_activation> activation, slope
     p.outer, p.channels, p.inner = x.shape[0], x.shape[1], x.shape[2]
     p.threads = threads
     return p
 
 
-cdef c.fbn_parameters parameters_of(cnp.ndarray gamma, cnp.ndarray beta):
+cdef c.fbn_parameters parameters_of(cnp.ndarray gamma, cnp.ndarray beta) except *:
     cdef c.fbn_parameters p
     p.gamma, p.beta = pointer(gamma), pointer(beta)
     p.dtype = dtype_of(gamma if gamma is not None else beta) if gamma is not None or beta is not None else c.FBN_F32
@@ -67,29 +86,29 @@ cdef inline void release(void *workspace, char *small) noexcept nogil:
 
 
 def forward(
-    cnp.ndarray x not None, cnp.ndarray residual, cnp.ndarray gamma, cnp.ndarray beta, cnp.ndarray running_mean,
-    cnp.ndarray running_var, double momentum, int correction, double eps, int activation, cnp.ndarray y not None,
-    cnp.ndarray saved not None, int threads,
+    cnp.ndarray x not None, cnp.ndarray residual, cnp.ndarray mask, cnp.ndarray gamma, cnp.ndarray beta,
+    cnp.ndarray running_mean, cnp.ndarray running_var, double momentum, int correction, double eps, int activation,
+    double slope, cnp.ndarray y not None, cnp.ndarray saved not None, int threads,
 ):
     cdef char small[SMALL]
-    cdef c.fbn_problem p = problem_of(x, activation, threads)
+    cdef c.fbn_problem p = problem_of(x, activation, slope, threads)
     cdef c.fbn_parameters parameters = parameters_of(gamma, beta)
     cdef c.fbn_running running
     running.mean, running.var = pointer(running_mean), pointer(running_var)
     running.momentum, running.correction = momentum, correction
-    cdef void *x_ = pointer(x), *r_ = pointer(residual), *y_ = pointer(y), *saved_ = pointer(saved)
-    cdef void *workspace = workspace_for(&p, small)
+    cdef void *x_ = pointer(x), *r_ = pointer(residual), *m_ = pointer(mask), *y_ = pointer(y)
+    cdef void *saved_ = pointer(saved), *workspace = workspace_for(&p, small)
     with nogil:
-        c.fbn_forward(&p, x_, r_, &parameters, eps, &running, y_, <double *> saved_, workspace)
+        c.fbn_forward(&p, x_, r_, <unsigned char *> m_, &parameters, eps, &running, y_, <double *> saved_, workspace)
         release(workspace, small)
 
 
 def infer(
-    cnp.ndarray x not None, cnp.ndarray residual, cnp.ndarray gamma, cnp.ndarray beta, cnp.ndarray mean not None,
-    cnp.ndarray var not None, double eps, int activation, cnp.ndarray y not None, cnp.ndarray saved, int threads,
+    cnp.ndarray x not None, cnp.ndarray residual, cnp.ndarray gamma, cnp.ndarray beta, cnp.ndarray mean,
+    cnp.ndarray var, double eps, int activation, double slope, cnp.ndarray y not None, cnp.ndarray saved, int threads,
 ):
     cdef char small[SMALL]
-    cdef c.fbn_problem p = problem_of(x, activation, threads)
+    cdef c.fbn_problem p = problem_of(x, activation, slope, threads)
     cdef c.fbn_parameters parameters = parameters_of(gamma, beta)
     cdef void *x_ = pointer(x), *r_ = pointer(residual), *y_ = pointer(y), *saved_ = pointer(saved)
     cdef void *mean_ = pointer(mean), *var_ = pointer(var)
@@ -99,17 +118,43 @@ def infer(
         release(workspace, small)
 
 
-def backward(
-    cnp.ndarray dy not None, cnp.ndarray x not None, cnp.ndarray residual, cnp.ndarray saved not None, bint frozen,
-    int activation, cnp.ndarray dx not None, cnp.ndarray dresidual, cnp.ndarray dgamma, cnp.ndarray dbeta, int threads,
+def moments(cnp.ndarray x not None, cnp.ndarray mask, cnp.ndarray into not None, int threads):
+    cdef char small[SMALL]
+    cdef c.fbn_problem p = problem_of(x, c.FBN_IDENTITY, 0, threads)
+    cdef void *x_ = pointer(x), *m_ = pointer(mask), *into_ = pointer(into), *workspace = workspace_for(&p, small)
+    with nogil:
+        c.fbn_moments(&p, x_, <unsigned char *> m_, <double *> into_, workspace)
+        release(workspace, small)
+
+
+def backward_sums(
+    cnp.ndarray dy not None, cnp.ndarray x not None, cnp.ndarray residual, cnp.ndarray saved not None, int activation,
+    double slope, bint from_y, cnp.ndarray sums not None, int threads,
 ):
     cdef char small[SMALL]
-    cdef c.fbn_problem p = problem_of(x, activation, threads)
+    cdef c.fbn_problem p = problem_of(x, activation, slope, threads)
+    cdef void *dy_ = pointer(dy), *x_ = pointer(x), *r_ = pointer(residual), *saved_ = pointer(saved)
+    cdef void *sums_ = pointer(sums), *workspace = workspace_for(&p, small)
+    with nogil:
+        c.fbn_backward_sums(&p, dy_, x_, r_, <double *> saved_, from_y, <double *> sums_, workspace)
+        release(workspace, small)
+
+
+def backward(
+    cnp.ndarray dy not None, cnp.ndarray x not None, cnp.ndarray residual, cnp.ndarray mask,
+    cnp.ndarray saved not None, double count, bint frozen, cnp.ndarray sums, int activation, double slope, bint from_y,
+    cnp.ndarray dx not None, cnp.ndarray dresidual, cnp.ndarray dgamma, cnp.ndarray dbeta, int threads,
+):
+    cdef char small[SMALL]
+    cdef c.fbn_problem p = problem_of(x, activation, slope, threads)
+    cdef c.fbn_called called
+    called.mask, called.sums = <unsigned char *> pointer(mask), <double *> pointer(sums)
+    called.count, called.frozen, called.from_y = count, frozen, from_y
     cdef void *dy_ = pointer(dy), *x_ = pointer(x), *r_ = pointer(residual), *saved_ = pointer(saved)
     cdef void *dx_ = pointer(dx), *dr_ = pointer(dresidual), *dgamma_ = pointer(dgamma), *dbeta_ = pointer(dbeta)
     cdef void *workspace = workspace_for(&p, small)
     with nogil:
-        c.fbn_backward(&p, dy_, x_, r_, <double *> saved_, frozen, dx_, dr_, dgamma_, dbeta_, workspace)
+        c.fbn_backward(&p, dy_, x_, r_, <double *> saved_, &called, dx_, dr_, dgamma_, dbeta_, workspace)
         release(workspace, small)
 
 

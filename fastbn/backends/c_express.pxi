@@ -5,6 +5,13 @@
 # the front desk; so it holds no error message and decides nothing that the front desk would decide otherwise.
 
 
+# Every activation but identity and relu, which are looked for first.
+cdef dict ACTIVATIONS = {
+    "relu6": c.FBN_RELU6, "leaky_relu": c.FBN_LEAKY_RELU, "silu": c.FBN_SILU, "hardswish": c.FBN_HARDSWISH,
+    "sigmoid": c.FBN_SIGMOID,
+}
+
+
 cdef bint is_plain(object value, int dtype) noexcept:
     """A C-contiguous, aligned, native array of this dtype, and of no subclass."""
     return (
@@ -24,10 +31,19 @@ cdef bint set_problem(c.fbn_problem *p, object x, object axis, object activation
     array = x
     dtype, ndim = cnp.PyArray_TYPE(array), cnp.PyArray_NDIM(array)
     channel_axis = PyLong_AsLongAndOverflow(axis, &overflow)
-    if overflow or (dtype != cnp.NPY_FLOAT32 and dtype != cnp.NPY_FLOAT64) or not is_plain(x, dtype) or ndim < 2:
+    if overflow or not is_plain(x, dtype) or ndim < 2:
+        return False
+    if dtype == cnp.NPY_FLOAT32:
+        p.dtype = c.FBN_F32
+    elif dtype == cnp.NPY_FLOAT64:
+        p.dtype = c.FBN_F64
+    elif dtype == cnp.NPY_FLOAT16:
+        p.dtype = c.FBN_F16
+    elif dtype == bfloat16:
+        p.dtype = c.FBN_BF16
+    else:
         return False
     p.machine, p.threads = &machine, threads
-    p.dtype = c.FBN_F64 if dtype == cnp.NPY_FLOAT64 else c.FBN_F32
     p.outer = p.inner = 1
     if channel_axis == 1:
         p.outer = cnp.PyArray_DIM(array, 0)
@@ -40,21 +56,30 @@ cdef bint set_problem(c.fbn_problem *p, object x, object axis, object activation
         p.channels = cnp.PyArray_DIM(array, ndim - 1)
     else:
         return False
+    p.slope = 0.01
     if activation is None:
         p.activation = c.FBN_IDENTITY
-    elif type(activation) is str and activation == "relu":
+    elif type(activation) is not str:
+        return False
+    elif activation == "relu":
         p.activation = c.FBN_RELU
+    elif activation in ACTIVATIONS:
+        p.activation = <c.fbn_activation> <int> ACTIVATIONS[activation]
     else:
         return False
     return p.channels > 1 and p.outer * p.inner > 0
 
 
+cdef inline int statistics_of(int dtype) noexcept:
+    return cnp.NPY_FLOAT64 if dtype == cnp.NPY_FLOAT64 else cnp.NPY_FLOAT32
+
+
 cdef bint take_channels(object value, cnp.ndarray x, int64_t channels, void **data) noexcept:
-    """The data of a plain (channels,) array of x's dtype, or of None."""
+    """The data of a plain (channels,) array of x's statistics dtype, or of None."""
     if value is None:
         data[0] = NULL
         return True
-    if not is_plain(value, cnp.PyArray_TYPE(x)):
+    if not is_plain(value, statistics_of(cnp.PyArray_TYPE(x))):
         return False
     data[0] = cnp.PyArray_DATA(<cnp.ndarray> value)
     return cnp.PyArray_NDIM(<cnp.ndarray> value) == 1 and cnp.PyArray_DIM(<cnp.ndarray> value, 0) == channels
@@ -110,10 +135,10 @@ cdef bint take(
     if not set_problem(&call.problem, x, axis, activation, threads) or not is_number(eps, 0, 1e300):
         return False
     channels = call.problem.channels
-    call.parameters.dtype = call.problem.dtype
+    call.parameters.dtype = c.FBN_F64 if call.problem.dtype == c.FBN_F64 else c.FBN_F32
     call.x = cnp.PyArray_DATA(<cnp.ndarray> x)
     call.bytes = cnp.PyArray_NBYTES(<cnp.ndarray> x)
-    call.channel_bytes = channels * cnp.PyArray_ITEMSIZE(<cnp.ndarray> x)
+    call.channel_bytes = channels * (8 if call.problem.dtype == c.FBN_F64 else 4)
     if not (
         take_channels(gamma, x, channels, <void **> &call.parameters.gamma)
         and take_channels(beta, x, channels, <void **> &call.parameters.beta)
@@ -209,8 +234,8 @@ def express_forward(
     workspace = workspace_for(&call.problem, small)
     with nogil:
         if training:
-            c.fbn_forward(&call.problem, call.x, call.residual, &call.parameters, call.eps, &running, call.y, rows,
-                          workspace)
+            c.fbn_forward(&call.problem, call.x, call.residual, NULL, &call.parameters, call.eps, &running, call.y,
+                          rows, workspace)
         else:
             c.fbn_infer(&call.problem, call.x, call.residual, &call.parameters, call.eps, call.mean, call.var, call.y,
                         rows, workspace)
@@ -228,7 +253,9 @@ def express_backward(
     cdef void *x_, *dy_, *residual_, *dx_, *workspace
     cdef void *dresidual_ = NULL, *dgamma_ = NULL, *dbeta_ = NULL
     cdef double *rows = <double *> cnp.PyArray_DATA(saved)
+    cdef c.fbn_called called
     cdef int64_t bytes
+    cdef int statistics
     if not set_problem(&p, x, axis, activation, threads) or dy is None:
         return None
     if not (take_like(dy, x, &dy_) and take_like(residual, x, &residual_) and take_like(out, x, &dx_)):
@@ -243,17 +270,20 @@ def express_backward(
         out = empty_like(x)
         dx_ = cnp.PyArray_DATA(<cnp.ndarray> out)
     dresidual = dgamma = dbeta = None
+    statistics = statistics_of(cnp.PyArray_TYPE(<cnp.ndarray> x))
     if has_gamma:
-        dgamma = empty(0, p.channels, cnp.PyArray_TYPE(<cnp.ndarray> x))
+        dgamma = empty(0, p.channels, statistics)
         dgamma_ = cnp.PyArray_DATA(<cnp.ndarray> dgamma)
     if has_beta:
-        dbeta = empty(0, p.channels, cnp.PyArray_TYPE(<cnp.ndarray> x))
+        dbeta = empty(0, p.channels, statistics)
         dbeta_ = cnp.PyArray_DATA(<cnp.ndarray> dbeta)
     if residual is not None:
         dresidual = dy if p.activation == c.FBN_IDENTITY else empty_like(x)
         dresidual_ = NULL if p.activation == c.FBN_IDENTITY else cnp.PyArray_DATA(<cnp.ndarray> dresidual)
+    called.mask, called.sums, called.from_y = NULL, NULL, False
+    called.count, called.frozen = <double> p.outer * <double> p.inner, frozen
     workspace = workspace_for(&p, small)
     with nogil:
-        c.fbn_backward(&p, dy_, x_, residual_, rows, frozen, dx_, dresidual_, dgamma_, dbeta_, workspace)
+        c.fbn_backward(&p, dy_, x_, residual_, rows, &called, dx_, dresidual_, dgamma_, dbeta_, workspace)
         release(workspace, small)
     return out, dgamma, dbeta, dresidual

@@ -7,10 +7,17 @@ cdef extern from "fastbn.h" nogil:
     ctypedef enum fbn_dtype:
         FBN_F32
         FBN_F64
+        FBN_F16
+        FBN_BF16
 
     ctypedef enum fbn_activation:
         FBN_IDENTITY
         FBN_RELU
+        FBN_RELU6
+        FBN_LEAKY_RELU
+        FBN_SILU
+        FBN_HARDSWISH
+        FBN_SIGMOID
 
     ctypedef struct fbn_kernels:
         pass
@@ -24,6 +31,7 @@ cdef extern from "fastbn.h" nogil:
         const fbn_machine *machine
         fbn_dtype dtype
         fbn_activation activation
+        double slope
         int64_t outer
         int64_t channels
         int64_t inner
@@ -50,15 +58,27 @@ cdef extern from "fastbn.h" nogil:
         FBN_SAVED_ROWS
 
     size_t fbn_workspace_bytes(const fbn_problem *problem)
-    void fbn_forward(const fbn_problem *problem, const void *x, const void *residual,
+    void fbn_forward(const fbn_problem *problem, const void *x, const void *residual, const unsigned char *mask,
                      const fbn_parameters *parameters, double eps, const fbn_running *running, void *y,
                      double *saved, void *workspace)
     void fbn_infer(const fbn_problem *problem, const void *x, const void *residual,
                    const fbn_parameters *parameters, double eps, const void *mean, const void *var, void *y,
                    double *saved, void *workspace)
+    void fbn_moments(const fbn_problem *problem, const void *x, const unsigned char *mask, double *moments,
+                     void *workspace)
+
+    ctypedef struct fbn_called:
+        const unsigned char *mask
+        double count
+        int frozen
+        int from_y
+        const double *sums
+
+    void fbn_backward_sums(const fbn_problem *problem, const void *dy, const void *x, const void *residual,
+                           const double *saved, int from_y, double *sums, void *workspace)
     void fbn_backward(const fbn_problem *problem, const void *dy, const void *x, const void *residual,
-                      const double *saved, int frozen, void *dx, void *dresidual, void *dgamma, void *dbeta,
-                      void *workspace)
+                      const double *saved, const fbn_called *called, void *dx, void *dresidual, void *dgamma,
+                      void *dbeta, void *workspace)
     const fbn_kernels *fbn_kernels_at(int index)
     const char *fbn_kernels_name(const fbn_kernels *kernels)
     int fbn_openmp()

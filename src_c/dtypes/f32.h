@@ -5,6 +5,7 @@
 #define real float
 #define vec f32_vec
 #define WIDTH F32_WIDTH
+#define value_of f32_value
 #define vset f32_set
 #define vload f32_load
 #define vload_n f32_load_n
@@ -16,6 +17,11 @@
 #define vadd f32_add
 #define vsub f32_sub
 #define vmul f32_mul
+#define vdiv f32_div
+#define vmin f32_min
+#define vmax f32_max
+#define vwhere_less f32_where_less
+#define vldexp f32_ldexp
 #define vzero_nan f32_zero_nan
 #define vfma f32_fma
 #define vrelu f32_relu

@@ -4,6 +4,7 @@
 #define real double
 #define vec f64_vec
 #define WIDTH F64_WIDTH
+#define value_of f64_value
 #define vset f64_set
 #define vload f64_load
 #define vload_n f64_load_n
@@ -15,6 +16,11 @@
 #define vadd f64_add
 #define vsub f64_sub
 #define vmul f64_mul
+#define vdiv f64_div
+#define vmin f64_min
+#define vmax f64_max
+#define vwhere_less f64_where_less
+#define vldexp f64_ldexp
 #define vzero_nan f64_zero_nan
 #define vfma f64_fma
 #define vrelu f64_relu

@@ -4,6 +4,7 @@
 #undef real
 #undef vec
 #undef WIDTH
+#undef value_of
 #undef vset
 #undef vload
 #undef vload_n
@@ -15,6 +16,11 @@
 #undef vadd
 #undef vsub
 #undef vmul
+#undef vdiv
+#undef vmin
+#undef vmax
+#undef vwhere_less
+#undef vldexp
 #undef vzero_nan
 #undef vfma
 #undef vrelu

@@ -16,7 +16,16 @@
 #include "dtype_kernels.h"
 #include "../dtypes/unbind.h"
 
+#include "../dtypes/f16.h"
+#include "dtype_kernels.h"
+#include "../dtypes/unbind.h"
+
+#include "../dtypes/bf16.h"
+#include "dtype_kernels.h"
+#include "../dtypes/unbind.h"
+
 /* The one symbol that an instruction set exports: fbn_kernels_avx2 and so on. */
 extern const fbn_kernels PASTE(fbn, kernels, FBN_ISA);
 const fbn_kernels PASTE(fbn, kernels, FBN_ISA) = {STRING(FBN_ISA),
-                                                  {&PASTE(kernels, f32, FBN_ISA), &PASTE(kernels, f64, FBN_ISA)}};
+                                                  {&PASTE(kernels, f32, FBN_ISA), &PASTE(kernels, f64, FBN_ISA),
+                                                   &PASTE(kernels, f16, FBN_ISA), &PASTE(kernels, bf16, FBN_ISA)}};

@@ -1,15 +1,14 @@
 /* affine.h: y from x, the forward map. */
 
-FBN_INLINE vec NAME(affine_at)(const fbn_affine *a, int64_t i, int64_t n, const NAME(line) * l,
-                               fbn_activation activation, int has_residual) {
+FBN_INLINE vec NAME(affine_at)(const fbn_affine *a, int64_t i, int64_t n, const NAME(line) * l, int activation,
+                               int has_residual) {
     const elem *x = (const elem *)a->x + i;
     if (n == WIDTH) prefetch((const char *)x + FBN_AHEAD);
     const vec zero = vset(0);
     const vec v = n == WIDTH ? vload(x) : vload_n(x, n, zero);
-    if (!has_residual) return NAME(activate)(NAME(preactivation)(v, zero, l, 0), activation);
-    const elem *residual = (const elem *)a->residual + i;
-    const vec r = n == WIDTH ? vload(residual) : vload_n(residual, n, zero);
-    return NAME(activate)(NAME(preactivation)(v, r, l, 1), activation);
+    const elem *residual = has_residual ? (const elem *)a->residual + i : x;
+    const vec r = !has_residual ? zero : n == WIDTH ? vload(residual) : vload_n(residual, n, zero);
+    return NAME(activate)(NAME(preactivation)(v, r, l, has_residual), l, activation);
 }
 
 FBN_INLINE void NAME(affine_put)(elem *y, vec v, int64_t n, int stream) {
@@ -20,8 +19,8 @@ FBN_INLINE void NAME(affine_put)(elem *y, vec v, int64_t n, int stream) {
 
 /* Elements [i, end), contiguous, from channel c on: all of that channel (period 0), or of the next channel each, which
  * recur after `period`. */
-FBN_INLINE void NAME(affine_run)(const fbn_affine *a, int64_t i, int64_t end, int64_t c, int64_t period,
-                                 fbn_activation activation, int has_residual) {
+FBN_INLINE void NAME(affine_run)(const fbn_affine *a, int64_t i, int64_t end, int64_t c, int64_t period, int activation,
+                                 int has_residual) {
     elem *y = a->y;
     NAME(line) l = NAME(line_at)(&a->line, c, period);
     const int64_t head = NAME(least)(NAME(misaligned)(y + i), end - i);
@@ -45,7 +44,7 @@ FBN_INLINE void NAME(affine_run)(const fbn_affine *a, int64_t i, int64_t end, in
 
 /* Elements [at, end) of planes that touch, one channel each; the first is element i of their run. */
 FBN_INLINE void NAME(affine_joined)(const fbn_affine *a, NAME(runs) r, int64_t at, int64_t end, int64_t i,
-                                    fbn_activation activation, int has_residual) {
+                                    int activation, int has_residual) {
     int64_t c = i / r.length, left = (c + 1) * r.length - i, n = NAME(first)((elem *)a->y + at, end - at);
     while (at < end) {
         const NAME(line) l = NAME(line_over)(&a->line, c, left, r.length);
@@ -61,8 +60,8 @@ FBN_INLINE void NAME(affine_joined)(const fbn_affine *a, NAME(runs) r, int64_t a
 
 /* The streams of one run, from channel c on; or of all runs, joined. */
 FBN_INLINE void NAME(affine_turns)(const fbn_affine *a, NAME(runs) r, int joined, int64_t c, int64_t period,
-                                   fbn_activation activation, int has_residual) {
-    const int64_t start = period || joined ? 0 : c * r.length, length = joined ? r.count * r.length : r.length;
+                                   int activation, int has_residual) {
+    const int64_t start = period || joined ? 0 : c * r.step, length = joined ? r.count * r.length : r.length;
     const int64_t turn = NAME(turn)(r, a->stream, length);
     int64_t n = NAME(least)(NAME(misaligned)((elem *)a->y + start) + turn, length);
     for (int64_t i = 0; i < length; i += n, n = NAME(least)(turn, length - i)) {
@@ -73,8 +72,7 @@ FBN_INLINE void NAME(affine_turns)(const fbn_affine *a, NAME(runs) r, int joined
     }
 }
 
-FBN_INLINE void NAME(affine_runs)(fbn_affine a, NAME(runs) r, int64_t period, fbn_activation activation,
-                                  int has_residual) {
+FBN_INLINE void NAME(affine_runs)(fbn_affine a, NAME(runs) r, int64_t period, int activation, int has_residual) {
 
     if (!period && NAME(joins)(r, a.stream)) NAME(affine_turns)(&a, r, 1, 0, 0, activation, has_residual);
     else
@@ -83,7 +81,7 @@ FBN_INLINE void NAME(affine_runs)(fbn_affine a, NAME(runs) r, int64_t period, fb
 
 /* cf: a run for each channel (period 0). cl: runs that hold every channel, period after period. */
 FBN_INLINE void NAME(affine_call)(const fbn_affine *a, NAME(runs) r, int64_t period) {
-    switch (a->activation) {
+    switch (OWN_LOOPS ? (int)a->activation : -1) {
     case FBN_IDENTITY:
         if (a->residual) NAME(affine_runs)(*a, r, period, FBN_IDENTITY, 1);
         else NAME(affine_runs)(*a, r, period, FBN_IDENTITY, 0);
@@ -92,6 +90,8 @@ FBN_INLINE void NAME(affine_call)(const fbn_affine *a, NAME(runs) r, int64_t per
         if (a->residual) NAME(affine_runs)(*a, r, period, FBN_RELU, 1);
         else NAME(affine_runs)(*a, r, period, FBN_RELU, 0);
         break;
+    default:
+        NAME(affine_runs)(*a, r, period, a->activation, a->residual != NULL);
     }
     if (a->stream) stream_fence();
 }

@@ -23,8 +23,8 @@ static int NAME(prescale_exponent)(double mean, double inv_std, double slope) {
 /* Whether all of a channel's exponents are usual, without asking for them. */
 FBN_INLINE int NAME(is_usual)(double mean, double inv_std, double slope) {
     const double high = sizeof(real) == 8 ? 0x1p500 : 0x1p60, low = 1 / high;
-    return (inv_std < high) & (inv_std > low) & (mean < high) & (mean > -high) & (slope < high) & (slope > -high) &
-           ((slope > low) | (slope < -low) | (slope == 0));
+    return (inv_std < high) & (inv_std > -high) & ((inv_std > low) | (inv_std < -low)) & (mean < high) &
+           (mean > -high) & (slope < high) & (slope > -high) & ((slope > low) | (slope < -low) | (slope == 0));
 }
 
 /* Where the exponents cannot all fit in, x is the mean or the result overflows: an infinite scale would make the one

@@ -20,10 +20,10 @@ FBN_INLINE NAME(slopes) NAME(slopes_over)(const fbn_grad_affine *g, int64_t c, i
         NAME(constant_over)(g->slopes.postscale, c, left, inner)};
 }
 
-/* Which of the kernel's parts a call has; every field is a constant where the loops are instantiated. */
+/* Which of the kernel's parts a call has; every field is a constant where the loops are instantiated for identity
+ * and relu. */
 typedef struct {
-    fbn_activation activation;
-    int has_residual, frozen;
+    int activation, has_residual, frozen;
 } NAME(grad_parts);
 
 FBN_INLINE void NAME(grad_affine_at)(const fbn_grad_affine *g, int64_t i, int64_t n, const NAME(slopes) * s,
@@ -33,18 +33,18 @@ FBN_INLINE void NAME(grad_affine_at)(const fbn_grad_affine *g, int64_t i, int64_
         prefetch((const char *)x + FBN_AHEAD);
         prefetch((const char *)((const elem *)g->dy + i) + FBN_AHEAD);
     }
-    const vec dz = NAME(dz_at)((const elem *)g->dy + i, x, parts.has_residual ? (const elem *)g->residual + i : x, n,
-                               &s->line, parts.activation, parts.has_residual);
+    const elem *residual = parts.has_residual ? (const elem *)g->residual + i : x;
+    const vec dz = NAME(dz_at)((const elem *)g->dy + i, x, residual, n, &s->line, parts.activation, parts.has_residual);
     elem *dx = (elem *)g->dx + i;
     vec d;
     if (parts.frozen) d = vmul(s->on_dy, dz);
     else {
-        const vec v = n == WIDTH ? vload(x) : vload_n(x, n, vset(0));
+        const vec v = NAME(x_at)(x, residual, n, &s->line, parts.activation, parts.has_residual);
         d = vfma(s->on_x, NAME(centre)(v, &s->line), vfma(s->on_dy, dz, s->constant));
     }
     d = vmul(d, s->postscale);
     NAME(affine_put)(dx, d, n, g->stream);
-    if (!parts.has_residual) return;
+    if (!parts.has_residual || (parts.activation | FBN_FROM_Y) == FBN_FROM_Y) return;
     NAME(affine_put)((elem *)g->dresidual + i, dz, n, 0);
 }
 
@@ -89,7 +89,7 @@ FBN_INLINE void NAME(grad_affine_joined)(const fbn_grad_affine *g, NAME(runs) r,
 /* The streams of one run, from channel c on; or of all runs, joined. */
 FBN_INLINE void NAME(grad_affine_turns)(const fbn_grad_affine *g, NAME(runs) r, int joined, int64_t c, int64_t period,
                                         NAME(grad_parts) parts) {
-    const int64_t start = period || joined ? 0 : c * r.length, length = joined ? r.count * r.length : r.length;
+    const int64_t start = period || joined ? 0 : c * r.step, length = joined ? r.count * r.length : r.length;
     const int64_t turn = NAME(turn)(r, g->stream, length);
     int64_t n = NAME(least)(NAME(misaligned)((elem *)g->dx + start) + turn, length);
     for (int64_t i = 0; i < length; i += n, n = NAME(least)(turn, length - i)) {
@@ -100,7 +100,7 @@ FBN_INLINE void NAME(grad_affine_turns)(const fbn_grad_affine *g, NAME(runs) r, 
     }
 }
 
-FBN_INLINE void NAME(grad_affine_runs)(fbn_grad_affine g, NAME(runs) r, int64_t period, fbn_activation activation,
+FBN_INLINE void NAME(grad_affine_runs)(fbn_grad_affine g, NAME(runs) r, int64_t period, int activation,
                                        int has_residual, int frozen) {
     const NAME(grad_parts) parts = {activation, has_residual, frozen};
     if (!period && NAME(joins)(r, g.stream)) NAME(grad_affine_turns)(&g, r, 1, 0, 0, parts);
@@ -109,7 +109,7 @@ FBN_INLINE void NAME(grad_affine_runs)(fbn_grad_affine g, NAME(runs) r, int64_t 
 }
 
 FBN_INLINE void NAME(grad_affine_call)(const fbn_grad_affine *g, NAME(runs) r, int64_t period) {
-    switch (g->activation) {
+    switch (OWN_LOOPS ? g->activation : -1) {
     case FBN_IDENTITY:
         if (g->frozen) NAME(grad_affine_runs)(*g, r, period, FBN_IDENTITY, 0, 1);
         else NAME(grad_affine_runs)(*g, r, period, FBN_IDENTITY, 0, 0);
@@ -120,6 +120,8 @@ FBN_INLINE void NAME(grad_affine_call)(const fbn_grad_affine *g, NAME(runs) r, i
         else if (g->residual) NAME(grad_affine_runs)(*g, r, period, FBN_RELU, 1, 0);
         else NAME(grad_affine_runs)(*g, r, period, FBN_RELU, 0, 0);
         break;
+    default:
+        NAME(grad_affine_runs)(*g, r, period, g->activation, g->residual != NULL, g->frozen);
     }
     if (g->stream) stream_fence();
 }

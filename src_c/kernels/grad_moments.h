@@ -1,32 +1,45 @@
 /* grad_moments.h: the sums of dz and of dz * (x - mean), per channel, where dz is dy behind the activation. */
 
+/* x, or what stands for it where only y is known: gamma * xhat + beta. */
+FBN_INLINE vec NAME(x_at)(const elem *x, const elem *residual, int64_t n, const NAME(line) * l, int activation,
+                          int has_residual) {
+    const vec v = n == WIDTH ? vload(x) : vload_n(x, n, vset(0));
+    if (!(activation & FBN_FROM_Y)) return v;
+    const vec z = NAME(inverse)(v, l, activation);
+    if (!has_residual) return z;
+    return vsub(z, n == WIDTH ? vload(residual) : vload_n(residual, n, vset(0)));
+}
+
 FBN_INLINE vec NAME(dz_at)(const elem *dy, const elem *x, const elem *residual, int64_t n, const NAME(line) * l,
-                           fbn_activation activation, int has_residual) {
+                           int activation, int has_residual) {
     const vec zero = vset(0);
     const vec g = n == WIDTH ? vload(dy) : vload_n(dy, n, zero);
     if (activation == FBN_IDENTITY) return g;
     const vec v = n == WIDTH ? vload(x) : vload_n(x, n, zero);
+    /* The inverse keeps the sign. */
+    if (activation & FBN_FROM_Y) return NAME(activation_gradient)(g, v, l, activation & ~FBN_FROM_Y);
     const vec r = !has_residual ? zero : n == WIDTH ? vload(residual) : vload_n(residual, n, zero);
-    return NAME(activation_gradient)(g, NAME(preactivation)(v, r, l, has_residual), activation);
+    return NAME(activation_gradient)(g, NAME(preactivation)(v, r, l, has_residual), l, activation);
 }
 
 FBN_INLINE void NAME(grad_moments_at)(const elem *dy, const elem *x, const elem *residual, int64_t n,
-                                      const NAME(line) * l, wide mean, fbn_activation activation, int has_residual,
-                                      wide *sum, wide *product) {
+                                      const NAME(line) * l, wide mean, int activation, int has_residual, wide *sum,
+                                      wide *product) {
     if (n == WIDTH) {
         prefetch((const char *)dy + FBN_AHEAD);
         prefetch((const char *)x + FBN_AHEAD);
     }
     const wide g = widen(NAME(dz_at)(dy, x, residual, n, l, activation, has_residual));
-    const wide v = n == WIDTH ? wload(x) : widen(vload_n(x, n, vset(0)));
+    const wide v = n == WIDTH && !(activation & FBN_FROM_Y)
+                       ? wload(x)
+                       : widen(NAME(x_at)(x, residual, n, l, activation, has_residual));
     *sum = wadd(*sum, g);
     *product = wfma(g, wsub(v, mean), *product);
 }
 
 /* Elements [i, end) of a channel's plane, WIDTH lanes each for sum[j] and product[j]. */
 FBN_INLINE void NAME(grad_moments_run)(const fbn_grad_moments *g, int64_t i, int64_t end, const NAME(line) * l,
-                                       wide mean, wide *sum, wide *product, fbn_activation activation,
-                                       int has_residual) {
+                                       wide mean, wide *sum, wide *product, int activation, int has_residual) {
     enum { STEP = FBN_LANES / WIDTH };
     const elem *dy = g->dy, *x = g->x, *residual = has_residual ? g->residual : g->x;
     for (; i + FBN_LANES <= end; i += FBN_LANES)
@@ -39,8 +52,8 @@ FBN_INLINE void NAME(grad_moments_run)(const fbn_grad_moments *g, int64_t i, int
                               &product[j]);
 }
 
-FBN_INLINE void NAME(grad_moments_planes)(const fbn_grad_moments *g, fbn_planes p, double *lanes,
-                                          fbn_activation activation, int has_residual) {
+FBN_INLINE void NAME(grad_moments_planes)(const fbn_grad_moments *g, fbn_planes p, double *lanes, int activation,
+                                          int has_residual) {
     enum { STEP = FBN_LANES / WIDTH, TURN = FBN_TURN / sizeof(elem) };
     for (int64_t c = 0; c < p.channels; c++, lanes += 2 * FBN_LANES) {
         const NAME(line) l = NAME(line_at)(&g->line, c, 0);
@@ -50,10 +63,11 @@ FBN_INLINE void NAME(grad_moments_planes)(const fbn_grad_moments *g, fbn_planes 
             sum[j] = wget(lanes + j * WIDTH);
             product[j] = wget(lanes + FBN_LANES + j * WIDTH);
         }
-        for (int64_t i = c * p.inner; i < (c + 1) * p.inner; i += TURN)
+        const int64_t end = c * p.step + p.inner;
+        for (int64_t i = c * p.step; i < end; i += TURN)
             for (int64_t k = 0; k < p.images; k++)
-                NAME(grad_moments_run)(g, k * p.apart + i, k * p.apart + NAME(least)(i + TURN, (c + 1) * p.inner), &l,
-                                       mean, sum, product, activation, has_residual);
+                NAME(grad_moments_run)(g, k * p.apart + i, k * p.apart + NAME(least)(i + TURN, end), &l, mean, sum,
+                                       product, activation, has_residual);
         for (int j = 0; j < STEP; j++) {
             wput(lanes + j * WIDTH, sum[j]);
             wput(lanes + FBN_LANES + j * WIDTH, product[j]);
@@ -62,7 +76,7 @@ FBN_INLINE void NAME(grad_moments_planes)(const fbn_grad_moments *g, fbn_planes 
 }
 
 static void NAME(grad_moments_cf)(const fbn_grad_moments *g, fbn_planes p, double *lanes) {
-    switch (g->activation) {
+    switch (OWN_LOOPS ? g->activation : -1) {
     case FBN_IDENTITY:
         NAME(grad_moments_planes)(g, p, lanes, FBN_IDENTITY, 0);
         break;
@@ -70,6 +84,8 @@ static void NAME(grad_moments_cf)(const fbn_grad_moments *g, fbn_planes p, doubl
         if (g->residual) NAME(grad_moments_planes)(g, p, lanes, FBN_RELU, 1);
         else NAME(grad_moments_planes)(g, p, lanes, FBN_RELU, 0);
         break;
+    default:
+        NAME(grad_moments_planes)(g, p, lanes, g->activation, g->residual != NULL);
     }
 }
 
@@ -77,7 +93,7 @@ static void NAME(grad_moments_cf)(const fbn_grad_moments *g, fbn_planes p, doubl
 enum { NAME(GRAD_MOMENTS_ROWS) = 4 };
 
 FBN_INLINE void NAME(grad_moments_rows)(const fbn_grad_moments *g, int64_t at, int64_t channels, int rows,
-                                        int64_t apart, double *sums, double *products, fbn_activation activation,
+                                        int64_t apart, double *sums, double *products, int activation,
                                         int has_residual) {
     const elem *dy = g->dy, *x = g->x, *residual = has_residual ? g->residual : g->x;
     for (int64_t c = 0; c < channels; c += WIDTH) {
@@ -99,7 +115,7 @@ FBN_INLINE void NAME(grad_moments_rows)(const fbn_grad_moments *g, int64_t at, i
 }
 
 FBN_INLINE void NAME(grad_moments_all)(const fbn_grad_moments *g, int64_t rows, int64_t channels, double *sums,
-                                       double *products, fbn_activation activation, int has_residual) {
+                                       double *products, int activation, int has_residual) {
     enum { ROWS = NAME(GRAD_MOMENTS_ROWS) };
     const int64_t times = rows / ROWS;
     for (int64_t r = 0; r < times; r++)
@@ -111,7 +127,7 @@ FBN_INLINE void NAME(grad_moments_all)(const fbn_grad_moments *g, int64_t rows, 
 
 static void NAME(grad_moments_cl)(const fbn_grad_moments *g, int64_t rows, int64_t channels, double *sums,
                                   double *products) {
-    switch (g->activation) {
+    switch (OWN_LOOPS ? g->activation : -1) {
     case FBN_IDENTITY:
         NAME(grad_moments_all)(g, rows, channels, sums, products, FBN_IDENTITY, 0);
         break;
@@ -119,5 +135,7 @@ static void NAME(grad_moments_cl)(const fbn_grad_moments *g, int64_t rows, int64
         if (g->residual) NAME(grad_moments_all)(g, rows, channels, sums, products, FBN_RELU, 1);
         else NAME(grad_moments_all)(g, rows, channels, sums, products, FBN_RELU, 0);
         break;
+    default:
+        NAME(grad_moments_all)(g, rows, channels, sums, products, g->activation, g->residual != NULL);
     }
 }

@@ -3,6 +3,7 @@
 /* A channel's (cf) or a vector of channels' (cl) constants. */
 typedef struct {
     vec prescale, neg_mean, scale, shift, shift_low;
+    real slope;
 } NAME(line);
 
 /* Constants from channel c on: of that channel in every lane (period 0), or of the next channel in each. */
@@ -12,9 +13,9 @@ FBN_INLINE vec NAME(constant_at)(const void *constants, int64_t c, int64_t perio
 }
 
 FBN_INLINE NAME(line) NAME(line_at)(const fbn_line *l, int64_t c, int64_t period) {
-    return (NAME(line)){NAME(constant_at)(l->prescale, c, period), NAME(constant_at)(l->neg_mean, c, period),
-                        NAME(constant_at)(l->scale, c, period), NAME(constant_at)(l->shift, c, period),
-                        NAME(constant_at)(l->shift_low, c, period)};
+    return (NAME(line)){NAME(constant_at)(l->prescale, c, period),  NAME(constant_at)(l->neg_mean, c, period),
+                        NAME(constant_at)(l->scale, c, period),     NAME(constant_at)(l->shift, c, period),
+                        NAME(constant_at)(l->shift_low, c, period), (real)l->slope};
 }
 
 /* Constants where a vector runs from channel c, of which it holds `left` elements, into the next ones of `inner` each.
@@ -26,10 +27,10 @@ FBN_INLINE vec NAME(constant_over)(const void *constants, int64_t c, int64_t lef
 }
 
 FBN_INLINE NAME(line) NAME(line_over)(const fbn_line *l, int64_t c, int64_t left, int64_t inner) {
-    return (NAME(line)){NAME(constant_over)(l->prescale, c, left, inner),
-                        NAME(constant_over)(l->neg_mean, c, left, inner), NAME(constant_over)(l->scale, c, left, inner),
-                        NAME(constant_over)(l->shift, c, left, inner),
-                        NAME(constant_over)(l->shift_low, c, left, inner)};
+    return (NAME(line)){
+        NAME(constant_over)(l->prescale, c, left, inner),  NAME(constant_over)(l->neg_mean, c, left, inner),
+        NAME(constant_over)(l->scale, c, left, inner),     NAME(constant_over)(l->shift, c, left, inner),
+        NAME(constant_over)(l->shift_low, c, left, inner), (real)l->slope};
 }
 
 /* The channel that is n elements on. */
@@ -52,37 +53,31 @@ FBN_INLINE vec NAME(preactivation)(vec x, vec residual, const NAME(line) * l, in
     return vadd(vfma(d, l->scale, sum), vzero_nan(vadd(lost, l->shift_low)));
 }
 
-FBN_INLINE vec NAME(activate)(vec z, fbn_activation activation) { return activation == FBN_RELU ? vrelu(z) : z; }
-
-/* dy times the activation's slope at z. */
-FBN_INLINE vec NAME(activation_gradient)(vec dy, vec z, fbn_activation activation) {
-    return activation == FBN_RELU ? vkeep_if_positive(z, dy) : dy;
-}
-
 FBN_INLINE int64_t NAME(least)(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* Elements from p to the first address that is aligned to a vector. */
 FBN_INLINE int64_t NAME(misaligned)(const elem *p) { return (int64_t)(-((uintptr_t)p / sizeof(elem)) % WIDTH); }
 
-/* What a map goes through: `count` runs of `length` contiguous elements, one after the other, and that `streams` times,
- * `apart` from one to the next, in turns. */
+/* What a map goes through: `count` runs of `length` contiguous elements, `step` from one to the next, and that
+ * `streams` times, `apart` from one to the next, in turns. */
 typedef struct {
-    int64_t count, length, streams, apart;
+    int64_t count, step, length, streams, apart;
 } NAME(runs);
 
 FBN_INLINE NAME(runs) NAME(runs_of_planes)(fbn_planes p) {
-    return (NAME(runs)){p.channels, p.inner, p.images, p.apart};
+    return (NAME(runs)){p.channels, p.step, p.inner, p.images, p.apart};
 }
 
 /* Rows are one run, or FBN_STREAMS of a length. */
 FBN_INLINE NAME(runs) NAME(runs_of_rows)(int64_t rows, int64_t channels) {
     const int64_t streams = rows % FBN_STREAMS ? 1 : FBN_STREAMS, length = rows / streams * channels;
-    return (NAME(runs)){1, length, streams, length};
+    return (NAME(runs)){1, length, length, streams, length};
 }
 
 /* Whether planes are so small, and their ends so ragged, that vectors should run on from one into the next. */
 FBN_INLINE int NAME(joins)(NAME(runs) r, int stream) {
-    return r.count > 1 && (stream || r.length > 4 * WIDTH) && r.length < FBN_SMALL_PLANE && r.length % WIDTH;
+    return r.count > 1 && r.step == r.length && (stream || r.length > 4 * WIDTH) && r.length < FBN_SMALL_PLANE &&
+           r.length % WIDTH;
 }
 
 /* Elements of a turn: all that there are, where the data is in the cache or the streams do not share their alignment.

@@ -27,9 +27,9 @@ FBN_INLINE void NAME(moments_run)(const elem *x, int64_t i, int64_t end, wide or
 static void NAME(moments_cf)(const void *x_, fbn_planes p, const double *origin, double *lanes) {
     enum { STEP = FBN_LANES / WIDTH, TURN = FBN_TURN / sizeof(elem) };
     const elem *x = x_;
-    for (int64_t c = 0; c < p.channels; c++, x += p.inner, lanes += 2 * FBN_LANES) {
+    for (int64_t c = 0; c < p.channels; c++, x += p.step, lanes += 2 * FBN_LANES) {
         const wide o = wset(origin[c]);
-        const vec fill = vset((elem)origin[c]);
+        const vec fill = vset((real)origin[c]);
         wide sum[STEP], square[STEP];
         for (int j = 0; j < STEP; j++) {
             sum[j] = wget(lanes + j * WIDTH);
@@ -77,4 +77,15 @@ static void NAME(moments_cl)(const void *x_, int64_t rows, int64_t channels, con
     for (int64_t r = ROWS * times; r < rows; r++, x += channels)
         for (int64_t c = 0; c < channels; c += WIDTH)
             NAME(moments_rows)(x + c, 1, NAME(least)(channels - c, WIDTH), 0, wget(origin + c), sums + c, squares + c);
+}
+
+/* The median of three values of each channel, so that one outlier does not matter. */
+static void NAME(set_origin)(const void *first_, const void *middle_, const void *last_, int64_t n, int64_t apart,
+                             double *origin) {
+    const elem *first = first_, *middle = middle_, *last = last_;
+    for (int64_t c = 0; c < n; c++) {
+        const double a = value_of(first + c * apart), b = value_of(middle + c * apart), d = value_of(last + c * apart);
+        const double low = a < b ? a : b, high = a < b ? b : a, median = d < low ? low : d > high ? high : d;
+        origin[c] = isfinite(median) ? median : 0;
+    }
 }

@@ -1,8 +1,9 @@
-/* avx2.h: the vector vocabulary on AVX2 with FMA. See baseline.h for what each operation means. */
+/* avx2.h: the vector vocabulary on AVX2 with FMA and F16C. See baseline.h for what each operation means. */
 #ifndef FBN_SIMD_H
 #define FBN_SIMD_H
 
 #include <immintrin.h>
+#include <string.h>
 
 #include "../kernels.h"
 
@@ -14,6 +15,7 @@ FBN_INLINE __m256i f64_first(int64_t n) {
     return _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3));
 }
 FBN_INLINE f64_vec f64_set(double s) { return _mm256_set1_pd(s); }
+FBN_INLINE double f64_value(const double *p) { return *p; }
 FBN_INLINE f64_vec f64_load(const double *p) { return _mm256_loadu_pd(p); }
 FBN_INLINE f64_vec f64_load_n(const double *p, int64_t n, f64_vec fill) {
     const __m256i first = f64_first(n);
@@ -33,6 +35,19 @@ FBN_INLINE f64_vec f64_relu(f64_vec a) { return _mm256_max_pd(_mm256_setzero_pd(
 FBN_INLINE f64_vec f64_keep_if_positive(f64_vec z, f64_vec a) {
     return _mm256_and_pd(_mm256_cmp_pd(z, _mm256_setzero_pd(), _CMP_NLE_UQ), a);
 }
+FBN_INLINE f64_vec f64_div(f64_vec a, f64_vec b) { return _mm256_div_pd(a, b); }
+FBN_INLINE f64_vec f64_min(f64_vec a, f64_vec b) { return _mm256_min_pd(a, b); }
+FBN_INLINE f64_vec f64_max(f64_vec a, f64_vec b) { return _mm256_max_pd(a, b); }
+FBN_INLINE f64_vec f64_where_less(f64_vec a, f64_vec b, f64_vec c, f64_vec d) {
+    return _mm256_blendv_pd(d, c, _mm256_cmp_pd(a, b, _CMP_LT_OQ));
+}
+FBN_INLINE f64_vec f64_power_of_2(__m128i e) {
+    return _mm256_castsi256_pd(_mm256_slli_epi64(_mm256_cvtepi32_epi64(_mm_add_epi32(e, _mm_set1_epi32(1023))), 52));
+}
+FBN_INLINE f64_vec f64_ldexp(f64_vec a, f64_vec k) {
+    const __m128i e = _mm256_cvtpd_epi32(k), half = _mm_srai_epi32(e, 1);
+    return f64_mul(f64_mul(a, f64_power_of_2(half)), f64_power_of_2(_mm_sub_epi32(e, half)));
+}
 FBN_INLINE f64_vec f64_zero_nan(f64_vec a) { return _mm256_and_pd(_mm256_cmp_pd(a, a, _CMP_ORD_Q), a); }
 
 /* float32 */
@@ -43,6 +58,7 @@ FBN_INLINE __m256i f32_first(int64_t n) {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32((int)n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
 FBN_INLINE f32_vec f32_set(float s) { return _mm256_set1_ps(s); }
+FBN_INLINE double f32_value(const float *p) { return *p; }
 FBN_INLINE f32_vec f32_load(const float *p) { return _mm256_loadu_ps(p); }
 FBN_INLINE f32_vec f32_load_n(const float *p, int64_t n, f32_vec fill) {
     const __m256i first = f32_first(n);
@@ -61,6 +77,19 @@ FBN_INLINE f32_vec f32_fma(f32_vec a, f32_vec b, f32_vec c) { return _mm256_fmad
 FBN_INLINE f32_vec f32_relu(f32_vec a) { return _mm256_max_ps(_mm256_setzero_ps(), a); }
 FBN_INLINE f32_vec f32_keep_if_positive(f32_vec z, f32_vec a) {
     return _mm256_and_ps(_mm256_cmp_ps(z, _mm256_setzero_ps(), _CMP_NLE_UQ), a);
+}
+FBN_INLINE f32_vec f32_div(f32_vec a, f32_vec b) { return _mm256_div_ps(a, b); }
+FBN_INLINE f32_vec f32_min(f32_vec a, f32_vec b) { return _mm256_min_ps(a, b); }
+FBN_INLINE f32_vec f32_max(f32_vec a, f32_vec b) { return _mm256_max_ps(a, b); }
+FBN_INLINE f32_vec f32_where_less(f32_vec a, f32_vec b, f32_vec c, f32_vec d) {
+    return _mm256_blendv_ps(d, c, _mm256_cmp_ps(a, b, _CMP_LT_OQ));
+}
+FBN_INLINE f32_vec f32_power_of_2(__m256i e) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(e, _mm256_set1_epi32(127)), 23));
+}
+FBN_INLINE f32_vec f32_ldexp(f32_vec a, f32_vec k) {
+    const __m256i e = _mm256_cvtps_epi32(k), half = _mm256_srai_epi32(e, 1);
+    return f32_mul(f32_mul(a, f32_power_of_2(half)), f32_power_of_2(_mm256_sub_epi32(e, half)));
 }
 FBN_INLINE f32_vec f32_zero_nan(f32_vec a) { return _mm256_and_ps(_mm256_cmp_ps(a, a, _CMP_ORD_Q), a); }
 
@@ -90,6 +119,84 @@ FBN_INLINE f32_wide f32_wide_sub(f32_wide a, f32_wide b) {
 FBN_INLINE f32_wide f32_wide_fma(f32_wide a, f32_wide b, f32_wide c) {
     return (f32_wide){f64_fma(a.lo, b.lo, c.lo), f64_fma(a.hi, b.hi, c.hi)};
 }
+
+/* 16-bit elements, computed with in float32 */
+FBN_INLINE __m128i half_load(const uint16_t *p) { return _mm_loadu_si128((const __m128i *)p); }
+/* The first n of up to 3 elements. */
+FBN_INLINE uint64_t half_few(const uint16_t *p, int64_t n) {
+    uint32_t two = 0;
+    if (n & 2) memcpy(&two, p, sizeof two);
+    return n & 1 ? two | (uint64_t)p[n & 2] << 16 * (n & 2) : two;
+}
+FBN_INLINE __m128i half_load_n(const uint16_t *p, int64_t n) {
+    if (n >= F32_WIDTH) return half_load(p);
+    uint64_t four;
+    if (n < 4) return _mm_set_epi64x(0, (long long)half_few(p, n));
+    memcpy(&four, p, sizeof four);
+    return _mm_set_epi64x((long long)half_few(p + 4, n - 4), (long long)four);
+}
+FBN_INLINE void half_store(uint16_t *p, __m128i a) { _mm_storeu_si128((__m128i *)p, a); }
+FBN_INLINE void half_store_n(uint16_t *p, __m128i a, int64_t n) {
+    if (n >= F32_WIDTH) {
+        half_store(p, a);
+        return;
+    }
+    uint64_t rest = (uint64_t)_mm_cvtsi128_si64(a);
+    if (n & 4) {
+        memcpy(p, &rest, 4 * sizeof *p);
+        rest = (uint64_t)_mm_extract_epi64(a, 1);
+        p += 4;
+    }
+    if (n & 2) {
+        memcpy(p, &rest, 2 * sizeof *p);
+        rest >>= 32;
+        p += 2;
+    }
+    if (n & 1) memcpy(p, &rest, sizeof *p);
+}
+FBN_INLINE void half_stream(uint16_t *p, __m128i a) { _mm_stream_si128((__m128i *)p, a); }
+FBN_INLINE f32_vec f32_first_of(f32_vec a, int64_t n, f32_vec fill) {
+    return _mm256_blendv_ps(fill, a, _mm256_castsi256_ps(f32_first(n)));
+}
+
+/* float16 */
+FBN_INLINE __m128i f16_round(f32_vec a) { return _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+FBN_INLINE double f16_value(const uint16_t *p) { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(*p))); }
+FBN_INLINE f32_vec f16_load(const uint16_t *p) { return _mm256_cvtph_ps(half_load(p)); }
+FBN_INLINE f32_vec f16_load_n(const uint16_t *p, int64_t n, f32_vec fill) {
+    return f32_first_of(_mm256_cvtph_ps(half_load_n(p, n)), n, fill);
+}
+FBN_INLINE void f16_store(uint16_t *p, f32_vec a) { half_store(p, f16_round(a)); }
+FBN_INLINE void f16_store_n(uint16_t *p, f32_vec a, int64_t n) { half_store_n(p, f16_round(a), n); }
+FBN_INLINE void f16_stream(uint16_t *p, f32_vec a) { half_stream(p, f16_round(a)); }
+FBN_INLINE f32_wide f16_wide_load(const uint16_t *p) { return f32_widen(f16_load(p)); }
+
+/* bfloat16 */
+FBN_INLINE f32_vec bf16_exact(__m128i a) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(a), 16));
+}
+FBN_INLINE __m128i bf16_round(f32_vec a) {
+    const __m256i bits = _mm256_castps_si256(a), high = _mm256_srli_epi32(bits, 16);
+    const __m256i odd = _mm256_and_si256(high, _mm256_set1_epi32(1));
+    const __m256i up = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    const __m256i quiet = _mm256_or_si256(high, _mm256_set1_epi32(0x40));
+    const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+    const __m256i rounded = _mm256_blendv_epi8(_mm256_srli_epi32(up, 16), quiet, is_nan);
+    return _mm_packus_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1));
+}
+FBN_INLINE double bf16_value(const uint16_t *p) {
+    return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128((int)((uint32_t)*p << 16))));
+}
+FBN_INLINE f32_vec bf16_load(const uint16_t *p) { return bf16_exact(half_load(p)); }
+FBN_INLINE f32_vec bf16_load_n(const uint16_t *p, int64_t n, f32_vec fill) {
+    return f32_first_of(bf16_exact(half_load_n(p, n)), n, fill);
+}
+FBN_INLINE void bf16_store(uint16_t *p, f32_vec a) { half_store(p, bf16_round(a)); }
+FBN_INLINE void bf16_store_n(uint16_t *p, f32_vec a, int64_t n) { half_store_n(p, bf16_round(a), n); }
+FBN_INLINE void bf16_stream(uint16_t *p, f32_vec a) { half_stream(p, bf16_round(a)); }
+FBN_INLINE f32_wide bf16_wide_load(const uint16_t *p) { return f32_widen(bf16_load(p)); }
+
+enum { OWN_LOOPS = 1 };
 
 FBN_INLINE void prefetch(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }
 FBN_INLINE void stream_fence(void) { _mm_sfence(); }

@@ -12,6 +12,7 @@ enum { F64_WIDTH = 8 };
 
 FBN_INLINE __mmask8 f64_first(int64_t n) { return (__mmask8)((1u << n) - 1u); }
 FBN_INLINE f64_vec f64_set(double s) { return _mm512_set1_pd(s); }
+FBN_INLINE double f64_value(const double *p) { return *p; }
 FBN_INLINE f64_vec f64_load(const double *p) { return _mm512_loadu_pd(p); }
 FBN_INLINE f64_vec f64_load_n(const double *p, int64_t n, f64_vec fill) {
     return _mm512_mask_loadu_pd(fill, f64_first(n), p);
@@ -28,6 +29,13 @@ FBN_INLINE f64_vec f64_relu(f64_vec a) { return _mm512_max_pd(_mm512_setzero_pd(
 FBN_INLINE f64_vec f64_keep_if_positive(f64_vec z, f64_vec a) {
     return _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(z, _mm512_setzero_pd(), _CMP_NLE_UQ), a);
 }
+FBN_INLINE f64_vec f64_div(f64_vec a, f64_vec b) { return _mm512_div_pd(a, b); }
+FBN_INLINE f64_vec f64_min(f64_vec a, f64_vec b) { return _mm512_min_pd(a, b); }
+FBN_INLINE f64_vec f64_max(f64_vec a, f64_vec b) { return _mm512_max_pd(a, b); }
+FBN_INLINE f64_vec f64_where_less(f64_vec a, f64_vec b, f64_vec c, f64_vec d) {
+    return _mm512_mask_blend_pd(_mm512_cmp_pd_mask(a, b, _CMP_LT_OQ), d, c);
+}
+FBN_INLINE f64_vec f64_ldexp(f64_vec a, f64_vec k) { return _mm512_scalef_pd(a, k); }
 FBN_INLINE f64_vec f64_zero_nan(f64_vec a) { return _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(a, a, _CMP_ORD_Q), a); }
 
 /* float32 */
@@ -36,6 +44,7 @@ enum { F32_WIDTH = 16 };
 
 FBN_INLINE __mmask16 f32_first(int64_t n) { return (__mmask16)((1u << n) - 1u); }
 FBN_INLINE f32_vec f32_set(float s) { return _mm512_set1_ps(s); }
+FBN_INLINE double f32_value(const float *p) { return *p; }
 FBN_INLINE f32_vec f32_load(const float *p) { return _mm512_loadu_ps(p); }
 FBN_INLINE f32_vec f32_load_n(const float *p, int64_t n, f32_vec fill) {
     return _mm512_mask_loadu_ps(fill, f32_first(n), p);
@@ -52,6 +61,13 @@ FBN_INLINE f32_vec f32_relu(f32_vec a) { return _mm512_max_ps(_mm512_setzero_ps(
 FBN_INLINE f32_vec f32_keep_if_positive(f32_vec z, f32_vec a) {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(z, _mm512_setzero_ps(), _CMP_NLE_UQ), a);
 }
+FBN_INLINE f32_vec f32_div(f32_vec a, f32_vec b) { return _mm512_div_ps(a, b); }
+FBN_INLINE f32_vec f32_min(f32_vec a, f32_vec b) { return _mm512_min_ps(a, b); }
+FBN_INLINE f32_vec f32_max(f32_vec a, f32_vec b) { return _mm512_max_ps(a, b); }
+FBN_INLINE f32_vec f32_where_less(f32_vec a, f32_vec b, f32_vec c, f32_vec d) {
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), d, c);
+}
+FBN_INLINE f32_vec f32_ldexp(f32_vec a, f32_vec k) { return _mm512_scalef_ps(a, k); }
 FBN_INLINE f32_vec f32_zero_nan(f32_vec a) { return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, a, _CMP_ORD_Q), a); }
 
 /* float32 widened to float64 */
@@ -80,6 +96,54 @@ FBN_INLINE f32_wide f32_wide_sub(f32_wide a, f32_wide b) {
 FBN_INLINE f32_wide f32_wide_fma(f32_wide a, f32_wide b, f32_wide c) {
     return (f32_wide){f64_fma(a.lo, b.lo, c.lo), f64_fma(a.hi, b.hi, c.hi)};
 }
+
+/* 16-bit elements, computed with in float32 */
+FBN_INLINE __m256i half_load(const uint16_t *p) { return _mm256_loadu_si256((const __m256i *)p); }
+FBN_INLINE __m256i half_load_n(const uint16_t *p, int64_t n) { return _mm256_maskz_loadu_epi16(f32_first(n), p); }
+FBN_INLINE void half_store(uint16_t *p, __m256i a) { _mm256_storeu_si256((__m256i *)p, a); }
+FBN_INLINE void half_store_n(uint16_t *p, __m256i a, int64_t n) { _mm256_mask_storeu_epi16(p, f32_first(n), a); }
+FBN_INLINE void half_stream(uint16_t *p, __m256i a) { _mm256_stream_si256((__m256i *)p, a); }
+FBN_INLINE f32_vec f32_first_of(f32_vec a, int64_t n, f32_vec fill) {
+    return _mm512_mask_blend_ps(f32_first(n), fill, a);
+}
+
+/* float16 */
+FBN_INLINE __m256i f16_round(f32_vec a) { return _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+FBN_INLINE double f16_value(const uint16_t *p) { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(*p))); }
+FBN_INLINE f32_vec f16_load(const uint16_t *p) { return _mm512_cvtph_ps(half_load(p)); }
+FBN_INLINE f32_vec f16_load_n(const uint16_t *p, int64_t n, f32_vec fill) {
+    return f32_first_of(_mm512_cvtph_ps(half_load_n(p, n)), n, fill);
+}
+FBN_INLINE void f16_store(uint16_t *p, f32_vec a) { half_store(p, f16_round(a)); }
+FBN_INLINE void f16_store_n(uint16_t *p, f32_vec a, int64_t n) { half_store_n(p, f16_round(a), n); }
+FBN_INLINE void f16_stream(uint16_t *p, f32_vec a) { half_stream(p, f16_round(a)); }
+FBN_INLINE f32_wide f16_wide_load(const uint16_t *p) { return f32_widen(f16_load(p)); }
+
+/* bfloat16. By integers, since vcvtneps2bf16 takes subnormals for 0. */
+FBN_INLINE f32_vec bf16_exact(__m256i a) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(a), 16));
+}
+FBN_INLINE __m256i bf16_round(f32_vec a) {
+    const __m512i bits = _mm512_castps_si512(a), high = _mm512_srli_epi32(bits, 16);
+    const __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
+    const __m512i up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __mmask16 is_nan = _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
+    return _mm512_cvtepi32_epi16(
+        _mm512_mask_or_epi32(_mm512_srli_epi32(up, 16), is_nan, high, _mm512_set1_epi32(0x40)));
+}
+FBN_INLINE double bf16_value(const uint16_t *p) {
+    return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128((int)((uint32_t)*p << 16))));
+}
+FBN_INLINE f32_vec bf16_load(const uint16_t *p) { return bf16_exact(half_load(p)); }
+FBN_INLINE f32_vec bf16_load_n(const uint16_t *p, int64_t n, f32_vec fill) {
+    return f32_first_of(bf16_exact(half_load_n(p, n)), n, fill);
+}
+FBN_INLINE void bf16_store(uint16_t *p, f32_vec a) { half_store(p, bf16_round(a)); }
+FBN_INLINE void bf16_store_n(uint16_t *p, f32_vec a, int64_t n) { half_store_n(p, bf16_round(a), n); }
+FBN_INLINE void bf16_stream(uint16_t *p, f32_vec a) { half_stream(p, bf16_round(a)); }
+FBN_INLINE f32_wide bf16_wide_load(const uint16_t *p) { return f32_widen(bf16_load(p)); }
+
+enum { OWN_LOOPS = 1 };
 
 FBN_INLINE void prefetch(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }
 FBN_INLINE void stream_fence(void) { _mm_sfence(); }

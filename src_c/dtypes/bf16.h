@@ -1,0 +1,37 @@
+/* bf16.h: bfloat16: stored in 16 bits, computed in float32, summed in float64. Binds the names that the kernels are
+ * written in. */
+#define DTYPE bf16
+#define elem uint16_t
+#define real float
+#define vec f32_vec
+#define WIDTH F32_WIDTH
+#define value_of bf16_value
+#define vset f32_set
+#define vload bf16_load
+#define vload_n bf16_load_n
+#define vstore bf16_store
+#define vstore_n bf16_store_n
+#define vstream bf16_stream
+#define vget f32_load
+#define vjoin f32_join
+#define vadd f32_add
+#define vsub f32_sub
+#define vmul f32_mul
+#define vdiv f32_div
+#define vmin f32_min
+#define vmax f32_max
+#define vwhere_less f32_where_less
+#define vldexp f32_ldexp
+#define vzero_nan f32_zero_nan
+#define vfma f32_fma
+#define vrelu f32_relu
+#define vkeep_if_positive f32_keep_if_positive
+#define wide f32_wide
+#define wset f32_wide_set
+#define wadd f32_wide_add
+#define wsub f32_wide_sub
+#define wfma f32_wide_fma
+#define widen f32_widen
+#define wload bf16_wide_load
+#define wget f32_wide_get
+#define wput f32_wide_put

@@ -1,0 +1,81 @@
+/* activations.h: what follows the normalization, and its slope. Definitions and slopes at kinks are PyTorch's.
+ *
+ * sigmoid(z) = 1 / (1 + e) for z >= 0 and e / (1 + e) for z < 0, with e = exp(-|z|), which cannot overflow; both
+ * factors of e meet at the end, so that subnormal results are rounded once. Within 2.5 ulp, as silu(z) = z sigmoid(z);
+ * their slopes are within 4 ulp of the terms that they add up.
+ */
+
+/* z * sigmoid(z), or sigmoid(z) alone. */
+FBN_INLINE vec NAME(sigmoid)(vec z, int times_z) {
+    const vec zero = vset(0), one = vset(1);
+    const NAME(scaled) e = NAME(exp_of_minus)(z);
+    const vec left = times_z ? vmul(vmax(vset(-NAME(FAR)), z), e.mantissa) : e.mantissa;
+    const vec ratio = vdiv(vwhere_less(z, zero, left, times_z ? z : one), vadd(one, vldexp(e.mantissa, e.exponent)));
+    const vec below = vldexp(ratio, e.exponent);
+    return vwhere_less(z, zero, times_z ? vfma(z, zero, below) : below, ratio); /* silu(-inf) is NaN */
+}
+
+/* The slope of the same: s + z s (1 - s), or s (1 - s), where 1 - s = sigmoid(-z). */
+FBN_INLINE vec NAME(sigmoid_slope)(vec z, int times_z) {
+    const vec zero = vset(0), one = vset(1);
+    const NAME(scaled) e = NAME(exp_of_minus)(z);
+    const vec high = vdiv(one, vadd(one, vldexp(e.mantissa, e.exponent))), low = vmul(e.mantissa, high);
+    if (!times_z) return vldexp(vmul(low, high), e.exponent);
+    const vec below = vldexp(vmul(low, vfma(vmax(vset(-NAME(FAR)), z), high, one)), e.exponent);
+    const vec above = vfma(vmul(z, high), vldexp(low, e.exponent), high);
+    return vfma(z, zero, vwhere_less(z, zero, below, above)); /* NaN at both infinities */
+}
+
+/* Not inlined: a call costs little beside what it does, and so the loops need not be there once for each. */
+FBN_APART vec NAME(other)(vec z, real slope, int activation) {
+    switch (activation) {
+    case FBN_RELU6:
+        return vmin(vset(6), vrelu(z));
+    case FBN_LEAKY_RELU:
+        return vwhere_less(vset(0), z, z, vmul(z, vset(slope)));
+    case FBN_SILU:
+    case FBN_SIGMOID:
+        return NAME(sigmoid)(z, activation == FBN_SILU);
+    case FBN_HARDSWISH:
+        return vmul(z, vmul(vmin(vset(6), vrelu(vadd(z, vset(3)))), vset((real)(1.0 / 6))));
+    default:
+        return z;
+    }
+}
+
+FBN_APART vec NAME(other_gradient)(vec dy, vec z, real slope, int activation) {
+    const vec zero = vset(0);
+    switch (activation) {
+    case FBN_RELU6:
+        return vwhere_less(zero, z, vwhere_less(z, vset(6), dy, zero), zero);
+    case FBN_LEAKY_RELU:
+        return vwhere_less(zero, z, dy, vmul(dy, vset(slope)));
+    case FBN_SILU:
+    case FBN_SIGMOID:
+        return vmul(dy, NAME(sigmoid_slope)(z, activation == FBN_SILU));
+    case FBN_HARDSWISH: {
+        const vec between = vmul(dy, vfma(z, vset((real)(1.0 / 3)), vset((real)0.5)));
+        const vec below = vwhere_less(vset(-3), z, between, zero);
+        return vwhere_less(z, vset(3), below, vmul(dy, vmin(vset(1), z))); /* NaN stays */
+    }
+    default:
+        return dy;
+    }
+}
+
+FBN_INLINE vec NAME(activate)(vec z, const NAME(line) * l, int activation) {
+    if (activation == FBN_IDENTITY) return z;
+    return activation == FBN_RELU ? vrelu(z) : NAME(other)(z, l->slope, activation);
+}
+
+/* dy times the activation's slope at z. */
+FBN_INLINE vec NAME(activation_gradient)(vec dy, vec z, const NAME(line) * l, int activation) {
+    if (activation == FBN_IDENTITY) return dy;
+    if (activation == FBN_RELU) return vkeep_if_positive(z, dy);
+    return NAME(other_gradient)(dy, z, l->slope, activation);
+}
+
+/* z from y = activation(z), for the two that may be called in place. */
+FBN_INLINE vec NAME(inverse)(vec y, const NAME(line) * l, int activation) {
+    return activation == (FBN_LEAKY_RELU | FBN_FROM_Y) ? vwhere_less(vset(0), y, y, vdiv(y, vset(l->slope))) : y;
+}
