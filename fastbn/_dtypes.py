@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -11,11 +12,40 @@ DType = np.dtype[Any]
 FLOAT32: DType = np.dtype(np.float32)
 FLOAT64: DType = np.dtype(np.float64)
 
-STATISTICS: dict[DType, DType] = {FLOAT32: FLOAT32, FLOAT64: FLOAT64}
-"""Data dtype -> statistics dtype, for every dtype that data can have."""
 
-PLANNED = ("float16", "bfloat16")
-"""In the contract, but not in this version."""
+class Kind(NamedTuple):
+    """What is particular to a dtype of data."""
+
+    name: str
+    statistics: DType
+    """Its statistics dtype."""
+    eps: float
+    """The distance from 1 to the next number."""
+
+
+KINDS = {
+    "float16": Kind("float16", FLOAT32, 2.0**-10),
+    "bfloat16": Kind("bfloat16", FLOAT32, 2.0**-7),
+    "float32": Kind("float32", FLOAT32, 2.0**-23),
+    "float64": Kind("float64", FLOAT64, 2.0**-52),
+}
+"""By name, since bfloat16 is a dtype of ml_dtypes, which only those need who have such data."""
+
+
+@lru_cache(maxsize=64)  # a dtype's name takes longer than all else that is asked about a small array
+def find(dtype: DType) -> Kind | None:
+    """The entry of a dtype, in any byte order; None if data cannot have it."""
+    return KINDS.get(dtype.name)
+
+
+def kind_of(dtype: DType) -> Kind:
+    """The entry of a dtype that data can have, in any byte order."""
+    return find(dtype) or KINDS[dtype.name]
+
+
+def native(dtype: DType) -> DType:
+    """The dtype in this machine's byte order."""
+    return dtype if dtype.isnative else dtype.newbyteorder("=")
 
 
 def is_float(dtype: DType) -> bool:
