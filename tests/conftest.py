@@ -43,17 +43,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(params=cases.KERNELS, ids=str)
 def kernel(request: pytest.FixtureRequest) -> Iterator[cases.Kernel]:
     """Runs the test once per backend and instruction set, which calls that name no backend then use."""
-    chosen: cases.Kernel = request.param
-    with fastbn.use_backend(chosen.backend):
-        if chosen.isa is None:
-            yield chosen
-            return
-        from fastbn.backends import c_backend
-
-        before = c_backend.isa()
-        c_backend.select_isa(chosen.isa)
-        yield chosen
-        c_backend.select_isa(before)
+    with cases.running_on(request.param):
+        yield request.param
 
 
 @pytest.fixture(params=cases.DTYPES)

@@ -220,7 +220,7 @@ def solved(make: Callable[[], Problem]) -> tuple[Problem, Array, Array, dict[str
     var = np.minimum(batch.var, np.finfo(np.float32).max).astype(np.float32)
     given = oracle.forward(p.x, p.gamma, p.beta, mean, var, **options)
     answers = {
-        name: Solved(exact.y, oracle.bound(exact, p.gamma).astype(np.float64))
+        name: Solved(exact.y, oracle.bound(exact, p.gamma, activation=p.activation).astype(np.float64))
         for name, exact in (("batch", batch), ("given", given))
     }
     return p, mean, var, answers

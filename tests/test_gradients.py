@@ -67,9 +67,9 @@ EXTREMES: dict[str, Callable[[cases.Call], cases.Call]] = {
 def test_extremes(kernel: cases.Kernel, extreme: str) -> None:
     for shape in SHAPES:
         c = EXTREMES[extreme](cases.call(shape))
-        y, cache = fastbn.forward(c.x, c.gamma, c.beta, eps=0, activation="relu")
+        _, cache = fastbn.forward(c.x, c.gamma, c.beta, eps=0, activation="relu")
         exact = oracle.forward(c.x, c.gamma, c.beta, eps=0, activation="relu")
-        wanted = oracle.backward(c.dy, c.x, exact, c.gamma, passed=y)
+        wanted = oracle.backward(c.dy, exact, c.gamma, activation="relu")
         cases.assert_gradients(fastbn.backward(c.dy, cache), wanted, f"for {shape}")
 
 
@@ -133,7 +133,7 @@ def test_gradients_have_the_statistics_dtype(kernel: cases.Kernel, dtype: str) -
         dx, dgamma, dbeta = got = fastbn.backward(c.dy, cache)
         assert {a.dtype.name for a in (dx, dgamma, dbeta, got.dresidual)} == {dtype}
         exact = oracle.forward(c.x, c.gamma.astype(given), c.beta.astype(given))
-        cases.assert_gradients(got, oracle.backward(c.dy, c.x, exact, c.gamma.astype(given)))
+        cases.assert_gradients(got, oracle.backward(c.dy, exact, c.gamma.astype(given)))
 
 
 def test_a_cache_may_be_used_again(kernel: cases.Kernel, dtype: str) -> None:
