@@ -51,6 +51,8 @@ def isas() -> tuple[str, ...]:
 KERNELS = tuple(
     Kernel(backend, isa) for backend in fastbn.backends() for isa in (isas() if backend == "c" else (None,))
 )
+BACKENDS = tuple(next(kernel for kernel in KERNELS if kernel.backend == backend) for backend in fastbn.backends())
+"""Every backend once, with its best instruction set."""
 COMPILED = tuple(kernel for kernel in KERNELS if kernel.backend != "numpy")
 """Those that use several threads, and make no temporaries."""
 
@@ -119,8 +121,13 @@ def random_mask(shape: tuple[int, ...], axis: int = 1, seed: int = 0, least: int
 ROUNDING = oracle.ROUNDING
 
 
-def _worst(error: Array, allowed: Array) -> float:
-    assert not np.isnan(error).any(), "NaN among the results"
+def _worst(got: Array, exact: Array, allowed: Array) -> float:
+    """The largest error, in units of what is allowed; an infinity is right where the exact value rounds to it."""
+    assert not np.isnan(got).any(), "NaN among the results"
+    with np.errstate(invalid="ignore"):
+        error = abs(oracle.long(got) - exact)
+    beyond = abs(exact) + allowed >= oracle.FORMATS[got.dtype.name].largest
+    error[np.isinf(got) & beyond & (np.sign(exact) == np.sign(got))] = 0
     return float((error / allowed).max(initial=0))
 
 
@@ -135,13 +142,13 @@ def assert_y(
 ) -> None:
     """Is y within the contract's bound?"""
     allowed = oracle.bound(at, gamma, axis=axis, activation=activation, dtype=y.dtype)
-    worst = _worst(abs(oracle.long(y) - at.y), allowed)
+    worst = _worst(y, at.y, allowed)
     assert worst <= 1, f"|y - exact| is {worst:.3g} times what the contract allows {where}"
 
 
 def assert_sum(name: str, got: Array, exact: Array, terms: Array, slack: Array | float = 0, where: str = "") -> None:
     """A sum over a channel, kept in float64 and rounded once to its dtype."""
-    worst = _worst(abs(got - exact), oracle.ulp(exact, got.dtype) + terms * 1e-14 + slack)
+    worst = _worst(got, exact, oracle.ulp(exact, got.dtype) + terms * 1e-14 + slack)
     assert worst <= 1, f"{name} is {worst:.3g} times as far from exact as allowed {where}"
 
 
@@ -154,7 +161,7 @@ def assert_gradients(got: Any, wanted: oracle.Differentiated, where: str = "") -
     arithmetic = oracle.FORMATS[got.dx.dtype.name].arithmetic
     epsilon = oracle.ulp(1, arithmetic)
     allowed = 2 * ROUNDING[arithmetic] * epsilon * terms.dx + 4 * oracle.ulp(0, arithmetic) + slack.dx
-    worst = _worst(abs(oracle.long(got.dx) - exact.dx), allowed + _half(exact.dx, got.dx.dtype))
+    worst = _worst(got.dx, exact.dx, allowed + _half(exact.dx, got.dx.dtype))
     assert worst <= 1, f"dx is {worst:.3g} times as far from exact as allowed {where}"
     if got.dgamma is not None:
         assert_sum("dgamma", got.dgamma, exact.dgamma, terms.dgamma, slack.dgamma, where)
@@ -171,12 +178,25 @@ def _half(exact: Array, dtype: Any) -> Array | float:
     return oracle.ulp(exact, dtype) if np.dtype(dtype).itemsize == 2 else 0
 
 
-def assert_running(name: str, got: Array, old: Array, batch: Array, momentum: float, where: str = "") -> None:
-    """A running statistic after one more batch, within 2 ulp of the terms that it blends."""
+def assert_running(
+    name: str, got: Array, old: Array, batch: Array, momentum: float, where: str = "", *, size: Any = 0
+) -> None:
+    """A running statistic after one more batch, within 2 ulp of the terms that it blends.
+
+    `size` is that of the values whose sum, kept in float64, the batch's statistic is.
+    """
     exact = oracle.blended(old, batch, momentum)
     terms = oracle.blended(abs(old), abs(batch), momentum)
-    worst = _worst(abs(got - exact), 2 * oracle.ulp(terms, got.dtype) + terms * 1e-14)
+    worst = _worst(got, exact, 2 * oracle.ulp(terms, got.dtype) + np.maximum(terms, momentum * size) * 1e-14)
     assert worst <= 1, f"{name} is {worst:.3g} times as far from exact as allowed {where}"
+
+
+def assert_moments(got: Any, at: oracle.Normalized, x: Array, where: str = "") -> None:
+    """Moments: the mean and the sum of squares around it, kept in float64 and rounded once."""
+    size = np.full_like(at.mean, abs(oracle.long(x)).max(initial=0))
+    assert_sum("mean", got.mean, at.mean, size, where=where)
+    assert_sum("m2", got.m2, at.var * at.count, 10 * at.var * at.count, where=where)
+    assert_sum("var", got.var(), at.var, 10 * at.var, where=where)
 
 
 def check(
@@ -212,7 +232,8 @@ def check(
     assert_placed(y, c.x, target, where)
     assert_y(y, exact, c.gamma, axis=axis, activation=activation, where=where)
     if training:
-        assert_running("running_mean", mean, c.running_mean, exact.mean, momentum, where)
+        size = abs(oracle.long(c.x)).max(initial=0)
+        assert_running("running_mean", mean, c.running_mean, exact.mean, momentum, where, size=size)
         assert_running("running_var", var, c.running_var, oracle.unbiased(exact.var, exact.count), momentum, where)
     else:
         assert_same_bits((mean, var), (c.running_mean, c.running_var), where)
@@ -235,8 +256,12 @@ def assert_placed(result: Array, x: Array, out: Array | None, where: str = "") -
     assert result.dtype == native(x.dtype), where
     if out is not None:
         assert result is out, where
-    else:
-        assert result.strides == np.empty_like(x).strides, f"a result is in another memory order than x {where}"
+        return
+    squeezed = result.squeeze()
+    assert squeezed.strides == np.empty_like(squeezed).strides, f"a result is not dense {where}"
+    told = [axis for axis, size in enumerate(x.shape) if size > 1 and x.strides[axis]]
+    orders = (sorted(told, key=lambda axis, a=a: -abs(a.strides[axis])) for a in (x, result))
+    assert len(set(map(tuple, orders))) == 1, f"a result is in another memory order than x {where}"
 
 
 def assert_same_bits(a: Any, b: Any, where: str = "") -> None:

@@ -53,6 +53,11 @@ class Format(NamedTuple):
     smallest: int
     arithmetic: str
 
+    @property
+    def largest(self) -> Any:
+        """The largest number, and half a step: what lies beyond rounds to infinity."""
+        return np.ldexp(LONG(2) - np.ldexp(LONG(1), -self.fraction - 1), 1 - self.smallest)
+
 
 FORMATS = {
     "float16": Format(10, -14, "float32"),
@@ -61,14 +66,14 @@ FORMATS = {
     "float64": Format(52, -1022, "float64"),
 }
 ROUNDING = {"float32": 1, "float64": 32}
-"""Times the contract's bound. It is met for float32 (and halves), whose sums are kept in float64; the sums of float64
-data round like the data itself, and more the longer they are."""
+"""Times the contract's bound. It is met for float32 (and halves), which are computed in float64 where it matters; what
+float64 data adds up is rounded like the data itself, and more the longer it is."""
 
 
 def ulp(values: Array | float, dtype: Any = "float32") -> Array:
     """The distance of neighbouring numbers of `dtype` in the binade of |values|, which need not be of that dtype."""
     form = FORMATS[np.dtype(dtype).name]
-    _, exponent = np.frexp(np.abs(np.asarray(values, LONG)))
+    _, exponent = np.frexp(abs(long(values)))
     return np.ldexp(LONG(1), np.maximum(exponent - 1, form.smallest) - form.fraction)
 
 
@@ -133,10 +138,14 @@ def _change(f: Callable[[Array, float], Array], a: float, z: Array, by: Array) -
 
 @dataclass(frozen=True)
 class Normalized:
-    """Of a forward call: y, z (before the activation) and xhat in x's shape; mean, biased var, inv_std per channel."""
+    """Of a forward call: y, z (before the activation), the size of what z adds up, and xhat, all in x's shape.
+
+    And mean, biased var, inv_std per channel.
+    """
 
     y: Array
     z: Array
+    terms: Array
     xhat: Array
     mean: Array
     var: Array
@@ -173,29 +182,33 @@ def forward(
     channels = rows.shape[0]
     if mean is None or var is None:
         weight = counted(mask, x, axis)
-        first = _mean(rows, weight)
-        centred = rows - first
-        rest = _mean(centred, weight)  # what the rounding of the first mean left over
+        pivot = rows[:, [weight.argmax()]]  # the first value that counts: so a constant channel has exactly no variance
+        centred = rows - pivot
+        mean_ = _mean(centred, weight)
+        centred -= mean_
+        rest = _mean(centred, weight)  # what the rounding of the mean left over
         centred -= rest
-        mean_, var_, count = first + rest, _mean(centred * centred, weight), float(weight.sum())
+        mean_, var_, count = pivot + mean_ + rest, _mean(centred * centred, weight), float(weight.sum())
     else:
         mean_, var_ = _column(mean, 0, channels), _column(var, 1, channels)
         centred = rows - mean_
     with np.errstate(divide="ignore"):
         inv_std = np.where(var_ + LONG(eps) == 0, LONG(0), 1 / np.sqrt(var_ + LONG(eps)))
     xhat = centred * inv_std
-    z = xhat * _column(gamma, 1, channels) + _column(beta, 0, channels)
+    added = [xhat * _column(gamma, 1, channels), _column(beta, 0, channels)]
     if residual is not None:
-        z = z + rows_of(residual, axis)
+        added.append(rows_of(residual, axis))
+    z, terms = sum(added), sum(map(abs, added))
     f, a = curve(activation)
-    y, z, xhat = (shaped(part, x, axis) for part in (f.value(z, a), z, xhat))
+    parts = (shaped(part, x, axis) for part in (f.value(z, a), z, terms, xhat))
     count = float(rows.shape[1]) if count is None else count
-    return Normalized(y, z, xhat, mean_[:, 0], var_[:, 0], inv_std[:, 0], count)
+    return Normalized(*parts, mean_[:, 0], var_[:, 0], inv_std[:, 0], count)
 
 
 def _bound(at: Normalized, size: Array, gamma: Array | None, axis: int, arithmetic: str) -> Array:
     slope = abs(_column(gamma, 1, at.mean.shape[0]))
     scaled = shaped(2 * ulp(np.maximum(1, abs(rows_of(at.xhat, axis))), arithmetic) * slope, at.xhat, axis)
+    size = at.terms if arithmetic == "float64" else size
     return ROUNDING[arithmetic] * (scaled + ulp(size, arithmetic))
 
 
@@ -246,15 +259,19 @@ def backward(
     mask: Array | None = None,
     activation: Any = None,
     frozen: bool = False,
+    off: Array | None = None,
 ) -> Differentiated:
-    """Ioffe & Szegedy 2015, section 3; every position is normalized, those in the mask move the statistics as well."""
+    """Ioffe & Szegedy 2015, section 3; every position is normalized, those in the mask move the statistics as well.
+
+    `off` is how far each xhat may be off where it has to be found again from y.
+    """
     arithmetic = FORMATS[dy.dtype.name].arithmetic
     f, a = curve(activation)
     z, xhat, rows = (rows_of(part, axis) for part in (at.z, at.xhat, dy))
     weight = counted(mask, dy, axis) * (0 if frozen else 1 / LONG(at.count))
-    off = _change(f.slope, a, z, rows_of(_bound(at, at.z, gamma, axis, arithmetic), axis))
+    bend = _change(f.slope, a, z, rows_of(_bound(at, at.z, gamma, axis, arithmetic), axis))
     if f.terms is not None:
-        off = off + 2 * ulp(1, arithmetic) * f.terms(z, a)
+        bend = bend + 2 * ulp(1, arithmetic) * f.terms(z, a)
     slope = _column(gamma, 1, rows.shape[0]) * at.inv_std[:, np.newaxis]
 
     def parts(dz: Array, xhat: Array, larger: Array, slope: Array, sign: int) -> Parts:
@@ -263,11 +280,30 @@ def backward(
         return Parts(shaped(dx, at.y, axis), dgamma[:, 0], dbeta[:, 0], shaped(dz, at.y, axis))
 
     dz, size = rows * f.slope(z, a), np.maximum(1, abs(xhat))
-    return Differentiated(
-        exact=parts(dz, xhat, xhat, slope, -1),
-        terms=parts(abs(dz), abs(xhat), size, abs(slope), 1),
-        slack=parts(abs(rows) * off, abs(xhat), size, abs(slope), 1),
+    terms, slack = (parts(part, abs(xhat), size, abs(slope), 1) for part in (abs(dz), abs(rows) * bend))
+    if off is not None:
+        away = rows_of(off, axis)
+        dgamma = (abs(dz) * away).sum(axis=1)
+        dx = abs(slope) * weight * (abs(xhat) * dgamma[:, np.newaxis] + away * terms.dgamma[:, np.newaxis])
+        slack = slack._replace(dx=slack.dx + shaped(dx, at.y, axis), dgamma=slack.dgamma + dgamma)
+    return Differentiated(parts(dz, xhat, xhat, slope, -1), terms, slack)
+
+
+def found_again(
+    at: Normalized,
+    gamma: Array | None = None,
+    *,
+    axis: int = 1,
+    activation: Any = None,
+    dtype: Any = "float32",
+) -> Array:
+    """How far xhat may be off that is found again from y: y's error, and the roundings on the way back, over gamma."""
+    f, a = curve(activation)
+    error = rows_of(bound(at, gamma, axis=axis, activation=activation, dtype=dtype), axis) / f.slope(
+        rows_of(at.z, axis), a
     )
+    rounded = 2 * ulp(1, FORMATS[np.dtype(dtype).name].arithmetic) * rows_of(at.terms, axis)
+    return shaped((error + rounded) / abs(_column(gamma, 1, at.mean.shape[0])), at.y, axis)
 
 
 # Running statistics --------------------------------------------------------------------------------------------------

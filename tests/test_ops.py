@@ -17,12 +17,16 @@ Array = np.ndarray[Any, Any]
 
 SIGNATURES = {
     "forward": "(x, gamma=None, beta=None, running_mean=None, running_var=None, *, training=True, momentum=0.1, "
-    "eps=1e-05, axis=1, mask=None, activation=None, residual=None, out=None, backend=None)",
-    "backward": "(dy, cache, *, out=None, backend=None)",
+    "eps=1e-05, axis=1, mask=None, activation=None, residual=None, out=None, backend=None, moments=None, "
+    "virtual_batch_size=None)",
+    "backward": "(dy, cache, *, out=None, backend=None, sums=None)",
+    "moments": "(x, *, axis=1, mask=None, backend=None)",
+    "backward_sums": "(dy, cache, *, backend=None)",
+    "recalibrate": "(layers, batches, forward)",
     "infer": "(x, gamma, beta, running_mean, running_var, *, eps=1e-05, axis=1, activation=None, residual=None, "
     "out=None, backend=None)",
     "BatchNorm": "(num_features, *, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True, axis=1, "
-    "activation=None, dtype='float32', backend=None)",
+    "activation=None, dtype='float32', backend=None, virtual_batch_size=None)",
 }
 
 
@@ -238,34 +242,3 @@ def test_no_channels(backend: str, tmp_path: Path) -> None:
     """Empty results; in a process of its own, since a division by zero would end it."""
     done = cases.run_python(NO_CHANNELS.replace("BACKEND", backend), tmp_path)
     assert (done.returncode, done.stdout.strip()) == (0, "done"), done.stderr
-
-
-NOT_YET: dict[str, dict[str, Any]] = {
-    "mask": {"mask": np.ones((6, 3), bool)},
-    "relu6": {"activation": "relu6"},
-    "leaky_relu": {"activation": "leaky_relu"},
-    "leaky_relu with a slope": {"activation": ("leaky_relu", 0.1)},
-    "silu": {"activation": "silu"},
-    "hardswish": {"activation": "hardswish"},
-    "sigmoid": {"activation": "sigmoid"},
-    "float16": {"x": np.ones((6, 5, 3), np.float16)},
-}
-
-
-@pytest.mark.parametrize("what", NOT_YET)
-def test_what_is_not_here_yet_says_so(what: str) -> None:
-    """The parts of the contract that this version leaves out name their argument."""
-    arguments = {"x": cases.call((6, 5, 3)).x, **NOT_YET[what]}
-    name = next(iter(NOT_YET[what]))
-    with pytest.raises(NotImplementedError, match=name):
-        fastbn.forward(**arguments)
-    if name != "mask":
-        statistics = np.ones((2, 5), np.float32)
-        with pytest.raises(NotImplementedError, match=name):
-            fastbn.infer(**arguments, gamma=None, beta=None, running_mean=statistics[0], running_var=statistics[1])
-
-
-def test_bfloat16_is_not_here_yet_and_says_so() -> None:
-    ml_dtypes = pytest.importorskip("ml_dtypes")
-    with pytest.raises(NotImplementedError, match=r"x.*bfloat16"):
-        fastbn.forward(np.ones((6, 5), ml_dtypes.bfloat16))
