@@ -218,14 +218,14 @@ def bound(
     """The error that the contract allows in y: 2 ulp of max(1, |xhat|) times |gamma|, plus 1 ulp of |y|.
 
     An activation is given a z with that error: it may pass it on as steep as it is, and round twice itself, unless it
-    is exact. Halves round once more.
+    is exact; and a factor of z may be a denormal number. Halves round once more.
     """
     name = np.dtype(dtype).name
     arithmetic = FORMATS[name].arithmetic
     f, a = curve(activation)
     passed_on = _change(f.value, a, at.z, _bound(at, at.z, gamma, axis, arithmetic))
     if f.terms is not None:
-        passed_on = passed_on + 2 * ulp(at.y, arithmetic)
+        passed_on = passed_on + 2 * ulp(at.y, arithmetic) + abs(at.z) * ulp(0, arithmetic)
     allowed = np.maximum(_bound(at, at.y, gamma, axis, arithmetic), passed_on)
     return allowed if name == arithmetic else allowed + ulp(at.y, name)
 
@@ -271,7 +271,7 @@ def backward(
     weight = counted(mask, dy, axis) * (0 if frozen else 1 / LONG(at.count))
     bend = _change(f.slope, a, z, rows_of(_bound(at, at.z, gamma, axis, arithmetic), axis))
     if f.terms is not None:
-        bend = bend + 2 * ulp(1, arithmetic) * f.terms(z, a)
+        bend = bend + 2 * ulp(1, arithmetic) * f.terms(z, a) + abs(z) * ulp(0, arithmetic)
     slope = _column(gamma, 1, rows.shape[0]) * at.inv_std[:, np.newaxis]
 
     def parts(dz: Array, xhat: Array, larger: Array, slope: Array, sign: int) -> Parts:
