@@ -2,22 +2,30 @@
 
 from ._config import get_num_threads, set_num_threads, use_num_threads
 from ._info import __version__, show_config
+from ._moments import Moments, Sums
+from ._recalibrate import recalibrate
+from ._results import Cache, Forward, Gradients
 from .backends import backends, get_backend, set_backend, use_backend
 from .layer import BatchNorm
-from .ops import Cache, Forward, Gradients, backward, forward, infer
+from .ops import backward, backward_sums, forward, infer, moments
 
 __all__ = [
     "BatchNorm",
     "Cache",
     "Forward",
     "Gradients",
+    "Moments",
+    "Sums",
     "__version__",
     "backends",
     "backward",
+    "backward_sums",
     "forward",
     "get_backend",
     "get_num_threads",
     "infer",
+    "moments",
+    "recalibrate",
     "set_backend",
     "set_num_threads",
     "show_config",

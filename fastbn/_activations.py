@@ -10,9 +10,22 @@ class Activation(IntEnum):
 
     IDENTITY = 0
     RELU = 1
+    RELU6 = 2
+    LEAKY_RELU = 3
+    SILU = 4
+    HARDSWISH = 5
+    SIGMOID = 6
 
 
-BY_NAME: dict[str | None, Activation] = {None: Activation.IDENTITY, "relu": Activation.RELU}
+BY_NAME: dict[str | None, Activation] = {
+    None: Activation.IDENTITY,
+    "relu": Activation.RELU,
+    "relu6": Activation.RELU6,
+    "leaky_relu": Activation.LEAKY_RELU,
+    "silu": Activation.SILU,
+    "hardswish": Activation.HARDSWISH,
+    "sigmoid": Activation.SIGMOID,
+}
 
-PLANNED = ("relu6", "leaky_relu", "silu", "hardswish", "sigmoid")
-"""In the contract, but not in this version."""
+DEFAULT_SLOPE = 0.01
+"""Of "leaky_relu" alone; ("leaky_relu", slope) has its own."""

@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterable, Mapping
+from importlib import import_module
 from numbers import Real
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol, TypeVar
 
 import numpy as np
 
-from ._activations import BY_NAME, Activation
-from ._activations import PLANNED as PLANNED_ACTIVATIONS
-from ._dtypes import FLOAT64, PLANNED, STATISTICS, DType, is_float
-from ._shape import Layout
+from ._activations import BY_NAME, DEFAULT_SLOPE, Activation
+from ._dtypes import FLOAT32, FLOAT64, KINDS, DType, is_float, kind_of, native
+from ._shape import positions_of
 
 Array = np.ndarray[Any, Any]
+T = TypeVar("T")
 
 
 def _names(choices: Iterable[object]) -> str:
@@ -40,18 +41,15 @@ def _array(name: str, value: object) -> Array:
 def data(name: str, value: object) -> Array:
     """`value` as an array of a dtype that data can have."""
     array = _array(name, value)
-    dtype = array.dtype.newbyteorder("=") if not array.dtype.isnative else array.dtype
-    if dtype not in STATISTICS:
-        if dtype.name in PLANNED:
-            raise NotImplementedError(f"{name}: got dtype {dtype}, which this version does not have yet")
-        _refuse(TypeError, name, f"dtype {array.dtype}", _names(str(known) for known in STATISTICS))
+    if array.dtype.name not in KINDS:
+        _refuse(TypeError, name, f"dtype {array.dtype}", _names(KINDS))
     return array
 
 
 def like(name: str, value: object, x: Array) -> Array:
-    """`value` as an array of x's shape and dtype."""
+    """`value` as an array of x's shape and dtype, in any byte order."""
     array = data(name, value)
-    if array.dtype.newbyteorder("=") != x.dtype.newbyteorder("="):
+    if native(array.dtype) != native(x.dtype):
         _refuse(TypeError, name, f"dtype {array.dtype}", f"x's dtype {x.dtype}")
     if array.shape != x.shape:
         _refuse(ValueError, name, f"shape {array.shape}", f"x's shape {x.shape}")
@@ -73,25 +71,15 @@ def _shape(name: str, array: Array, channels: int) -> None:
         _refuse(ValueError, name, f"shape {array.shape}", f"({channels},), one value per channel of x")
 
 
-def parameter(name: str, value: object, channels: int, statistics: DType) -> Array | None:
-    """A parameter (gamma or beta), contiguous, in the statistics dtype or, where that would round it, in float64."""
+def parameter(name: str, value: object, channels: int) -> Array | None:
+    """A parameter (gamma or beta) as an array."""
     if value is None:
         return None
     array = _array(name, value)
     if not is_float(array.dtype):
         _refuse(TypeError, name, f"dtype {array.dtype}", "any float dtype, or None")
     _shape(name, array, channels)
-    exact = np.can_cast(array.dtype, statistics) or array.dtype.name == "bfloat16"
-    return np.ascontiguousarray(array, dtype=statistics if exact else FLOAT64)
-
-
-def parameters(gamma: object, beta: object, channels: int, statistics: DType) -> tuple[Array | None, Array | None]:
-    """Both parameters, gamma and beta, in one dtype."""
-    g = parameter("gamma", gamma, channels, statistics)
-    b = parameter("beta", beta, channels, statistics)
-    if g is not None and b is not None and g.dtype != b.dtype:
-        g, b = g.astype(FLOAT64), b.astype(FLOAT64)
-    return g, b
+    return array
 
 
 def running(
@@ -113,11 +101,13 @@ def _statistic(name: str, value: object, channels: int, statistics: DType, writt
     if not isinstance(value, np.ndarray):
         _refuse(TypeError, name, type(value).__name__, f"a NumPy array of {statistics}")
     array = _array(name, value)
-    if array.dtype != statistics:
+    if (array.dtype if written else native(array.dtype)) != statistics:
         _refuse(TypeError, name, f"dtype {array.dtype}", f"the statistics dtype {statistics}")
     _shape(name, array, channels)
     if written and not array.flags.writeable:
         _refuse(ValueError, name, "a read-only array", "a writable one, since it is updated in place")
+    if written and _overlaps_itself(array):
+        _refuse(ValueError, name, f"strides {array.strides}", "an array whose elements do not overlap")
     return array
 
 
@@ -159,8 +149,8 @@ def out(value: object, x: Array, inputs: Mapping[str, Array | None], *, may_be: 
     if not isinstance(value, np.ndarray):
         _refuse(TypeError, "out", type(value).__name__, f"a NumPy array of x's shape {x.shape} and dtype {x.dtype}")
     array = _array("out", value)
-    if array.dtype != x.dtype.newbyteorder("="):
-        _refuse(TypeError, "out", f"dtype {array.dtype}", f"x's dtype {x.dtype.newbyteorder('=')}")
+    if array.dtype != native(x.dtype):
+        _refuse(TypeError, "out", f"dtype {array.dtype}", f"x's dtype {native(x.dtype)}")
     if array.shape != x.shape:
         _refuse(ValueError, "out", f"shape {array.shape}", f"x's shape {x.shape}")
     if not array.flags.writeable:
@@ -200,7 +190,8 @@ def number(name: str, value: object, low: float, high: float) -> float:
     except OverflowError:
         result = math.inf
     if not low <= result <= high or math.isinf(result):
-        _refuse(ValueError, name, repr(value), f"{low:g} to {high:g}" if high < math.inf else f"finite and >= {low:g}")
+        finite = "a finite number" if low == -math.inf else f"finite and >= {low:g}"
+        _refuse(ValueError, name, repr(value), f"{low:g} to {high:g}" if high < math.inf else finite)
     return result
 
 
@@ -221,30 +212,164 @@ def flag(name: str, value: object) -> bool:
     return bool(value)
 
 
-def activation(value: object) -> Activation:
-    """The activation's code."""
+def activation(value: object) -> tuple[Activation, float]:
+    """The activation's code, and leaky_relu's slope (0 for others)."""
     if isinstance(value, str) or value is None:
-        if value in BY_NAME:
-            return BY_NAME[value]
-        if value not in PLANNED_ACTIVATIONS:
-            _refuse(ValueError, "activation", repr(value), _names(BY_NAME))
-    elif not (isinstance(value, tuple) and len(value) == 2 and value[0] == "leaky_relu"):
-        _refuse(TypeError, "activation", repr(value), _names(BY_NAME))
-    raise NotImplementedError(f"activation: got {value!r}, which this version does not have yet; has {_names(BY_NAME)}")
+        if value not in BY_NAME:
+            _refuse(ValueError, "activation", repr(value), _ACTIVATIONS)
+        code = BY_NAME[value]
+        return code, DEFAULT_SLOPE if code is Activation.LEAKY_RELU else 0.0
+    if not isinstance(value, tuple) or len(value) != 2 or not isinstance(value[0], str):
+        _refuse(TypeError, "activation", repr(value), _ACTIVATIONS)
+    if value[0] != "leaky_relu":
+        _refuse(ValueError, "activation", repr(value), _ACTIVATIONS)
+    return Activation.LEAKY_RELU, number("activation's slope", value[1], -math.inf, math.inf)
 
 
-def no_mask(value: object) -> None:
-    """`mask` is in the contract, but not in this version."""
-    if value is not None:
-        raise NotImplementedError("mask: this version has None only")
+_ACTIVATIONS = f"{_names(BY_NAME)}, ('leaky_relu', slope)"
 
 
-def enough(x: Array, layout: Layout) -> None:
-    """Training needs a variance."""
-    values = layout.values
+def mask(value: object, x: Array, channel_axis: int) -> Array | None:
+    """A mask as given; it fits x's positions."""
+    if value is None:
+        return None
+    array = _array("mask", value)
+    if array.dtype != np.bool_:
+        _refuse(TypeError, "mask", f"dtype {array.dtype}", "bool, or None")
+    positions = positions_of(x.shape, channel_axis)
+    try:
+        np.broadcast_to(array, positions)
+    except ValueError:
+        allowed = f"one that broadcasts to {positions}, x's shape {x.shape} without its channel axis"
+        _refuse(ValueError, "mask", f"shape {array.shape}", allowed)
+    return array
+
+
+def enough(x: Array, channel_axis: int, mask: Array | None, where: str = "") -> int:
+    """How many values per channel count, which training needs 2 of; `mask` is of the positions' shape, or None."""
+    values = math.prod(positions_of(x.shape, channel_axis))
     if values < 2:
-        given = f"shape {x.shape} with {values} value{'s' * (values != 1)} per channel"
+        given = f"shape {x.shape} with {values} value{'s' * (values != 1)} per channel{where}"
         _refuse(ValueError, "x", given, "2 or more to train")
+    counted = values if mask is None else int(np.count_nonzero(mask))
+    if counted < 2:
+        given = f"shape {x.shape} for x, of whose {values} values per channel the mask leaves {counted}{where}"
+        _refuse(ValueError, "mask", given, "2 or more to train")
+    return counted
+
+
+def invertible(code: Activation, slope: float, gamma: Array | None, beta: Array | None, dtype: DType) -> None:
+    """Whether x can be had back from y, which takes its place where out is x."""
+    if code is not Activation.IDENTITY and not (code is Activation.LEAKY_RELU and slope > 0):
+        given = f"{code.name.lower()}{f' with slope {slope}' if code is Activation.LEAKY_RELU else ''}"
+        _refuse(ValueError, "activation", f"{given} with out=x", "None, or leaky_relu with slope > 0: x comes from y")
+    if gamma is None:
+        return
+    least = math.sqrt(kind_of(dtype).eps) * np.maximum(1, np.zeros_like(gamma) if beta is None else abs(beta))
+    exact = (abs(gamma) >= least) & np.isfinite(gamma)
+    if not exact.all():
+        channel = int(np.argmin(exact))
+        allowed = f"finite and |gamma| >= sqrt(eps) * max(1, |beta|), here {least[channel]:.3g}: x comes from y"
+        _refuse(ValueError, "gamma", f"{gamma[channel]} in channel {channel} with out=x", allowed)
+
+
+class _Summed(Protocol):
+    """Moments or Sums."""
+
+    @property
+    def count(self) -> int: ...
+    @property
+    def channels(self) -> int: ...
+    @property
+    def dtype(self) -> DType: ...
+
+
+def summed(name: str, value: _Summed, channels: int, statistics: DType, whose: str = "x's") -> None:
+    """Moments or sums that fit x, or others of their kind."""
+    if value.channels != channels:
+        _refuse(ValueError, name, f"{value.channels} channels", f"{whose} {channels} channels")
+    if value.dtype != statistics:
+        _refuse(TypeError, name, f"dtype {value.dtype}", f"{whose} statistics dtype {statistics}")
+
+
+def rows(given: Mapping[str, object]) -> tuple[Array, DType]:
+    """Arrays of one value per channel as rows of float64, and the statistics dtype that all of them have."""
+    arrays = {name: _array(name, value) for name, value in given.items()}
+    first, *_ = arrays.values()
+    for name, array in arrays.items():
+        if native(array.dtype) not in (FLOAT32, FLOAT64):
+            _refuse(TypeError, name, f"dtype {array.dtype}", "'float32', 'float64'")
+        if array.ndim != 1 or array.shape != first.shape:
+            _refuse(ValueError, name, f"shape {array.shape}", "(C,), one value per channel, for all")
+        if native(array.dtype) != native(first.dtype):
+            _refuse(TypeError, name, f"dtype {array.dtype}", f"one dtype for all, here {first.dtype}")
+    return np.array(list(arrays.values()), FLOAT64), native(first.dtype)
+
+
+def not_negative(name: str, values: Array) -> None:
+    """No value below 0; NaN is none."""
+    if (values < 0).any():
+        _refuse(ValueError, name, f"{values.min()}", "values >= 0")
+
+
+def correction(value: object, counted: int) -> float:
+    """What a variance is corrected by, below the count."""
+    result = number("correction", value, 0, math.inf)
+    if result >= counted:
+        _refuse(ValueError, "correction", f"{value!r} with count {counted}", "one below the count")
+    return result
+
+
+def moments(value: _Summed, channels: int, statistics: DType, training: bool, virtual: int | None) -> None:
+    """Moments to normalize x with."""
+    summed("moments", value, channels, statistics)
+    if not training:
+        _refuse(ValueError, "moments", "moments with training=False", "None, since running statistics are used")
+    if virtual is not None:
+        _refuse(ValueError, "moments", f"moments with virtual_batch_size={virtual}", "one of the two")
+    if value.count < 2:
+        _refuse(ValueError, "moments", f"count {value.count}", "2 or more to train")
+
+
+def sums(value: _Summed, channels: int, statistics: DType, most: int | None) -> None:
+    """Sums for the gradients of x, whose statistics come from `most` values per channel (None: from elsewhere)."""
+    summed("sums", value, channels, statistics)
+    if most is not None and value.count > most:
+        _refuse(ValueError, "sums", f"count {value.count}", f"the count of the cache's statistics, {most}, at most")
+
+
+def whole(name: str, ghost: bool) -> None:
+    """Not for a cache of virtual batches, whose statistics are of no larger batch."""
+    if ghost:
+        _refuse(ValueError, name, "a cache of virtual batches", "one that forward returned without virtual_batch_size")
+
+
+def instance(name: str, value: object, kind: type[T], allowed: str) -> T:
+    """An object of the class `kind`."""
+    if not isinstance(value, kind):
+        _refuse(TypeError, name, type(value).__name__, allowed)
+    return value
+
+
+def virtual_batch(value: object, channel_axis: int) -> int | None:
+    """How many elements of axis 0 share their statistics; None is all."""
+    if value is None:
+        return None
+    if channel_axis == 0:
+        _refuse(ValueError, "virtual_batch_size", f"{value!r} with the channels on axis 0", "None, or another axis")
+    return count("virtual_batch_size", value)
+
+
+def tracked(mean: Array | None, var: Array | None) -> tuple[Array, Array]:
+    """The running statistics of a layer that has them."""
+    if mean is None or var is None:
+        _refuse(ValueError, "layers", "one without running statistics", "layers with track_running_stats=True")
+    return mean, var
+
+
+def never_called(layer: str) -> NoReturn:
+    """A layer that is to be recalibrated sees a batch."""
+    _refuse(ValueError, "layers", f"{layer}, which forward(batch) never called", "layers that see a batch")
 
 
 def integer(name: str, value: object) -> int:
@@ -265,6 +390,14 @@ def count(name: str, value: object) -> int:
     return result
 
 
+def natural(name: str, value: object) -> int:
+    """An integer that is not negative."""
+    result = integer(name, value)
+    if result < 0:
+        _refuse(ValueError, name, repr(value), "an integer >= 0")
+    return result
+
+
 def choice(name: str, value: object, choices: Iterable[str]) -> str:
     """One of `choices`."""
     if not isinstance(value, str):
@@ -276,10 +409,15 @@ def choice(name: str, value: object, choices: Iterable[str]) -> str:
 
 def dtype(name: str, value: object) -> DType:
     """A dtype that data can have."""
+    if isinstance(value, str) and value == "bfloat16":
+        try:
+            import_module("ml_dtypes")  # which teaches NumPy the name
+        except ImportError as error:
+            raise ImportError(f'{name}: "bfloat16" needs ml_dtypes: pip install "fastbn[bfloat16]"') from error
     try:
         found = np.dtype(value)  # type: ignore[call-overload]
     except TypeError:
-        _refuse(TypeError, name, repr(value), _names(str(known) for known in STATISTICS))
+        _refuse(TypeError, name, repr(value), _names(KINDS))
     result: DType = data(name, np.empty(0, found)).dtype
     return result
 
@@ -287,7 +425,7 @@ def dtype(name: str, value: object) -> DType:
 def of_layer(value: object, channels: int, channel_axis: int, layer_dtype: DType) -> Array:
     """An x for a layer: of its dtype, with its channels."""
     x = data("x", value)
-    if x.dtype.newbyteorder("=") != layer_dtype:
+    if native(x.dtype) != layer_dtype:
         _refuse(TypeError, "x", f"dtype {x.dtype}", f"the layer's dtype {layer_dtype}")
     found = x.shape[axis(channel_axis, x)]
     if found != channels:
@@ -308,8 +446,8 @@ def state(name: str, value: Mapping[str, Any], arrays: Mapping[str, Array], opti
         counted = found[optional]
         if counted.dtype.kind not in "iu" or counted.size != 1:
             _refuse(TypeError, f"{name}[{optional!r}]", repr(value[optional]), "one integer >= 0")
-        if counted.item() < 0:
-            _refuse(ValueError, f"{name}[{optional!r}]", repr(value[optional]), "one integer >= 0")
+        if not 0 <= counted.item() <= np.iinfo(np.int64).max:
+            _refuse(ValueError, f"{name}[{optional!r}]", repr(value[optional]), "one integer from 0 to 2**63 - 1")
     return found
 
 

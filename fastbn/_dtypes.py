@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -11,11 +11,33 @@ DType = np.dtype[Any]
 FLOAT32: DType = np.dtype(np.float32)
 FLOAT64: DType = np.dtype(np.float64)
 
-STATISTICS: dict[DType, DType] = {FLOAT32: FLOAT32, FLOAT64: FLOAT64}
-"""Data dtype -> statistics dtype, for every dtype that data can have."""
 
-PLANNED = ("float16", "bfloat16")
-"""In the contract, but not in this version."""
+class Kind(NamedTuple):
+    """What is particular to a dtype of data."""
+
+    statistics: DType
+    """Its statistics dtype."""
+    eps: float
+    """The distance from 1 to the next number."""
+
+
+KINDS = {
+    "float16": Kind(FLOAT32, 2.0**-10),
+    "bfloat16": Kind(FLOAT32, 2.0**-7),
+    "float32": Kind(FLOAT32, 2.0**-23),
+    "float64": Kind(FLOAT64, 2.0**-52),
+}
+"""By name, since bfloat16 is a dtype of ml_dtypes, which only those need who have such data."""
+
+
+def kind_of(dtype: DType) -> Kind:
+    """The entry of a dtype that data can have, in any byte order."""
+    return KINDS[dtype.name]
+
+
+def native(dtype: DType) -> DType:
+    """The dtype in this machine's byte order."""
+    return dtype if dtype.isnative else dtype.newbyteorder("=")
 
 
 def is_float(dtype: DType) -> bool:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
 from . import _check
 from ._config import BACKENDS
-from ._dtypes import STATISTICS
-from .ops import Cache, Gradients, forward_corrected
+from ._dtypes import kind_of
+from ._results import Cache, Gradients
+from .ops import Activation, forward_as
 from .ops import backward as backward_of
 
 Array = np.ndarray[Any, Any]
@@ -35,16 +37,20 @@ class BatchNorm:
         Without running statistics, batch statistics are used after `eval()` too.
     axis : int
         The channel axis.
-    activation : None or "relu"
-    dtype : dtype of weight and bias; running statistics have its statistics dtype
-        Inputs must have it too.
+    activation : None, "relu", "relu6", "leaky_relu", "silu", "hardswish", "sigmoid" or ("leaky_relu", slope)
+    dtype : float16, bfloat16, float32 or float64
+        That of the inputs. Parameters and running statistics have its statistics dtype: float64 for float64, else
+        float32. "bfloat16" needs ml_dtypes: pip install "fastbn[bfloat16]".
     backend : "c", "numba", "numpy" or None
+    virtual_batch_size : int or None
+        In training, how many elements of axis 0 share their statistics; see fastbn.forward.
 
     Attributes
     ----------
     weight, bias : arrays of shape (C,), or None
     running_mean, running_var : arrays of shape (C,), or None
     num_batches_tracked : int
+        Calls in training; virtual batches of one call count as one.
     training : bool
 
     >>> import numpy as np, fastbn
@@ -68,9 +74,10 @@ class BatchNorm:
         affine: bool = True,
         track_running_stats: bool = True,
         axis: int = 1,
-        activation: str | None = None,
+        activation: Activation = None,
         dtype: Any = "float32",
         backend: str | None = None,
+        virtual_batch_size: int | None = None,
     ) -> None:
         self.num_features = _check.count("num_features", num_features)
         self.eps = _check.eps(eps)
@@ -82,17 +89,19 @@ class BatchNorm:
         self.activation = activation
         self.dtype = _check.dtype("dtype", dtype)
         self.backend = backend if backend is None else _check.choice("backend", backend, BACKENDS)
+        self.virtual_batch_size = _check.virtual_batch(virtual_batch_size, self.axis)
         self.training = True
         self._correction = 1
         self._cache: Cache | None = None
         self._gradients: Gradients | None = None
+        self._watch: Callable[[Cache], None] | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Weight ones, bias zeros, and the running statistics as before any batch."""
-        size, statistics = self.num_features, STATISTICS[self.dtype]
-        self.weight = np.ones(size, self.dtype) if self.affine else None
-        self.bias = np.zeros(size, self.dtype) if self.affine else None
+        size, statistics = self.num_features, kind_of(self.dtype).statistics
+        self.weight = np.ones(size, statistics) if self.affine else None
+        self.bias = np.zeros(size, statistics) if self.affine else None
         self.running_mean = np.zeros(size, statistics) if self.track_running_stats else None
         self.running_var = np.ones(size, statistics) if self.track_running_stats else None
         self.num_batches_tracked = 0
@@ -135,8 +144,10 @@ class BatchNorm:
         bn._correction = 0
         return bn
 
-    def __call__(self, x: Array, *, residual: Array | None = None, out: Array | None = None) -> Array:
-        """Normalizes x, with x's channels as the layer's; see fastbn.forward for residual and out.
+    def __call__(
+        self, x: Array, *, residual: Array | None = None, out: Array | None = None, mask: Array | None = None
+    ) -> Array:
+        """Normalizes x, with x's channels as the layer's; see fastbn.forward for residual, out and mask.
 
         Raises TypeError if x has not the layer's dtype, ValueError if it has not its channels, and whatever
         `forward` and `infer` raise; then nothing has been changed.
@@ -145,23 +156,16 @@ class BatchNorm:
         batch = self.training or not self.track_running_stats
         tracks = self.training and self.track_running_stats
         statistics = (self.running_mean, self.running_var) if tracks or not batch else (None, None)
-        y, self._cache = forward_corrected(
-            self._correction,
-            x,
-            self.weight,
-            self.bias,
-            *statistics,
-            batch,
+        batches = self.num_batches_tracked if self.momentum is None else None
+        y, self._cache = forward_as(
+            *(self._correction, batches, x, self.weight, self.bias, *statistics, batch),
             1 / (self.num_batches_tracked + 1) if self.momentum is None else self.momentum,
-            self.eps,
-            self.axis,
-            None,
-            self.activation,
-            residual,
-            out,
-            self.backend,
+            *(self.eps, self.axis, mask, self.activation, residual, out, self.backend, None),
+            self.virtual_batch_size if self.training else None,
         )
         self.num_batches_tracked += tracks
+        if tracks and self._watch is not None:
+            self._watch(self._cache)
         return y
 
     def backward(self, dy: Array, *, out: Array | None = None) -> Array:
@@ -228,11 +232,16 @@ class BatchNorm:
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles carry the state of the layer, not what a pending `backward` needs."""
-        return {**self.__dict__, "_cache": None, "_gradients": None}
+        return {**self.__dict__, "_cache": None, "_gradients": None, "_watch": None}
+
+    def __copy__(self) -> BatchNorm:
+        """A layer with arrays of its own: two that train must not share them."""
+        return copy.deepcopy(self)
 
     def __repr__(self) -> str:
+        virtual = "" if self.virtual_batch_size is None else f", virtual_batch_size={self.virtual_batch_size}"
         return (
             f"BatchNorm({self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, "
             f"track_running_stats={self.track_running_stats}, axis={self.axis}, activation={self.activation!r}, "
-            f"dtype={str(self.dtype)!r})"
+            f"dtype={str(self.dtype)!r}{virtual})"
         )

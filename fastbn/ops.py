@@ -1,182 +1,20 @@
-"""The front desk: forward, infer and backward. Checks, finds the three integers, allocates, delegates."""
+"""The front desk: forward, infer, backward and what they are built of. Checks, finds who does the work, hands over."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import numpy as np
 
-from . import _check, _config
-from ._activations import Activation
-from ._dtypes import STATISTICS
-from ._shape import Layout, dense, layout_of
-from .backends import SAVED_ROWS, Backend, select
+from . import _batch, _check, _config, _ghost
+from ._call import check
+from ._ghost import GhostCache
+from ._moments import Moments, Sums
+from ._results import Cache, Forward, Gradients, Parts
+from .backends import select
 
 Array = np.ndarray[Any, Any]
-
-
-class _Parts(NamedTuple):
-    """What a cache holds: a forward call's dense x, its residual, what the backend saved, and how it was called."""
-
-    x: Array
-    residual: Array | None
-    saved: Array
-    axis: int
-    frozen: bool
-    activation: str | None
-    has_gamma: bool
-    has_beta: bool
-
-
-def _own(x: Array, residual: Array | None) -> tuple[Array, Array | None]:
-    """Views, since a caller may change the shape of the arrays themselves."""
-    return x.view(), None if residual is None else residual.view()
-
-
-class Cache:
-    """What `backward` needs of a `forward` call. It refers to x and residual: leave them as they are until then.
-
-    Attributes
-    ----------
-    mean, var, inv_std : arrays of shape (C,), in the statistics dtype
-        What the call normalized with: the batch's mean and biased variance, or the running statistics; and
-        1/sqrt(var + eps), which is 0 where var + eps is 0.
-
-    >>> import numpy as np, fastbn
-    >>> y, cache = fastbn.forward(np.array([[1.0], [3.0]]))
-    >>> cache.mean, cache.var
-    (array([2.]), array([1.]))
-    """
-
-    __slots__ = ("_parts",)
-
-    def __init__(self, parts: _Parts) -> None:
-        self._parts = parts
-
-    def _row(self, name: str) -> Array:
-        row: Array = self._parts.saved[SAVED_ROWS.index(name)].astype(STATISTICS[self._parts.x.dtype])
-        return row
-
-    @property
-    def mean(self) -> Array:
-        return self._row("mean")
-
-    @property
-    def var(self) -> Array:
-        return self._row("var")
-
-    @property
-    def inv_std(self) -> Array:
-        return self._row("inv_std")
-
-
-class Forward(NamedTuple):
-    """What `forward` returns.
-
-    >>> import numpy as np, fastbn
-    >>> y, cache = fastbn.forward(np.array([[1.0], [3.0]]), eps=0.0)
-    >>> y.tolist()
-    [[-1.0], [1.0]]
-    """
-
-    y: Array
-    cache: Cache
-
-
-class _Gradients(NamedTuple):
-    dx: Array
-    dgamma: Array | None
-    dbeta: Array | None
-
-
-class Gradients(_Gradients):
-    """What `backward` returns: (dx, dgamma, dbeta), and `dresidual` beside them (None without a residual).
-
-    >>> import numpy as np, fastbn
-    >>> x = np.array([[1.0], [3.0]])
-    >>> gradients = fastbn.backward(np.ones((2, 1)), fastbn.forward(x, None, np.zeros(1), residual=x).cache)
-    >>> dx, dgamma, dbeta = gradients
-    >>> dbeta.tolist(), gradients.dresidual.tolist()
-    ([2.0], [[1.0], [1.0]])
-    """
-
-    dresidual: Array | None
-
-    def __new__(cls, dx: Array, dgamma: Array | None, dbeta: Array | None, dresidual: Array | None) -> Gradients:
-        self = super().__new__(cls, dx, dgamma, dbeta)
-        self.dresidual = dresidual
-        return self
-
-    def __getnewargs__(self) -> tuple[Any, ...]:
-        return (*self, self.dresidual)
-
-
-class _Target:
-    """Where a result goes: `array` for the caller, `view` for the backend, which differ if out's strides ask so."""
-
-    def __init__(self, out: Array | None, like: Array, layout: Layout) -> None:
-        self.array = np.empty_like(like, subok=False) if out is None else out
-        in_place = layout.view(np.asarray(self.array)) if self.array.flags.aligned else None
-        self.scattered = in_place is None
-        self.view = np.empty(layout.shape, like.dtype) if in_place is None else in_place
-
-    def finish(self, layout: Layout) -> Array:
-        """The caller's array, filled."""
-        if self.scattered:
-            turned = self.array.transpose(layout.order)
-            turned[...] = self.view.reshape(turned.shape)
-        return self.array
-
-
-class _Call:
-    """The arguments that forward and infer share, checked and in the shape that backends take."""
-
-    def __init__(
-        self,
-        x: Array,
-        gamma: Array | None,
-        beta: Array | None,
-        running_mean: Array | None,
-        running_var: Array | None,
-        eps: float,
-        axis: int,
-        activation: str | None,
-        residual: Array | None,
-        out: Array | None,
-        *,
-        updates: bool,
-        in_place: bool = False,
-    ) -> None:
-        x = _check.data("x", x)
-        self.axis = axis = _check.axis(axis, x)
-        channels, statistics = x.shape[axis], STATISTICS[x.dtype.newbyteorder("=")]
-        self.eps = _check.eps(eps)
-        self.activation = _check.activation(activation)
-        self.gamma, self.beta = _check.parameters(gamma, beta, channels, statistics)
-        self.running = _check.running(running_mean, running_var, channels, statistics, written=updates)
-        if residual is not None:
-            residual = _check.like("residual", residual, x).astype(x.dtype.newbyteorder("="), copy=False)
-        inputs = {"x": x, "residual": residual, "gamma": gamma, "beta": beta}
-        inputs |= {"running_mean": self.running[0], "running_var": self.running[1]}
-        out = _check.out(out, x, inputs, may_be="x" if in_place else None)
-        if updates:
-            _check.running_apart(inputs)
-        self.x = dense(x)
-        self.layout = layout_of(self.x, axis)
-        self.given_residual = residual
-        self.residual = None if residual is None else self.layout.gather(residual)
-        self.mean, self.var = (None if a is None else np.ascontiguousarray(a) for a in self.running)
-        self.target = _Target(out, self.x, self.layout)
-
-    def gather(self) -> Array:
-        """What the backend takes as x."""
-        return self.layout.gather(self.x)
-
-    def put_running_back(self) -> None:
-        """Into the caller's running statistics, where those are not contiguous and a copy was updated."""
-        for given, updated in zip(self.running, (self.mean, self.var), strict=True):
-            if given is not None and updated is not None and given is not updated:
-                given[...] = updated
+Activation = str | tuple[str, float] | None
 
 
 def forward(
@@ -190,11 +28,13 @@ def forward(
     momentum: float = 0.1,
     eps: float = 1e-5,
     axis: int = 1,
-    mask: None = None,
-    activation: str | None = None,
+    mask: Array | None = None,
+    activation: Activation = None,
     residual: Array | None = None,
     out: Array | None = None,
     backend: str | None = None,
+    moments: Moments | None = None,
+    virtual_batch_size: int | None = None,
 ) -> Forward:
     """Batch normalization, ready for `backward`.
 
@@ -203,11 +43,12 @@ def forward(
 
     Parameters
     ----------
-    x : array of float32 or float64, at least 2-D
-        Any strides. Dense arrays (channels-first, channels-last, transposed) are not copied.
+    x : array of float16, bfloat16, float32 or float64, at least 2-D
+        Any strides. Dense arrays (channels-first, channels-last, transposed) are not copied, others block by block.
+        The statistics dtype is float64 for float64, else float32.
     gamma, beta : arrays of shape (C,), any float dtype, or None
         Scale and shift; None means ones and zeros.
-    running_mean, running_var : arrays of shape (C,) in x's statistics dtype (its own), both or neither
+    running_mean, running_var : arrays of shape (C,) in the statistics dtype, both or neither
         In training, updated in place: (1 - momentum) * old + momentum * batch, with the unbiased batch variance.
     training : bool
         False normalizes with the running statistics, which are then required and left alone.
@@ -216,14 +57,24 @@ def forward(
         With eps == 0 a constant channel still gives beta exactly.
     axis : int
         The channel axis.
-    mask : None
-        Not in this version.
-    activation : None or "relu"
+    mask : array of bool that broadcasts to x's shape without the channel axis, or None
+        Only positions that are True count towards the statistics: 2 or more in training. All are normalized.
+    activation : None, "relu", "relu6", "leaky_relu", "silu", "hardswish", "sigmoid" or ("leaky_relu", slope)
+        "leaky_relu" alone has slope 0.01.
     residual : array like x, or None
         Added before the activation.
     out : array of x's shape and dtype, or None
-        Where y goes. It may not share memory with an input.
+        Where y goes, with any strides. It may be x itself (the same memory, shape and strides), and may share no
+        memory with an input otherwise. With out=x the gradient comes from y, as in in-place activated batch norm
+        (Rota Bulo et al. 2018): so only without an activation or with leaky_relu of a slope > 0, and where |gamma| is
+        at least sqrt(eps of x's dtype) * max(1, |beta|) in every channel.
     backend : "c", "numba", "numpy" or None
+    moments : Moments or None
+        Normalizes with these instead of the batch's own, in training; the running statistics get these, too. A mask
+        then says which positions they count.
+    virtual_batch_size : int or None
+        In training, that many elements of axis 0 (the last time, what is left) share their statistics: ghost batch
+        norm (Hoffer et al. 2017). The running statistics are updated after each.
 
     Returns
     -------
@@ -234,12 +85,15 @@ def forward(
     ------
     TypeError, ValueError
         Naming the argument, what was given and what is allowed; nothing has been changed. Among them: fewer than 2
-        values per channel in training.
+        values per channel in training, be it of x, of the mask, of the moments or of a virtual batch.
 
     Notes
     -----
     For finite float32 input y is within 2 ulp of max(1, |xhat|) times |gamma| plus 1 ulp of |y|, at any offset, with
-    every backend and layout. A NaN or infinity makes its own channel NaN and no other.
+    every backend and layout. Sums are kept in float64: those of the largest float32 do not overflow, and denormal
+    numbers count like others; the squares of float64 overflow beyond 1e154. A constant channel gives beta exactly,
+    for eps == 0 too, where xhat is 0. A NaN or infinity makes its own channel NaN and no other. Without channels
+    (C == 0) but with values per channel, y is empty, in training as well.
 
     >>> import numpy as np, fastbn
     >>> x = np.array([[1.0, 10.0], [3.0, 30.0]])
@@ -248,27 +102,15 @@ def forward(
     array([[-1., -1.],
            [ 1.,  1.]])
     """
-    return forward_corrected(
-        1,
-        x,
-        gamma,
-        beta,
-        running_mean,
-        running_var,
-        training,
-        momentum,
-        eps,
-        axis,
-        mask,
-        activation,
-        residual,
-        out,
-        backend,
+    return forward_as(
+        *(1, None, x, gamma, beta, running_mean, running_var, training, momentum, eps, axis, mask, activation),
+        *(residual, out, backend, moments, virtual_batch_size),
     )
 
 
-def forward_corrected(
+def forward_as(
     correction: int,
+    batches: int | None,
     x: Array,
     gamma: Array | None,
     beta: Array | None,
@@ -278,76 +120,53 @@ def forward_corrected(
     momentum: float,
     eps: float,
     axis: int,
-    mask: None,
-    activation: str | None,
+    mask: Array | None,
+    activation: Activation,
     residual: Array | None,
     out: Array | None,
     backend: str | None,
+    moments: Moments | None,
+    virtual_batch_size: int | None,
 ) -> Forward:
-    """`forward` whose running variance is the sum of squares over M - correction (0 is Keras's convention)."""
+    """`forward` in a layer's convention.
+
+    The running variance is the sum of squares over M - correction (0 is Keras's convention). With `batches`, running
+    statistics are the average over that many calls, and momentum is 1 / (batches + 1).
+    """
     chosen, threads = select(backend), _config.get_num_threads()
     express = getattr(chosen, "express_forward", None)
-    if express is not None and type(training) is bool and mask is None:
+    plain = mask is None and moments is None and virtual_batch_size is None
+    if express is not None and plain and type(training) is bool:
         done = express(
             *(x, gamma, beta, running_mean, running_var, momentum, correction),
             *(eps, axis, activation, residual, out, training, threads),
         )
         if done is not None:
             y, saved = done
-            has_gamma, has_beta = gamma is not None, beta is not None
-            return Forward(
-                y, Cache(_Parts(*_own(x, residual), saved, axis, not training, activation, has_gamma, has_beta))
-            )
+            given = gamma is not None, beta is not None
+            return Forward(y, Cache(Parts(*_batch.own(x, residual), saved, axis, not training, activation, *given)))
     training = _check.flag("training", training)
     momentum = _check.momentum(momentum)
-    _check.no_mask(mask)
-    call = _Call(x, gamma, beta, running_mean, running_var, eps, axis, activation, residual, out, updates=training)
-    if training:
-        _check.enough(call.x, call.layout)
-    saved = np.empty((len(SAVED_ROWS), call.layout.shape[1]))
-    if training:
-        chosen.forward(
-            call.gather(),
-            call.residual,
-            call.gamma,
-            call.beta,
-            call.mean,
-            call.var,
-            momentum,
-            correction,
-            call.eps,
-            call.activation,
-            call.target.view,
-            saved,
-            threads,
-        )
-        call.put_running_back()
-    elif call.mean is None or call.var is None:
-        _check.statistics_missing()
-    else:
-        chosen.infer(
-            call.gather(),
-            call.residual,
-            call.gamma,
-            call.beta,
-            call.mean,
-            call.var,
-            call.eps,
-            call.activation,
-            call.target.view,
-            saved,
-            threads,
-        )
-    parts = _Parts(
-        *_own(call.x, call.given_residual),
-        saved,
-        call.axis,
-        not training,
-        activation,
-        gamma is not None,
-        beta is not None,
+    call = check(
+        *(x, gamma, beta, running_mean, running_var, eps, axis, mask, activation, residual, out),
+        updates=training,
+        keeps=True,
     )
-    return Forward(call.target.finish(call.layout), Cache(parts))
+    size = _check.virtual_batch(virtual_batch_size, call.axis)
+    if moments is not None:
+        moments = _check.instance("moments", moments, Moments, "Moments, or None")
+        _check.moments(moments, call.x.shape[call.axis], call.statistics, training, size)
+    if not training:
+        return Forward(call.out, Cache(_batch.freeze(call, chosen, threads)))
+    cache: Cache
+    if size is None:
+        cache = Cache(_batch.train(call, momentum, correction, moments, chosen, threads))
+    else:
+        slices = _ghost.slices_of(call, size)
+        momenta = _ghost.momenta(momentum, batches, len(slices))
+        cache = _ghost.train(call, slices, momenta, correction, chosen, threads)
+    call.put_running_back()
+    return Forward(call.out, cache)
 
 
 def infer(
@@ -359,7 +178,7 @@ def infer(
     *,
     eps: float = 1e-5,
     axis: int = 1,
-    activation: str | None = None,
+    activation: Activation = None,
     residual: Array | None = None,
     out: Array | None = None,
     backend: str | None = None,
@@ -367,8 +186,8 @@ def infer(
     """Batch normalization with given statistics, nothing kept for a backward pass.
 
     y = activation((x - running_mean) / sqrt(running_var + eps) * gamma + beta + residual): Ioffe & Szegedy 2015,
-    algorithm 2. Arguments, accuracy and errors are those of `forward`, but `out` may be x itself, and an x without
-    values per channel gives an empty y.
+    algorithm 2. Arguments, accuracy and errors are those of `forward`, but any call may be in place (out=x), one value
+    per channel is enough, and an x without values gives an empty y.
 
     >>> import numpy as np, fastbn
     >>> x = np.array([[1.0, 10.0], [3.0, 30.0]])
@@ -382,28 +201,18 @@ def infer(
         y = express(x, gamma, beta, running_mean, running_var, eps, axis, activation, residual, out, threads)
         if y is not None:
             return cast(Array, y)
-    call = _Call(
-        x, gamma, beta, running_mean, running_var, eps, axis, activation, residual, out, updates=False, in_place=True
+    call = check(
+        *(x, gamma, beta, running_mean, running_var, eps, axis, None, activation, residual, out),
+        updates=False,
+        keeps=False,
     )
-    if call.mean is None or call.var is None:
-        _check.statistics_missing()
-    chosen.infer(
-        call.gather(),
-        call.residual,
-        call.gamma,
-        call.beta,
-        call.mean,
-        call.var,
-        call.eps,
-        call.activation,
-        call.target.view,
-        None,
-        threads,
-    )
-    return call.target.finish(call.layout)
+    _batch.infer(call, chosen, threads)
+    return call.out
 
 
-def backward(dy: Array, cache: Cache, *, out: Array | None = None, backend: str | None = None) -> Gradients:
+def backward(
+    dy: Array, cache: Cache, *, out: Array | None = None, backend: str | None = None, sums: Sums | None = None
+) -> Gradients:
     """The exact gradient of the `forward` call that made `cache`.
 
     With dz the gradient before the activation (dy without one), in training, after Ioffe & Szegedy 2015, section 3:
@@ -411,8 +220,9 @@ def backward(dy: Array, cache: Cache, *, out: Array | None = None, backend: str 
         dbeta = sum(dz),  dgamma = sum(dz * xhat)
         dx = gamma / sqrt(var + eps) * (dz - dbeta / M - xhat * dgamma / M)
 
-    and dx = gamma / sqrt(var + eps) * dz with frozen statistics (training=False). Where the activation has a kink
-    the slope is that of its left side: relu'(0) = 0.
+    and dx = gamma / sqrt(var + eps) * dz with frozen statistics (training=False), and where a mask is False: M is the
+    number of values that it leaves, while the sums are over all. Where the activation has a kink the slope is torch's:
+    that of its flat side, and leaky_relu's slope at 0.
 
     Parameters
     ----------
@@ -420,8 +230,11 @@ def backward(dy: Array, cache: Cache, *, out: Array | None = None, backend: str 
     cache : Cache
         It may be used more than once.
     out : array of x's shape and dtype, or None
-        Where dx goes. It may not share memory with dy, x or the residual.
+        Where dx goes. It may not share memory with dy, x, the residual or the mask.
     backend : "c", "numba", "numpy" or None
+    sums : Sums or None
+        Those of all the batches whose moments the forward call was given, this one's included: sums of
+        `backward_sums`. dx then counts what this batch does to the others, and dgamma, dbeta are those of all.
 
     Returns
     -------
@@ -441,42 +254,58 @@ def backward(dy: Array, cache: Cache, *, out: Array | None = None, backend: str 
     (True, True)
     """
     chosen, threads = select(backend), _config.get_num_threads()
-    if not isinstance(cache, Cache):
-        raise TypeError(f"cache: got {type(cache).__name__}; allowed: the cache that fastbn.forward returned")
+    parts = _check.instance("cache", cache, Cache, "the cache that fastbn.forward returned")._parts
     express = getattr(chosen, "express_backward", None)
-    if express is not None:
-        gradients = express(dy, *cache._parts, out, threads)
+    if express is not None and sums is None and parts.plain and type(cache) is Cache:
+        gradients = express(dy, *parts[:8], out, threads)
         if gradients is not None:
             return Gradients(*gradients)
-    return _backward(dy, cache._parts, out, chosen, threads)
+    if sums is not None:
+        _check.whole("sums", isinstance(cache, GhostCache))
+        sums = _check.instance("sums", sums, Sums, "Sums, or None")
+        _check.sums(sums, parts.saved.shape[1], parts.statistics, None if parts.frozen else parts.total)
+    asked = _batch.wanted(dy, parts, out)
+    if isinstance(cache, GhostCache):
+        dgamma, dbeta = _ghost.backward(asked, cache, chosen, threads)
+    else:
+        dgamma, dbeta = _batch.backward(asked, parts, sums, chosen, threads)
+    return Gradients(asked.out, dgamma, dbeta, asked.residual_gradient(parts))
 
 
-def _backward(dy: Array, parts: _Parts, out: Array | None, chosen: Backend, threads: int) -> Gradients:
-    x, activation = parts.x, _check.activation(parts.activation)
-    layout = layout_of(x, parts.axis % x.ndim)
-    dy = _check.like("dy", dy, x)
-    out = _check.out(out, x, {"dy": dy, "x": x, "residual": parts.residual})
-    channels, statistics = layout.shape[1], STATISTICS[x.dtype]
-    target = _Target(out, x, layout)
-    dgamma = np.empty(channels, statistics) if parts.has_gamma else None
-    dbeta = np.empty(channels, statistics) if parts.has_beta else None
-    residual = None if parts.residual is None else layout.gather(parts.residual)
-    dresidual = None if residual is None or activation is Activation.IDENTITY else _Target(None, x, layout)
-    written = None if dresidual is None else dresidual.view
-    chosen.backward(
-        layout.gather(dy.astype(x.dtype, copy=False)),
-        layout.gather(x),
-        residual,
-        parts.saved,
-        parts.frozen,
-        activation,
-        target.view,
-        written,
-        dgamma,
-        dbeta,
-        threads,
-    )
-    dx = target.finish(layout)
-    if dresidual is not None:
-        return Gradients(dx, dgamma, dbeta, dresidual.finish(layout))
-    return Gradients(dx, dgamma, dbeta, None if residual is None else dy)
+def moments(x: Array, *, axis: int = 1, mask: Array | None = None, backend: str | None = None) -> Moments:
+    """The Moments of x: count, mean and sum of squares around it, per channel.
+
+    Those of the parts of a batch merge into those of the whole, which `forward(moments=...)` normalizes with. x and
+    mask are as in `forward`, and may leave no value: count is then 0.
+
+    >>> import numpy as np, fastbn
+    >>> x = np.array([[1.0], [2.0], [6.0]])
+    >>> whole = fastbn.moments(x[:1]) + fastbn.moments(x[1:])
+    >>> y, cache = fastbn.forward(x[:1], moments=whole)
+    >>> bool(abs(y - fastbn.forward(x).y[:1]) < 1e-15)
+    True
+    """
+    return _batch.moments(x, axis, mask, select(backend), _config.get_num_threads())
+
+
+def backward_sums(dy: Array, cache: Cache, *, backend: str | None = None) -> Sums:
+    """What one of several batches, normalized with the moments of all, adds to the sums that their gradients need.
+
+    Their total goes to the `backward` of each. `.count` is what the batch added to the count of the moments.
+
+    Raises TypeError or ValueError as `backward` does, and ValueError for a cache of virtual batches.
+
+    >>> import numpy as np, fastbn
+    >>> x, dy = np.array([[1.0], [2.0], [6.0]]), np.array([[1.0], [0.0], [0.0]])
+    >>> parts = [(x[:1], dy[:1]), (x[1:], dy[1:])]
+    >>> m = sum(fastbn.moments(part) for part, _ in parts)
+    >>> caches = [fastbn.forward(part, moments=m).cache for part, _ in parts]
+    >>> sums = sum(fastbn.backward_sums(part, cache) for (_, part), cache in zip(parts, caches))
+    >>> dx = np.concatenate([fastbn.backward(part, cache, sums=sums).dx for (_, part), cache in zip(parts, caches)])
+    >>> bool(np.allclose(dx, fastbn.backward(dy, fastbn.forward(x).cache).dx))
+    True
+    """
+    chosen, threads = select(backend), _config.get_num_threads()
+    parts = _check.instance("cache", cache, Cache, "the cache that fastbn.forward returned")._parts
+    _check.whole("cache", isinstance(cache, GhostCache))
+    return _batch.backward_sums(dy, parts, chosen, threads)

@@ -224,6 +224,8 @@ FORWARD = (
     Bad("momentum", True, TypeError, ("True", "number")),
     Bad("running_mean", read_only(zeros(CHANNELS)), ValueError, ("read-only", "writable")),
     Bad("running_var", read_only(zeros(CHANNELS)), ValueError, ("read-only", "writable")),
+    Bad("running_mean", STRIDED(zeros(1), (CHANNELS,), (0,)), ValueError, ("strides", "overlap")),
+    Bad("running_var", STRIDED(zeros(CHANNELS), (CHANNELS,), (2,)), ValueError, ("strides", "overlap")),
     Bad("running_var", lambda arguments: arguments["running_mean"], ValueError, ("running_mean", "shared")),
     Bad("running_mean", lambda arguments: arguments["x"][0, :, 0], ValueError, ("x", "shared")),
     Bad("running_var", lambda arguments: arguments["residual"][0, :, 0], ValueError, ("residual", "shared")),

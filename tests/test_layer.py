@@ -219,11 +219,15 @@ def test_duplicates(make: Any, duplicate: Any) -> None:
     assert state_of(bn) == before
 
 
-def test_shallow_copy_shares_its_arrays() -> None:
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
+def test_a_copy_has_arrays_of_its_own(copied: Any) -> None:
     bn = trained()
-    other = copy.copy(bn)
-    assert other.weight is bn.weight
-    assert state_of(other) == state_of(bn)
+    before = state_of(bn)
+    other = copied(bn)
+    assert state_of(other) == before
+    for name in (*bn.parameters(), "running_mean", "running_var"):
+        getattr(other, name)[...] = 9
+    assert state_of(bn) == before
 
 
 def test_state_dict_is_a_copy() -> None:
@@ -342,9 +346,13 @@ BAD_OPTIONS = {
     "track_running_stats None": ({"track_running_stats": None}, TypeError, ("track_running_stats", "None", "True")),
     "axis 1.0": ({"axis": 1.0}, TypeError, ("axis", "1.0", "integer")),
     "activation gelu": ({"activation": "gelu"}, ValueError, ("activation", "'gelu'", "'relu'")),
-    "activation of slope x": ({"activation": ("leaky_relu", "x")}, TypeError, ("activation", "slope", "'x'")),
+    "activation gelu with a slope": ({"activation": ("gelu", 0.1)}, ValueError, ("activation", "'gelu'", "leaky_relu")),
+    "slope nan": ({"activation": ("leaky_relu", np.nan)}, ValueError, ("slope", "nan", "finite")),
+    "slope text": ({"activation": ("leaky_relu", "x")}, TypeError, ("slope", "'x'", "number")),
     "dtype int": ({"dtype": "int32"}, TypeError, ("dtype", "int32", "float32")),
     "dtype unknown": ({"dtype": "float33"}, TypeError, ("dtype", "'float33'", "float32")),
+    "virtual_batch_size 0": ({"virtual_batch_size": 0}, ValueError, ("virtual_batch_size", "0", "positive")),
+    "virtual_batch_size on the channels": ({"virtual_batch_size": 2, "axis": 0}, ValueError, ("axis 0",)),
     "backend": ({"backend": "cuda"}, ValueError, ("backend", "'cuda'", "'numpy'")),
     "backend 1": ({"backend": 1}, TypeError, ("backend", "1", "'numpy'")),
 }

@@ -1,4 +1,4 @@
-"""Which three integers does the front desk see in an array, and which arrays does it copy?"""
+"""Which three integers are seen in an array, and how is one cut that no backend takes as it is?"""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import cases
 import numpy as np
 import pytest
 
-from fastbn import _shape
+from fastbn import _blocks, _shape
+from fastbn.backends import numpy_backend
 
 Order = tuple[int, ...]
 
@@ -32,52 +33,58 @@ DENSE: dict[str, tuple[tuple[int, ...], Order, int, tuple[int, int, int]]] = {
 }
 
 
+def blocks_of(array: np.ndarray, axis: int, *others: np.ndarray) -> _blocks.Blocks:
+    return _blocks.Blocks(numpy_backend, 1, axis, array, *others)
+
+
 @pytest.mark.parametrize("name", DENSE)
 def test_dense_arrays_are_seen_without_a_copy(name: str) -> None:
     shape, order, axis, wanted = DENSE[name]
-    in_memory = np.arange(math.prod(shape)).reshape([shape[i] for i in order])
+    in_memory = np.arange(math.prod(shape), dtype=np.float64).reshape([shape[i] for i in order])
     array = in_memory.transpose(np.argsort(order))
     assert array.shape == shape
-    assert _shape.is_dense(array)
-    assert _shape.dense(array) is array
-    layout = _shape.layout_of(array, axis)
-    seen = layout.gather(array)
-    assert seen.shape == layout.shape
-    assert layout.values == layout.shape[0] * layout.shape[2]
+    blocks = blocks_of(array, axis)
+    [(_, [piece])] = blocks.blocks
+    seen = blocks._read(array, piece)
     assert seen.flags.c_contiguous
-    view = layout.view(array)
-    assert view is not None
     if array.size:
-        assert layout.shape == wanted
+        assert seen.shape == wanted
         assert np.shares_memory(seen, array)
-        assert np.shares_memory(view, array)
         for channel in range(shape[axis]):
             assert set(seen[:, channel].flat) == set(array.take(channel, axis).flat)
 
 
-@pytest.mark.parametrize(
-    "placement", ["every second element", "negative strides", "cropped", "unaligned", "byteswapped"]
-)
-def test_other_arrays_are_copied_in_their_order(placement: str) -> None:
+@pytest.mark.parametrize("placement", cases.PLACEMENTS)
+def test_the_order_is_that_of_a_new_array(placement: str) -> None:
+    """In which x and y are then one block alike."""
     for order in ((0, 1, 2), (0, 2, 1), (2, 1, 0)):
-        inner = np.arange(24.0).reshape(2, 3, 4)
-        array = cases.PLACEMENTS[placement](inner).transpose(np.argsort(order))
-        assert not _shape.is_dense(array)
-        copy = _shape.dense(array)
-        assert _shape.is_dense(copy)
-        assert np.array_equal(copy, array)
-        assert copy.strides == np.empty_like(array).strides
+        array = cases.PLACEMENTS[placement](np.arange(24.0).reshape(2, 3, 4)).transpose(np.argsort(order))
+        assert np.empty_like(array).transpose(_shape.memory_order(array)).flags.c_contiguous
 
 
-def test_broadcast_arrays_are_copied() -> None:
-    array = np.broadcast_to(np.arange(4.0), (3, 4))
-    assert not _shape.is_dense(array)
-    assert _shape.is_dense(_shape.dense(array))
+@pytest.mark.parametrize("piece", [1, 7, 30, 1 << 19])
+@pytest.mark.parametrize(("shape", "axis"), [((4, 3, 5, 2), 1), ((4, 5, 3), 2), ((3, 40), 0), ((6, 1, 7), 1)], ids=str)
+def test_pieces_cover_every_element_once(
+    shape: tuple[int, ...], axis: int, piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each with all of the channels of its block, and with no more elements than are allowed."""
+    monkeypatch.setattr(_blocks, "PIECE", piece)
+    monkeypatch.setattr(_blocks, "RUN", 1)
+    array = cases.PLACEMENTS["every second element"](np.zeros(shape))
+    blocks = blocks_of(array, axis)
+    turned = array.transpose(blocks.order)
+    for channels, pieces in blocks.blocks:
+        assert all(index[blocks.at] == channels for index in pieces)
+        for index in pieces:
+            assert turned[index].size <= max(piece, 1)
+            turned[index] += 1
+    assert (array == 1).all()
 
 
 def test_another_order_is_gathered() -> None:
     """For dy or a residual that lies in another order than x."""
     x, dy = np.zeros((2, 3, 4)), np.asfortranarray(np.arange(24.0).reshape(2, 3, 4))
-    layout = _shape.layout_of(x, 1)
-    assert layout.view(dy) is None
-    assert np.array_equal(layout.gather(dy), dy)
+    blocks = blocks_of(x, 1, dy)
+    [(_, [piece])] = blocks.blocks
+    assert np.array_equal(blocks._read(dy, piece), dy)
+    assert np.shares_memory(blocks._read(x, piece), x)

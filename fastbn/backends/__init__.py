@@ -27,14 +27,19 @@ class Backend(Protocol):
 
     Inputs arrive validated, outputs allocated. x, residual, y, dy, dx and dresidual are C-contiguous
     (outer, channels, inner) of one dtype; y may be x. gamma and beta are (channels,), in one dtype, float64 or the
-    statistics dtype. Running statistics are (channels,), contiguous, in the statistics dtype. `activation` is a
-    code of fastbn._activations.
+    statistics dtype. Running statistics, dgamma and dbeta are (channels,), contiguous, in the statistics dtype. mask
+    is bool (outer, inner), contiguous: at least one True, two for forward. `activation` is a code of
+    fastbn._activations, and slope is leaky_relu's. Any of the arrays annotated with None may be absent.
     """
+
+    DTYPES: frozenset[str]
+    """The names of the dtypes of data that it takes; the front desk converts others, block by block."""
 
     def forward(
         self,
         x: Array,
         residual: Array | None,
+        mask: Array | None,
         gamma: Array | None,
         beta: Array | None,
         running_mean: Array | None,
@@ -43,11 +48,12 @@ class Backend(Protocol):
         correction: int,
         eps: float,
         activation: int,
+        slope: float,
         y: Array,
         saved: Array,
         threads: int,
     ) -> None:
-        """Normalizes with the batch's own statistics; blends its variance over M - correction into running_var."""
+        """Normalizes with the statistics of x where mask is True; blends the variance over their count - correction."""
 
     def infer(
         self,
@@ -55,31 +61,58 @@ class Backend(Protocol):
         residual: Array | None,
         gamma: Array | None,
         beta: Array | None,
-        mean: Array,
-        var: Array,
+        mean: Array | None,
+        var: Array | None,
         eps: float,
         activation: int,
+        slope: float,
         y: Array,
         saved: Array | None,
         threads: int,
     ) -> None:
-        """Normalizes with the given statistics; fills saved where given."""
+        """Normalizes with mean and var, or with the first three rows of saved where those are None; fills saved."""
+
+    def moments(self, x: Array, mask: Array | None, into: Array, threads: int) -> None:
+        """Fills into, float64 (3, channels): mean, mean_low and the sum of squares around their sum."""
+
+    def backward_sums(
+        self,
+        dy: Array,
+        x: Array,
+        residual: Array | None,
+        saved: Array,
+        activation: int,
+        slope: float,
+        from_y: bool,
+        sums: Array,
+        threads: int,
+    ) -> None:
+        """Fills sums, float64 (2, channels): the sums over all positions of dz and of dz * xhat."""
 
     def backward(
         self,
         dy: Array,
         x: Array,
         residual: Array | None,
+        mask: Array | None,
         saved: Array,
+        count: float,
         frozen: bool,
+        sums: Array | None,
         activation: int,
+        slope: float,
+        from_y: bool,
         dx: Array,
         dresidual: Array | None,
         dgamma: Array | None,
         dbeta: Array | None,
         threads: int,
     ) -> None:
-        """The gradient of forward (not frozen) or infer (frozen)."""
+        """The gradient of forward (not frozen) or infer (frozen), with `sums` or else those of its own positions.
+
+        `count` values per channel made the statistics, and mask tells which of x's were among them. from_y: x holds
+        y, of no activation or of leaky_relu with slope > 0.
+        """
 
     def describe(self) -> dict[str, str]:
         """What show_config() prints of this backend."""

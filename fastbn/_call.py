@@ -1,0 +1,118 @@
+"""What was asked for? The arguments that forward and infer share, checked, and the array that y goes to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from . import _check
+from ._activations import Activation
+from ._dtypes import FLOAT64, DType, kind_of, native
+from ._shape import positions_of
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """Valid arguments. x, residual, mask and y have any strides; arrays of (channels,) are as backends take them."""
+
+    x: Array
+    axis: int
+    statistics: DType
+    gamma: Array | None
+    beta: Array | None
+    running: tuple[Array | None, Array | None]
+    """As they were given, to be updated."""
+    mean: Array | None
+    var: Array | None
+    eps: float
+    activation: Any
+    """As it was given."""
+    code: Activation
+    slope: float
+    residual: Array | None
+    mask: Array | None
+    """Of the positions' shape, or None."""
+    out: Array
+    """What the caller gets."""
+    y: Array
+    """The same memory, as a plain array."""
+    in_place: bool
+    """Whether y is x."""
+
+    def rows(self, some: slice) -> Call:
+        """The same call for some of the elements of axis 0, which is not the channel axis."""
+        residual, mask = (None if array is None else array[some] for array in (self.residual, self.mask))
+        return replace(self, x=self.x[some], residual=residual, mask=mask, out=self.y[some], y=self.y[some])
+
+    def put_running_back(self) -> None:
+        """Into the caller's running statistics, where backends could not take these and a copy was updated."""
+        for given, updated in zip(self.running, (self.mean, self.var), strict=True):
+            if given is not None and updated is not None and given is not updated:
+                given[...] = updated
+
+
+def check(
+    x: object,
+    gamma: object,
+    beta: object,
+    running_mean: object,
+    running_var: object,
+    eps: object,
+    axis: object,
+    mask: object,
+    activation: Any,
+    residual: object,
+    out: object,
+    *,
+    updates: bool,
+    keeps: bool,
+) -> Call:
+    """A Call. `updates`: running statistics will be written; `keeps`: a backward pass will want x back."""
+    data = _check.data("x", x)
+    axis = _check.axis(axis, data)
+    channels, statistics = data.shape[axis], kind_of(data.dtype).statistics
+    code, slope = _check.activation(activation)
+    eps = _check.eps(eps)
+    g, b = _check.parameter("gamma", gamma, channels), _check.parameter("beta", beta, channels)
+    running = _check.running(running_mean, running_var, channels, statistics, written=updates)
+    added = None if residual is None else _check.like("residual", residual, data)
+    counted = _check.mask(mask, data, axis)
+    inputs = {"x": data, "residual": added, "gamma": g, "beta": b, "mask": counted}
+    inputs |= {"running_mean": running[0], "running_var": running[1]}
+    target = _check.out(out, data, inputs, may_be="x")
+    in_place = target is not None and _check.same_memory(target, data)
+    g, b = _parameters(g, b, statistics)
+    if in_place and keeps:
+        _check.invertible(code, slope, g, b, data.dtype)
+    if updates:
+        _check.running_apart(inputs)
+    if counted is not None:
+        counted = np.broadcast_to(counted, positions_of(data.shape, axis))
+    if target is None:
+        target = np.empty_like(data, native(data.dtype), subok=False)
+    mean, var = (None if array is None else _contiguous(array, statistics) for array in running)
+    y = np.asarray(target)
+    return Call(
+        *(data, axis, statistics, g, b, running, mean, var, eps),
+        *(activation, code, slope, added, counted, target, y, in_place),
+    )
+
+
+def _contiguous(array: Array, dtype: DType) -> Array:
+    """The array itself where backends can take it, else a copy that they can."""
+    if array.dtype == dtype and array.flags.c_contiguous and array.flags.aligned:
+        return array
+    return array.astype(dtype, order="C")
+
+
+def _parameters(gamma: Array | None, beta: Array | None, statistics: DType) -> tuple[Array | None, Array | None]:
+    """Both in one dtype: the statistics dtype or, where that would round one of them, float64."""
+    given = [array for array in (gamma, beta) if array is not None]
+    exact = all(np.can_cast(array.dtype, statistics) or array.dtype.name == "bfloat16" for array in given)
+    dtype = statistics if exact else FLOAT64
+    gamma, beta = (None if array is None else _contiguous(array, dtype) for array in (gamma, beta))
+    return gamma, beta

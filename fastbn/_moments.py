@@ -1,0 +1,206 @@
+"""What can be added up over the parts of a batch? Moments before `forward`, sums before `backward`."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import numpy as np
+
+from . import _check
+from ._dtypes import FLOAT64, DType
+
+Array = np.ndarray[Any, Any]
+
+
+def merged(a: Array, a_count: int, b: Array, b_count: int) -> Array:
+    """The rows mean, mean_low, m2 of two disjoint sets of values together.
+
+    Chan, Golub & LeVeque 1979, "Updating formulae and a pairwise algorithm for computing sample variances", (2.1);
+    the mean in two pieces, added as Knuth's two-sum, so that no offset costs digits.
+    """
+    with np.errstate(all="ignore"):
+        delta = (b[0] - a[0]) + (b[1] - a[1])
+        step = delta * (b_count / (a_count + b_count))
+        mean, low = _two_sum(a[0], step)
+        mean, low = _two_sum(mean, low + a[1])
+        return np.stack((mean, low, a[2] + b[2] + delta * step * a_count))
+
+
+def _two_sum(a: Array, b: Array) -> tuple[Array, Array]:
+    """The sum in float64, and what its rounding left over."""
+    total = a + b
+    of_b = total - a
+    return total, (a - (total - of_b)) + (b - of_b)
+
+
+class _Summed:
+    """A count, and rows of float64 with a column per channel. Nothing changes them."""
+
+    __slots__ = ("_count", "_dtype", "_rows")
+
+    _count: int
+    _dtype: DType
+    _rows: Array
+
+    @classmethod
+    def _of(cls, count: int, rows: Array, dtype: DType) -> Self:
+        self = cls.__new__(cls)
+        self._count, self._rows, self._dtype = count, rows, dtype
+        return self
+
+    @property
+    def count(self) -> int:
+        """How many values per channel are in."""
+        return self._count
+
+    @property
+    def channels(self) -> int:
+        """C."""
+        return int(self._rows.shape[1])
+
+    @property
+    def dtype(self) -> DType:
+        """The statistics dtype."""
+        return self._dtype
+
+    def _rounded(self, terms: Array, by: float = 1) -> Array:
+        """Rows added up and divided, in the statistics dtype."""
+        with np.errstate(all="ignore"):
+            rounded: Array = (terms.sum(axis=0) / by).astype(self._dtype)
+        return rounded
+
+    def __radd__(self, other: object) -> Self:
+        """For sum(), which starts with 0."""
+        return self if type(other) is int and other == 0 else NotImplemented
+
+
+class Moments(_Summed):
+    """Count, mean and sum of squares around the mean of every channel; `+` and sum() merge those of disjoint batches.
+
+    The merge is that of Chan, Golub & LeVeque 1983, "Algorithms for computing the sample variance". Inside, all is
+    kept in float64 and the mean in two pieces, which copies and pickles keep: merged in any order, moments give what
+    the whole batch gives, to rounding. Count 0 is the neutral element.
+
+    Parameters
+    ----------
+    count : int >= 0
+        Values per channel.
+    mean, m2 : arrays of shape (C,), both float32 or both float64
+        The mean and the sum of squares around it, as another process has them. Their dtype is the statistics dtype.
+
+    Attributes
+    ----------
+    count : int
+    mean, m2 : arrays of shape (C,) in the statistics dtype; zeros where count is 0
+    channels, dtype : C and the statistics dtype
+
+    >>> import numpy as np, fastbn
+    >>> x = np.array([[1.0, 10.0], [2.0, 20.0], [6.0, 30.0]])
+    >>> sum(fastbn.moments(part) for part in (x[:1], x[1:]))
+    Moments(count=3, mean=[ 3., 20.], m2=[ 14., 200.])
+    >>> fastbn.Moments(3, np.array([3.0, 20.0]), np.array([14.0, 200.0])).var(correction=1)
+    array([  7., 100.])
+    """
+
+    __slots__ = ()
+
+    def __init__(self, count: int, mean: Array, m2: Array) -> None:
+        self._count = _check.natural("count", count)
+        (first, second), self._dtype = _check.rows({"mean": mean, "m2": m2})
+        _check.not_negative("m2", second)
+        rows = np.stack((first, np.zeros_like(first), second))
+        self._rows = rows if self._count else np.zeros_like(rows)
+
+    @property
+    def mean(self) -> Array:
+        return self._rounded(self._rows[:2])
+
+    @property
+    def m2(self) -> Array:
+        return self._rounded(self._rows[2:])
+
+    def var(self, correction: float = 0) -> Array:
+        """The variance, m2 / (count - correction), in the statistics dtype.
+
+        Raises ValueError unless 0 <= correction < count.
+        """
+        return self._rounded(self._rows[2:], self._count - _check.correction(correction, self._count))
+
+    def __add__(self, other: object) -> Moments:
+        if not isinstance(other, Moments):
+            return NotImplemented
+        _check.summed("moments", other, self.channels, self.dtype, "the other's")
+        if not self._count or not other._count:
+            return self if self._count else other
+        rows = merged(self._rows, self._count, other._rows, other._count)
+        return self._of(self._count + other._count, rows, self._dtype)
+
+    def __repr__(self) -> str:
+        return f"Moments(count={self._count}, mean={_short(self.mean)}, m2={_short(self.m2)})"
+
+
+class Sums(_Summed):
+    """What the gradients of a batch's statistics add up to; `+` and sum() give those of all its parts.
+
+    Parameters
+    ----------
+    count : int >= 0
+        Values per channel that counted towards the statistics.
+    sum_dy, sum_dy_xhat : arrays of shape (C,), both float32 or both float64
+        The sums of dz and dz * xhat, dz being the gradient before the activation (dy without one).
+
+    Attributes
+    ----------
+    count : int
+    sum_dy, sum_dy_xhat : arrays of shape (C,) in the statistics dtype (float64 inside, copies and pickles too)
+    channels, dtype : C and the statistics dtype
+
+    >>> import numpy as np, fastbn
+    >>> y, cache = fastbn.forward(np.array([[1.0], [3.0]]), eps=0.0)
+    >>> sums = fastbn.backward_sums(np.array([[1.0], [2.0]]), cache)
+    >>> sums + sums
+    Sums(count=4, sum_dy=[6.], sum_dy_xhat=[2.])
+    """
+
+    __slots__ = ()
+
+    def __init__(self, count: int, sum_dy: Array, sum_dy_xhat: Array) -> None:
+        self._count = _check.natural("count", count)
+        self._rows, self._dtype = _check.rows({"sum_dy": sum_dy, "sum_dy_xhat": sum_dy_xhat})
+
+    @property
+    def sum_dy(self) -> Array:
+        return self._rounded(self._rows[:1])
+
+    @property
+    def sum_dy_xhat(self) -> Array:
+        return self._rounded(self._rows[1:])
+
+    def __add__(self, other: object) -> Sums:
+        if not isinstance(other, Sums):
+            return NotImplemented
+        _check.summed("sums", other, self.channels, self.dtype, "the other's")
+        with np.errstate(all="ignore"):
+            return self._of(self._count + other._count, self._rows + other._rows, self._dtype)
+
+    def __repr__(self) -> str:
+        return f"Sums(count={self._count}, sum_dy={_short(self.sum_dy)}, sum_dy_xhat={_short(self.sum_dy_xhat)})"
+
+
+def _short(values: Array) -> str:
+    return np.array2string(values, separator=", ", threshold=8)
+
+
+def save(rows: Array, count: int, saved: Array) -> None:
+    """Into the rows of `saved` from which infer takes its statistics."""
+    with np.errstate(all="ignore"):
+        saved[0], saved[1], saved[2] = rows[0], rows[1], rows[2] / count
+
+
+def blend(rows: Array, count: int, mean: Array | None, var: Array | None, momentum: float, correction: int) -> None:
+    """Into running statistics, where there are such, with the variance over count - correction."""
+    if mean is None or var is None:
+        return
+    with np.errstate(all="ignore"):
+        mean[...] = (1 - momentum) * mean.astype(FLOAT64) + momentum * (rows[0] + rows[1])
+        var[...] = (1 - momentum) * var.astype(FLOAT64) + momentum * (rows[2] / (count - correction))

@@ -1,0 +1,99 @@
+"""What would the running statistics be over all of the data? Precise batch norm: Wu & Johnson 2021, section 3.
+
+("Rethinking 'Batch' in BatchNorm".)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+import numpy as np
+
+from . import _check
+from ._moments import Moments
+from ._results import Cache
+from .layer import BatchNorm
+
+Array = np.ndarray[Any, Any]
+T = TypeVar("T")
+
+
+class _Watched:
+    """A layer in training mode, the moments of what it sees, and how it was."""
+
+    RESTORED = ("training", "num_batches_tracked", "_cache", "_watch")
+
+    def __init__(self, layer: BatchNorm) -> None:
+        self.layer = layer
+        self.running = _check.tracked(layer.running_mean, layer.running_var)
+        self.before = tuple(array.copy() for array in self.running)
+        self.state = {name: getattr(layer, name) for name in self.RESTORED}
+        self.seen: Moments | None = None
+
+    def watch(self) -> None:
+        self.layer.train()
+        self.layer._watch = self._add
+
+    def _add(self, cache: Cache) -> None:
+        moments = cache._moments()
+        self.seen = moments if self.seen is None else self.seen + moments
+
+    def statistics(self) -> tuple[Array, Array]:
+        """The running statistics of all that was seen."""
+        if self.seen is None:
+            _check.never_called(repr(self.layer))
+        return self.seen.mean, self.seen.var(self.layer._correction)
+
+    def put_back(self) -> None:
+        for name, value in self.state.items():
+            setattr(self.layer, name, value)
+        self.set(self.before)
+
+    def set(self, statistics: tuple[Array, ...]) -> None:
+        for array, values in zip(self.running, statistics, strict=True):
+            array[...] = values
+
+
+def recalibrate(layers: Iterable[BatchNorm], batches: Iterable[T], forward: Callable[[T], object]) -> None:
+    """Sets running statistics to those of all values that the layers see, exactly, instead of a moving average.
+
+    Calls forward(batch) for each batch, with the layers in training mode, and merges the moments of all their calls:
+    the variance between batches is in. The running variance is the unbiased one, or the biased one for the conventions
+    of Keras and ONNX. Everything else about the layers is afterwards as it was: their mode, num_batches_tracked, and
+    what a pending `backward` needs.
+
+    Parameters
+    ----------
+    layers : iterable of BatchNorm
+        With running statistics.
+    batches : iterable
+        Of whatever `forward` takes.
+    forward : callable
+        Calls the layers, each once or more in all.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For an object that is no such layer, and for a layer that was never called. After these and after whatever
+        `batches` and `forward` raise, the layers are as they were.
+
+    >>> import numpy as np, fastbn
+    >>> bn = fastbn.BatchNorm(1, dtype="float64")
+    >>> fastbn.recalibrate([bn], [np.array([[1.0], [2.0]]), np.array([[3.0], [6.0]])], bn)
+    >>> bn.running_mean, bn.running_var, bn.num_batches_tracked
+    (array([3.]), array([4.66666667]), 0)
+    """
+    given = [_check.instance("layers", layer, BatchNorm, "BatchNorm, all of them") for layer in layers]
+    watched = [_Watched(layer) for layer in dict.fromkeys(given)]
+    try:
+        for one in watched:
+            one.watch()
+        for batch in batches:
+            forward(batch)
+        found = [one.statistics() for one in watched]
+    finally:
+        for one in watched:
+            one.put_back()
+    for one, statistics in zip(watched, found, strict=True):
+        one.set(statistics)

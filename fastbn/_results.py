@@ -1,0 +1,151 @@
+"""What do the calls return? Forward with its cache, and Gradients."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ._dtypes import DType, kind_of
+from ._moments import Moments
+from ._shape import positions_of
+from .backends import SAVED_ROWS
+
+Array = np.ndarray[Any, Any]
+
+
+class Parts(NamedTuple):
+    """What a cache holds: a forward call's x and residual, what the backend saved, and how it was called."""
+
+    x: Array
+    residual: Array | None
+    saved: Array
+    axis: int
+    frozen: bool
+    activation: str | tuple[str, float] | None
+    has_gamma: bool
+    has_beta: bool
+    mask: Array | None = None
+    """Of the positions' shape; None where all count."""
+    counted: int | None = None
+    """Of the statistics, where they do not come from all values of x and from these alone."""
+    from_y: bool = False
+    """Whether x is y: the call was in place."""
+
+    @property
+    def plain(self) -> bool:
+        """Whether the first eight tell everything."""
+        return self.counted is None and not self.from_y
+
+    @property
+    def channel_axis(self) -> int:
+        """Counted from 0."""
+        return self.axis % self.x.ndim
+
+    @property
+    def values(self) -> int:
+        """Values per channel of x."""
+        return math.prod(positions_of(self.x.shape, self.channel_axis))
+
+    @property
+    def total(self) -> int:
+        """Values per channel that the statistics come from."""
+        return self.values if self.counted is None else self.counted
+
+    @property
+    def statistics(self) -> DType:
+        """The statistics dtype."""
+        return kind_of(self.x.dtype).statistics
+
+
+class Cache:
+    """What `backward` needs of a `forward` call. It refers to x, residual and mask: leave them as they are until then.
+
+    Attributes
+    ----------
+    mean, var, inv_std : arrays of shape (C,), in the statistics dtype
+        What the call normalized with: the batch's mean and biased variance, given moments, or the running statistics;
+        and 1/sqrt(var + eps), which is 0 where var + eps is 0. With virtual_batch_size they have shape (slices, C).
+    count : int
+        How many values per channel the mean and var come from: those that the mask leaves, or the given moments'; all
+        of x's with running statistics. With virtual_batch_size an array of shape (slices,).
+
+    >>> import numpy as np, fastbn
+    >>> y, cache = fastbn.forward(np.array([[1.0], [3.0]]))
+    >>> cache.mean, cache.var, cache.count
+    (array([2.]), array([1.]), 2)
+    """
+
+    __slots__ = ("_parts",)
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+
+    def _row(self, name: str) -> Array:
+        with np.errstate(all="ignore"):
+            row: Array = self._parts.saved[SAVED_ROWS.index(name)].astype(self._parts.statistics)
+        return row
+
+    @property
+    def mean(self) -> Array:
+        return self._row("mean")
+
+    @property
+    def var(self) -> Array:
+        return self._row("var")
+
+    @property
+    def inv_std(self) -> Array:
+        return self._row("inv_std")
+
+    @property
+    def count(self) -> Any:
+        return self._parts.total
+
+    def _moments(self) -> Moments:
+        """Those that the call normalized with."""
+        saved = self._parts.saved
+        rows = np.stack((saved[0], saved[1], saved[2] * self.count))
+        return Moments._of(self.count, rows, self._parts.statistics)
+
+
+class Forward(NamedTuple):
+    """What `forward` returns.
+
+    >>> import numpy as np, fastbn
+    >>> y, cache = fastbn.forward(np.array([[1.0], [3.0]]), eps=0.0)
+    >>> y.tolist()
+    [[-1.0], [1.0]]
+    """
+
+    y: Array
+    cache: Cache
+
+
+class _Gradients(NamedTuple):
+    dx: Array
+    dgamma: Array | None
+    dbeta: Array | None
+
+
+class Gradients(_Gradients):
+    """What `backward` returns: (dx, dgamma, dbeta), and `dresidual` beside them (None without a residual).
+
+    >>> import numpy as np, fastbn
+    >>> x = np.array([[1.0], [3.0]])
+    >>> gradients = fastbn.backward(np.ones((2, 1)), fastbn.forward(x, None, np.zeros(1), residual=x).cache)
+    >>> dx, dgamma, dbeta = gradients
+    >>> dbeta.tolist(), gradients.dresidual.tolist()
+    ([2.0], [[1.0], [1.0]])
+    """
+
+    dresidual: Array | None
+
+    def __new__(cls, dx: Array, dgamma: Array | None, dbeta: Array | None, dresidual: Array | None) -> Gradients:
+        self = super().__new__(cls, dx, dgamma, dbeta)
+        self.dresidual = dresidual
+        return self
+
+    def __getnewargs__(self) -> tuple[Any, ...]:
+        return (*self, self.dresidual)
