@@ -23,7 +23,8 @@ HOW = pytest.mark.parametrize("training", [True, False], ids=["training", "froze
 @pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
 @pytest.mark.parametrize("activation", cases.ACTIVATIONS, ids=str)
 def test_against_the_oracle(kernel: cases.Kernel, dtype: str, activation: Any, residual: bool, training: bool) -> None:
-    for shape, (has_gamma, has_beta) in product(SHAPES, product((True, False), repeat=2)):
+    either = ((True, True), (True, False), (False, True), (False, False))
+    for shape, (has_gamma, has_beta) in product(SHAPES, either if activation in (None, "relu") else either[:1]):
         c = cases.call(shape, dtype)
         c = c._replace(gamma=c.gamma if has_gamma else None, beta=c.beta if has_beta else None)
         where = f"for {shape}, gamma {has_gamma}, beta {has_beta}"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import cases
 import numpy as np
@@ -14,8 +15,8 @@ import fastbn
 
 Array = np.ndarray[Any, Any]
 FLOATS = (*cases.DTYPES, *cases.HALVES)
-INVERTIBLE = (None, "leaky_relu", ("leaky_relu", 0.3), ("leaky_relu", 1), ("leaky_relu", 1.5))
-SHAPES = (((40, 19), 1), ((6, 5, 31), 1), ((6, 31, 5), -1), ((3, 4, 7, 6), 2), ((1, 2, 70_001), 1), ((2, 300, 28), 1))
+INVERTIBLE = (None, "leaky_relu", ("leaky_relu", 1.5))
+SHAPES = (((40, 19), 1), ((6, 5, 31), 1), ((6, 31, 5), -1), ((3, 4, 7, 6), 2), ((1, 2, 3001), 1))
 
 
 def call(shape: tuple[int, ...], dtype: Any = "float32", axis: int = 1) -> cases.Call:
@@ -24,37 +25,47 @@ def call(shape: tuple[int, ...], dtype: Any = "float32", axis: int = 1) -> cases
     return c._replace(gamma=c.gamma + np.where(c.gamma < 0, -0.5, 0.5).astype(c.gamma.dtype))
 
 
+class Solved(NamedTuple):
+    """A call, its options, and the oracle's answers."""
+
+    call: cases.Call
+    options: dict[str, Any]
+    y: oracle.Normalized
+    gradients: oracle.Differentiated
+
+
+@cache
+def solved(shape: tuple[int, ...], axis: int, dtype: str, activation: Any, training: bool) -> Solved:
+    """Every other shape has a residual and a mask as well; computed once for all kernels."""
+    c = call(shape, dtype, axis)
+    more = {"residual": c.residual, "mask": cases.random_mask(shape, axis)} if SHAPES.index((shape, axis)) % 2 else {}
+    options = {"axis": axis, "activation": activation, **more}
+    at = oracle.forward(c.x, c.gamma, c.beta, *(() if training else (c.running_mean, c.running_var)), **options)
+    off = oracle.found_again(at, c.gamma, axis=axis, activation=activation, dtype=dtype)
+    wanted = oracle.backward(
+        c.dy, at, c.gamma, axis=axis, activation=activation, mask=options.get("mask"), frozen=not training, off=off
+    )
+    return Solved(c, options, at, wanted)
+
+
 @pytest.mark.parametrize("training", [True, False], ids=["training", "frozen"])
 @pytest.mark.parametrize("activation", INVERTIBLE, ids=str)
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_against_the_oracle(kernel: cases.Kernel, dtype: str, activation: Any, training: bool) -> None:
     """The same y and running statistics as in an array of its own, bit for bit, and the gradient."""
     for shape, axis in SHAPES:
-        c = call(shape, dtype, axis)
+        c, options, at, wanted = solved(shape, axis, dtype, activation, training)
         where = f"for {shape}, axis {axis}"
-        for residual, mask in ((None, None), (c.residual, cases.random_mask(shape, axis))):
-            arguments = {
-                "training": training,
-                "axis": axis,
-                "activation": activation,
-                "residual": residual,
-                "mask": mask,
-            }
-            mean, var = c.running_mean.copy(), c.running_var.copy()
-            apart = fastbn.forward(c.x, c.gamma, c.beta, mean, var, **arguments).y
-            x, in_mean, in_var = c.x.copy(), c.running_mean.copy(), c.running_var.copy()
-            y, cache = fastbn.forward(x, c.gamma, c.beta, in_mean, in_var, out=x, **arguments)
-            assert y is x
-            cases.assert_same_bits((y, in_mean, in_var), (apart, mean, var), where)
-            got = fastbn.backward(c.dy, cache)
-            statistics = () if training else (c.running_mean, c.running_var)
-            options = {"axis": axis, "activation": activation}
-            exact = oracle.forward(c.x, c.gamma, c.beta, *statistics, residual=residual, mask=mask, **options)
-            off = oracle.found_again(exact, c.gamma, dtype=dtype, **options)
-            wanted = oracle.backward(c.dy, exact, c.gamma, mask=mask, frozen=not training, off=off, **options)
-            cases.assert_gradients(got, wanted, where)
-            again = fastbn.backward(c.dy, cache)
-            cases.assert_same_bits(tuple(again), tuple(got), where)
+        mean, var = c.running_mean.copy(), c.running_var.copy()
+        apart = fastbn.forward(c.x, c.gamma, c.beta, mean, var, training=training, **options).y
+        x, in_mean, in_var = c.x.copy(), c.running_mean.copy(), c.running_var.copy()
+        y, cache = fastbn.forward(x, c.gamma, c.beta, in_mean, in_var, training=training, out=x, **options)
+        assert y is x
+        cases.assert_y(y, at, c.gamma, axis=axis, activation=activation, where=where)
+        cases.assert_same_bits((y, in_mean, in_var), (apart, mean, var), where)
+        got = fastbn.backward(c.dy, cache)
+        cases.assert_gradients(got, wanted, where)
+        cases.assert_same_bits(tuple(fastbn.backward(c.dy, cache)), tuple(got), where)
 
 
 def test_close_to_what_x_gives(any_backend: cases.Kernel) -> None:
