@@ -114,16 +114,19 @@ def test_torch_activations(torch: Any, kernel: cases.Kernel, kind: str, activati
         t_mean, t_var, t_gamma, t_beta = tensors(torch, mean, var, c.gamma, c.beta)
         t_x, t_residual = (_half_tensor(torch, array).requires_grad_() for array in (c.x, c.residual))
         t_gamma.requires_grad_()
-        t_y = functional.batch_norm(t_x, t_mean, t_var, t_gamma, t_beta, training, 0.3, 0.01) + t_residual
+        t_z = functional.batch_norm(t_x, t_mean, t_var, t_gamma, t_beta, training, 0.3, 0.01) + t_residual
         function = torch.sigmoid if activation == "sigmoid" else getattr(functional, activation.split()[0])
-        t_y = function(t_y, chosen[1]) if isinstance(chosen, tuple) else function(t_y)
-        t_y.backward(_half_tensor(torch, c.dy))
+        t_y = function(t_z, chosen[1]) if isinstance(chosen, tuple) else function(t_z)
+        z = t_z.detach().double().numpy()  # which torch rounds to a half: perhaps to the other side of a kink
+        near = abs(z[..., np.newaxis] - (-3, 0, 3, 6)).min(axis=-1) < 0.05
+        dy = np.where(near, np.zeros_like(c.dy), c.dy)
+        t_y.backward(_half_tensor(torch, dy))
 
         y, cache = fastbn.forward(
             c.x, c.gamma, c.beta, mean, var, training=training, momentum=0.3, eps=0.01, activation=chosen,
             residual=c.residual,
         )  # fmt: skip
-        got = fastbn.backward(c.dy, cache)
+        got = fastbn.backward(dy, cache)
         np.testing.assert_allclose(var, t_var.numpy(), rtol=1e-5)
         for name, ours, theirs in (
             ("y", y, t_y.detach()),
