@@ -9,8 +9,6 @@ larger than a piece.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -18,7 +16,7 @@ import numpy as np
 
 from ._activations import Activation
 from ._call import Call
-from ._dtypes import FLOAT32, native
+from ._dtypes import FLOAT32, kind_of, native
 from ._moments import blend, merged, save
 from ._results import Parts
 from ._shape import memory_order, three_of
@@ -33,8 +31,6 @@ PIECE = 1 << 19
 RUN = 64
 """Neighbours in memory that a block of channels has at least, so that few bytes of a cache line are in vain."""
 
-EVERYTHING = slice(None)
-
 
 class Block(NamedTuple):
     """Some channels, and the pieces that they come in: indices of an array whose axes are in memory order."""
@@ -43,21 +39,26 @@ class Block(NamedTuple):
     pieces: list[Index]
 
 
+EVERYTHING, WHOLE = slice(None), ()
+DIRECT = [Block(EVERYTHING, [WHOLE])]
+"""For arrays that are handed on as they are."""
+
+
 class Blocks:
     """A backend, and how the arrays of one call reach it."""
 
     def __init__(self, backend: Backend, threads: int, axis: int, x: Array, *others: Array | None) -> None:
         self.backend, self.threads = backend, threads
         given = native(x.dtype)
-        self.dtype = given if given.name in backend.DTYPES else FLOAT32
+        self.dtype = given if kind_of(given).name in backend.DTYPES else FLOAT32
         self.order = memory_order(x)
         self.at = self.order.index(axis)
         self.positions = tuple(i - (i > axis) for i in self.order if i != axis)
         turned = [array.transpose(self.order) for array in (x, *others) if array is not None]
-        if x.size == 0 or all(map(self._is_ready, turned)):
-            self.blocks = [Block(EVERYTHING, [(EVERYTHING,) * x.ndim])]
-        else:
-            self.blocks = _cut(turned[0].shape, self.at)
+        shape = turned[0].shape
+        self.shape = three_of(shape, self.at)
+        direct = all(map(self._is_ready, turned))
+        self.blocks = DIRECT if direct else _cut(shape, self.at)
 
     # The verbs -------------------------------------------------------------------------------------------------------
 
@@ -67,30 +68,30 @@ class Blocks:
         """Normalizes with the statistics of x, of which the mask leaves `count` values per channel."""
         for channels, pieces in self.blocks:
             gamma, beta, mean, var = _some(channels, call.gamma, call.beta, call.mean, call.var)
-            kept = np.ascontiguousarray(saved[:, channels])
+            kept = _columns(saved, channels)
             if len(pieces) == 1:
-                x = self._read(call.x, pieces[0])
+                x, y = self._read(call.x, pieces[0]), self._target(call.y, pieces[0])
                 residual, counted = self._take(call.residual, pieces[0]), self._positions(mask, pieces[0], x)
-                with self._write(call.y, pieces[0]) as y:
-                    self.backend.forward(
-                        *(x, residual, counted, gamma, beta, mean, var, momentum, correction),
-                        *(call.eps, call.code, call.slope, y, kept, self.threads),
-                    )
+                self.backend.forward(
+                    *(x, residual, counted, gamma, beta, mean, var, momentum, correction),
+                    *(call.eps, call.code, call.slope, y, kept, self.threads),
+                )
+                self._put(call.y, pieces[0], y)
             else:
                 rows = self._moments(call.x, mask, pieces)
                 save(rows, count, kept)
                 blend(rows, count, mean, var, momentum, correction)
                 self._infer(call, pieces, gamma, beta, None, None, kept)
-            saved[:, channels] = kept
+            _put_columns(saved, channels, kept)
 
     def infer(self, call: Call, mean: Array | None, var: Array | None, saved: Array | None) -> None:
         """Normalizes with mean and var or, where those are None, with the first rows of saved."""
         for channels, pieces in self.blocks:
-            kept = None if saved is None else np.ascontiguousarray(saved[:, channels])
+            kept = None if saved is None else _columns(saved, channels)
             gamma, beta, some_mean, some_var = _some(channels, call.gamma, call.beta, mean, var)
             self._infer(call, pieces, gamma, beta, some_mean, some_var, kept)
-            if saved is not None:
-                saved[:, channels] = kept
+            if saved is not None and kept is not None:
+                _put_columns(saved, channels, kept)
 
     def moments(self, x: Array, mask: Array | None, channels: int) -> Array:
         """The rows mean, mean_low, m2."""
@@ -103,7 +104,7 @@ class Blocks:
         """The rows sum dz, sum dz * xhat."""
         rows = np.empty((2, parts.saved.shape[1]))
         for some, pieces in self.blocks:
-            saved = np.ascontiguousarray(parts.saved[:, some])
+            saved = _columns(parts.saved, some)
             rows[:, some] = self._sums(dy, parts, pieces, saved, activation, slope)
         return rows
 
@@ -121,19 +122,22 @@ class Blocks:
     ) -> None:
         """The gradients; with sums given, those of a larger batch."""
         for channels, pieces in self.blocks:
-            saved = np.ascontiguousarray(parts.saved[:, channels])
-            total = None if sums is None else np.ascontiguousarray(sums[:, channels])
+            saved = _columns(parts.saved, channels)
+            total = None if sums is None else _columns(sums, channels)
             if total is None and len(pieces) > 1:
                 total = self._sums(dy, parts, pieces, saved, activation, slope)
             dg, db = _some(channels, dgamma, dbeta)
             for piece in pieces:
                 x = self._read(parts.x, piece)
                 residual, mask = self._take(parts.residual, piece), self._positions(parts.mask, piece, x)
-                with self._write(dx, piece) as dx_, self._write(dresidual, piece) as dr:
-                    self.backend.backward(
-                        *(self._read(dy, piece), x, residual, mask, saved, float(parts.total), parts.frozen, total),
-                        *(activation, slope, parts.from_y, dx_, dr, dg, db, self.threads),
-                    )
+                dx_ = self._target(dx, piece)
+                dr = None if dresidual is None else self._target(dresidual, piece)
+                self.backend.backward(
+                    *(self._read(dy, piece), x, residual, mask, saved, float(parts.total), parts.frozen, total),
+                    *(activation, slope, parts.from_y, dx_, dr, dg, db, self.threads),
+                )
+                self._put(dx, piece, dx_)
+                self._put(dresidual, piece, dr)
 
     # Their parts -----------------------------------------------------------------------------------------------------
 
@@ -148,12 +152,12 @@ class Blocks:
         saved: Array | None,
     ) -> None:
         for piece in pieces:
-            x, residual = self._read(call.x, piece), self._take(call.residual, piece)
-            with self._write(call.y, piece) as y:
-                self.backend.infer(
-                    *(x, residual, gamma, beta, mean, var, call.eps, call.code, call.slope),
-                    *(y, saved, self.threads),
-                )
+            y = self._target(call.y, piece)
+            self.backend.infer(
+                *(self._read(call.x, piece), self._take(call.residual, piece), gamma, beta, mean, var),
+                *(call.eps, call.code, call.slope, y, saved, self.threads),
+            )
+            self._put(call.y, piece, y)
 
     def _moments(self, x: Array, mask: Array | None, pieces: list[Index]) -> Array:
         total, count = np.empty(0), 0
@@ -195,7 +199,10 @@ class Blocks:
 
     def _read(self, array: Array, piece: Index) -> Array:
         """A piece in three dimensions: a view where it lies in memory as the backend takes it, else a copy."""
-        turned = array.transpose(self.order)[piece]
+        turned = array.transpose(self.order)
+        if not piece:
+            return turned.reshape(self.shape)
+        turned = turned[piece]
         if not self._is_ready(turned):
             turned = turned.astype(self.dtype, order="C")
         return turned.reshape(three_of(turned.shape, self.at))
@@ -207,32 +214,48 @@ class Blocks:
         """The mask of a piece x, as (outer, inner)."""
         if mask is None:
             return None
-        some = mask.transpose(self.positions)[piece[: self.at] + piece[self.at + 1 :]]
-        return np.ascontiguousarray(some).reshape(x.shape[0], x.shape[2])
+        turned = mask.transpose(self.positions)[piece[: self.at] + piece[self.at + 1 :]]
+        return np.ascontiguousarray(turned).reshape(x.shape[0], x.shape[2])
 
-    @contextmanager
-    def _write(self, array: Array | None, piece: Index) -> Iterator[Any]:
-        """A piece to fill, in three dimensions, which goes where it belongs at the end."""
-        if array is None:
-            yield None
+    def _target(self, array: Array, piece: Index) -> Array:
+        """What the backend fills for a piece, in three dimensions: a view, or memory to be `_put` there."""
+        turned = array.transpose(self.order)
+        if not piece:
+            return turned.reshape(self.shape)
+        turned = turned[piece]
+        return (turned if self._is_ready(turned) else np.empty(turned.shape, self.dtype)).reshape(
+            three_of(turned.shape, self.at)
+        )
+
+    def _put(self, array: Array | None, piece: Index, filled: Array | None) -> None:
+        if not piece or array is None or filled is None:
             return
         turned = array.transpose(self.order)[piece]
-        ready = self._is_ready(turned)
-        filled = turned if ready else np.empty(turned.shape, self.dtype)
-        yield filled.reshape(three_of(turned.shape, self.at))
-        if not ready:
+        if not self._is_ready(turned):
             with np.errstate(all="ignore"):
-                turned[...] = filled
+                turned[...] = filled.reshape(turned.shape)
+
+
+def _columns(rows: Array, channels: slice) -> Array:
+    """Those of some channels, contiguous; `_put_columns` takes them back."""
+    return rows if channels is EVERYTHING else np.ascontiguousarray(rows[:, channels])
+
+
+def _put_columns(rows: Array, channels: slice, filled: Array) -> None:
+    if filled is not rows:
+        rows[:, channels] = filled
 
 
 def _some(channels: slice, *arrays: Array | None) -> tuple[Array | None, ...]:
-    return tuple(None if array is None else array[channels] for array in arrays)
+    return arrays if channels is EVERYTHING else tuple(None if array is None else array[channels] for array in arrays)
 
 
 def _cut(shape: tuple[int, ...], at: int) -> list[Block]:
     """Blocks of an array of this shape, its axes in memory order, with channels on axis `at`."""
-    channels = shape[at]
-    positions = math.prod(shape) // channels
+    channels, size = shape[at], math.prod(shape)
+    if not size:
+        return [Block(EVERYTHING, [(EVERYTHING,) * len(shape)])]
+    positions = size // channels
     together = min(channels, max(-(-RUN // math.prod(shape[at + 1 :])), PIECE // positions))
     steps = dict.fromkeys(range(len(shape)), 1)
     left = PIECE // together

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,8 +14,7 @@ from ._shape import positions_of
 Array = np.ndarray[Any, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
+class Call(NamedTuple):
     """Valid arguments. x, residual, mask and y have any strides; arrays of (channels,) are as backends take them."""
 
     x: Array
@@ -46,7 +44,7 @@ class Call:
     def rows(self, some: slice) -> Call:
         """The same call for some of the elements of axis 0, which is not the channel axis."""
         residual, mask = (None if array is None else array[some] for array in (self.residual, self.mask))
-        return replace(self, x=self.x[some], residual=residual, mask=mask, out=self.y[some], y=self.y[some])
+        return self._replace(x=self.x[some], residual=residual, mask=mask, out=self.y[some], y=self.y[some])
 
     def put_running_back(self) -> None:
         """Into the caller's running statistics, where backends could not take these and a copy was updated."""
@@ -94,11 +92,25 @@ def check(
         counted = np.broadcast_to(counted, positions_of(data.shape, axis))
     if target is None:
         target = np.empty_like(data, native(data.dtype), subok=False)
-    mean, var = (None if array is None else _contiguous(array, statistics) for array in running)
-    y = np.asarray(target)
+    mean, var = running
     return Call(
-        *(data, axis, statistics, g, b, running, mean, var, eps),
-        *(activation, code, slope, added, counted, target, y, in_place),
+        x=data,
+        axis=axis,
+        statistics=statistics,
+        gamma=g,
+        beta=b,
+        running=running,
+        mean=None if mean is None else _contiguous(mean, statistics),
+        var=None if var is None else _contiguous(var, statistics),
+        eps=eps,
+        activation=activation,
+        code=code,
+        slope=slope,
+        residual=added,
+        mask=counted,
+        out=target,
+        y=np.asarray(target),
+        in_place=in_place,
     )
 
 
@@ -111,8 +123,15 @@ def _contiguous(array: Array, dtype: DType) -> Array:
 
 def _parameters(gamma: Array | None, beta: Array | None, statistics: DType) -> tuple[Array | None, Array | None]:
     """Both in one dtype: the statistics dtype or, where that would round one of them, float64."""
-    given = [array for array in (gamma, beta) if array is not None]
-    exact = all(np.can_cast(array.dtype, statistics) or array.dtype.name == "bfloat16" for array in given)
-    dtype = statistics if exact else FLOAT64
-    gamma, beta = (None if array is None else _contiguous(array, dtype) for array in (gamma, beta))
-    return gamma, beta
+    dtype = statistics if _is_exact(gamma, statistics) and _is_exact(beta, statistics) else FLOAT64
+    return (
+        None if gamma is None else _contiguous(gamma, dtype),
+        None if beta is None else _contiguous(beta, dtype),
+    )
+
+
+def _is_exact(array: Array | None, dtype: DType) -> bool:
+    """Whether the array's numbers are numbers of the dtype."""
+    if array is None or array.dtype == dtype:
+        return True
+    return np.can_cast(array.dtype, dtype) or array.dtype.name == "bfloat16"

@@ -12,7 +12,7 @@ from typing import Any, NoReturn, Protocol, TypeVar
 import numpy as np
 
 from ._activations import BY_NAME, DEFAULT_SLOPE, Activation
-from ._dtypes import FLOAT32, FLOAT64, KINDS, DType, is_float, kind_of, native
+from ._dtypes import FLOAT32, FLOAT64, KINDS, DType, find, is_float, kind_of, native
 from ._shape import positions_of
 
 Array = np.ndarray[Any, Any]
@@ -41,7 +41,7 @@ def _array(name: str, value: object) -> Array:
 def data(name: str, value: object) -> Array:
     """`value` as an array of a dtype that data can have."""
     array = _array(name, value)
-    if array.dtype.name not in KINDS:
+    if find(array.dtype) is None:
         _refuse(TypeError, name, f"dtype {array.dtype}", _names(KINDS))
     return array
 
@@ -169,7 +169,7 @@ def out(value: object, x: Array, inputs: Mapping[str, Array | None], *, may_be: 
 def _overlaps_itself(array: Array) -> bool:
     """Whether two elements share memory, as far as strides that do not nest (slices' and transposes' do) tell."""
     end = array.itemsize
-    if array.size:
+    if array.size and not array.flags.c_contiguous:
         for stride, size in sorted(zip(map(abs, array.strides), array.shape, strict=True)):
             if size > 1 and stride < end:
                 return True
@@ -444,7 +444,7 @@ def state(name: str, value: Mapping[str, Any], arrays: Mapping[str, Array], opti
         found[key] = _state_array(f"{name}[{key!r}]", found[key], array)
     if optional in found:
         counted = found[optional]
-        if counted.dtype.kind not in "iu" or counted.size != 1:
+        if counted.size != 1 or type(counted.item()) is not int:
             _refuse(TypeError, f"{name}[{optional!r}]", repr(value[optional]), "one integer >= 0")
         if not 0 <= counted.item() <= np.iinfo(np.int64).max:
             _refuse(ValueError, f"{name}[{optional!r}]", repr(value[optional]), "one integer from 0 to 2**63 - 1")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ FLOAT64: DType = np.dtype(np.float64)
 class Kind(NamedTuple):
     """What is particular to a dtype of data."""
 
+    name: str
     statistics: DType
     """Its statistics dtype."""
     eps: float
@@ -22,17 +24,23 @@ class Kind(NamedTuple):
 
 
 KINDS = {
-    "float16": Kind(FLOAT32, 2.0**-10),
-    "bfloat16": Kind(FLOAT32, 2.0**-7),
-    "float32": Kind(FLOAT32, 2.0**-23),
-    "float64": Kind(FLOAT64, 2.0**-52),
+    "float16": Kind("float16", FLOAT32, 2.0**-10),
+    "bfloat16": Kind("bfloat16", FLOAT32, 2.0**-7),
+    "float32": Kind("float32", FLOAT32, 2.0**-23),
+    "float64": Kind("float64", FLOAT64, 2.0**-52),
 }
 """By name, since bfloat16 is a dtype of ml_dtypes, which only those need who have such data."""
 
 
+@lru_cache(maxsize=64)  # a dtype's name takes longer than all else that is asked about a small array
+def find(dtype: DType) -> Kind | None:
+    """The entry of a dtype, in any byte order; None if data cannot have it."""
+    return KINDS.get(dtype.name)
+
+
 def kind_of(dtype: DType) -> Kind:
     """The entry of a dtype that data can have, in any byte order."""
-    return KINDS[dtype.name]
+    return find(dtype) or KINDS[dtype.name]
 
 
 def native(dtype: DType) -> DType:
