@@ -108,8 +108,8 @@ def other_results(c: cases.Call) -> tuple[Any, ...]:
         y, cache = fastbn.forward(c.x, c.gamma, c.beta, mask=mask, activation=activation, residual=c.residual)
         gradients = fastbn.backward(c.dy, cache)
         found += [y, *gradients, gradients.dresidual]
-    moments = fastbn.moments(c.x) + fastbn.moments(c.dy, mask=mask)
-    y, cache = fastbn.forward(c.x, c.gamma, c.beta, moments=moments, activation="sigmoid")
+    moments = fastbn.moments(c.x, mask=mask) + fastbn.moments(c.dy)
+    y, cache = fastbn.forward(c.x, c.gamma, c.beta, mask=mask, moments=moments, activation="sigmoid")
     sums = fastbn.backward_sums(c.dy, cache)
     found += [moments.mean, moments.m2, y, sums.sum_dy, sums.sum_dy_xhat]
     found += fastbn.backward(c.dy, cache, sums=sums + sums)

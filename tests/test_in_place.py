@@ -134,6 +134,24 @@ def test_a_gamma_too_small_is_refused(any_backend: cases.Kernel, dtype: str, sma
         assert_refused(fastbn.forward, refused, ValueError, "gamma", "3", "out")
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_beta_that_buries_xhat_is_refused(any_backend: cases.Kernel, dtype: str) -> None:
+    """Whether gamma is given or not: of 1e7 + xhat no digit of xhat is left in a float32."""
+    c = call((6, 5, 3), dtype)
+    large = np.array([0, 0, 0, 1e18, 0], c.beta.dtype)
+    for gamma in (None, np.ones_like(c.gamma)):
+        arguments = {"x": c.x, "gamma": gamma, "beta": large, "out": c.x}
+        assert_refused(fastbn.forward, arguments, ValueError, "3", "out")
+
+
+@pytest.mark.parametrize(("dtype", "slope"), [("float32", 1e-40), ("float64", 1e-310), ("float16", 1e-7)])
+def test_a_slope_that_loses_digits_is_refused(any_backend: cases.Kernel, dtype: str, slope: float) -> None:
+    """Times it, what is negative becomes a denormal number, or 0."""
+    x = cases.call((6, 5, 3), dtype).x
+    arguments = {"x": x, "out": x, "activation": ("leaky_relu", slope)}
+    assert_refused(fastbn.forward, arguments, ValueError, "slope", "out")
+
+
 def test_infer_may_be_in_place_whatever_the_activation(any_backend: cases.Kernel, dtype: str) -> None:
     c = cases.call((6, 5, 3), dtype)
     gamma = np.zeros_like(c.gamma)

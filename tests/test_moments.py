@@ -309,6 +309,46 @@ def test_what_does_not_add_up() -> None:
         a + _moments(dtype="float64")
 
 
+def test_made_from_numbers(any_backend: cases.Kernel) -> None:
+    """As another library, or another machine, has them."""
+    x = cases.call((24, 5, 3), "float64").x
+    rows = x.swapaxes(0, 1).reshape(5, -1)
+    made = fastbn.Moments(72, rows.mean(axis=1), rows.var(axis=1) * 72)
+    np.testing.assert_allclose(made.var(), fastbn.moments(x).var(), rtol=1e-12)
+    got = fastbn.forward(x, moments=made).y
+    np.testing.assert_allclose(got, fastbn.forward(x).y, rtol=1e-10, atol=1e-12)
+    sums = fastbn.Sums(72, np.ones(5), np.zeros(5))
+    assert (sums + sums).sum_dy.tolist() == [2] * 5
+
+
+@pytest.mark.parametrize("kind", [fastbn.Moments, fastbn.Sums])
+def test_bad_numbers(kind: Any) -> None:
+    first, second = ("mean", "m2") if kind is fastbn.Moments else ("sum_dy", "sum_dy_xhat")
+    good = {"count": 3, first: np.zeros(2, np.float32), second: np.ones(2, np.float32)}
+    for name, value, error in (
+        ("count", -1, ValueError),
+        ("count", 1.5, TypeError),
+        ("count", True, TypeError),
+        (first, np.zeros(2, int), TypeError),
+        (first, np.zeros(2, np.float16), TypeError),
+        (second, np.zeros(2, np.float64), TypeError),
+        (second, np.zeros(3, np.float32), ValueError),
+        (second, np.float32(1), ValueError),
+        (first, np.ma.masked_array(np.zeros(2, np.float32)), TypeError),
+    ):
+        assert_refused(kind, good | {name: value}, error, name if name != first else "")
+    if kind is fastbn.Moments:
+        assert_refused(kind, good | {"m2": -np.ones(2, np.float32)}, ValueError, "m2", "-1")
+
+
+def test_sums_of_more_than_the_moments_are_refused() -> None:
+    """They cannot belong to the batches that the moments count."""
+    c = cases.call((24, 5, 3))
+    cache = fastbn.forward(c.x).cache
+    sums = fastbn.backward_sums(c.dy, cache)
+    assert_refused(fastbn.backward, {"dy": c.dy, "cache": cache, "sums": sums + sums}, ValueError, "sums", "144", "72")
+
+
 def test_bad_correction() -> None:
     m = _moments()
     for bad in (-1, 72, 100, np.nan, np.inf):

@@ -70,6 +70,15 @@ def test_a_layer_that_is_called_twice_a_batch(any_backend: cases.Kernel) -> None
     np.testing.assert_allclose(bn.running_var, whole.var(axis=(0, 2), ddof=1), rtol=1e-12)
 
 
+def test_virtual_batches_count_together(any_backend: cases.Kernel) -> None:
+    bn = fastbn.BatchNorm(5, dtype="float64", virtual_batch_size=3)
+    data = batches("float64", sizes=(6, 4))
+    fastbn.recalibrate([bn], data, bn)
+    whole = np.concatenate(data)
+    np.testing.assert_allclose(bn.running_mean, whole.mean(axis=(0, 2)), rtol=1e-12)
+    np.testing.assert_allclose(bn.running_var, whole.var(axis=(0, 2), ddof=1), rtol=1e-12)
+
+
 def test_nothing_else_changes(any_backend: cases.Kernel) -> None:
     """Mode, count of batches, parameters and momentum are as before, in training or not."""
     for training in (True, False):
