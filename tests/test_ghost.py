@@ -103,6 +103,18 @@ def test_layer(any_backend: cases.Kernel) -> None:
     assert bn(c.x[:1]).shape == (1, 5, 3)
 
 
+def test_cumulative_average(any_backend: cases.Kernel) -> None:
+    """momentum=None weighs all virtual batches of all calls alike."""
+    bn = fastbn.BatchNorm(5, momentum=None, dtype="float64", virtual_batch_size=3)
+    data = [cases.call((6, 5, 3), "float64", seed=seed, offset=seed).x for seed in range(4)]
+    for x in data:
+        bn(x)
+    parts = [x[some] for x in data for some in (slice(3), slice(3, 6))]
+    np.testing.assert_allclose(bn.running_mean, np.mean([part.mean(axis=(0, 2)) for part in parts], axis=0), rtol=1e-12)
+    variances = [part.var(axis=(0, 2), ddof=1) for part in parts]
+    np.testing.assert_allclose(bn.running_var, np.mean(variances, axis=0), rtol=1e-12)
+
+
 BAD_SIZES: dict[str, tuple[dict[str, Any], type[Exception], tuple[str, ...]]] = {
     "0": ({"virtual_batch_size": 0}, ValueError, ("0", "positive")),
     "-3": ({"virtual_batch_size": -3}, ValueError, ("-3", "positive")),

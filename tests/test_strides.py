@@ -139,6 +139,20 @@ def test_repeated_values(any_backend: cases.Kernel, dtype: str) -> None:
             )  # fmt: skip
 
 
+@pytest.mark.parametrize("piece", [7, 1 << 19])
+def test_one_array_for_all_that_is_read(
+    any_backend: cases.Kernel, dtype: str, piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """x, its residual and dy, whole and in pieces; and y may go into x where there is no residual."""
+    monkeypatch.setattr(_blocks, "PIECE", piece)
+    for name in ("every second element", "negative strides", "C order"):
+        c = cases.call((4, 5, 6), dtype)
+        x = cases.PLACEMENTS[name](c.x)
+        mask = cases.random_mask(x.shape)
+        cases.check(c._replace(x=x, dy=x, residual=x), residual=True, mask=mask, activation="silu", where=name)
+        cases.check(c._replace(x=x, dy=x), mask=mask, activation="relu", where=name)
+
+
 def test_windows_that_overlap(any_backend: cases.Kernel, dtype: str) -> None:
     """X may hold an element of memory in several places."""
     signal = cases.call((1, 50), dtype).x[0]
