@@ -1,17 +1,29 @@
-"""What do all tests share? The report's header, the fixtures that select a kernel, and the switch for slow tests."""
+"""What do all tests share? The report's header, fixtures that select a kernel, the switch for slow tests, profiles."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import cases
 import pytest
 
 import fastbn
 
+try:
+    from hypothesis import settings as profiles
+except ImportError:
+    pass  # its tests are skipped
+else:
+    common: dict[str, Any] = {"deadline": None, "database": None}
+    profiles.register_profile("default", max_examples=300, derandomize=True, **common)
+    profiles.register_profile("thorough", max_examples=10_000, **common)
+    profiles.load_profile("default")
+
 PEERS = ("torch", "keras", "onnx")
+EXTRAS = ("hypothesis", "ml_dtypes")
 
 
 def _installed(name: str) -> str | None:
@@ -22,13 +34,13 @@ def _installed(name: str) -> str | None:
 
 
 def pytest_report_header() -> list[str]:
-    found = {name: _installed(name) for name in PEERS}
+    found = {name: _installed(name) for name in (*PEERS, *EXTRAS)}
     missing = [name for name, known in found.items() if known is None]
     return [
         f"fastbn: {fastbn.__version__} from {Path(fastbn.__file__).parent}",
         f"kernels: {', '.join(map(str, cases.KERNELS))}",
-        f"peers: {', '.join(f'{name} {known}' for name, known in found.items() if known) or 'none'}",
-        f"missing peers, whose tests are skipped: {', '.join(missing) or 'none'}",
+        f"beside it: {', '.join(f'{name} {known}' for name, known in found.items() if known) or 'none'}",
+        f"missing, whose tests are skipped: {', '.join(missing) or 'none'}",
     ]
 
 
@@ -43,17 +55,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(params=cases.KERNELS, ids=str)
 def kernel(request: pytest.FixtureRequest) -> Iterator[cases.Kernel]:
     """Runs the test once per backend and instruction set, which calls that name no backend then use."""
-    chosen: cases.Kernel = request.param
-    with fastbn.use_backend(chosen.backend):
-        if chosen.isa is None:
-            yield chosen
-            return
-        from fastbn.backends import c_backend
+    with cases.running_on(request.param):
+        yield request.param
 
-        before = c_backend.isa()
-        c_backend.select_isa(chosen.isa)
-        yield chosen
-        c_backend.select_isa(before)
+
+@pytest.fixture(params=cases.BACKENDS, ids=str)
+def any_backend(request: pytest.FixtureRequest) -> Iterator[cases.Kernel]:
+    """Runs the test once per backend: for what happens before an instruction set matters."""
+    with cases.running_on(request.param):
+        yield request.param
 
 
 @pytest.fixture(params=cases.DTYPES)

@@ -220,7 +220,7 @@ def solved(make: Callable[[], Problem]) -> tuple[Problem, Array, Array, dict[str
     var = np.minimum(batch.var, np.finfo(np.float32).max).astype(np.float32)
     given = oracle.forward(p.x, p.gamma, p.beta, mean, var, **options)
     answers = {
-        name: Solved(exact.y, oracle.bound(exact, p.gamma).astype(np.float64))
+        name: Solved(exact.y, oracle.bound(exact, p.gamma, activation=p.activation).astype(np.float64))
         for name, exact in (("batch", batch), ("given", given))
     }
     return p, mean, var, answers
@@ -393,3 +393,61 @@ def test_poison_with_given_statistics_stays_at_its_position(kernel: cases.Kernel
         c.x.flat[::7] = np.nan
         y = fastbn.infer(c.x, c.gamma, c.beta, c.running_mean, c.running_var, residual=c.residual)
         assert np.array_equal(y, np.where(np.isnan(c.x), np.nan, wanted), equal_nan=True)
+
+
+@pytest.mark.parametrize("kind", [*cases.DTYPES, *cases.HALVES])
+@pytest.mark.parametrize("activation", cases.ACTIVATIONS, ids=str)
+def test_poison_stays_in_its_channel_whatever_follows(kernel: cases.Kernel, kind: str, activation: Any) -> None:
+    """After every activation, for every dtype; and under a mask that leaves the poison out, where only y has it."""
+    for shape in ((40, 19), (4, 19, 30)):
+        c = cases.call(shape, kind)
+        wanted = everything(c, training=True, activation=activation)
+        spoilt = c._replace(x=c.x.copy())
+        spoilt.x[(1, 7, *(3,) * (len(shape) - 2))] = np.nan
+        got = everything(spoilt, training=True, activation=activation)
+        for a, b in zip(got[0], wanted[0], strict=True):
+            cases.assert_same_bits(np.delete(a, 7, axis=1), np.delete(b, 7, axis=1))
+        for a, b in zip(got[1], wanted[1], strict=True):
+            cases.assert_same_bits(np.delete(a, 7), np.delete(b, 7))
+        assert np.isnan(got[0][0][:, 7]).all()
+        y, cache = fastbn.forward(spoilt.x, c.gamma, mask=~np.isnan(spoilt.x[:, 7]), activation=activation)
+        assert np.array_equal(np.isnan(y), np.isnan(spoilt.x))
+        assert np.isfinite(cache.var).all()
+
+
+@pytest.mark.parametrize("half", cases.HALVES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_constant_halves_give_beta(kernel: cases.Kernel, half: str, layout: str) -> None:
+    constants = np.array([0.0, -0.0, 1.0, 0.1, 1 / 3, 60000.0, -60000.0, 6e-8, 1e-38]).astype(half)
+    rng = np.random.default_rng(0)
+    beta = rng.standard_normal(len(constants)).astype(np.float32)
+    for count in (2, 6, 10002):
+        x = laid_out(np.tile(constants, (count, 1)), layout)
+        for eps in (0.0, 1e-5):
+            y = as_rows(fastbn.forward(x, 1e30 * beta if half == "bfloat16" else beta, beta, eps=eps).y, layout)
+            assert (y == beta.astype(half)).all()
+
+
+@cache
+def solved_with(make: Callable[[], Problem], activation: str) -> tuple[Problem, Solved]:
+    """Every fifth channel of a problem with that activation."""
+    p = make()
+    some = {
+        name: None if array is None else array[..., ::5].copy() for name, array in p._asdict().items() if name in ARRAYS
+    }
+    p = p._replace(**some)
+    exact = oracle.forward(p.x, p.gamma, p.beta, eps=p.eps, activation=activation, residual=p.residual)
+    return p, Solved(exact.y, oracle.bound(exact, p.gamma, activation=activation).astype(np.float64))
+
+
+ARRAYS = ("x", "gamma", "beta", "residual")
+HARD = (any_offset, with_residual, residual_cancels_all, large_beta, huge, denormal, float64_parameters)
+
+
+@pytest.mark.parametrize("activation", ["relu6", "leaky_relu", "silu", "hardswish", "sigmoid"])
+@pytest.mark.parametrize("make", HARD, ids=lambda make: make.__name__)
+def test_bound_with_activations(kernel: cases.Kernel, make: Callable[[], Problem], activation: str) -> None:
+    p, exact = solved_with(make, activation)
+    y, _ = fastbn.forward(p.x, p.gamma, p.beta, eps=p.eps, activation=activation, residual=p.residual)
+    error = abs(y - exact.y) / exact.bound
+    assert error.max() <= 1, f"{float(error.max()):.3g} times the bound"

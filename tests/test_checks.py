@@ -73,7 +73,7 @@ def masked(shape: Any) -> Array:
     return np.ma.masked_array(zeros(shape))
 
 
-FLOATS = ("float32", "float64")
+FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 # Of x, gamma, beta and the options, alike in forward and infer.
 COMMON = (
@@ -83,6 +83,7 @@ COMMON = (
     Bad("x", zeros(SHAPE, np.complex64), TypeError, ("complex64", *FLOATS)),
     Bad("x", zeros(SHAPE, object), TypeError, ("object", *FLOATS)),
     Bad("x", zeros(SHAPE, np.longdouble), TypeError, (np.dtype(np.longdouble).name, *FLOATS)),
+    Bad("x", zeros(SHAPE, "V2"), TypeError, ("V2", *FLOATS)),
     Bad("x", zeros(SHAPE, "datetime64[s]"), TypeError, ("datetime64", *FLOATS)),
     Bad("x", zeros(SHAPE, [("a", np.float32)]), TypeError, ("<f4", *FLOATS)),
     Bad("x", [["a", "b"], ["c", "d"]], TypeError, ("U1", *FLOATS)),
@@ -134,6 +135,15 @@ COMMON = (
     Bad("activation", True, TypeError, ("True", "'relu'")),
     Bad("activation", ["relu"], TypeError, ("['relu']", "'relu'")),
     Bad("activation", max, TypeError, ("max", "'relu'")),
+    Bad("activation", ("relu", 0.1), ValueError, ("('relu', 0.1)", "leaky_relu")),
+    Bad("activation", ("leaky_relu",), TypeError, ("('leaky_relu',)", "slope")),
+    Bad("activation", ("leaky_relu", 0.1, 2), TypeError, ("('leaky_relu', 0.1, 2)", "slope")),
+    Bad("activation", (0.1, "leaky_relu"), TypeError, ("(0.1, 'leaky_relu')", "slope")),
+    Bad("activation", ("leaky_relu", "0.1"), TypeError, ("slope", "'0.1'", "number")),
+    Bad("activation", ("leaky_relu", None), TypeError, ("slope", "None", "number")),
+    Bad("activation", ("leaky_relu", True), TypeError, ("slope", "True", "number")),
+    Bad("activation", ("leaky_relu", float("nan")), ValueError, ("slope", "nan", "finite")),
+    Bad("activation", ("leaky_relu", float("-inf")), ValueError, ("slope", "-inf", "finite")),
     Bad("backend", "cuda", ValueError, ("'cuda'", "'c'", "'numba'", "'numpy'")),
     Bad("backend", "C", ValueError, ("'C'", "'numpy'")),
     Bad("backend", 1, TypeError, ("1", "'numpy'")),
@@ -191,6 +201,17 @@ OVERLAP_WITH_INPUT = (
 
 # Of forward alone.
 FORWARD = (
+    Bad("mask", zeros((4, 5)), TypeError, ("float32", "bool")),
+    Bad("mask", zeros((4, 5), int), TypeError, ("int64", "bool")),
+    Bad("mask", "yes", TypeError, ("U3", "bool")),
+    Bad("mask", masked((4, 5)), TypeError, ("masked",)),
+    Bad("mask", zeros(SHAPE, bool), ValueError, (str(SHAPE), "(4, 5)")),
+    Bad("mask", zeros((4, 3), bool), ValueError, ("(4, 3)", "(4, 5)")),
+    Bad("mask", zeros(4, bool), ValueError, ("(4,)", "(4, 5)")),
+    Bad("mask", zeros((1, 4, 5), bool), ValueError, ("(1, 4, 5)", "(4, 5)")),
+    Bad("mask", zeros((4, 5), bool), ValueError, ("0", "2 or more")),
+    Bad("mask", np.eye(4, 5, dtype=bool) & (np.arange(5) < 1), ValueError, ("1", "2 or more")),
+    Bad("mask", False, ValueError, ("0", "2 or more")),
     Bad("training", 1, TypeError, ("1", "True", "False")),
     Bad("training", None, TypeError, ("None", "True", "False")),
     Bad("training", "yes", TypeError, ("'yes'", "True", "False")),

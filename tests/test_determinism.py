@@ -39,14 +39,14 @@ def call(shape: tuple[int, ...], dtype: str) -> cases.Call:
     return cases.call(shape, dtype)
 
 
-def results(c: cases.Call, backend: str | None = None) -> tuple[Any, ...]:
+def results(c: cases.Call) -> tuple[Any, ...]:
     """Everything that forward, backward and infer return or update."""
     mean, var = c.running_mean.copy(), c.running_var.copy()
-    y, made = fastbn.forward(c.x, c.gamma, c.beta, mean, var, activation="relu", residual=c.residual, backend=backend)
-    gradients = fastbn.backward(c.dy, made, backend=backend)
-    _, frozen = fastbn.forward(c.x, c.gamma, c.beta, mean, var, training=False, backend=backend)
-    inferred = fastbn.infer(c.x, c.gamma, c.beta, mean, var, residual=c.residual, backend=backend)
-    return (y, mean, var, *gradients, gradients.dresidual, *fastbn.backward(c.dy, frozen, backend=backend), inferred)
+    y, made = fastbn.forward(c.x, c.gamma, c.beta, mean, var, activation="relu", residual=c.residual)
+    gradients = fastbn.backward(c.dy, made)
+    _, frozen = fastbn.forward(c.x, c.gamma, c.beta, mean, var, training=False)
+    inferred = fastbn.infer(c.x, c.gamma, c.beta, mean, var, residual=c.residual)
+    return (y, mean, var, *gradients, gradients.dresidual, *fastbn.backward(c.dy, frozen), inferred)
 
 
 @pytest.mark.parametrize("kernel", cases.COMPILED, ids=str, indirect=True)
@@ -78,19 +78,65 @@ def test_wherever_the_arrays_lie(kernel: cases.Kernel, dtype: str) -> None:
         cases.assert_same_bits(results(moved), results(c), f"for {shape}")
 
 
+def fused_kernels() -> list[cases.Kernel]:
+    """Those whose instruction set has fused multiply-add, if there are several to compare."""
+    found = [kernel for kernel in cases.KERNELS if kernel.isa in ("avx2", "avx512", "neon")]
+    if len(found) < 2:
+        pytest.skip(f"this processor has {', '.join(map(str, found)) or 'none'} of them")
+    return found
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_instruction_sets_with_fused_multiply_add_agree(dtype: str, shape: tuple[int, ...]) -> None:
-    fused = [kernel for kernel in cases.KERNELS if kernel.isa in ("avx2", "avx512", "neon")]
-    if len(fused) < 2:
-        pytest.skip(f"this processor has {', '.join(map(str, fused)) or 'none'} of them")
-    from fastbn.backends import c_backend
-
-    before = c_backend.isa()
     found = []
-    for kernel in fused:
-        c_backend.select_isa(kernel.isa)
-        found.append(results(call(shape, dtype), "c"))
-    c_backend.select_isa(before)
+    for kernel in fused_kernels():
+        with cases.running_on(kernel):
+            found.append(results(call(shape, dtype)))
+    for other in found[1:]:
+        cases.assert_same_bits(other, found[0])
+
+
+# The rest of the operation: every dtype, smooth activations, masks, in place, moments and sums.
+FEWER = ((4096, 100), (2, 3, 70_001), (16, 131, 14, 14), (3, 2000, 7, 7), (13, 37))
+
+
+def other_results(c: cases.Call) -> tuple[Any, ...]:
+    """What the calls that `results` does not make return."""
+    mask = cases.random_mask(c.x.shape)
+    found: list[Any] = []
+    for activation in ("silu", "hardswish"):
+        y, cache = fastbn.forward(c.x, c.gamma, c.beta, mask=mask, activation=activation, residual=c.residual)
+        gradients = fastbn.backward(c.dy, cache)
+        found += [y, *gradients, gradients.dresidual]
+    moments = fastbn.moments(c.x, mask=mask) + fastbn.moments(c.dy)
+    y, cache = fastbn.forward(c.x, c.gamma, c.beta, mask=mask, moments=moments, activation="sigmoid")
+    sums = fastbn.backward_sums(c.dy, cache)
+    found += [moments.mean, moments.m2, y, sums.sum_dy, sums.sum_dy_xhat]
+    found += fastbn.backward(c.dy, cache, sums=sums + sums)
+    x = c.x.copy()
+    _, cache = fastbn.forward(x, None, c.beta, activation="leaky_relu", out=x)
+    return (*found, x, *fastbn.backward(c.dy, cache))
+
+
+@pytest.mark.parametrize("kernel", cases.COMPILED, ids=str, indirect=True)
+@pytest.mark.parametrize("kind", [*cases.DTYPES, *cases.HALVES])
+@pytest.mark.parametrize("shape", FEWER, ids=str)
+def test_any_number_of_threads_for_the_rest(kernel: cases.Kernel, kind: str, shape: tuple[int, ...]) -> None:
+    c = call(shape, kind)
+    with fastbn.use_num_threads(1):
+        wanted = other_results(c)
+    for threads in (2, 5):
+        with fastbn.use_num_threads(threads):
+            cases.assert_same_bits(other_results(c), wanted, f"for {threads} threads")
+
+
+@pytest.mark.parametrize("kind", [*cases.DTYPES, *cases.HALVES])
+@pytest.mark.parametrize("shape", FEWER, ids=str)
+def test_instruction_sets_agree_on_the_rest(kind: str, shape: tuple[int, ...]) -> None:
+    found = []
+    for kernel in fused_kernels():
+        with cases.running_on(kernel):
+            found.append((*other_results(call(shape, kind)), *results(call(shape, kind))))
     for other in found[1:]:
         cases.assert_same_bits(other, found[0])
 

@@ -88,3 +88,21 @@ def test_readme_runs(number: int, tmp_path: Path) -> None:
     if missing and missing[1] != "fastbn":
         pytest.skip(f"needs {missing[1]}")
     assert done.returncode == 0, done.stderr
+
+
+EXAMPLES = sorted((cases.CHECKOUT / "examples").glob("*.py"))
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_examples_run(example: Path, tmp_path: Path) -> None:
+    """On little data, and the streamed data comes out normalized."""
+    pytest.importorskip("rich")
+    script = f"import runpy, sys; sys.argv[1:] = ['--gigabytes', '0.02']; runpy.run_path({str(example)!r}, None, "
+    done = cases.run_python(script + "'__main__')", tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = re.search(r"y: mean at most (\S+), variance (\S+) to (\S+)", done.stdout)
+    assert found, done.stdout
+    mean, low, high = map(float, found.groups())
+    assert mean < 1e-5
+    assert low == pytest.approx(1, rel=1e-4)
+    assert high == pytest.approx(1, rel=1e-4)

@@ -196,8 +196,8 @@ def test_more_values_than_caches_hold(kernel: cases.Kernel) -> None:
         for channel in (0, shape[1] - 1):
             one = np.s_[:, channel : channel + 1]
             exact = oracle.forward(x[one], activation="relu")
-            cases.assert_y(y[one], exact, where=f"for {shape}, channel {channel}")
-            wanted = oracle.backward(dy[one], x[one], exact, passed=y[one])
+            cases.assert_y(y[one], exact, activation="relu", where=f"for {shape}, channel {channel}")
+            wanted = oracle.backward(dy[one], exact, activation="relu")
             cases.assert_gradients(
                 fastbn.Gradients(dx[one], None, None, None), wanted, f"for {shape}, channel {channel}"
             )
@@ -216,18 +216,3 @@ def _shared_cache_bytes() -> int:
     found = c_backend.describe()["caches"]
     kibibytes = int(found.split("L3 ")[1].split(" KiB")[0])
     return (kibibytes or 8192) << 10
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kernel", cases.COMPILED, ids=str, indirect=True)
-def test_more_than_2_to_the_31_elements(kernel: cases.Kernel) -> None:
-    """9 GB, in place: a row more than 32-bit integers can count, whose last values must come out right."""
-    x = np.zeros((2, 1, 2**30 + 16), np.float32)
-    x[0] = 1
-    x[:, :, -1] = 3
-    mean, var = np.array([1], np.float32), np.array([4], np.float32)
-    y = fastbn.infer(x, None, None, mean, var, eps=0, out=x)
-    assert y[0, 0, 0] == 0
-    assert y[1, 0, 0] == -0.5
-    assert y[1, 0, -2] == -0.5
-    assert y[1, 0, -1] == 1

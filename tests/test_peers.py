@@ -88,6 +88,66 @@ def test_torch_batch_norm(
             np.testing.assert_allclose(got, tensor.grad.numpy(), close["rtol"], close["atol"] * scale, err_msg=name)
 
 
+ACTIVATIONS: dict[str, Any] = {
+    "relu": "relu",
+    "relu6": "relu6",
+    "leaky_relu": "leaky_relu",
+    "leaky_relu with a slope": ("leaky_relu", 0.2),
+    "silu": "silu",
+    "hardswish": "hardswish",
+    "sigmoid": "sigmoid",
+}
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("kind", [*cases.DTYPES, *cases.HALVES])
+def test_torch_activations(torch: Any, kernel: cases.Kernel, kind: str, activation: str, training: bool) -> None:
+    """After batch norm and a residual that spreads over all of their bends; halves with float32 parameters."""
+    functional = torch.nn.functional
+    chosen = ACTIVATIONS[activation]
+    close = CLOSE.get(kind, {"rtol": 1e-2, "atol": 1e-2} if kind == "float16" else {"rtol": 1e-1, "atol": 5e-2})
+    for shape in ((6, 7, 9), (4, 7, 5, 6)):
+        c = cases.call(shape, kind)
+        c = c._replace(residual=(4 * c.residual.astype(np.float64)).astype(kind))
+        mean, var = c.running_mean.copy(), c.running_var.copy()
+        t_mean, t_var, t_gamma, t_beta = tensors(torch, mean, var, c.gamma, c.beta)
+        t_x, t_residual = (_half_tensor(torch, array).requires_grad_() for array in (c.x, c.residual))
+        t_gamma.requires_grad_()
+        t_z = functional.batch_norm(t_x, t_mean, t_var, t_gamma, t_beta, training, 0.3, 0.01) + t_residual
+        function = torch.sigmoid if activation == "sigmoid" else getattr(functional, activation.split()[0])
+        t_y = function(t_z, chosen[1]) if isinstance(chosen, tuple) else function(t_z)
+        z = t_z.detach().double().numpy()  # which torch rounds to a half: perhaps to the other side of a kink
+        near = abs(z[..., np.newaxis] - (-3, 0, 3, 6)).min(axis=-1) < 0.05
+        dy = np.where(near, np.zeros_like(c.dy), c.dy)
+        t_y.backward(_half_tensor(torch, dy))
+
+        y, cache = fastbn.forward(
+            c.x, c.gamma, c.beta, mean, var, training=training, momentum=0.3, eps=0.01, activation=chosen,
+            residual=c.residual,
+        )  # fmt: skip
+        got = fastbn.backward(dy, cache)
+        np.testing.assert_allclose(var, t_var.numpy(), rtol=1e-5)
+        for name, ours, theirs in (
+            ("y", y, t_y.detach()),
+            ("dx", got.dx, t_x.grad),
+            ("dresidual", got.dresidual, t_residual.grad),
+            ("dgamma", got.dgamma, t_gamma.grad),
+        ):
+            wide = theirs.double().numpy()
+            scale = max(1, abs(wide).max())
+            np.testing.assert_allclose(
+                ours.astype(np.float64), wide, close["rtol"], close["atol"] * scale, err_msg=f"{name} for {shape}"
+            )
+
+
+def _half_tensor(torch: Any, array: Array) -> Any:
+    """A tensor of the array's dtype, for bfloat16 as well."""
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
+    return torch.from_numpy(array.copy())
+
+
 def test_torch_batch_norm_without_parameters(torch: Any, kernel: cases.Kernel) -> None:
     c = cases.call((6, 7, 9), "float64")
     (t_x,) = tensors(torch, c.x, gradient=True)
