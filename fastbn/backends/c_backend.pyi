@@ -9,6 +9,7 @@ DTYPES: frozenset[str]
 def forward(
     x: Array,
     residual: Array | None,
+    mask: Array | None,
     gamma: Array | None,
     beta: Array | None,
     running_mean: Array | None,
@@ -27,8 +28,8 @@ def infer(
     residual: Array | None,
     gamma: Array | None,
     beta: Array | None,
-    mean: Array,
-    var: Array,
+    mean: Array | None,
+    var: Array | None,
     eps: float,
     activation: int,
     slope: float,
@@ -36,12 +37,27 @@ def infer(
     saved: Array | None,
     threads: int,
 ) -> None: ...
-def backward(
+def moments(x: Array, mask: Array | None, into: Array, threads: int) -> None: ...
+def backward_sums(
     dy: Array,
     x: Array,
     residual: Array | None,
     saved: Array,
+    activation: int,
+    slope: float,
+    from_y: bool,
+    sums: Array,
+    threads: int,
+) -> None: ...
+def backward(
+    dy: Array,
+    x: Array,
+    residual: Array | None,
+    mask: Array | None,
+    saved: Array,
+    count: float,
     frozen: bool,
+    sums: Array | None,
     activation: int,
     slope: float,
     from_y: bool,
