@@ -186,7 +186,8 @@ def describe():
     """For show_config()."""
     openmp = c.fbn_openmp()
     return {
-        "instruction set": f"{isa()} (usable: {', '.join(isas())})",
+        "instruction set": f"{isa()} ({'the best that runs here' if isa() == isas()[0] else 'asked for'}; "
+                           f"usable: {', '.join(isas())})",
         "OpenMP": f"yes ({openmp})" if openmp else "no: this build runs on one thread",
         "caches": ", ".join(f"L{level} {c.fbn_cache_bytes(level) >> 10} KiB" for level in (1, 2, 3)),
     }
