@@ -265,7 +265,12 @@ def invertible(
     kind = kind_of(dtype)
     if code is Activation.LEAKY_RELU:
         if slope < kind.tiny:
-            _refuse(ValueError, "activation", f"slope {slope:g} with out=x", f"a slope >= {kind.tiny:.2g}{_FROM_Y}")
+            _refuse(
+                ValueError,
+                "activation",
+                f"leaky_relu's slope {slope:g} with out=x",
+                f"a slope >= {kind.tiny:.2g}{_FROM_Y}",
+            )
     elif code is not Activation.IDENTITY:
         _refuse(ValueError, "activation", f"{code.name.lower()} with out=x", f"None or leaky_relu{_FROM_Y}")
     scale = np.ones(channels) if gamma is None else gamma
