@@ -28,6 +28,12 @@ MARKERS = {"nchw": "o", "nhwc": "s", "nc": "D"}
 # In the second picture the layouts of one shape stand a little beside one another, so as not to hide each other.
 BESIDE = {"nchw": 0.94, "nhwc": 1.06, "nc": 1.0}
 
+# An axis that spans less than this shows the twos and fives between the powers of ten.
+NARROW = 30
+
+# So wide is the axis of bytes at the least, though all arrays be of one size.
+LEAST_SPAN = 12
+
 DPI = 150
 BAR_HEIGHT, HEAD_HEIGHT = 0.2, 1.1  # inches
 LONG_NAME = 16  # characters: eight of these are wider than the picture
@@ -198,7 +204,9 @@ def _roofline_panel(ax: Any, rows: Sequence[Row], colours: dict[str, Any]) -> No
         taken = [row.seconds for row in here]
         ax.plot(beside, taken, MARKERS[layout], mfc=colours[name], mec="white", mew=0.5, **look)
     ax.set_ylim(low, max(row.seconds for row in rows) * 1.5)
-    ax.set_xlim(min(row.bytes_moved for row in rows) / 1.4, moved[-1])
+    ax.set_xlim(min(min(row.bytes_moved for row in rows) / 1.4, moved[-1] / LEAST_SPAN), moved[-1])
+    for axis, (least, most) in ((ax.xaxis, ax.get_xlim()), (ax.yaxis, ax.get_ylim())):
+        axis.set_major_locator(ticker.LogLocator(base=10, subs=(1, 2, 5) if most / least < NARROW else (1,)))
     ax.xaxis.set_major_formatter(ticker.FuncFormatter(_size))
     ax.yaxis.set_major_formatter(ticker.FuncFormatter(_time))
     ax.xaxis.set_minor_formatter(ticker.NullFormatter())
