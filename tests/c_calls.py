@@ -44,7 +44,21 @@ def forward(
     mean, var = np.zeros(channels, dtype), np.ones(channels, dtype)
     y, saved = np.empty_like(x), np.empty((len(SAVED_ROWS), channels))
     c_backend.forward(
-        x, behind.residual, gamma, beta, mean, var, 0.1, 1, eps, behind.activation, behind.slope, y, saved, threads
+        x,
+        behind.residual,
+        None,
+        gamma,
+        beta,
+        mean,
+        var,
+        0.1,
+        1,
+        eps,
+        behind.activation,
+        behind.slope,
+        y,
+        saved,
+        threads,
     )
     return Forward(y, saved, mean, var)
 
@@ -74,7 +88,7 @@ def backward(
     dx, dgamma, dbeta = np.empty_like(x), np.empty(x.shape[1], dtype), np.empty(x.shape[1], dtype)
     dresidual = np.empty_like(x) if behind.residual is not None and behind.activation else None
     c_backend.backward(
-        dy, x, behind.residual, saved, frozen, behind.activation, behind.slope, from_y, dx, dresidual, dgamma, dbeta,
-        threads,
+        dy, x, behind.residual, None, saved, float(x.shape[0] * x.shape[2]), frozen, None, behind.activation,
+        behind.slope, from_y, dx, dresidual, dgamma, dbeta, threads,
     )  # fmt: skip
     return Backward(dx, dresidual, dgamma, dbeta)

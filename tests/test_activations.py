@@ -16,10 +16,10 @@ import pytest
 if not cases.isas():
     pytest.skip("the C backend is not usable here", allow_module_level=True)
 
-import c_calls  # noqa: E402 - it needs the C backend
+import c_calls
 
-from fastbn._activations import Activation  # noqa: E402
-from fastbn.backends import c_backend  # noqa: E402
+from fastbn._activations import Activation
+from fastbn.backends import c_backend
 
 Array = np.ndarray[Any, Any]
 LONG = np.longdouble
@@ -185,7 +185,7 @@ def test_forward(
 def test_gradient(
     isa: str, data_dtype: np.dtype[Any], activation: Activation, by_rows: bool, from_residual: bool
 ) -> None:
-    """dx is dy times the slope, here of a dy that is a power of two, as frozen statistics have it."""
+    """Dx is dy times the slope, here of a dy that is a power of two, as frozen statistics have it."""
     z = shaped(points(data_dtype), by_rows)
     x, residual = (np.zeros_like(z), z) if from_residual else (z, None)
     behind = c_calls.Behind(activation, SLOPE, residual)

@@ -653,7 +653,7 @@ def _reduce(p: _Plan, q: _Task, a: _Arrays, t: int, start: int, n: int) -> None:
             x = dz = _load(a.x, i, p.size - i)
         d = _widened(x) - _get(a.origins, t * p.padded + k, x)
         if q.masked and not q.backward:
-            d = _where_kept(a.kept, t * p.longest + i - start, d, d - d)
+            d = _where_kept(a.kept, t * p.longest + i - start, d, _all(0.0, d))
         g = _widened(dz) if q.backward else d
         if left < p.lanes:
             d, g = _first(d, left), _first(g, left)

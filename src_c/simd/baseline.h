@@ -93,7 +93,7 @@ FBN_INLINE f64_vec f64_where_less(f64_vec a, f64_vec b, f64_vec c, f64_vec d) {
 }
 FBN_INLINE f64_vec f64_min(f64_vec a, f64_vec b) { return f64_where_less(a, b, a, b); }
 FBN_INLINE f64_vec f64_max(f64_vec a, f64_vec b) { return f64_where_less(b, a, a, b); }
-FBN_INLINE double f64_power_of_2(int e) {
+static inline double f64_power_of_2(int e) {
     const uint64_t bits = (uint64_t)(e + 1023) << 52;
     double power;
     memcpy(&power, &bits, sizeof power);
@@ -167,7 +167,7 @@ FBN_INLINE f32_vec f32_where_less(f32_vec a, f32_vec b, f32_vec c, f32_vec d) {
 }
 FBN_INLINE f32_vec f32_min(f32_vec a, f32_vec b) { return f32_where_less(a, b, a, b); }
 FBN_INLINE f32_vec f32_max(f32_vec a, f32_vec b) { return f32_where_less(b, a, a, b); }
-FBN_INLINE float f32_power_of_2(int e) {
+static inline float f32_power_of_2(int e) {
     const uint32_t bits = (uint32_t)(e + 127) << 23;
     float power;
     memcpy(&power, &bits, sizeof power);
@@ -198,19 +198,19 @@ FBN_INLINE f32_wide f32_wide_sub(f32_wide a, f32_wide b) { return f64_sub(a, b);
 FBN_INLINE f32_wide f32_wide_fma(f32_wide a, f32_wide b, f32_wide c) { return f64_fma(a, b, c); }
 
 /* float32 as its bits */
-FBN_INLINE uint32_t f32_bits(float a) {
+static inline uint32_t f32_bits(float a) {
     uint32_t bits;
     memcpy(&bits, &a, sizeof bits);
     return bits;
 }
-FBN_INLINE float f32_of_bits(uint32_t bits) {
+static inline float f32_of_bits(uint32_t bits) {
     float a;
     memcpy(&a, &bits, sizeof a);
     return a;
 }
 
 /* float16. A subnormal is the fraction of a normal number, less what its leading 1 adds. */
-FBN_INLINE float f16_exact(uint16_t a) {
+static inline float f16_exact(uint16_t a) {
     const uint32_t sign = (uint32_t)(a & 0x8000) << 16, rest = (uint32_t)(a & 0x7fff) << 13;
     const uint32_t scaled = rest + ((uint32_t)(rest < 0x0f800000 ? 127 - 15 : 2 * (127 - 15)) << 23);
     const float subnormal = f32_of_bits(rest | 113u << 23) - 0x1p-14f;
