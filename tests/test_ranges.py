@@ -59,7 +59,7 @@ def assert_near(name: str, x: Array, got: Array, wanted: Array, allowed: Array) 
 
 @pytest.mark.parametrize("activation", NAMED, ids=str)
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_values(kernel: cases.Kernel, dtype: str, activation: Any) -> None:
+def test_values(any_backend: cases.Kernel, dtype: str, activation: Any) -> None:
     """Within 2 ulp; halves are computed in float32 and then rounded once.
 
     The sigmoid that silu multiplies by x may be a denormal number, which has few digits.
@@ -78,7 +78,7 @@ def test_values(kernel: cases.Kernel, dtype: str, activation: Any) -> None:
 
 @pytest.mark.parametrize("activation", NAMED, ids=str)
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_slopes(kernel: cases.Kernel, dtype: str, activation: Any) -> None:
+def test_slopes(any_backend: cases.Kernel, dtype: str, activation: Any) -> None:
     """Within 2 epsilon of the terms that they add up."""
     x = every(dtype)
     _, wanted = exact(dtype, activation)
@@ -138,7 +138,7 @@ def test_relu_passes_the_gradient_where_y_is_positive(kernel: cases.Kernel, dtyp
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("activation", NAMED, ids=str)
-def test_nan_stays_nan(kernel: cases.Kernel, dtype: str, activation: Any) -> None:
+def test_nan_stays_nan(any_backend: cases.Kernel, dtype: str, activation: Any) -> None:
     """And infinities give the limits, where there is one."""
     x = np.array([np.nan, np.inf, -np.inf, 1], dtype)
     y, _ = as_it_is(x, activation)
