@@ -16,6 +16,7 @@ So neither the blocking nor the number of threads changes a bit.
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 import operator
 import threading
@@ -31,7 +32,6 @@ from numba.core import cgutils
 from numba.extending import intrinsic, lower_builtin, models, register_model, type_callable
 
 from .. import _config
-from .._activations import Activation
 from . import SAVED_ROWS
 
 DTYPES = frozenset({"float32", "float64"})
@@ -55,7 +55,7 @@ WORK_PER_THREAD = 32768  # values that are worth waking a thread for
 STREAM_BYTES = 1 << 24  # of a result that no cache keeps: it is written around them
 
 REDUCE, FINISH, MAP = 1, 2, 4
-IDENTITY, RELU, RELU6, LEAKY_RELU, SILU, HARDSWISH, SIGMOID = range(7)
+IDENTITY, RELU, RELU6, LEAKY_RELU, SILU, HARDSWISH, SIGMOID = range(7)  # the codes of fastbn._activations
 MEAN, MEAN_LOW, VAR, INV_STD, GAMMA, BETA = range(len(SAVED_ROWS))
 PRESCALE, NEG_MEAN, SCALE, SHIFT, SHIFT_LOW, ON_DY, ON_X, CONSTANT, POSTSCALE = range(9)
 CONSTANTS, LINE = 9, 5  # how many there are, and how many of them a forward map takes
@@ -136,7 +136,10 @@ def _written(signature: Callable[..., Any]) -> Callable[[Callable[..., Any]], An
 
             return signature(*kinds), generate
 
-        return intrinsic(functools.update_wrapper(typed, write))
+        named = inspect.signature(write)
+        typed.__signature__ = named.replace(parameters=list(named.parameters.values())[1:])  # type: ignore[attr-defined]
+        typed.__name__, typed.__doc__ = write.__name__, write.__doc__
+        return intrinsic(typed)
 
     return decorator
 
@@ -182,7 +185,6 @@ def _load(builder: Any, vector: Any, data: Any, i: Any, n: Any) -> Any:
             whole = builder.load(_vector_at(builder, data, i, vector), align=1), builder.block
         with some:
             room = cgutils.alloca_once_value(builder, ir.Constant(vector, None))
-            builder.store(ir.Constant(vector, None), room)
             lanes = builder.bitcast(room, vector.element.as_pointer())
             _copy_lanes(builder, builder.gep(data, [i]), lanes, vector.count, n)
             part = builder.load(room), builder.block
@@ -253,6 +255,11 @@ def _rounded(builder: Any, _: Any, v: Any) -> Any:
 def _where_less(builder: Any, _: Any, a: Any, b: Any, x: Any, y: Any) -> Any:
     """In each lane x where a < b, else, and where there is a NaN, y."""
     return builder.select(builder.fcmp_ordered("<", a, b), x, y)
+
+
+@_written(_of_one_kind)
+def _where_at_most(builder: Any, _: Any, a: Any, b: Any, x: Any, y: Any) -> Any:
+    return builder.select(builder.fcmp_ordered("<=", a, b), x, y)
 
 
 @_written(_of_one_kind)
@@ -476,7 +483,8 @@ def _spread(p: _Plan, values: Array, rows: int, strip: Range, buffer: Pointer, b
 def _fold(p: _Plan, buffer: Pointer, base: int, strip: Range, sums: Array) -> None:
     """Adds up what the columns of each channel have."""
     for row in range(2):
-        sums[row, strip[0] : strip[1]] = 0.0
+        for c in range(strip[0], strip[1]):
+            sums[row, c] = 0.0
         k = base + row * p.padded
         end = k + p.padded
         while k < end:
@@ -590,17 +598,564 @@ def _activated(q: _Task, z: Vector) -> Vector:
 
 @_inline
 def _differentiated(q: _Task, z: Vector, dy: Vector) -> Vector:
-    """The gradient of z. At a NaN only the smooth activations have a NaN."""
+    """The gradient of z. At a kink the slope is that of its left side; at a NaN dy passes, unless a formula has it."""
     zero, one, three = _all(0.0, z), _all(1.0, z), _all(3.0, z)
     if q.activation == RELU:
-        return _where_less(zero, z, dy, dy - dy)
+        return _where_at_most(z, zero, zero, dy)
     if q.activation == RELU6:
-        return _where_less(zero, z, dy, dy)
+        return _where_at_most(z, zero, zero, _where_at_most(three + three, z, zero, dy))
     if q.activation == LEAKY_RELU:
         return _where_less(zero, z, dy, dy * _all(q.slope, z))
     if q.activation == HARDSWISH:
-        return dy * (z / three)
+        inside = dy * (z / three + _all(0.5, z))
+        return _where_at_most(z, zero - three, zero, _where_less(z, three, inside, dy))
     if q.activation == IDENTITY:
         return dy
     up, down = _sigmoids(z)
-    return dy * (up * (one + z * down if q.activation == SILU else down))
+    return dy * (up * (one + z * down) if q.activation == SILU else up * down)
+
+
+@_inline
+def _x_and_dz(p: _Plan, q: _Task, a: _Arrays, i: int, k: int) -> tuple[Vector, Vector]:
+    x, dy = _load(a.x, i, p.size - i), _load(a.dy, i, p.size - i)
+    if q.from_y:
+        return _x_from_y(p, q, a, x, i, k), _differentiated(q, x, dy)
+    if q.activation == IDENTITY:
+        return x, dy
+    return x, _differentiated(q, _preactivation(p, q, a, x, i, k), dy)
+
+
+@_inline
+def _dx(p: _Plan, q: _Task, a: _Arrays, x: Vector, dz: Vector, k: int, j: int) -> Vector:
+    """The gradient of x. Where the mask, from j on, has False, x had no part in the statistics."""
+    on_dy, postscale = _row(p, a, ON_DY, k, x), _row(p, a, POSTSCALE, k, x)
+    if q.frozen:
+        return on_dy * dz * postscale
+    d = _fused(x, _row(p, a, PRESCALE, k, x), _row(p, a, NEG_MEAN, k, x))
+    dx = _fused(_row(p, a, ON_X, k, x), d, _fused(on_dy, dz, _row(p, a, CONSTANT, k, x))) * postscale
+    return _where_kept(a.kept, j, dx, on_dy * dz * postscale) if q.masked else dx
+
+
+# ---- runs: n values that lie together, whose columns are from the first on ----
+
+
+@_jit
+def _reduce(p: _Plan, q: _Task, a: _Arrays, t: int, start: int, n: int) -> None:
+    """Adds to each column x - origin and its square, or dz and its product with x - mean."""
+    k = 0
+    for i in range(start, start + n, p.lanes):
+        left = start + n - i
+        _fetch(a.x, i + AHEAD)
+        if q.backward:
+            _fetch(a.dy, i + AHEAD)
+            x, dz = _x_and_dz(p, q, a, i, CONSTANTS * t * p.padded + k)
+        else:
+            x = dz = _load(a.x, i, p.size - i)
+        d = _widened(x) - _get(a.origins, t * p.padded + k, x)
+        if q.masked and not q.backward:
+            d = _where_kept(a.kept, t * p.longest + i - start, d, d - d)
+        g = _widened(dz) if q.backward else d
+        if left < p.lanes:
+            d, g = _first(d, left), _first(g, left)
+        at = 2 * t * p.padded + k
+        _set(a.parts, at, _get(a.parts, at, x) + g)
+        _set(a.parts, at + p.padded, _fused(g, d, _get(a.parts, at + p.padded, x)))
+        k += p.lanes
+        k -= p.columns if k >= p.columns else 0
+
+
+@_inline
+def _put(p: _Plan, out: Pointer, i: int, n: int, v: Vector, stream: bool) -> None:
+    if n < p.lanes:
+        _set_some(out, i, v, n)
+    elif stream:
+        _stream(out, i, v)
+    else:
+        _set(out, i, v)
+
+
+@_jit
+def _map(p: _Plan, q: _Task, a: _Arrays, t: int, start: int, n: int) -> None:
+    """Fills out and dresidual by lines of out; around the cache, but for lines of which the run has only a part."""
+    i, k, end = start, 0, start + n
+    now = min(n, p.lanes - (_address(a.out) * p.lanes // LINE_BYTES + start) % p.lanes)
+    alike = (_address(a.out) - _address(a.dresidual)) % LINE_BYTES == 0
+    while i < end:
+        at = CONSTANTS * t * p.padded + k
+        _fetch(a.x, i + p.ahead)
+        if q.adds:
+            _fetch(a.residual, i + p.ahead)
+        if q.backward:
+            _fetch(a.dy, i + p.ahead)
+            x, dz = _x_and_dz(p, q, a, i, at)
+            result = _dx(p, q, a, x, dz, at, t * p.longest + i - start)
+            if q.keeps:
+                _put(p, a.dresidual, i, now, dz, q.stream and alike)
+        else:
+            result = _activated(q, _preactivation(p, q, a, _load(a.x, i, p.size - i), i, at))
+        _put(p, a.out, i, now, result, q.stream)
+        i += now
+        k += now
+        k -= p.columns if k >= p.columns else 0
+        now = min(p.lanes, end - i)
+
+
+@_jit
+def _walk(maps: bool, p: _Plan, q: _Task, a: _Arrays, t: int, units: Range, strip: Range) -> None:
+    """Reduces or maps a strip of channels of some units: in one run, where that is all of them."""
+    masked = q.masked and maps == q.backward
+    step = units[1] - units[0] if p.together and not masked else 1
+    for unit in range(units[0], units[1], step):
+        if p.rows:
+            start = unit * p.width + strip[0] * p.inner
+            n = min(step * p.width if p.together else (strip[1] - strip[0]) * p.inner, p.size - start)
+        else:
+            at = unit % p.cuts * p.cut
+            start = (unit // p.cuts * p.channels + strip[0]) * p.inner + at
+            n = min(p.cut, p.inner - at)
+        if masked:
+            _keep(p, a.mask, start, n, a.kept, t * p.longest)
+        if maps:
+            _map(p, q, a, t, start, n)
+        else:
+            _reduce(p, q, a, t, start, n)
+
+
+# ---- constants, for some channels ----
+
+
+@_jit
+def _exponent(v: float) -> int:
+    return math.frexp(v)[1] - 1 if v != 0 and math.isfinite(v) else 0
+
+
+@_jit
+def _limits(wide: bool) -> tuple[int, int]:
+    """Exponents that none may pass, and up to which all are usual."""
+    return (1016, 500) if wide else (120, 60)
+
+
+@_jit
+def _prescale(mean: float, inv_std: float, slope: float, wide: bool) -> float:
+    """The power of two, 1 for usual channels, with which x - mean and slope / prescale stay in the exponent range."""
+    most, usual = _limits(wide)
+    spread, steep = _exponent(inv_std), _exponent(slope)
+    e = 0 if -usual <= spread <= usual else spread
+    if slope != 0:
+        e = max(steep - most, min(e, steep + most))
+    if mean != 0:
+        e = min(e, most - _exponent(mean))
+    return math.ldexp(1.0, max(-most, min(e, most)))
+
+
+@_jit
+def _postscale(slope: float, wide: bool) -> float:
+    """The power of two, 1 for usual channels, that leaves the slope near 1."""
+    most, usual = _limits(wide)
+    e = _exponent(slope)
+    return 1.0 if -usual <= e <= usual else math.ldexp(1.0, max(-most, min(e, most)))
+
+
+@_jit
+def _scale(slope: float, prescale: float, wide: bool) -> float:
+    """Finite: where the exponents cannot all fit in, x is the mean or the result overflows; inf would give NaN."""
+    most = 1.7976931348623157e308 if wide else 3.4028234663852886e38
+    scale = slope / prescale
+    return max(-most, min(scale, most)) if math.isfinite(scale) else scale
+
+
+@_jit
+def _mean_parts(saved: Array, constants: Array, c: int) -> tuple[float, float]:
+    """The mean in the data's dtype, and what that lacks."""
+    mean_hi = np.float64(constants.dtype.type(saved[MEAN, c]))
+    return mean_hi, (saved[MEAN, c] - mean_hi) + saved[MEAN_LOW, c]
+
+
+@_jit
+def _set_line(saved: Array, constants: Array, channels: Range) -> None:
+    """For y = ((x - mean_hi) - mean_lo) * inv_std * gamma + beta, where the term of mean_lo moves into the shift."""
+    wide = constants.itemsize == 8
+    for c in range(channels[0], channels[1]):
+        slope = saved[INV_STD, c] * saved[GAMMA, c]
+        prescale = _prescale(saved[MEAN, c], saved[INV_STD, c], slope, wide)
+        mean_hi, mean_lo = _mean_parts(saved, constants, c)
+        constants[PRESCALE, c] = prescale
+        constants[NEG_MEAN, c] = -mean_hi * prescale
+        constants[SCALE, c] = _scale(slope, prescale, wide)
+        constants[SHIFT, c] = saved[BETA, c] - mean_lo * slope
+        lost = (saved[BETA, c] - np.float64(constants[SHIFT, c])) - mean_lo * slope
+        constants[SHIFT_LOW, c] = lost if lost == lost else 0.0  # beta may be infinite
+
+
+@_jit
+def _finish_forward(q: _Task, a: _Arrays, channels: Range) -> None:
+    """Mean and variance of the batch, from sums about the origin; then the line."""
+    saved = a.saved
+    for c in range(channels[0], channels[1]):
+        origin, offset = a.origin[0, c], a.totals[0, c] / q.count
+        mean = origin + offset
+        back = mean - origin
+        lost = (origin - (mean - back)) + (offset - back)  # by the sum's rounding (Knuth's two-sum)
+        m2 = a.totals[1, c] - a.totals[0, c] * offset
+        var = (0.0 if m2 < 0 else m2) / q.count
+        saved[MEAN, c], saved[MEAN_LOW, c], saved[VAR, c] = mean, lost if lost == lost else 0.0, var
+        saved[INV_STD, c] = 0.0 if var + q.eps == 0 else 1 / math.sqrt(var + q.eps)
+    _set_line(saved, a.constants, channels)
+
+
+@_jit
+def _finish_backward(q: _Task, a: _Arrays, channels: Range) -> None:
+    """For dx = A dz + B (x - mean) + D: A = gamma/std, B = -A sum(dz xhat) / (M std), D = -A sum(dz) / M.
+
+    That is Ioffe & Szegedy 2015, section 3, gathered by input. _dx has x - mean_hi, prescaled.
+    """
+    saved, constants = a.saved, a.constants
+    for c in range(channels[0], channels[1]):
+        inv_std = saved[INV_STD, c]
+        if q.reduces:
+            a.totals[1, c] = (a.totals[1, c] - a.totals[0, c] * saved[MEAN_LOW, c]) * inv_std
+        slope = inv_std * saved[GAMMA, c]
+        postscale = _postscale(slope, constants.itemsize == 8)
+        on_dy = slope / postscale
+        on_xhat = -a.totals[1, c] / q.count * on_dy
+        _, mean_lo = _mean_parts(saved, constants, c)
+        constants[ON_DY, c] = on_dy
+        constants[ON_X, c] = on_xhat * (inv_std / np.float64(constants[PRESCALE, c]))
+        constants[CONSTANT, c] = -on_dy * a.totals[0, c] / q.count - on_xhat * inv_std * mean_lo
+        constants[POSTSCALE, c] = postscale
+
+
+@_jit
+def _finish(q: _Task, a: _Arrays, channels: Range) -> None:
+    if q.reduces:
+        for k in range(2):
+            for segment in range(a.sums.shape[0]):
+                for c in range(channels[0], channels[1]):
+                    a.totals[k, c] = a.sums[segment, k, c] + (a.totals[k, c] if segment > 0 else 0.0)
+    if q.backward:
+        _finish_backward(q, a, channels)
+    else:
+        _finish_forward(q, a, channels)
+
+
+# ---- threads ----
+
+
+@_jit
+def _share(steps: int, t: int, threads: int, p: _Plan, q: _Task, arrays: _Arrays) -> None:
+    """Thread t's share: of the blocks of channels, or of one step on all of them."""
+    if steps == FINISH and not p.by_channels:
+        _finish(q, arrays, _part(p.channels, t, threads))
+        return
+    a = _pointers(arrays)
+    blocks, segments, units = (0, p.blocks), (0, p.segments), (0, p.units)
+    if p.by_channels:
+        blocks = _part(p.blocks, t, threads)
+    else:
+        segments, units = _part(p.segments, t, threads), _part(p.units, t, threads)
+    for block in range(blocks[0], blocks[1]):
+        strip = block * p.block, min((block + 1) * p.block, p.channels)
+        if steps & REDUCE:
+            _spread(p, arrays.origin, 1, strip, a.origins, t * p.padded)
+            if q.backward:
+                _spread(p, arrays.constants, LINE, strip, a.lines, CONSTANTS * t * p.padded)
+            base = 2 * t * p.padded
+            for segment in range(segments[0], segments[1]):
+                for i in range(base, base + 2 * p.padded):
+                    a.parts[i] = 0.0
+                first = segment * p.segment
+                _walk(False, p, q, a, t, (first, min(first + p.segment, p.units)), strip)
+                _fold(p, a.parts, base, strip, arrays.sums[segment])
+        if steps & FINISH:
+            _finish(q, arrays, strip)
+        if steps & MAP:
+            rows = CONSTANTS if q.backward else LINE
+            _spread(p, arrays.constants, rows, strip, a.lines, CONSTANTS * t * p.padded)
+            for end in range(units[1], units[0], -p.stretch):  # what was summed last is still in the cache
+                _walk(True, p, q, a, t, (max(units[0], end - p.stretch), end), strip)
+    if steps & MAP and q.stream:
+        _fence()
+
+
+@_parallel
+def _shares(steps: int, threads: int, p: _Plan, q: _Task, a: _Arrays) -> None:
+    for t in prange(threads):
+        _share(steps, np.intp(t), threads, p, q, a)
+
+
+_one_at_a_time = threading.Lock()
+
+
+def _layer() -> str | None:
+    """Numba's threading layer, which is chosen at the first parallel call."""
+    try:
+        return str(numba.threading_layer())  # type: ignore[attr-defined]
+    except ValueError:
+        return None
+
+
+def _most_threads() -> int:
+    return int(numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
+
+
+def _in_parallel(steps: int, threads: int, *arguments: Any) -> None:
+    """Numba's workqueue layer cannot take two callers at once; the others can."""
+    with nullcontext() if _layer() in ("tbb", "omp") else _one_at_a_time:
+        before = numba.get_num_threads()
+        numba.set_num_threads(threads)
+        try:
+            _shares(steps, threads, *arguments)
+        finally:
+            numba.set_num_threads(before)
+
+
+# ---- the verbs ----
+
+
+def _input(array: Array) -> Array:
+    """As compiled code takes it: flat, and always read-only, since that is part of the type."""
+    flat = array.reshape(-1)
+    flat.flags.writeable = False
+    return flat
+
+
+def _buffer(size: int, dtype: Any) -> Array:
+    """An array that begins with a line of the cache."""
+    room = np.empty(size + LINE_BYTES, dtype)
+    skip = -room.ctypes.data % LINE_BYTES // room.itemsize
+    return room[skip : skip + size]
+
+
+def _calculate(
+    steps: int,
+    x: Array,
+    saved: Array,
+    *,
+    origin: Array,
+    residual: Array | None = None,
+    dy: Array | None = None,
+    mask: Array | None = None,
+    out: Array | None = None,
+    dresidual: Array | None = None,
+    sums: Array | None = None,
+    count: float = 1,
+    eps: float = 0,
+    activation: int = IDENTITY,
+    slope: float = 0,
+    frozen: bool = False,
+    from_y: bool = False,
+    threads: int,
+) -> Array:
+    """Does the steps: all at once where a thread has its channels to itself, else one after the other.
+
+    Returns `sums`, (2, channels), or those that it takes itself.
+    """
+    threads = 1 if _config.in_forked_child() else max(1, min(threads, x.size // WORK_PER_THREAD, _most_threads()))
+    p = _plan(x.shape, x.itemsize, threads)
+    q = _Task(
+        activation=int(activation),
+        slope=float(slope),
+        eps=float(eps),
+        count=float(count),
+        backward=dy is not None,
+        adds=residual is not None,
+        keeps=dresidual is not None,
+        masked=mask is not None,
+        frozen=bool(frozen),
+        from_y=bool(from_y),
+        reduces=bool(steps & REDUCE),
+        stream=x.nbytes > STREAM_BYTES,
+    )
+    flat, target = _input(x), np.empty(0, x.dtype) if out is None else out.reshape(-1)
+    a = _Arrays(
+        x=flat,
+        residual=flat if residual is None else _input(residual),
+        dy=flat if dy is None else _input(dy),
+        mask=_input((np.empty(0, np.bool_) if mask is None else mask).view(np.uint8)),
+        out=target,
+        dresidual=target if dresidual is None else dresidual.reshape(-1),
+        origin=origin.reshape(1, -1),
+        sums=np.empty((p.segments, 2, p.channels)),
+        totals=np.zeros((2, p.channels)) if sums is None else sums,
+        saved=saved,
+        constants=np.empty((CONSTANTS, p.channels), x.dtype),
+        lines=_buffer(threads * CONSTANTS * p.padded, x.dtype),
+        origins=_buffer(threads * p.padded, np.float64),
+        parts=_buffer(threads * 2 * p.padded, np.float64),
+        kept=np.empty(threads * p.longest if q.masked else 0, np.uint8),
+    )
+    if q.backward or not steps & FINISH:
+        _set_line(saved, a.constants, (0, p.channels))
+    for some in (steps,) if p.by_channels else (step for step in (REDUCE, FINISH, MAP) if step & steps):
+        if threads > 1:
+            _in_parallel(some, threads, p, q, a)
+        else:
+            _share(some, 0, 1, p, q, a)
+    return a.totals
+
+
+def _origin(x: Array, mask: Array | None) -> Array:
+    """The origin of each channel's sums: the median of three of its values, so that one outlier does not matter."""
+    outer, _, inner = x.shape
+    if mask is None:
+        positions = np.array([0, (outer // 2) * inner + inner // 2, outer * inner - 1])
+    else:
+        true = np.flatnonzero(mask)
+        positions = true[[0, true.size // 2, -1]]
+    a, b, d = (x[position // inner, :, position % inner] for position in positions)
+    median = np.fmax(np.fmin(a, b), np.fmin(np.fmax(a, b), d)).astype(np.float64)
+    return np.where(np.isfinite(median), median, 0)
+
+
+def _count(x: Array, mask: Array | None) -> int:
+    return x.shape[0] * x.shape[2] if mask is None else int(np.count_nonzero(mask))
+
+
+def _save_parameters(saved: Array, gamma: Array | None, beta: Array | None) -> None:
+    saved[GAMMA] = 1 if gamma is None else gamma
+    saved[BETA] = 0 if beta is None else beta
+
+
+@np.errstate(all="ignore")
+def forward(
+    x: Array,
+    residual: Array | None,
+    mask: Array | None,
+    gamma: Array | None,
+    beta: Array | None,
+    running_mean: Array | None,
+    running_var: Array | None,
+    momentum: float,
+    correction: int,
+    eps: float,
+    activation: int,
+    slope: float,
+    y: Array,
+    saved: Array,
+    threads: int,
+) -> None:
+    """fbn_forward of src_c/fastbn.h."""
+    if not x.size:
+        return
+    count = _count(x, mask)
+    _save_parameters(saved, gamma, beta)
+    _calculate(
+        REDUCE | FINISH | MAP, x, saved, origin=_origin(x, mask), residual=residual, mask=mask, out=y,
+        count=count, eps=eps, activation=activation, slope=slope, threads=threads,
+    )  # fmt: skip
+    if running_mean is not None and running_var is not None:
+        unbiased = saved[VAR] * (count / (count - correction))
+        running_mean[...] = (1 - momentum) * running_mean + momentum * saved[MEAN]
+        running_var[...] = (1 - momentum) * running_var + momentum * unbiased
+
+
+@np.errstate(all="ignore")
+def infer(
+    x: Array,
+    residual: Array | None,
+    gamma: Array | None,
+    beta: Array | None,
+    mean: Array | None,
+    var: Array | None,
+    eps: float,
+    activation: int,
+    slope: float,
+    y: Array,
+    saved: Array | None,
+    threads: int,
+) -> None:
+    """fbn_infer of src_c/fastbn.h."""
+    known = np.empty((len(SAVED_ROWS), x.shape[1])) if saved is None else saved
+    if mean is not None:
+        known[MEAN], known[MEAN_LOW], known[VAR] = mean, 0, var
+    std = np.sqrt(known[VAR] + eps)
+    known[INV_STD] = np.where(std == 0, 0, 1 / std)
+    _save_parameters(known, gamma, beta)
+    if x.size:
+        _calculate(
+            MAP, x, known, origin=known[MEAN], residual=residual, out=y,
+            activation=activation, slope=slope, threads=threads,
+        )  # fmt: skip
+
+
+@np.errstate(all="ignore")
+def moments(x: Array, mask: Array | None, into: Array, threads: int) -> None:
+    """fbn_moments of src_c/fastbn.h."""
+    count, saved = _count(x, mask), np.zeros((len(SAVED_ROWS), x.shape[1]))
+    if x.size:
+        _calculate(REDUCE | FINISH, x, saved, origin=_origin(x, mask), mask=mask, count=count, threads=threads)
+    into[:2], into[2] = saved[[MEAN, MEAN_LOW]], saved[VAR] * count
+
+
+def _known(saved: Array, from_y: bool) -> Array:
+    """What a backward call knows of its channels. With from_y it finds x - mean, in which no mean is left."""
+    known = saved.copy()
+    if from_y:
+        known[[MEAN, MEAN_LOW]] = 0
+    return known
+
+
+@np.errstate(all="ignore")
+def backward_sums(
+    dy: Array,
+    x: Array,
+    residual: Array | None,
+    saved: Array,
+    activation: int,
+    slope: float,
+    from_y: bool,
+    sums: Array,
+    threads: int,
+) -> None:
+    """fbn_backward_sums of src_c/fastbn.h."""
+    known = _known(saved, from_y)
+    sums[...] = 0
+    if x.size:
+        sums[...] = _calculate(
+            REDUCE | FINISH, x, known, origin=known[MEAN], residual=residual, dy=dy,
+            activation=activation, slope=slope, from_y=from_y, threads=threads,
+        )  # fmt: skip
+
+
+@np.errstate(all="ignore")
+def backward(
+    dy: Array,
+    x: Array,
+    residual: Array | None,
+    mask: Array | None,
+    saved: Array,
+    count: float,
+    frozen: bool,
+    sums: Array | None,
+    activation: int,
+    slope: float,
+    from_y: bool,
+    dx: Array,
+    dresidual: Array | None,
+    dgamma: Array | None,
+    dbeta: Array | None,
+    threads: int,
+) -> None:
+    """fbn_backward of src_c/fastbn.h."""
+    known = _known(saved, from_y)
+    reduces = sums is None and (not frozen or dgamma is not None or dbeta is not None)
+    totals = np.zeros((2, x.shape[1])) if sums is None else np.array(sums)
+    if x.size:
+        _calculate(
+            (REDUCE if reduces else 0) | FINISH | MAP, x, known, origin=known[MEAN], residual=residual, dy=dy,
+            mask=mask, out=dx, dresidual=dresidual, sums=totals, count=count,
+            activation=activation, slope=slope, frozen=frozen, from_y=from_y, threads=threads,
+        )  # fmt: skip
+    if dgamma is not None:
+        dgamma[...] = totals[1]
+    if dbeta is not None:
+        dbeta[...] = totals[0]
+
+
+def describe() -> dict[str, str]:
+    """For show_config()."""
+    return {
+        "version": numba.__version__,
+        "threading layer": _layer() or "not started",
+        "most threads": str(_most_threads()),
+    }
