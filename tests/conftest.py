@@ -18,7 +18,7 @@ except ImportError:
     pass  # its tests are skipped
 else:
     common: dict[str, Any] = {"deadline": None, "database": None}
-    profiles.register_profile("default", max_examples=300, derandomize=True, **common)
+    profiles.register_profile("default", max_examples=200, derandomize=True, **common)
     profiles.register_profile("thorough", max_examples=10_000, **common)
     profiles.load_profile("default")
 

@@ -86,11 +86,15 @@ def _sigmoid(z: Array) -> Array:
 
 
 class Curve(NamedTuple):
-    """An activation of z; `a` is leaky_relu's slope. `terms`: the size of what slope adds up, None if exact."""
+    """An activation of z; `a` is leaky_relu's slope.
+
+    `terms`: the size of what the slope adds up, None if it is exact. `ulps`: how far its own roundings may lead.
+    """
 
     value: Callable[[Array, float], Array]
     slope: Callable[[Array, float], Array]
     terms: Callable[[Array, float], Array] | None = None
+    ulps: int = 0
 
 
 CURVES = {
@@ -101,21 +105,25 @@ CURVES = {
         lambda z, a: np.where(z > 0, z, a * z),
         lambda z, a: np.where(z > 0, LONG(1), LONG(a)),
         lambda z, a: np.where(z > 0, LONG(0), LONG(abs(a))),
+        2,
     ),
     "silu": Curve(
         lambda z, a: z * _sigmoid(z),
         lambda z, a: _sigmoid(z) * (1 + z * _sigmoid(-z)),
         lambda z, a: _sigmoid(z) * (1 + abs(z) * _sigmoid(-z)),
+        3,
     ),
     "hardswish": Curve(
         lambda z, a: z * np.clip(z + 3, 0, 6) / 6,
         lambda z, a: np.where(z <= -3, LONG(0), np.where(z >= 3, LONG(1), z / 3 + 0.5)),
         lambda z, a: np.where(abs(z) < 3, abs(z) / 3 + 0.5, LONG(0)),
+        2,
     ),
     "sigmoid": Curve(
         lambda z, a: _sigmoid(z),
         lambda z, a: _sigmoid(z) * _sigmoid(-z),
         lambda z, a: _sigmoid(z),
+        3,
     ),
 }
 """At a kink the slope is torch's: that of the left side, but hardswish's at 3."""
@@ -217,15 +225,15 @@ def bound(
 ) -> Array:
     """The error that the contract allows in y: 2 ulp of max(1, |xhat|) times |gamma|, plus 1 ulp of |y|.
 
-    An activation is given a z with that error: it may pass it on as steep as it is, and round twice itself, unless it
-    is exact; and a factor of z may be a denormal number. Halves round once more.
+    An activation is given a z with that error, which it may pass on as steep as it is, and adds roundings of its own,
+    one of them perhaps of a denormal factor of z. Halves round once more.
     """
     name = np.dtype(dtype).name
     arithmetic = FORMATS[name].arithmetic
     f, a = curve(activation)
     passed_on = _change(f.value, a, at.z, _bound(at, at.z, gamma, axis, arithmetic))
-    if f.terms is not None:
-        passed_on = passed_on + 2 * ulp(at.y, arithmetic) + abs(at.z) * ulp(0, arithmetic)
+    if f.ulps:
+        passed_on = passed_on + f.ulps * ulp(at.y, arithmetic) + abs(at.z) * ulp(0, arithmetic)
     allowed = np.maximum(_bound(at, at.y, gamma, axis, arithmetic), passed_on)
     return allowed if name == arithmetic else allowed + ulp(at.y, name)
 
@@ -271,7 +279,7 @@ def backward(
     weight = counted(mask, dy, axis) * (0 if frozen else 1 / LONG(at.count))
     bend = _change(f.slope, a, z, rows_of(_bound(at, at.z, gamma, axis, arithmetic), axis))
     if f.terms is not None:
-        bend = bend + 2 * ulp(1, arithmetic) * f.terms(z, a) + abs(z) * ulp(0, arithmetic)
+        bend = bend + f.ulps * ulp(1, arithmetic) * f.terms(z, a) + abs(z) * ulp(0, arithmetic)
     slope = _column(gamma, 1, rows.shape[0]) * at.inv_std[:, np.newaxis]
 
     def parts(dz: Array, xhat: Array, larger: Array, slope: Array, sign: int) -> Parts:

@@ -59,8 +59,8 @@ def assert_near(name: str, x: Array, got: Array, wanted: Array, allowed: Array) 
 
 @pytest.mark.parametrize("activation", NAMED, ids=str)
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_values(kernel: cases.Kernel, dtype: str, activation: Any) -> None:
-    """Within 2 ulp; halves are computed in float32 and then rounded once.
+def test_values(any_backend: cases.Kernel, dtype: str, activation: Any) -> None:
+    """Within 2 ulp, or 3 with an exp; halves are computed in float32 and then rounded once.
 
     The sigmoid that silu multiplies by x may be a denormal number, which has few digits.
     """
@@ -68,9 +68,10 @@ def test_values(kernel: cases.Kernel, dtype: str, activation: Any) -> None:
     wanted, _ = exact(dtype, activation)
     y, _ = as_it_is(x, activation)
     arithmetic = oracle.FORMATS[dtype].arithmetic
-    allowed = 2 * oracle.ulp(wanted, arithmetic) + abs(oracle.long(x)) * oracle.ulp(0, arithmetic) * (
-        activation == "silu"
-    )
+    f, _ = oracle.curve(activation)
+    allowed = max(f.ulps, 1) * oracle.ulp(wanted, arithmetic)
+    if activation == "silu":
+        allowed = allowed + abs(oracle.long(x)) * oracle.ulp(0, arithmetic)
     if arithmetic != dtype:
         allowed = allowed + oracle.ulp(wanted, dtype) / 2
     assert_near("y", x, y[:, 0], wanted, allowed)
@@ -78,8 +79,8 @@ def test_values(kernel: cases.Kernel, dtype: str, activation: Any) -> None:
 
 @pytest.mark.parametrize("activation", NAMED, ids=str)
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_slopes(kernel: cases.Kernel, dtype: str, activation: Any) -> None:
-    """Within 2 epsilon of the terms that they add up."""
+def test_slopes(any_backend: cases.Kernel, dtype: str, activation: Any) -> None:
+    """Within 2 epsilon of the terms that they add up, or 3 with an exp."""
     x = every(dtype)
     _, wanted = exact(dtype, activation)
     f, a = oracle.curve(activation)
@@ -87,7 +88,7 @@ def test_slopes(kernel: cases.Kernel, dtype: str, activation: Any) -> None:
     dx = fastbn.backward(np.ones((x.size, 1), dtype), made).dx
     arithmetic = oracle.FORMATS[dtype].arithmetic
     terms = np.zeros_like(wanted) if f.terms is None else f.terms(oracle.long(x), a)
-    allowed = 2 * oracle.ulp(1, arithmetic) * terms + (1 + abs(oracle.long(x))) * oracle.ulp(0, arithmetic)
+    allowed = max(f.ulps, 1) * oracle.ulp(1, arithmetic) * terms + (1 + abs(oracle.long(x))) * oracle.ulp(0, arithmetic)
     if arithmetic != dtype:
         allowed = allowed + oracle.ulp(wanted, dtype) / 2
     assert_near("dx", x, dx[:, 0], wanted, allowed)
@@ -138,7 +139,7 @@ def test_relu_passes_the_gradient_where_y_is_positive(kernel: cases.Kernel, dtyp
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("activation", NAMED, ids=str)
-def test_nan_stays_nan(kernel: cases.Kernel, dtype: str, activation: Any) -> None:
+def test_nan_stays_nan(any_backend: cases.Kernel, dtype: str, activation: Any) -> None:
     """And infinities give the limits, where there is one."""
     x = np.array([np.nan, np.inf, -np.inf, 1], dtype)
     y, _ = as_it_is(x, activation)

@@ -95,7 +95,7 @@ LONG: dict[str, Callable[[Array], Array]] = {
 
 
 @pytest.mark.parametrize("kind", LONG)
-@pytest.mark.parametrize("shape", [(1, 2, 700_001), (2, 3, 250_000), (3000, 401)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 2, 300_001), (2, 3, 100_000), (1400, 401)], ids=str)
 def test_more_than_one_piece(any_backend: cases.Kernel, kind: str, shape: tuple[int, ...]) -> None:
     """Channels longer than a piece, and more channels than one holds, at the size that pieces have."""
     assert np.prod(shape) > _blocks.PIECE
@@ -111,9 +111,8 @@ def test_more_than_one_piece(any_backend: cases.Kernel, kind: str, shape: tuple[
     np.testing.assert_allclose(got.dbeta, gradients.dbeta, rtol=1e-5, atol=1e-3)
 
 
-@pytest.mark.parametrize("kernel", cases.COMPILED, ids=str, indirect=True)
-def test_the_same_bits_for_any_number_of_threads(kernel: cases.Kernel, dtype: str) -> None:
-    for shape in ((1, 2, 700_001), (3000, 401)):
+def test_the_same_bits_for_any_number_of_threads(any_backend: cases.Kernel, dtype: str) -> None:
+    for shape in ((1, 2, 300_001), (1400, 401)):
         c = cases.call(shape, dtype)
         x = LONG["stepped"](c.x)
         mask = cases.random_mask(shape)
