@@ -33,7 +33,7 @@ FLOORS = (
     {"_batch"},
     {"_ghost"},
     {"ops"},
-    {"layer"},
+    {"layer", "inference"},
     {"_recalibrate"},
     {""},
     {"_demo_networks", "bench"},
