@@ -6,10 +6,11 @@ import argparse
 import os
 import shlex
 from collections.abc import Sequence
+from itertools import product, starmap
 from pathlib import Path
 
 from . import compare, ours, plots, report, rivals, rows, shapes
-from .problem import DTYPES, LAYOUTS, PASSES
+from .problem import ACTIVATIONS, DTYPES, LAYOUTS, PASSES, STRIDES, Variant
 from .run import Plan, Runner
 from .timing import Budget
 
@@ -18,7 +19,7 @@ QUICK_BUDGET = Budget(seconds=0.05, least=3)
 
 
 def _words(option: str, allowed: Sequence[str], text: str) -> tuple[str, ...]:
-    words = tuple(dict.fromkeys(word.strip() for word in text.split(",")))
+    words = tuple(allowed) if text == "all" else tuple(dict.fromkeys(word.strip() for word in text.split(",")))
     unknown = [word for word in words if word not in allowed]
     if unknown:
         raise ValueError(f"{option}: got {', '.join(unknown)}; allowed: {', '.join(allowed)}")
@@ -41,7 +42,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch", type=int, metavar="N", help="the batch of the networks' shapes (32; unet3d 1)")
     add("--passes", default=",".join(PASSES), metavar="LIST", help="%(default)s")
     add("--layouts", default=",".join(LAYOUTS), metavar="LIST", help="%(default)s; a matrix has one of its own")
-    add("--dtypes", default="float32", metavar="LIST", help=f"of {', '.join(DTYPES)} (%(default)s)")
+    add("--dtypes", metavar="LIST", help=f"all, or of {', '.join(DTYPES)} (float32)")
+    add("--activations", metavar="LIST", help=f"all, or of {', '.join(ACTIVATIONS)} (none)")
+    add("--strides", metavar="LIST", help=f"all, or of {', '.join(STRIDES)} (dense)")
+    add(
+        "--operation",
+        action="store_true",
+        help="each dtype, activation and stride by itself, not combined: all of them, on shapes larger than any cache",
+    )
     add("--backends", default="c", metavar="LIST", help="all, or of c, numba, numpy (%(default)s)")
     add("--isa", default="", metavar="LIST", help="all, or instruction sets for the c backend (the one it chooses)")
     add("--threads", default="1", metavar="LIST", help="numbers of threads (%(default)s)")
@@ -61,17 +69,32 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _variants(options: argparse.Namespace) -> tuple[Variant, ...]:
+    """Every combination of what is asked for; of the whole operation, one thing at a time."""
+    usual = ("all", "all", "all") if options.operation else (DTYPES[0], ACTIVATIONS[0], STRIDES[0])
+    dtypes = _words("--dtypes", DTYPES, options.dtypes or usual[0])
+    activations = _words("--activations", ACTIVATIONS, options.activations or usual[1])
+    strides = _words("--strides", STRIDES, options.strides or usual[2])
+    if not options.operation:
+        return tuple(starmap(Variant, product(dtypes, activations, strides)))
+    alone = [Variant(dtype=dtype) for dtype in dtypes]
+    alone += [Variant(activation=activation) for activation in activations]
+    alone += [Variant(strides=one) for one in strides]
+    return tuple(dict.fromkeys(alone))
+
+
 def _plan(options: argparse.Namespace) -> Plan:
     if options.batch is not None and options.batch < 1:
         raise ValueError(f"--batch: got {options.batch}; allowed: a positive integer")
     if options.seconds is not None and not options.seconds > 0:
         raise ValueError(f"--seconds: got {options.seconds}; allowed: more than 0")
     budget = QUICK_BUDGET if options.quick else Budget()
+    usual = QUICK_SHAPES if options.quick else "operation" if options.operation else "targets"
     return Plan(
-        shapes=shapes.parse(options.shapes or (QUICK_SHAPES if options.quick else "targets"), options.batch),
+        shapes=shapes.parse(options.shapes or usual, options.batch),
         passes=_words("--passes", PASSES, options.passes),
         layouts=_words("--layouts", LAYOUTS, options.layouts),
-        dtypes=_words("--dtypes", DTYPES, options.dtypes),
+        variants=_variants(options),
         threads=_threads(options.threads),
         entrants=ours.entrants(options.backends.split(","), [isa for isa in options.isa.split(",") if isa]),
         budget=Budget(options.seconds or budget.seconds, budget.least),

@@ -44,6 +44,7 @@ def entrants(backends: Sequence[str], isas: Sequence[str]) -> dict[str, tuple[st
 def _call(problem: Problem, pass_: str, backend: str) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
     p, (mean, var) = problem, problem.running()
     options: dict[str, Any] = {"eps": EPS, "axis": p.axis, "out": p.out, "backend": backend}
+    options["activation"] = None if p.activation == "none" else p.activation
     if pass_ == "infer":
         return partial(fastbn.infer, p.x, p.gamma, p.beta, mean, var, **options), lambda y: (p.channels_first(y),)
     forward = partial(fastbn.forward, p.x, p.gamma, p.beta, mean, var, momentum=MOMENTUM, **options)

@@ -28,33 +28,56 @@ MARKERS = {"nchw": "o", "nhwc": "s", "nc": "D"}
 # In the second picture the layouts of one shape stand a little beside one another, so as not to hide each other.
 BESIDE = {"nchw": 0.94, "nhwc": 1.06, "nc": 1.0}
 
+# An axis that spans less than this shows the twos and fives between the powers of ten.
+NARROW = 30
+
+# So wide is the axis of bytes at the least, though all arrays be of one size.
+LEAST_SPAN = 12
+
 DPI = 150
 BAR_HEIGHT, HEAD_HEIGHT = 0.2, 1.1  # inches
+LONG_NAME = 16  # characters: eight of these are wider than the picture
 
 
-def _contestants(rows: Sequence[Row]) -> list[str]:
-    """fastbn's, then the peers in their usual order."""
-    ours = list(dict.fromkeys(row.contestant for row in rows if row.kind == FASTBN))
-    present = {row.contestant for row in rows}
-    return ours + [name for name in CONTESTANTS if name in present]
+def _name(row: Row) -> str:
+    """The contestant, and what its operation has besides a dtype."""
+    return f"{row.contestant} {row.variant.extras}".rstrip()
 
 
-def _colours(rows: Sequence[Row]) -> dict[str, str]:
-    ours = [name for name in _contestants(rows) if name not in PEERS]
-    return PEERS | {name: OURS[i % len(OURS)] for i, name in enumerate(ours)}
+def _names(rows: Sequence[Row]) -> dict[str, str]:
+    """Each name's contestant: operation by operation fastbn's, then the peers in their usual order."""
+    operations = list(dict.fromkeys(row.variant.extras for row in rows))
+    order = {name: i for i, name in enumerate(CONTESTANTS)}
+    racers = [row for row in rows if row.kind != COPY]
+    racers.sort(key=lambda row: (operations.index(row.variant.extras), order.get(row.contestant, -1)))
+    return {_name(row): row.contestant for row in racers}
+
+
+def _colours(rows: Sequence[Row]) -> dict[str, Any]:
+    names = _names(rows)
+    ours = [name for name, contestant in names.items() if contestant not in PEERS]
+    many = extra("matplotlib").colormaps["turbo"]
+    own = OURS if len(ours) <= len(OURS) else [many((i + 0.5) / len(ours)) for i in range(len(ours))]
+    return {name: PEERS.get(contestant) or own[ours.index(name)] for name, contestant in names.items()}
+
+
+def _is_peer(name: str) -> bool:
+    return not name.startswith(FASTBN)
 
 
 class _Sheet:
     """A figure of panels: a line for each (dtype, threads), a column for each pass."""
 
-    def __init__(self, run: Run, title: str, panel: tuple[float, float]) -> None:
+    def __init__(self, run: Run, title: str, width: float, heights: dict[tuple[str, int], float]) -> None:
         rows = run.rows
-        self.lines = list(dict.fromkeys((row.dtype, row.threads) for row in rows))
+        self.lines = list(heights)
         self.passes = [pass_ for pass_ in TITLES if any(row.pass_ == pass_ for row in rows)]
-        width, height = panel[0] * len(self.passes), panel[1] * len(self.lines) + 0.9
+        width, height = width * len(self.passes), sum(heights.values()) + 0.9
         self.figure = extra("matplotlib.figure").Figure(figsize=(width, height), layout="constrained", dpi=DPI)
         self.figure.get_layout_engine().set(rect=(0, 0, 1, 1 - 0.55 / height), w_pad=0.12, h_pad=0.1)
-        self.axes = self.figure.subplots(len(self.lines), len(self.passes), squeeze=False)
+        self.axes = self.figure.subplots(
+            len(self.lines), len(self.passes), squeeze=False, height_ratios=list(heights.values())
+        )
         self.figure.text(0.012, 1 - 0.16 / height, title, fontsize=13, fontweight="bold", color=INK, va="top")
         machine = f"{run.machine.get('processor', '')}"
         self.figure.text(0.012, 1 - 0.42 / height, machine, fontsize=8, color=PALE, va="top")
@@ -80,11 +103,11 @@ def _bars_of(rows: Sequence[Row]) -> Iterator[tuple[str, str, list[float]]]:
     """(layout, contestant, its ratios to a copy over the shapes), layout by layout."""
     for layout in GROUPS:
         here = [row for row in rows if row.layout == layout and row.kind != COPY]
-        for name in _contestants(here):
-            yield layout, name, [row.to_copy for row in here if row.contestant == name]
+        for name in _names(here):
+            yield layout, name, [row.to_copy for row in here if _name(row) == name]
 
 
-def _bar_panel(ax: Any, rows: Sequence[Row], colours: dict[str, str]) -> None:
+def _bar_panel(ax: Any, rows: Sequence[Row], colours: dict[str, Any]) -> None:
     across = ax.get_yaxis_transform()
     at, previous, names = -0.6, "", {}
     for layout, name, ratios in _bars_of(rows):
@@ -92,7 +115,7 @@ def _bar_panel(ax: Any, rows: Sequence[Row], colours: dict[str, str]) -> None:
             names[at + 0.5] = f"{GROUPS[layout]}, {len(ratios)} shape{'s' * (len(ratios) != 1)}"
             at += 1.6
         previous, names[at] = layout, name
-        mean, weight = geometric_mean(ratios), "normal" if name in PEERS else "bold"
+        mean, weight = geometric_mean(ratios), "normal" if _is_peer(name) else "bold"
         ax.barh(at, mean - 1, left=1, height=0.74, color=colours[name], zorder=2)
         ax.plot(ratios, [at] * len(ratios), "o", ms=2.4, color=INK, alpha=0.5, mew=0, zorder=3)
         ax.text(1.03, at, times(mean), transform=across, fontsize=8, va="center", fontweight=weight)
@@ -100,7 +123,7 @@ def _bar_panel(ax: Any, rows: Sequence[Row], colours: dict[str, str]) -> None:
     ax.set_yticks(list(names), list(names.values()))
     for label in ax.get_yticklabels():
         text = label.get_text()
-        label.set_fontweight("normal" if text in PEERS else "bold")
+        label.set_fontweight("normal" if _is_peer(text) else "bold")
         label.set_color(PALE if text.split(",")[0] in GROUPS.values() or text.startswith("(") else INK)
     ax.tick_params(axis="y", length=0)
     ax.spines["left"].set_visible(False)
@@ -124,11 +147,12 @@ def _ratio_axis(ax: Any, rows: Sequence[Row]) -> None:
 
 def draw_bars(run: Run, path: Path) -> Path:
     """Each contestant's time over a copy's: the bar is the geometric mean over the shapes, a dot each shape."""
-    groups: dict[tuple[str, str, int], set[tuple[str, str]]] = {}
+    groups: dict[tuple[str, int], dict[str, set[tuple[str, str]]]] = {}
     for row in run.rows:
-        groups.setdefault((row.pass_, row.dtype, row.threads), set()).add((row.layout, row.contestant))
-    tallest = max(len(group) for group in groups.values()) * BAR_HEIGHT + HEAD_HEIGHT
-    sheet = _Sheet(run, "Time over that of a copy of the same array (left is better)", (4.6, tallest))
+        bars = groups.setdefault((row.dtype, row.threads), {}).setdefault(row.pass_, set())
+        bars.add((row.layout, _name(row)))
+    heights = {line: max(map(len, bars.values())) * BAR_HEIGHT + HEAD_HEIGHT for line, bars in groups.items()}
+    sheet = _Sheet(run, "Time over that of a copy of the same array (left is better)", 4.6, heights)
     colours = _colours(run.rows)
     for ax, rows in sheet.panels(run.rows):
         if rows:
@@ -164,7 +188,7 @@ def _time(value: float, _: int) -> str:
     return f"{value / 1e-9:g} ns"
 
 
-def _roofline_panel(ax: Any, rows: Sequence[Row], colours: dict[str, str]) -> None:
+def _roofline_panel(ax: Any, rows: Sequence[Row], colours: dict[str, Any]) -> None:
     ticker = extra("matplotlib.ticker")
     moved, seconds = _copy_line(rows)
     low = min(row.seconds for row in rows) / 1.6
@@ -172,15 +196,17 @@ def _roofline_panel(ax: Any, rows: Sequence[Row], colours: dict[str, str]) -> No
     ax.plot(moved, seconds, color=INK, linewidth=1.4, zorder=2)
     ax.set_xscale("log")
     ax.set_yscale("log")
-    for name, layout in dict.fromkeys((row.contestant, row.layout) for row in rows if row.kind != COPY):
-        here = [row for row in rows if (row.contestant, row.layout) == (name, layout)]
-        peer = name in PEERS
+    for name, layout in dict.fromkeys((_name(row), row.layout) for row in rows if row.kind != COPY):
+        here = [row for row in rows if (_name(row), row.layout) == (name, layout)]
+        peer = _is_peer(name)
         look = {"ms": 4.2 if peer else 5.8, "alpha": 0.8 if peer else 1.0, "zorder": 3 if peer else 5}
         beside = [row.bytes_moved * BESIDE[layout] for row in here]
         taken = [row.seconds for row in here]
         ax.plot(beside, taken, MARKERS[layout], mfc=colours[name], mec="white", mew=0.5, **look)
     ax.set_ylim(low, max(row.seconds for row in rows) * 1.5)
-    ax.set_xlim(min(row.bytes_moved for row in rows) / 1.4, moved[-1])
+    ax.set_xlim(min(min(row.bytes_moved for row in rows) / 1.4, moved[-1] / LEAST_SPAN), moved[-1])
+    for axis, (least, most) in ((ax.xaxis, ax.get_xlim()), (ax.yaxis, ax.get_ylim())):
+        axis.set_major_locator(ticker.LogLocator(base=10, subs=(1, 2, 5) if most / least < NARROW else (1,)))
     ax.xaxis.set_major_formatter(ticker.FuncFormatter(_size))
     ax.yaxis.set_major_formatter(ticker.FuncFormatter(_time))
     ax.xaxis.set_minor_formatter(ticker.NullFormatter())
@@ -190,19 +216,22 @@ def _roofline_panel(ax: Any, rows: Sequence[Row], colours: dict[str, str]) -> No
     ax.set_xlabel("bytes that the pass must move", fontsize=8, color=PALE)
 
 
-def _legend(sheet: _Sheet, rows: Sequence[Row], colours: dict[str, str]) -> None:
+def _legend(sheet: _Sheet, rows: Sequence[Row], colours: dict[str, Any]) -> None:
     line = extra("matplotlib.lines").Line2D
-    dots = [(name, "o", colours[name]) for name in _contestants(rows)]
+    looks = {contestant if _is_peer(name) else name: colours[name] for name, contestant in _names(rows).items()}
+    dots = [(name, "o", colour) for name, colour in looks.items()]
+    columns = 8 if max(map(len, looks)) < LONG_NAME else 6
     present = {row.layout for row in rows}
     dots += [(title, MARKERS[layout], PALE) for layout, title in GROUPS.items() if layout in present]
     entries = [line([], [], color=INK, linewidth=1.4, label="a copy")]
     entries += [line([], [], ls="", marker=marker, color=colour, label=name) for name, marker, colour in dots]
-    sheet.figure.legend(handles=entries, loc="outside lower center", ncols=8, fontsize=8, frameon=False)
+    sheet.figure.legend(handles=entries, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
 
 
 def draw_roofline(run: Run, path: Path) -> Path:
     """Each row's time against the bytes that it must move at the least, and the line of copies below it."""
-    sheet = _Sheet(run, "Time against bytes moved, and the limit that a copy sets", (4.6, 4.0))
+    heights = {(row.dtype, row.threads): 4.0 for row in run.rows}
+    sheet = _Sheet(run, "Time against bytes moved, and the limit that a copy sets", 4.6, heights)
     colours = _colours(run.rows)
     for ax, rows in sheet.panels(run.rows):
         if rows:

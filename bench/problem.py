@@ -1,17 +1,20 @@
-"""What do all contestants work on? The arrays of one shape, layout and dtype, and the contestant itself."""
+"""What do all contestants work on? The arrays of one shape, layout and variant, and the contestant itself."""
 
 from __future__ import annotations
 
+import copy
 import importlib
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import repeat
 from typing import Any
 
 import numpy as np
+
+from fastbn._activations import BY_NAME
 
 from .shapes import Shape
 
@@ -21,12 +24,40 @@ Clock = Callable[[], int]
 PASSES = ("forward", "backward", "infer")
 LAYOUTS = ("nchw", "nhwc")
 DTYPES = ("float32", "float64", "float16", "bfloat16")
+ACTIVATIONS = tuple(name or "none" for name in BY_NAME)
+STRIDES = ("dense", "cropped", "stepped", "reversed", "middle", "broadcast")
 
-ARRAYS_MOVED = {"forward": 2, "backward": 3, "infer": 2}
-"""Arrays of x's size that a pass must move at the least: x and y; dy, x and dx; x and y."""
+CROPPED = 3
+"""Elements of a cropped array's last axis, in memory, that are not part of it."""
 
 EPS = 1e-5
 MOMENTUM = 0.1
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What is normalized, and what follows. The plain one has the defaults."""
+
+    dtype: str = "float32"
+    activation: str = "none"
+    strides: str = "dense"
+
+    @property
+    def extras(self) -> str:
+        """What it has besides its dtype, in words; nothing if it is unfused and dense."""
+        return " ".join(word for word in (self.activation, self.strides) if word not in ("none", "dense"))
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {self.extras}".rstrip()
+
+    def bases(self) -> dict[str, Variant]:
+        """What it is held against: itself in float32, without the activation, dense; each where it is not so."""
+        bases = {
+            "float32": replace(self, dtype="float32"),
+            "unfused": replace(self, activation="none"),
+            "dense": replace(self, strides="dense"),
+        }
+        return {name: base for name, base in bases.items() if base != self}
 
 
 @dataclass(kw_only=True)
@@ -62,6 +93,12 @@ def passes_of(shape: Shape, passes: Sequence[str]) -> tuple[str, ...]:
     return tuple(pass_ for pass_ in passes if pass_ == "infer" or not alone)
 
 
+def variants_of(shape: Shape, variants: Sequence[Variant]) -> tuple[Variant, ...]:
+    """A matrix has no axis to put beside its channels, and one element of a batch is not broadcast."""
+    senseless = {"middle": len(shape) == 2, "broadcast": len(shape) == 2 or shape[0] == 1}
+    return tuple(variant for variant in variants if not senseless.get(variant.strides, False))
+
+
 def numpy_dtype(name: str) -> np.dtype[Any]:
     """NumPy's dtype of that name; bfloat16 is ml_dtypes'."""
     try:
@@ -71,14 +108,39 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
     return dtype
 
 
+def _within(array: Array, memory_shape: Shape, part: slice) -> Array:
+    """The array's values as that part of the last axis of a larger array."""
+    view = np.zeros(memory_shape, array.dtype)[..., part]
+    view[...] = array
+    return view
+
+
+def _laid_out(array: Array, strides: str, axis: int) -> Array:
+    """The dense array's values, with the strides asked for; broadcast, those of its first element alone."""
+    *leading, last = array.shape
+    if strides == "cropped":
+        return _within(array, (*leading, last + CROPPED), slice(last))
+    if strides == "stepped":
+        return _within(array, (*leading, 2 * last), slice(None, None, 2))
+    if strides == "reversed":
+        return _within(array, array.shape, slice(None, None, -1))
+    if strides == "middle":
+        return np.moveaxis(_laid_out(np.moveaxis(array, axis, -2), "cropped", -2), -2, axis)
+    return np.broadcast_to(array[:1], array.shape) if strides == "broadcast" else array
+
+
 class Problem:
-    """The arrays of one shape, layout and dtype. `x`, `dy` and `out` lie in memory as the layout says.
+    """The arrays of one shape, layout, dtype and strides. `x`, `dy` and `out` lie in memory as these say.
+
+    cropped: part of a wider last axis; stepped: every second element of it; reversed: backwards along it; middle: the
+    channels lie before the last of the spatial axes, which is cropped; broadcast: all of the batch is one element.
 
     They are NumPy's own allocations, as users have them, and `out` is shared: only one contestant runs at a time.
     """
 
-    def __init__(self, shape: Shape, layout: str, dtype: str, seed: int = 0) -> None:
-        self.shape, self.layout, self.dtype = shape, layout, dtype
+    def __init__(self, shape: Shape, layout: str, dtype: str, strides: str = "dense", seed: int = 0) -> None:
+        self.shape, self.layout, self.dtype, self.strides = shape, layout, dtype, strides
+        self.activation = "none"
         self.channels = shape[1]
         self.axis = -1 if layout == "nhwc" else 1
         self.memory_shape = (shape[0], *shape[2:], shape[1]) if layout == "nhwc" else shape
@@ -88,12 +150,29 @@ class Problem:
         self.x = self._normal(rng).astype(element, copy=False)
         self.dy = self._normal(rng).astype(element, copy=False)
         self.x += element.type(1)  # so that a wrong mean shows
-        self.out = np.zeros_like(self.x)
+        self.out = _laid_out(np.zeros_like(self.x), "dense" if strides == "broadcast" else strides, self.axis)
+        self.x, self.dy = (_laid_out(array, strides, self.axis) for array in (self.x, self.dy))
         self.gamma, self.var = (rng.uniform(0.5, 1.5, self.channels).astype(self.statistics) for _ in range(2))
         self.beta, self.mean = (rng.standard_normal(self.channels).astype(self.statistics) for _ in range(2))
 
     def _normal(self, rng: np.random.Generator) -> Array:
         return rng.standard_normal(self.memory_shape, np.float64 if self.dtype == "float64" else np.float32)
+
+    def activated(self, activation: str) -> Problem:
+        """The same arrays, with that activation to follow."""
+        problem = copy.copy(self)
+        problem.activation = activation
+        return problem
+
+    def bytes_moved(self, pass_: str) -> int:
+        """What the pass must move at the least: x and y, or dy, x and dx. What is broadcast is moved once."""
+        moved = (self.x, self.out, self.dy) if pass_ == "backward" else (self.x, self.out)
+        return sum(array.nbytes // (self.shape[0] if array.strides[0] == 0 else 1) for array in moved)
+
+    @property
+    def variant(self) -> Variant:
+        """What is normalized, and what follows."""
+        return Variant(self.dtype, self.activation, self.strides)
 
     @property
     def axes(self) -> tuple[int, ...]:

@@ -21,7 +21,7 @@ TITLES = {"forward": "Training forward", "backward": "Backward", "infer": "Infer
 KEY = (
     "time: median of a call; ±: interquartile range over it; GB/s: the least bytes the pass must move, over the time;\n"
     "copy: the time over that of a copy of x by as many threads; a peer's column: its time over ours, red where the\n"
-    "peer is faster, ! where its result differs."
+    "peer is faster, ! where its result differs; x float32, unfused, dense: the time over fastbn's own in that case."
 )
 
 
@@ -81,20 +81,32 @@ def _table(title: str, by_race: Sequence[Sequence[Row]]) -> Any:
     present = {row.contestant for row in rows if row.kind == PEER}
     peers = [name for name in CONTESTANTS if name in present]
     bounded = any(bound(row) is not None for row in rows)
+    varied = any(row.variant.extras for row in rows)
+    bases = list(dict.fromkeys(base for row in rows for base in row.against))
     table = extra("rich.table").Table(
         title=title, title_justify="left", title_style="bold", box=extra("rich.box").SIMPLE_HEAD, padding=0
     )
-    for heading in ("shape", "", *(["backend"] if several else [])):
+    for heading in ("shape", "", *(["operation"] if varied else []), *(["backend"] if several else [])):
         table.add_column(heading, no_wrap=True, vertical="bottom")
-    for heading in ("time", "±", "GB/s", "copy", *(["target"] if bounded else []), *peers):
+    for heading in (
+        "time",
+        "±",
+        "GB/s",
+        "copy",
+        *(["target"] if bounded else []),
+        *(f"x {base}" for base in bases),
+        *peers,
+    ):
         lines = heading.replace(" ", "\n").replace("OpenVINO", "Open\nVINO")
         table.add_column(lines, justify="right", no_wrap=True)
     for race in by_race:
         for row in race:
             if row.kind == FASTBN:
-                cells = [written(row.shape), row.layout, *([row.contestant.removeprefix("fastbn ")] if several else [])]
+                cells = [written(row.shape), row.layout, *([row.variant.extras or "-"] if varied else [])]
+                cells += [row.contestant.removeprefix("fastbn ")] if several else []
                 cells += [duration(row.seconds), f"{row.spread:.0%}", f"{row.gb_per_s:.1f}", times(row.to_copy)]
                 cells += [_target(row)] if bounded else []
+                cells += [times(row.against[base]) if base in row.against else "[dim]-[/]" for base in bases]
                 table.add_row(*cells, *(_peer(row, name, race) for name in peers))
     return table
 
@@ -135,8 +147,8 @@ def show_changes(where: Any, changes: Sequence[Change]) -> None:
     for heading in ("row", "old", "new", "new / old", "±", ""):
         table.add_column(heading, justify="left" if heading in ("row", "") else "right", no_wrap=True)
     for change in changes:
-        pass_, layout, dtype, shape, threads = change.new.key
-        name = f"{pass_} {written(shape)} {layout} {dtype} x{threads} {change.new.contestant.removeprefix('fastbn ')}"
+        pass_, layout, variant, shape, threads = change.new.key
+        name = f"{pass_} {written(shape)} {layout} {variant} x{threads} {change.new.contestant.removeprefix('fastbn ')}"
         flag = "[red]slower[/]" if change.slower else ""
         ratios = (times(change.old.to_copy), times(change.new.to_copy), f"{change.ratio:.2f}")
         table.add_row(name, *ratios, f"{change.noise:.0%}", flag)

@@ -14,11 +14,12 @@ import numpy as np
 import fastbn
 from fastbn.backends import select
 
+from .problem import Variant
 from .shapes import Shape
 
-Key = tuple[str, str, str, Shape, int]
+Key = tuple[str, str, Variant, Shape, int]
 
-FASTBN, PEER, COPY = "fastbn", "peer", "copy"
+FASTBN, PEER, COPY, BASE = "fastbn", "peer", "copy", "base"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,7 @@ class Row:
     to_copy : the time over that of a copy of x by as many threads
     gb_per_s : the bytes that the pass must move at the least, over the time
     over : for fastbn's rows, each peer's time over this one
+    against : for fastbn's rows, this time over that of each base of the variant: float32, unfused, dense
     difference : the largest difference from the first fastbn row's result, relative to its largest value
     """
 
@@ -50,11 +52,19 @@ class Row:
     agrees: bool = True
     difference: float = 0.0
     over: Mapping[str, float] = field(default_factory=dict)
+    activation: str = "none"
+    strides: str = "dense"
+    against: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def variant(self) -> Variant:
+        """What was normalized, and what followed."""
+        return Variant(self.dtype, self.activation, self.strides)
 
     @property
     def key(self) -> Key:
         """What all contestants of one race share."""
-        return (self.pass_, self.layout, self.dtype, self.shape, self.threads)
+        return (self.pass_, self.layout, self.variant, self.shape, self.threads)
 
 
 @dataclass(frozen=True)

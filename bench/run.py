@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import product
+from functools import lru_cache, partial
 
 import fastbn
 
 from . import ours
 from .copies import yardstick
-from .problem import ARRAYS_MOVED, TOLERANCE, Array, Contestant, Problem, disagreement, layouts_of, passes_of
-from .rivals import Rival
-from .rows import COPY, FASTBN, PEER, Row
+from .problem import (
+    TOLERANCE,
+    Array,
+    Contestant,
+    Problem,
+    Variant,
+    disagreement,
+    layouts_of,
+    passes_of,
+    variants_of,
+)
+from .rivals import Rival, lacks
+from .rows import BASE, COPY, FASTBN, PEER, Row
 from .shapes import Shape, written
 from .timing import PAUSE_SECONDS, Budget, Samples, race
+
+ARRAYS_KEPT = 3
+"""Sets of arrays of one shape and layout: those of a variant, and those of its bases."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +37,7 @@ class Plan:
     shapes: Sequence[Shape]
     passes: Sequence[str]
     layouts: tuple[str, ...]
-    dtypes: Sequence[str]
+    variants: Sequence[Variant]
     threads: Sequence[int]
     entrants: dict[str, tuple[str, str | None]]
     budget: Budget
@@ -32,8 +45,13 @@ class Plan:
     @property
     def races(self) -> int:
         """How many races there are."""
-        kinds = sum(len(layouts_of(s, self.layouts)) * len(passes_of(s, self.passes)) for s in self.shapes)
-        return kinds * len(self.dtypes) * len(self.threads)
+        kinds = (
+            len(layouts_of(shape, self.layouts))
+            * len(passes_of(shape, self.passes))
+            * len(variants_of(shape, self.variants))
+            for shape in self.shapes
+        )
+        return sum(kinds) * len(self.threads)
 
 
 @dataclass
@@ -69,29 +87,45 @@ class Runner:
             for rival in self.rivals.values():
                 rival.set_threads(threads)
             with fastbn.use_num_threads(threads):
-                for shape, dtype in product(plan.shapes, plan.dtypes):
+                for shape in plan.shapes:
                     for layout in layouts_of(shape, plan.layouts):
-                        yield from self._problem(Problem(shape, layout, dtype), threads, progress)
+                        arrays = lru_cache(ARRAYS_KEPT)(partial(Problem, shape, layout))
+                        for variant in variants_of(shape, plan.variants):
+                            problem, *bases = (
+                                arrays(one.dtype, one.strides).activated(one.activation)
+                                for one in (variant, *variant.bases().values())
+                            )
+                            named = dict(zip(variant.bases(), bases, strict=True))
+                            yield from self._problem(problem, named, threads, progress)
 
-    def _problem(self, problem: Problem, threads: int, progress: Callable[[str], None]) -> Iterator[Row]:
+    def _problem(
+        self, problem: Problem, bases: Mapping[str, Problem], threads: int, progress: Callable[[str], None]
+    ) -> Iterator[Row]:
         for pass_ in passes_of(problem.shape, self.plan.passes):
-            where = f"{pass_} {written(problem.shape)} {problem.layout} {problem.dtype}, threads: {threads}"
+            where = f"{pass_} {written(problem.shape)} {problem.layout} {problem.variant}, threads: {threads}"
             progress(where)
-            entered = self._enter(problem, pass_, where)
+            entered = self._enter(problem, bases, pass_, where)
             if entered:
-                with yardstick(problem, threads) as copy:
+                with yardstick(bases.get("dense", problem), threads) as copy:
                     contestants = [copy, *(one.contestant for one in entered)]
                     samples = race(contestants, self.plan.budget, pause=PAUSE_SECONDS if threads > 1 else 0.0)
                 yield from _rows(problem, pass_, threads, [_Entered(copy, COPY, 0.0), *entered], samples)
 
-    def _prepared(self, problem: Problem, pass_: str, where: str) -> Iterator[tuple[str, Contestant]]:
-        """Those of fastbn first, since the others are checked against them. A peer's failure is a note."""
-        for name, entrant in self.plan.entrants.items():
-            try:
-                yield FASTBN, ours.prepare(problem, pass_, name, *entrant)
-            except NotImplementedError as error:
-                self._note(_refusal(name, error), where)
+    def _prepared(
+        self, problem: Problem, bases: Mapping[str, Problem], pass_: str, where: str
+    ) -> Iterator[tuple[str, Contestant]]:
+        """Those of fastbn first, since the peers are checked against them. A peer's failure is a note."""
+        for base, version in {"": problem, **bases}.items():
+            for name, entrant in self.plan.entrants.items():
+                try:
+                    yield BASE if base else FASTBN, ours.prepare(version, pass_, _named(name, base), *entrant)
+                except NotImplementedError as error:
+                    self._note(_refusal(name, error), where)
         for title, rival in self.rivals.items():
+            lacking = lacks(title, problem.variant)
+            if lacking:
+                self._note(f"{title} is not timed with {lacking}", where)
+                continue
             try:
                 contestants = rival.prepare(problem, pass_)
             except Exception as error:  # anything may come from a peer
@@ -100,30 +134,35 @@ class Runner:
             for contestant in contestants:
                 yield PEER, contestant
 
-    def _enter(self, problem: Problem, pass_: str, where: str) -> list[_Entered]:
+    def _enter(self, problem: Problem, bases: Mapping[str, Problem], pass_: str, where: str) -> list[_Entered]:
         """Runs each contestant once and compares its result with the first fastbn's; none without a fastbn."""
         entered: list[_Entered] = []
         reference: tuple[Array, ...] | None = None
-        for kind, contestant in self._prepared(problem, pass_, where):
+        for kind, contestant in self._prepared(problem, bases, pass_, where):
             try:
                 with contestant.within():
                     results = contestant.results(contestant.call())
             except Exception as error:  # anything may come from a peer
-                if kind == FASTBN and not isinstance(error, NotImplementedError):
+                if kind != PEER and not isinstance(error, NotImplementedError):
                     raise
                 self._note(_refusal(contestant.name, error), where)
                 continue
             if reference is None:
-                if kind == PEER:
+                if kind != FASTBN:
                     return []
                 reference = tuple(result.copy() for result in results)
-            difference = disagreement(results, reference)
+            difference = disagreement(results, reference) if kind != BASE else 0.0
             if difference > TOLERANCE[problem.dtype]:
                 self._note(
                     f"{contestant.name}: its result differs", f"{where}: by {difference:.0e} of the largest value"
                 )
             entered.append(_Entered(contestant, kind, difference))
         return entered
+
+
+def _named(entrant: str, base: str) -> str:
+    """The contestant that runs a base of the variant; the one that runs the variant itself has the entrant's name."""
+    return f"{entrant}, {base}" if base else entrant
 
 
 def _refusal(name: str, error: Exception) -> str:
@@ -135,9 +174,10 @@ def _rows(
 ) -> Iterator[Row]:
     copy = samples[0]
     to_copy = {one.contestant.name: taken.over(copy) for one, taken in zip(entered, samples, strict=True)}
-    bytes_moved = ARRAYS_MOVED[pass_] * problem.x.nbytes
     for one, taken in zip(entered, samples, strict=True):
-        name, moved = one.contestant.name, ARRAYS_MOVED["infer"] * problem.x.nbytes if one.kind == COPY else bytes_moved
+        if one.kind == BASE:
+            continue
+        name, moved = one.contestant.name, 2 * problem.x.nbytes if one.kind == COPY else problem.bytes_moved(pass_)
         yield Row(
             pass_=pass_,
             layout=problem.layout,
@@ -155,6 +195,13 @@ def _rows(
             agrees=one.difference <= TOLERANCE[problem.dtype],
             difference=one.difference,
             over=_over(name, entered, to_copy) if one.kind == FASTBN else {},
+            activation=problem.activation,
+            strides=problem.strides,
+            against={
+                base: to_copy[name] / to_copy[_named(name, base)]
+                for base in problem.variant.bases()
+                if one.kind == FASTBN and _named(name, base) in to_copy
+            },
         )
 
 

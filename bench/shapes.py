@@ -66,6 +66,7 @@ NETWORKS: dict[str, tuple[int, tuple[Shape, ...]]] = {
 FIXED: dict[str, tuple[Shape, ...]] = {
     "dense": ((32, 128), (64, 512), (256, 1024), (1024, 1024), (128, 4096), (4096, 256), (65536, 64)),
     "latency": ((1, 64), (8, 64), (32, 64), (8, 256), (1, 64, 7, 7), (2, 16, 8, 8)),
+    "operation": ((32, 64, 112, 112), (32, 256, 56, 56)),
     "targets": (
         (32, 64, 112, 112),
         (32, 256, 56, 56),
@@ -78,7 +79,7 @@ FIXED: dict[str, tuple[Shape, ...]] = {
         (8, 64),
     ),
 }
-"""Sets whose batch is part of the shape."""
+"""Sets whose batch is part of the shape. Those of `operation` are larger than any cache."""
 
 NAMES = (*NETWORKS, *FIXED)
 

@@ -6,8 +6,9 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from .problem import PASSES, Variant
 from .rows import COPY, FASTBN, Row, races
-from .shapes import Shape, written
+from .shapes import FIXED, Shape, written
 
 TABLE: tuple[tuple[Shape, tuple[float, float, float, float, float]], ...] = (
     # shape                 forward NCHW, NHWC; backward NCHW, NHWC; infer in either
@@ -34,13 +35,23 @@ GEOMETRIC_MEANS = {"forward": 4.0, "backward": 2.5}
 SPEEDUP_OF_TWO_THREADS = 1.7
 NUMBA_OVER_C, NUMBA_FROM_ELEMENTS = 1.5, 1_000_000
 
+AGAINST: dict[str, tuple[str, float, tuple[str, ...]]] = {
+    "float16": ("float32", 0.65, ("forward", "backward", "infer")),
+    "bfloat16": ("float32", 0.65, ("forward", "backward", "infer")),
+    "relu": ("unfused", 1.15, ("forward", "infer")),
+    "sigmoid": ("unfused", 1.5, ("forward", "infer")),
+    "silu": ("unfused", 1.5, ("forward", "infer")),
+}
+"""By dtype or activation: the base, the most times its time that the C backend may take on the shapes of `operation`,
+and in which passes. The others are reported."""
+
 _COLUMNS = {("forward", "nchw"): 0, ("forward", "nhwc"): 1, ("backward", "nchw"): 2, ("backward", "nhwc"): 3}
 _BOUNDS = dict(TABLE)
 
 
 def bound(row: Row) -> float | None:
     """The table's bound on this row's ratio to a copy, if it has one."""
-    if not is_c(row) or row.dtype != "float32" or row.shape not in _BOUNDS:
+    if not is_c(row) or row.variant != Variant() or row.shape not in _BOUNDS:
         return None
     layout = "nchw" if row.layout == "nc" else row.layout
     return _BOUNDS[row.shape][_COLUMNS.get((row.pass_, layout), 4)]
@@ -72,7 +83,8 @@ def threads_in_words(threads: int) -> str:
 
 
 def _name(row: Row) -> str:
-    return f"{row.pass_} {written(row.shape)} {row.layout}, {threads_in_words(row.threads)}"
+    variant = "" if row.variant == Variant() else f" {row.variant}"
+    return f"{row.pass_} {written(row.shape)} {row.layout}{variant}, {threads_in_words(row.threads)}"
 
 
 def _table(rows: list[Row]) -> Iterator[Verdict]:
@@ -111,7 +123,8 @@ def _torch(rows: list[Row]) -> Iterator[Verdict]:
 def _small(rows: list[Row]) -> Iterator[Verdict]:
     for pass_, shape, peer, most in SMALL:
         for row in rows:
-            if is_c(row) and (row.pass_, row.shape, row.threads) == (pass_, shape, 1) and peer in row.over:
+            here = (row.pass_, row.shape, row.threads, row.variant) == (pass_, shape, 1, Variant())
+            if is_c(row) and here and peer in row.over:
                 ratio = 1 / row.over[peer]
                 yield Verdict(f"{pass_} {written(shape)} at most {most:g} of {peer}", f"{ratio:.2f}", ratio <= most)
 
@@ -149,7 +162,24 @@ def _numba(rows: list[Row]) -> Iterator[Verdict]:
         yield Verdict(target, "; ".join([f"{count - len(slow)} of {count} rows", *slow]), not slow)
 
 
+def _against(rows: list[Row]) -> Iterator[Verdict]:
+    """What a dtype or an activation costs, where memory is what bounds."""
+    large = [row for row in rows if is_c(row) and row.shape in FIXED["operation"]]
+    for word, (base, most, passes) in AGAINST.items():
+        found = [row for row in large if word in (row.dtype, row.activation) and base in row.against]
+        judged = [row for row in found if row.pass_ in passes]
+        over = [f"{_name(row)}: {row.against[base]:.2f}" for row in judged if row.against[base] > most]
+        if judged:
+            worst = [
+                f"{pass_} at most {max(ratios):.2f}{'' if pass_ in passes else ' (no limit)'}"
+                for pass_ in PASSES
+                if (ratios := [row.against[base] for row in found if row.pass_ == pass_])
+            ]
+            score = f"{len(judged) - len(over)} of {len(judged)} rows; {', '.join(worst)}"
+            yield Verdict(f"{word} at most {most:g} of {base}", "; ".join([score, *over]), not over)
+
+
 def verdicts(rows: list[Row]) -> list[Verdict]:
     """Each target that this run can tell of."""
-    reports = (_table, _no_faster_peer, _torch, _small, _two_threads, _numba)
+    reports = (_table, _no_faster_peer, _torch, _small, _two_threads, _numba, _against)
     return [verdict for report in reports for verdict in report(rows)]

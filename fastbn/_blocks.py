@@ -29,7 +29,7 @@ PIECE = 1 << 19
 """Elements that are gathered at a time, at most: a few megabytes."""
 
 RUN = 64
-"""Neighbours in memory that a block of channels has at least, so that few bytes of a cache line are in vain."""
+"""Elements that lie together in every array of a block at least, so that little of a cache line is in vain."""
 
 
 class Block(NamedTuple):
@@ -54,11 +54,12 @@ class Blocks:
         self.order = memory_order(x)
         self.at = self.order.index(axis)
         self.positions = tuple(i - (i > axis) for i in self.order if i != axis)
-        turned = [array.transpose(self.order) for array in (x, *others) if array is not None]
-        shape = turned[0].shape
+        arrays = [x, *(array for array in others if array is not None)]
+        shape = tuple(x.shape[i] for i in self.order)
         self.shape = three_of(shape, self.at)
-        direct = all(map(self._is_ready, turned))
-        self.blocks = DIRECT if direct else _cut(shape, self.at)
+        direct = all(self._is_ready(array.transpose(self.order)) for array in arrays)
+        self.blocks = DIRECT if direct else _cut(shape, self.at, min(_run(array, axis) for array in arrays))
+        self._buffers: dict[int, Array] = {}
 
     # The verbs -------------------------------------------------------------------------------------------------------
 
@@ -197,6 +198,13 @@ class Blocks:
     def _is_ready(self, turned: Array) -> bool:
         return turned.flags.c_contiguous and turned.flags.aligned and turned.dtype == self.dtype
 
+    def _scratch(self, array: Array, shape: tuple[int, ...]) -> Array:
+        """Memory for a piece of this array: the same for all of them, of which the first is the largest."""
+        size = math.prod(shape)
+        if id(array) not in self._buffers:
+            self._buffers[id(array)] = np.empty(size, self.dtype)
+        return self._buffers[id(array)][:size].reshape(shape)
+
     def _read(self, array: Array, piece: Index) -> Array:
         """A piece in three dimensions: a view where it lies in memory as the backend takes it, else a copy."""
         turned = array.transpose(self.order)
@@ -204,7 +212,8 @@ class Blocks:
             return turned.reshape(self.shape)
         turned = turned[piece]
         if not self._is_ready(turned):
-            turned = turned.astype(self.dtype, order="C")
+            given, turned = turned, self._scratch(array, turned.shape)
+            np.copyto(turned, given)
         return turned.reshape(three_of(turned.shape, self.at))
 
     def _take(self, array: Array | None, piece: Index) -> Array | None:
@@ -223,9 +232,9 @@ class Blocks:
         if not piece:
             return turned.reshape(self.shape)
         turned = turned[piece]
-        return (turned if self._is_ready(turned) else np.empty(turned.shape, self.dtype)).reshape(
-            three_of(turned.shape, self.at)
-        )
+        if not self._is_ready(turned):
+            turned = self._scratch(array, turned.shape)
+        return turned.reshape(three_of(turned.shape, self.at))
 
     def _put(self, array: Array | None, piece: Index, filled: Array | None) -> None:
         if not piece or array is None or filled is None:
@@ -250,13 +259,22 @@ def _some(channels: slice, *arrays: Array | None) -> tuple[Array | None, ...]:
     return arrays if channels is EVERYTHING else tuple(None if array is None else array[channels] for array in arrays)
 
 
-def _cut(shape: tuple[int, ...], at: int) -> list[Block]:
-    """Blocks of an array of this shape, its axes in memory order, with channels on axis `at`."""
+def _run(array: Array, axis: int) -> int:
+    """How many elements of one channel lie together, if the array is dense."""
+    order = memory_order(array)
+    return math.prod(array.shape[i] for i in order[order.index(axis) + 1 :])
+
+
+def _cut(shape: tuple[int, ...], at: int, run: int) -> list[Block]:
+    """Blocks of an array of this shape, its axes in memory order, with channels on axis `at`.
+
+    In one of the arrays only `run` elements of a channel lie together.
+    """
     channels, size = shape[at], math.prod(shape)
     if not size:
         return [Block(EVERYTHING, [(EVERYTHING,) * len(shape)])]
     positions = size // channels
-    together = min(channels, max(-(-RUN // math.prod(shape[at + 1 :])), PIECE // positions))
+    together = min(channels, max(-(-RUN // run), PIECE // positions))
     steps = dict.fromkeys(range(len(shape)), 1)
     left = PIECE // together
     for axis in reversed(range(len(shape))):  # whole inner axes, as many as fit, then a part of one

@@ -305,19 +305,31 @@ def enough(x: Array, channel_axis: int, mask: Array | None, where: str = "") -> 
     return counted
 
 
-def invertible(code: Activation, slope: float, gamma: Array | None, beta: Array | None, dtype: DType) -> None:
+def invertible(
+    code: Activation, slope: float, gamma: Array | None, beta: Array | None, channels: int, dtype: DType
+) -> None:
     """Whether x can be had back from y, which takes its place where out is x."""
-    if code is not Activation.IDENTITY and not (code is Activation.LEAKY_RELU and slope > 0):
-        given = f"{code.name.lower()}{f' with slope {slope}' if code is Activation.LEAKY_RELU else ''}"
-        _refuse(ValueError, "activation", f"{given} with out=x", "None, or leaky_relu with slope > 0: x comes from y")
-    if gamma is None:
-        return
-    least = math.sqrt(kind_of(dtype).eps) * np.maximum(1, np.zeros_like(gamma) if beta is None else abs(beta))
-    exact = (abs(gamma) >= least) & np.isfinite(gamma)
+    kind = kind_of(dtype)
+    if code is Activation.LEAKY_RELU:
+        if slope < kind.tiny:
+            _refuse(
+                ValueError,
+                "activation",
+                f"leaky_relu's slope {slope:g} with out=x",
+                f"a slope >= {kind.tiny:.2g}{_FROM_Y}",
+            )
+    elif code is not Activation.IDENTITY:
+        _refuse(ValueError, "activation", f"{code.name.lower()} with out=x", f"None or leaky_relu{_FROM_Y}")
+    scale = np.ones(channels) if gamma is None else gamma
+    least = math.sqrt(kind.eps) * np.maximum(1, np.zeros(channels) if beta is None else abs(beta))
+    exact = (abs(scale) >= least) & np.isfinite(scale)
     if not exact.all():
         channel = int(np.argmin(exact))
-        allowed = f"finite and |gamma| >= sqrt(eps) * max(1, |beta|), here {least[channel]:.3g}: x comes from y"
-        _refuse(ValueError, "gamma", f"{gamma[channel]} in channel {channel} with out=x", allowed)
+        allowed = f"finite and |gamma| >= sqrt(eps) * max(1, |beta|), here {least[channel]:.3g}{_FROM_Y}"
+        _refuse(ValueError, "gamma", f"{scale[channel]:g} in channel {channel} with out=x", allowed)
+
+
+_FROM_Y = ", since backward gets x from y"
 
 
 class _Summed(Protocol):

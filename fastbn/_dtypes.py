@@ -21,13 +21,15 @@ class Kind(NamedTuple):
     """Its statistics dtype."""
     eps: float
     """The distance from 1 to the next number."""
+    tiny: float
+    """The smallest number that has all its digits."""
 
 
 KINDS = {
-    "float16": Kind("float16", FLOAT32, 2.0**-10),
-    "bfloat16": Kind("bfloat16", FLOAT32, 2.0**-7),
-    "float32": Kind("float32", FLOAT32, 2.0**-23),
-    "float64": Kind("float64", FLOAT64, 2.0**-52),
+    "float16": Kind("float16", FLOAT32, 2.0**-10, 2.0**-14),
+    "bfloat16": Kind("bfloat16", FLOAT32, 2.0**-7, 2.0**-126),
+    "float32": Kind("float32", FLOAT32, 2.0**-23, 2.0**-126),
+    "float64": Kind("float64", FLOAT64, 2.0**-52, 2.0**-1022),
 }
 """By name, since bfloat16 is a dtype of ml_dtypes, which only those need who have such data."""
 

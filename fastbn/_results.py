@@ -60,7 +60,9 @@ class Parts(NamedTuple):
 
 
 class Cache:
-    """What `backward` needs of a `forward` call. It refers to x, residual and mask: leave them as they are until then.
+    """What `backward` needs of a `forward` call.
+
+    It refers to x (which out=x made y), residual and mask: leave them as they are until then.
 
     Attributes
     ----------

@@ -149,8 +149,76 @@ def test_layouts_are_one_set_of_values_in_two_orders():
 
 
 def test_plan_counts_its_races():
-    plan = run.Plan(((1, 64), (8, 64), (2, 3, 4, 5)), problem.PASSES, problem.LAYOUTS, ("float32",), (1, 2), {}, None)
+    plan = run.Plan(
+        ((1, 64), (8, 64), (2, 3, 4, 5)), problem.PASSES, problem.LAYOUTS, (problem.Variant(),), (1, 2), {}, None
+    )
     assert plan.races == 2 * (1 + 3 + 6), "a batch of one value has inference alone, a matrix one layout"
+    varied = dataclasses.replace(plan, variants=[problem.Variant(strides=strides) for strides in problem.STRIDES])
+    assert varied.races == 2 * ((1 + 3) * 4 + 6 * 6), "a matrix has no middle, and is not broadcast"
+
+
+def test_variants_are_held_against_what_they_would_be_without():
+    variant = problem.Variant("float16", "relu", "cropped")
+    assert str(variant) == "float16 relu cropped"
+    assert list(map(str, variant.bases().values())) == ["float32 relu cropped", "float16 cropped", "float16 relu"]
+    assert list(variant.bases()) == ["float32", "unfused", "dense"]
+    assert not problem.Variant().bases()
+
+
+@pytest.mark.parametrize("strides", problem.STRIDES)
+@pytest.mark.parametrize("layout", problem.LAYOUTS)
+def test_strides_are_another_place_for_the_same_values(strides, layout):
+    dense, other = (problem.Problem((3, 4, 5, 6), layout, "float32", s) for s in ("dense", strides))
+    for name in ("x", "dy", "out"):
+        ours, theirs = getattr(other, name), getattr(dense, name)
+        np.testing.assert_array_equal(
+            ours, theirs if strides != "broadcast" else np.broadcast_to(theirs[:1], ours.shape)
+        )
+        is_dense = strides == "dense" or (strides, name) == ("broadcast", "out")
+        assert (ours.strides == theirs.strides) is is_dense
+    once = 1 if strides != "broadcast" else 1 / 3
+    assert other.bytes_moved("infer") == dense.x.nbytes * (1 + once)
+    assert other.bytes_moved("backward") == dense.x.nbytes * (1 + 2 * once)
+
+
+def test_an_activation_shares_the_arrays():
+    plain = problem.Problem((3, 4), "nc", "float32")
+    activated = plain.activated("silu")
+    assert activated.x is plain.x
+    assert (plain.activation, activated.activation) == ("none", "silu")
+
+
+def test_variants_race_beside_their_bases():
+    variants = (problem.Variant("float16", "relu"), problem.Variant(strides="reversed"), problem.Variant())
+    entrants = {"fastbn numpy": ("numpy", None)}
+    plan = run.Plan(((4, 3, 2),), ("forward", "backward"), ("nchw",), variants, (1,), entrants, timing.Budget(0.001, 1))
+    runner = run.Runner(plan, rivals.load(["numpy"]).rivals)
+    measured = [row for row in runner.run() if row.kind == rows.FASTBN]
+    assert [(str(row.variant), set(row.against)) for row in measured] == [
+        *[("float16 relu", {"float32", "unfused"})] * 2,
+        *[("float32 reversed", {"dense"})] * 2,
+        *[("float32", set())] * 2,
+    ]
+    assert all(ratio > 0 for row in measured for ratio in row.against.values())
+    assert [bool(row.over) for row in measured] == [False] * 4 + [True] * 2
+    assert [note.split(" (")[0] for note in runner.notes] == [
+        "NumPy is not timed with activations",
+        "NumPy is not timed with arrays that are not dense",
+    ]
+
+
+@pytest.mark.parametrize("activation", problem.ACTIVATIONS[1:])
+def test_torchs_activations_agree_with_fastbn(activation):
+    loaded = rivals.load(["torch"])
+    if loaded.missing:
+        pytest.skip(loaded.missing[0])
+    variants, entrants = (problem.Variant(activation=activation),), {"fastbn numpy": ("numpy", None)}
+    plan = run.Plan(((3, 5, 4),), problem.PASSES, ("nhwc",), variants, (1,), entrants, timing.Budget(0.001, 1))
+    runner = run.Runner(plan, loaded.rivals)
+    peers = [row for row in runner.run() if row.kind == rows.PEER]
+    assert {row.pass_ for row in peers} == set(problem.PASSES)
+    assert all(row.difference < 1e-5 for row in peers)
+    assert not runner.notes
 
 
 @pytest.mark.parametrize("pass_", problem.PASSES)
@@ -179,7 +247,7 @@ def test_installed_peers_agree_with_fastbn(title, layout):
         shapes=((3, 20, 5, 4), (3, 20), (2, 20, 3, 4, 2)),
         passes=problem.PASSES,
         layouts=(layout,),
-        dtypes=("float32",),
+        variants=(problem.Variant(),),
         threads=(1,),
         entrants={"fastbn numpy": ("numpy", None)},
         budget=timing.Budget(0.001, 1),
@@ -215,7 +283,7 @@ class Liar:
 def test_peers_that_fail_or_differ_are_noted_and_do_not_stop_the_run():
     budget = timing.Budget(0.001, 1)
     entrants = {"fastbn numpy": ("numpy", None)}
-    plan = run.Plan(((4, 3),), ("forward", "infer"), ("nchw",), ("float32",), (1,), entrants, budget)
+    plan = run.Plan(((4, 3),), ("forward", "infer"), ("nchw",), (problem.Variant(),), (1,), entrants, budget)
     runner = run.Runner(plan, {"Liar": Liar()})
     measured = list(runner.run())
     assert [row.contestant for row in measured] == ["copy", "fastbn numpy", "copy", "fastbn numpy", "torch"]
@@ -335,6 +403,50 @@ def test_two_threads_are_judged_where_a_copy_gains():
     assert not any(v.target.startswith("two threads") for v in targets.verdicts(one + unhelped))
 
 
+def operation_rows(dtype="float32", activation="none", shape=(32, 256, 56, 56), **against):
+    """Made-up rows of that variant, one a pass."""
+    return [
+        dataclasses.replace(row, dtype=dtype, activation=activation, over={}, against=against)
+        for pass_ in problem.PASSES
+        for row in made_up(pass_, shape=shape)
+        if row.kind != rows.PEER
+    ]
+
+
+def test_dtypes_and_activations_are_judged_against_their_bases():
+    measured = [
+        *operation_rows("float16", float32=0.6),
+        *operation_rows("bfloat16", float32=0.7),
+        *operation_rows("float16", "sigmoid", float32=0.6, unfused=1.4),
+        *operation_rows("float32", "relu", unfused=1.2)[2:4],  # backward
+        *operation_rows("float32", "silu", shape=(8, 64), unfused=9.0),
+    ]
+    verdicts = {verdict.target: verdict for verdict in targets.verdicts(measured)}
+    assert set(verdicts) == {
+        "float16 at most 0.65 of float32",
+        "bfloat16 at most 0.65 of float32",
+        "sigmoid at most 1.5 of unfused",
+    }, "a small shape has no limit, nor has an activation's backward"
+    met, missed, sigmoid = verdicts.values()
+    assert met.met
+    assert met.measured.startswith("6 of 6 rows; forward at most 0.60")
+    assert not missed.met
+    assert missed.measured.startswith("0 of 3 rows")
+    assert "backward 32x256x56x56 nchw bfloat16, 1 thread: 0.70" in missed.measured
+    assert sigmoid.met
+    assert "backward at most 1.40 (no limit)" in sigmoid.measured
+    assert sigmoid.measured.startswith("2 of 2 rows")
+
+
+def test_the_table_has_a_column_for_each_base():
+    table = operation_rows() + operation_rows(activation="relu", unfused=1.11)
+    text = shown(report.show, rows.Run({}, table, []))
+    assert "unfused" in text
+    assert "1.11x" in text
+    assert any("relu" in line and "1.11x" in line for line in text.splitlines())
+    assert "dense" not in text.split("time: median")[0], "no column without a figure"
+
+
 def test_compare_flags_a_regression_and_nothing_else():
     old = made_up_run(ours=1.25).rows
     new = made_up_run(ours=1.28).rows
@@ -354,6 +466,8 @@ def test_compare_flags_a_regression_and_nothing_else():
 def test_pictures_are_drawn(tmp_path):
     both = made_up_run()
     both.rows.extend(made_up_run(threads=2).rows + made_up("forward", "nc", (256, 1024)))
+    both.rows.extend(row for name in problem.ACTIVATIONS[1:] for row in operation_rows(activation=name, unfused=1.1))
+    both.rows.extend(operation_rows("bfloat16", float32=0.6))
     written = plots.draw(both, tmp_path)
     assert [path.name for path in written] == ["bars.png", "roofline.png"]
     image = importlib.import_module("matplotlib.image")
@@ -384,6 +498,27 @@ def test_quick_run_saves_and_compares(tmp_path, capsys):
     assert "0 of 9 rows slower by more than the spread" in printed
 
 
+def variants_of(*arguments) -> list[str]:
+    return list(map(str, cli._variants(cli._parser().parse_args(arguments))))
+
+
+def test_variants_are_combined_or_of_the_operation_one_by_one():
+    assert variants_of() == ["float32"]
+    assert variants_of("--dtypes", "float16,float32", "--activations", "none,relu") == [
+        "float16",
+        "float16 relu",
+        "float32",
+        "float32 relu",
+    ]
+    assert len(variants_of("--dtypes", "all", "--activations", "all", "--strides", "all")) == 4 * 7 * 6
+    assert len(variants_of("--operation")) == 4 + 6 + 5
+    assert variants_of("--operation", "--dtypes", "float16", "--activations", "silu", "--strides", "dense") == [
+        "float16",
+        "float32 silu",
+        "float32",
+    ]
+
+
 def test_an_interrupt_keeps_what_was_measured(tmp_path, monkeypatch, capsys):
     calls = []
 
@@ -406,6 +541,8 @@ def test_an_interrupt_keeps_what_was_measured(tmp_path, monkeypatch, capsys):
         (("--passes", "sideways"), "backward"),
         (("--layouts", "chwn"), "nhwc"),
         (("--dtypes", "int8"), "float32"),
+        (("--activations", "gelu"), "hardswish"),
+        (("--strides", "wide"), "cropped"),
         (("--threads", "0"), "positive"),
         (("--backends", "cuda"), "numpy"),
         (("--backends", "numpy", "--isa", "avx2"), "c backend"),

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, cast
 
-from ..problem import Contestant, Problem
+from ..problem import Contestant, Problem, Variant
 
 
 class Rival(Protocol):
     """A peer's library, loaded. Each module here has a class Rival; creating it raises ImportError without the library.
 
     A rival is given every pass, layout, dtype and thread count, and prepares nothing for those that it does not do.
+    Activations are for those of WITH_ACTIVATIONS, and arrays that are not dense for none.
     """
 
     version: str
@@ -43,6 +44,8 @@ ENTRIES = {
     "numpy": _Entry("NumPy", "numpy_ufuncs", "numpy"),
 }
 
+WITH_ACTIVATIONS = ("PyTorch",)
+
 CONTESTANTS = (
     "torch",
     "torch reused",
@@ -56,6 +59,13 @@ CONTESTANTS = (
     "NumPy careful",
 )
 """Every contestant that a rival may prepare, in the order of tables and pictures."""
+
+
+def lacks(title: str, variant: Variant) -> str:
+    """What of the variant that peer has no contestants for; nothing if it has them."""
+    if variant.strides != "dense":
+        return "arrays that are not dense"
+    return "" if variant.activation == "none" or title in WITH_ACTIVATIONS else "activations"
 
 
 @dataclass(frozen=True)

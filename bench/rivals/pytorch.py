@@ -1,4 +1,4 @@
-"""PyTorch, functional: as users call it, and with the memory of its results reused."""
+"""PyTorch, functional (an activation is a call of its own): as users call it, and with its results' memory reused."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from . import glibc
 
 
 class Rival:
-    """torch.nn.functional.batch_norm, and the backward function that autograd would call, without its graph."""
+    """torch.nn.functional.batch_norm, and the backward function that autograd would call, without its graph.
+
+    An activation follows in place; both are differentiated by autograd, which keeps their graph.
+    """
 
     def __init__(self) -> None:
         self._torch: Any = importlib.import_module("torch")
@@ -28,7 +31,7 @@ class Rival:
         return self._torch.from_numpy(array)
 
     def _numpy(self, tensor: Any) -> Array:
-        array: Array = (tensor.float() if tensor.element_size() == 2 else tensor).numpy()
+        array: Array = (tensor.float() if tensor.element_size() == 2 else tensor).detach().numpy()
         return array
 
     def _call(self, problem: Problem, pass_: str) -> Callable[[], Any]:
@@ -36,13 +39,25 @@ class Rival:
         gamma, beta = self._tensor(problem.gamma), self._tensor(problem.beta)
         mean, var = map(self._tensor, problem.running())
         function = self._torch.nn.functional.batch_norm
-        if pass_ == "infer":
-            return partial(function, x, mean, var, gamma, beta, False, MOMENTUM, EPS)
-        if pass_ == "forward":
-            return partial(function, x, mean, var, gamma, beta, True, MOMENTUM, EPS)
+        activation = self._activation(problem.activation)
+        if pass_ != "backward":
+            call = partial(function, x, mean, var, gamma, beta, pass_ == "forward", MOMENTUM, EPS)
+            return (lambda: activation(call(), inplace=True)) if activation else call
+        if activation:
+            inputs = [tensor.requires_grad_() for tensor in (x, gamma, beta)]
+            y = activation(function(x, mean, var, gamma, beta, True, MOMENTUM, EPS))
+            return partial(self._torch.autograd.grad, y, inputs, dy, retain_graph=True)
         _, *saved = self._torch.native_batch_norm(x, gamma, beta, None, None, True, MOMENTUM, EPS)
         backward = self._torch.ops.aten.native_batch_norm_backward.default
         return partial(backward, dy, x, gamma, mean, var, *saved, True, EPS, [True, True, True])
+
+    def _activation(self, name: str) -> Callable[..., Any] | None:
+        if name == "none":
+            return None
+        if name == "sigmoid":  # the one without inplace=
+            return lambda z, inplace=False: z.sigmoid_() if inplace else z.sigmoid()
+        function: Callable[..., Any] = getattr(self._torch.nn.functional, name)
+        return function
 
     def _results(self, value: Any) -> tuple[Array, ...]:
         return tuple(map(self._numpy, value if isinstance(value, tuple) else (value,)))

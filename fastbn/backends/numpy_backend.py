@@ -126,20 +126,20 @@ def _dz(
 
 
 def _smooth_slopes(z: Array, activation: int) -> Array:
-    """Of the sigmoid, s(1 - s) = e / (1 + e)^2 with e = exp(-|z|), and of the SiLU, s + z s(1 - s)."""
-    e: Array = np.abs(z)
-    np.exp(np.negative(e, out=e), out=e)
-    larger = e + 1
-    np.divide(1, larger, out=larger)  # s or 1 - s, whichever is larger
-    e *= larger
+    """Of the sigmoid, s(1 - s) = e / (1 + e)^2 with e = exp(-|z|), and of the SiLU, s + z s(1 - s); overwrites z."""
+    smaller: Array = np.abs(z)
+    np.exp(np.negative(smaller, out=smaller), out=smaller)
+    larger = smaller + 1
+    np.divide(1, larger, out=larger)
+    smaller *= larger  # one of them is s, the other 1 - s
     if activation == Activation.SIGMOID:
-        e *= larger
-        return e
-    slopes: Array = np.where(z < 0, e, larger)
-    e *= larger
-    e *= z
-    slopes += e
-    return slopes
+        smaller *= larger
+        return smaller
+    z *= smaller
+    z *= larger
+    np.copyto(larger, smaller, where=np.signbit(z))
+    larger += z
+    return larger
 
 
 def _xhat(x: Array, residual: Array | None, saved: Array, activation: int, slope: float, from_y: bool) -> Array:

@@ -22,6 +22,7 @@
 #define vmax f32_max
 #define vwhere_less f32_where_less
 #define vldexp f32_ldexp
+#define vminus_abs f32_minus_abs
 #define vzero_nan f32_zero_nan
 #define vfma f32_fma
 #define vrelu f32_relu

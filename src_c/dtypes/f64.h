@@ -21,6 +21,7 @@
 #define vmax f64_max
 #define vwhere_less f64_where_less
 #define vldexp f64_ldexp
+#define vminus_abs f64_minus_abs
 #define vzero_nan f64_zero_nan
 #define vfma f64_fma
 #define vrelu f64_relu

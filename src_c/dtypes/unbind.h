@@ -21,6 +21,7 @@
 #undef vmax
 #undef vwhere_less
 #undef vldexp
+#undef vminus_abs
 #undef vzero_nan
 #undef vfma
 #undef vrelu

@@ -32,6 +32,7 @@ FBN_INLINE f64_vec f64_keep_if_positive(f64_vec z, f64_vec a) {
 FBN_INLINE f64_vec f64_div(f64_vec a, f64_vec b) { return _mm512_div_pd(a, b); }
 FBN_INLINE f64_vec f64_min(f64_vec a, f64_vec b) { return _mm512_min_pd(a, b); }
 FBN_INLINE f64_vec f64_max(f64_vec a, f64_vec b) { return _mm512_max_pd(a, b); }
+FBN_INLINE f64_vec f64_minus_abs(f64_vec a) { return _mm512_or_pd(a, _mm512_set1_pd(-0.0)); }
 FBN_INLINE f64_vec f64_where_less(f64_vec a, f64_vec b, f64_vec c, f64_vec d) {
     return _mm512_mask_blend_pd(_mm512_cmp_pd_mask(a, b, _CMP_LT_OQ), d, c);
 }
@@ -64,6 +65,7 @@ FBN_INLINE f32_vec f32_keep_if_positive(f32_vec z, f32_vec a) {
 FBN_INLINE f32_vec f32_div(f32_vec a, f32_vec b) { return _mm512_div_ps(a, b); }
 FBN_INLINE f32_vec f32_min(f32_vec a, f32_vec b) { return _mm512_min_ps(a, b); }
 FBN_INLINE f32_vec f32_max(f32_vec a, f32_vec b) { return _mm512_max_ps(a, b); }
+FBN_INLINE f32_vec f32_minus_abs(f32_vec a) { return _mm512_or_ps(a, _mm512_set1_ps(-0.0f)); }
 FBN_INLINE f32_vec f32_where_less(f32_vec a, f32_vec b, f32_vec c, f32_vec d) {
     return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), d, c);
 }

@@ -14,6 +14,7 @@
  *   T_relu(a)             0 where a < 0, else a (so NaN stays)
  *   T_zero_nan(a)         0 where a is NaN, else a
  *   T_keep_if_positive(z, a)  a where z > 0 or z is NaN, else 0
+ *   T_minus_abs(a)        -|a|, 0 of any sign
  *   T_where_less(a, b, c, d)  c where a < b, else d (so d where a or b is NaN)
  *   T_min(a, b), T_max    a where a < b or a > b, else b (so b where either is NaN, or both are 0)
  *   T_div(a, b)           a / b
@@ -80,6 +81,10 @@ FBN_INLINE f64_vec f64_keep_if_positive(f64_vec z, f64_vec a) {
 }
 FBN_INLINE f64_vec f64_div(f64_vec a, f64_vec b) {
     for (int i = 0; i < F64_WIDTH; i++) a.lane[i] /= b.lane[i];
+    return a;
+}
+FBN_INLINE f64_vec f64_minus_abs(f64_vec a) {
+    for (int i = 0; i < F64_WIDTH; i++) a.lane[i] = a.lane[i] < 0 ? a.lane[i] : -a.lane[i];
     return a;
 }
 FBN_INLINE f64_vec f64_where_less(f64_vec a, f64_vec b, f64_vec c, f64_vec d) {
@@ -150,6 +155,10 @@ FBN_INLINE f32_vec f32_keep_if_positive(f32_vec z, f32_vec a) {
 }
 FBN_INLINE f32_vec f32_div(f32_vec a, f32_vec b) {
     for (int i = 0; i < F32_WIDTH; i++) a.lane[i] /= b.lane[i];
+    return a;
+}
+FBN_INLINE f32_vec f32_minus_abs(f32_vec a) {
+    for (int i = 0; i < F32_WIDTH; i++) a.lane[i] = a.lane[i] < 0 ? a.lane[i] : -a.lane[i];
     return a;
 }
 FBN_INLINE f32_vec f32_where_less(f32_vec a, f32_vec b, f32_vec c, f32_vec d) {

@@ -35,6 +35,7 @@ FBN_INLINE f64_vec f64_fma(f64_vec a, f64_vec b, f64_vec c) { return vfmaq_f64(c
 FBN_INLINE f64_vec f64_relu(f64_vec a) { return vbslq_f64(vcltzq_f64(a), f64_set(0), a); }
 FBN_INLINE f64_vec f64_keep_if_positive(f64_vec z, f64_vec a) { return vbslq_f64(vclezq_f64(z), f64_set(0), a); }
 FBN_INLINE f64_vec f64_div(f64_vec a, f64_vec b) { return vdivq_f64(a, b); }
+FBN_INLINE f64_vec f64_minus_abs(f64_vec a) { return vnegq_f64(vabsq_f64(a)); }
 FBN_INLINE f64_vec f64_where_less(f64_vec a, f64_vec b, f64_vec c, f64_vec d) {
     return vbslq_f64(vcltq_f64(a, b), c, d);
 }
@@ -86,6 +87,7 @@ FBN_INLINE f32_vec f32_fma(f32_vec a, f32_vec b, f32_vec c) { return vfmaq_f32(c
 FBN_INLINE f32_vec f32_relu(f32_vec a) { return vbslq_f32(vcltzq_f32(a), f32_set(0), a); }
 FBN_INLINE f32_vec f32_keep_if_positive(f32_vec z, f32_vec a) { return vbslq_f32(vclezq_f32(z), f32_set(0), a); }
 FBN_INLINE f32_vec f32_div(f32_vec a, f32_vec b) { return vdivq_f32(a, b); }
+FBN_INLINE f32_vec f32_minus_abs(f32_vec a) { return vnegq_f32(vabsq_f32(a)); }
 FBN_INLINE f32_vec f32_where_less(f32_vec a, f32_vec b, f32_vec c, f32_vec d) {
     return vbslq_f32(vcltq_f32(a, b), c, d);
 }
