@@ -67,13 +67,20 @@ def stored_cases() -> dict[str, Path]:
     return {path.parent.name: path for path in sorted(root.glob("*/*/model.onnx")) if has_the_operator(onnx.load(path))}
 
 
-NODE_CASES, STORED_CASES = node_cases(), stored_cases()
+def networks() -> dict[str, Path]:
+    """Those that are whole networks, without their weights."""
+    root = Path(onnx.backend.test.loader.DATA_DIR) / "light"
+    return {path.stem: path for path in sorted(root.glob("*.onnx")) if has_the_operator(onnx.load(path))}
+
+
+NODE_CASES, STORED_CASES, NETWORKS = node_cases(), stored_cases(), networks()
 
 
 def test_there_are_cases() -> None:
     """The tests below would pass if nothing were found."""
     assert {"test_batchnorm_example", "test_batchnorm_epsilon_training_mode"} <= set(NODE_CASES)
     assert "test_BatchNorm2d_eval" in STORED_CASES
+    assert "light_resnet50" in NETWORKS
 
 
 class Counted(fastbn.onnx.BatchNormalization):
@@ -91,9 +98,10 @@ Counted.__name__ = "BatchNormalization"
 
 def run(model: Any, inputs: list[Array], wanted: list[Array], rtol: float, atol: float) -> None:
     before = Counted.calls
-    names = [value.name for value in model.graph.input]
+    weights = {value.name for value in model.graph.initializer}
+    names = [value.name for value in model.graph.input if value.name not in weights]
     ready = onnx.reference.ReferenceEvaluator(model, new_ops=[Counted])
-    got = ready.run(None, dict(zip(names, inputs, strict=False)))
+    got = ready.run(None, dict(zip(names, inputs, strict=True)))
     assert Counted.calls > before
     for one, other in zip(got, wanted, strict=True):
         assert one.dtype == other.dtype
@@ -122,6 +130,19 @@ def test_stored_case(name: str) -> None:
             for kind in ("input", "output")
         )
         run(onnx.load(path), inputs, outputs, 1e-3, 1e-7)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NETWORKS)
+def test_network(name: str) -> None:
+    """On the input that ONNX's own runner makes for them."""
+    model = onnx.load(NETWORKS[name])
+    weights = {value.name for value in model.graph.initializer}
+    (given,) = (value for value in model.graph.input if value.name not in weights)
+    shape = [dimension.dim_value for dimension in given.type.tensor_type.shape.dim]
+    x = (np.arange(np.prod(shape)).reshape(shape) / np.prod(shape)).astype(np.float32)
+    wanted = onnx.numpy_helper.to_array(onnx.load_tensor(NETWORKS[name].with_name(f"{name}_output_0.pb")))
+    run(model, [x], [wanted], 1e-3, 1e-7)
 
 
 # Every opset ---------------------------------------------------------------------------------------------------------
