@@ -6,20 +6,24 @@ from ._moments import Moments, Sums
 from ._recalibrate import recalibrate
 from ._results import Cache, Forward, Gradients
 from .backends import backends, get_backend, set_backend, use_backend
+from .inference import FoldWarning, InferencePlan, fold
 from .layer import BatchNorm
 from .ops import backward, backward_sums, forward, infer, moments
 
 __all__ = [
     "BatchNorm",
     "Cache",
+    "FoldWarning",
     "Forward",
     "Gradients",
+    "InferencePlan",
     "Moments",
     "Sums",
     "__version__",
     "backends",
     "backward",
     "backward_sums",
+    "fold",
     "forward",
     "get_backend",
     "get_num_threads",

@@ -83,7 +83,7 @@ def check(
     inputs |= {"running_mean": running[0], "running_var": running[1]}
     target = _check.out(out, data, inputs, may_be="x")
     in_place = target is not None and _check.same_memory(target, data)
-    g, b = _parameters(g, b, statistics)
+    g, b = parameters(g, b, statistics)
     if in_place and keeps:
         _check.invertible(code, slope, g, b, channels, data.dtype)
     if updates:
@@ -121,7 +121,7 @@ def _contiguous(array: Array, dtype: DType) -> Array:
     return array.astype(dtype, order="C")
 
 
-def _parameters(gamma: Array | None, beta: Array | None, statistics: DType) -> tuple[Array | None, Array | None]:
+def parameters(gamma: Array | None, beta: Array | None, statistics: DType) -> tuple[Array | None, Array | None]:
     """Both in one dtype: the statistics dtype or, where that would round one of them, float64."""
     dtype = statistics if _is_exact(gamma, statistics) and _is_exact(beta, statistics) else FLOAT64
     return (

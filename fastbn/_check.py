@@ -66,19 +66,19 @@ def axis(value: object, x: Array) -> int:
     return index % x.ndim
 
 
-def _shape(name: str, array: Array, channels: int) -> None:
+def _shape(name: str, array: Array, channels: int, each: str = "channel of x") -> None:
     if array.shape != (channels,):
-        _refuse(ValueError, name, f"shape {array.shape}", f"({channels},), one value per channel of x")
+        _refuse(ValueError, name, f"shape {array.shape}", f"({channels},), one value per {each}")
 
 
-def parameter(name: str, value: object, channels: int) -> Array | None:
+def parameter(name: str, value: object, channels: int, each: str = "channel of x") -> Array | None:
     """A parameter (gamma or beta) as an array."""
     if value is None:
         return None
     array = _array(name, value)
     if not is_float(array.dtype):
         _refuse(TypeError, name, f"dtype {array.dtype}", "any float dtype, or None")
-    _shape(name, array, channels)
+    _shape(name, array, channels, each)
     return array
 
 
@@ -88,13 +88,60 @@ def running(
     """The running statistics: both or neither, and writable where they will be written."""
     if mean is None and var is None:
         return None, None
-    if mean is None or var is None:
-        missing, present = ("running_mean", "running_var") if mean is None else ("running_var", "running_mean")
-        _refuse(ValueError, missing, f"None beside {present}", "both running statistics or neither")
+    _both(mean, var)
     return (
         _statistic("running_mean", mean, channels, statistics, written),
         _statistic("running_var", var, channels, statistics, written),
     )
+
+
+def _both(mean: object, var: object) -> None:
+    if mean is None or var is None:
+        missing, present = ("running_mean", "running_var") if mean is None else ("running_var", "running_mean")
+        _refuse(ValueError, missing, f"None beside {present}", "both running statistics or neither")
+
+
+def both_statistics(mean: object, var: object) -> None:
+    """Both running statistics are there."""
+    if mean is None and var is None:
+        statistics_missing()
+    _both(mean, var)
+
+
+def given_statistics(mean: object, var: object) -> tuple[Array, Array]:
+    """Running statistics whose dtype tells that of the data, and whose shape the channels."""
+    both_statistics(mean, var)
+    if not isinstance(mean, np.ndarray):
+        _refuse(TypeError, "running_mean", type(mean).__name__, "a NumPy array")
+    if native(mean.dtype) not in (FLOAT32, FLOAT64):
+        _refuse(TypeError, "running_mean", f"dtype {mean.dtype}", "'float32', 'float64'")
+    if mean.ndim != 1:
+        _refuse(ValueError, "running_mean", f"shape {mean.shape}", "(C,), one value per channel")
+    statistics = native(mean.dtype)
+    return (
+        _statistic("running_mean", mean, mean.size, statistics, written=False),
+        _statistic("running_var", var, mean.size, statistics, written=False),
+    )
+
+
+def outputs(weight: Array, output_axis: object, mean: object) -> tuple[int, int, int]:
+    """Of a weight: the axis of its output channels, the groups of a grouped transposed convolution, the channels.
+
+    The groups follow from the values in `mean`, one per output channel.
+    """
+    index = integer("output_axis", output_axis)
+    if not -weight.ndim <= index < weight.ndim:
+        allowed = f"{-weight.ndim} to {weight.ndim - 1} for weight of shape {weight.shape}" if weight.ndim else "none"
+        _refuse(ValueError, "output_axis", str(index), allowed)
+    at = index % weight.ndim
+    channels, found = weight.shape[at], 0 if mean is None else _array("running_mean", mean).size
+    if at != 1 or weight.ndim < 3 or not channels or found <= channels or found % channels:
+        return at, 1, channels
+    groups = found // channels
+    if weight.shape[0] % groups:
+        allowed = f"({channels},), or that times groups which divide weight.shape[0], {weight.shape[0]}"
+        _refuse(ValueError, "running_mean", f"shape ({found},) for weight of shape {weight.shape}", allowed)
+    return at, groups, found
 
 
 def _statistic(name: str, value: object, channels: int, statistics: DType, written: bool) -> Array:
@@ -392,6 +439,12 @@ def integer(name: str, value: object) -> int:
         return operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         _refuse(TypeError, name, repr(value), "an integer")
+
+
+def opset(operator: str, version: int, oldest: int) -> None:
+    """An ONNX opset whose operator we know."""
+    if version < oldest:
+        raise NotImplementedError(f"{operator}: got opset {version}; allowed: {oldest} or later")
 
 
 def count(name: str, value: object) -> int:

@@ -18,14 +18,13 @@
 #include "kernels.h"
 
 enum {
-    SEGMENT = 32768,         /* values of a channel that a channels-first segment has at least, and a cut of a plane */
-    SEGMENT_ROWS = 128,      /* rows that a channels-last segment has at least, */
-    SEGMENTS_MOST = 64,      /* and how many of these there are at most */
-    BLOCK_CHANNELS = 64,     /* channels that a channels-first block has at most */
-    WORK_PER_THREAD = 32768, /* values that are worth waking a thread for */
-    CHUNK_BYTES = 262144,    /* of the rows mapped at a time, from the end backwards */
-    SUM_IMAGES = 8,          /* planes of a channel that are summed in turns, */
-    MAP_IMAGES = 8,          /* and mapped in turns */
+    SEGMENT = 32768,      /* values of a channel that a channels-first segment has at least, and a cut of a plane */
+    SEGMENT_ROWS = 128,   /* rows that a channels-last segment has at least, */
+    SEGMENTS_MOST = 64,   /* and how many of these there are at most */
+    BLOCK_CHANNELS = 64,  /* channels that a channels-first block has at most */
+    CHUNK_BYTES = 262144, /* of the rows mapped at a time, from the end backwards */
+    SUM_IMAGES = 8,       /* planes of a channel that are summed in turns, */
+    MAP_IMAGES = 8,       /* and mapped in turns */
     ALIGNMENT = 64
 };
 
@@ -65,6 +64,8 @@ static int by_channels(const fbn_problem *p, const plan *s) {
     return 5 * divide_up(blocks, s->threads) * s->threads <= 7 * blocks;
 }
 
+static int64_t padded_of(int64_t channels) { return round_up(channels, FBN_CHANNEL_PAD) + FBN_CHANNEL_PAD; }
+
 static plan plan_of(const fbn_problem *p, int arrays) {
     plan s = {0};
     s.arrays = arrays;
@@ -77,8 +78,8 @@ static plan plan_of(const fbn_problem *p, int arrays) {
     s.segment = s.rows ? larger(SEGMENT_ROWS, divide_up(s.units, SEGMENTS_MOST))
                        : larger(SUM_IMAGES, SEGMENT / larger(s.cut, 1));
     s.segments = larger(1, divide_up(s.units, s.segment));
-    s.padded = round_up(p->channels, FBN_CHANNEL_PAD) + FBN_CHANNEL_PAD;
-    s.threads = (int)larger(1, smaller(p->threads, p->outer * p->inner * p->channels / WORK_PER_THREAD));
+    s.padded = padded_of(p->channels);
+    s.threads = (int)larger(1, smaller(p->threads, p->outer * p->inner * p->channels / FBN_WORK_PER_THREAD));
     s.block = block_of(p, &s);
     s.by_channels = by_channels(p, &s);
     return s;
@@ -101,6 +102,7 @@ typedef struct {
     double *saved;
     const double *seen, *of_x; /* what backward knows of what it gets as x, and of x itself */
     int frozen, from_y, stream;
+    int planned;               /* the constants are there */
     const unsigned char *mask; /* by position, (outer, inner): which count */
     double count;              /* values that the statistics come from */
     int64_t origins[3];        /* positions whose values the origin is taken from */
@@ -344,6 +346,7 @@ static void prepare(job *j, int64_t c0, int64_t c1) {
 }
 
 static void finish(job *j, int64_t c0, int64_t c1) {
+    if (j->planned) return;
     if (j->dy) finish_backward(j, c0, c1);
     else finish_forward(j, c0, c1);
     wrap(j, c0, c1);
@@ -612,6 +615,31 @@ void fbn_infer(const fbn_problem *problem, const void *x, const void *residual, 
     j.given = 1;
     j.given_mean = mean;
     j.given_var = var;
+    run(&j);
+}
+
+/* A plan is the start of a workspace, with its lines set. */
+size_t fbn_plan_bytes(int64_t channels) {
+    const int64_t padded = padded_of(channels);
+    return (size_t)((CHANNEL_ARRAYS + FBN_SAVED_ROWS) * padded) * sizeof(double) + ALIGNMENT;
+}
+
+void fbn_plan_set(const fbn_problem *problem, const fbn_parameters *parameters, double eps, const void *mean,
+                  const void *var, void *plan) {
+    fbn_problem rows = *problem;
+    rows.outer = 2; /* so that the constants are repeated */
+    rows.inner = 1;
+    job j = job_of_x(&rows, NULL, NULL, parameters, eps, NULL, NULL, plan);
+    j.given = 1;
+    j.given_mean = mean;
+    j.given_var = var;
+    finish(&j, 0, rows.channels);
+}
+
+void fbn_plan_run(const fbn_problem *problem, const void *x, const void *residual, void *y, const void *plan) {
+    job j = job_of_x(problem, x, residual, NULL, 0, y, NULL, (void *)plan);
+    j.given = 1;
+    j.planned = 1;
     run(&j);
 }
 

@@ -42,6 +42,9 @@ typedef struct {
     int64_t core_cache, shared_cache;
 } fbn_machine;
 
+/* Values that are worth waking a thread for. A call on fewer than twice as many stays in the calling thread. */
+enum { FBN_WORK_PER_THREAD = 32768 };
+
 /* What every call shares. `dtype` is that of x, y, residual and their gradients; the statistics dtype is float64 for
  * float64 and float32 for all others. */
 typedef struct {
@@ -86,6 +89,18 @@ void fbn_forward(const fbn_problem *problem, const void *x, const void *residual
  * Where mean is NULL, the rows FBN_MEAN, FBN_MEAN_LOW and FBN_VAR of saved are given instead. */
 void fbn_infer(const fbn_problem *problem, const void *x, const void *residual, const fbn_parameters *parameters,
                double eps, const void *mean, const void *var, void *y, double *saved, void *workspace);
+
+/* A plan holds the constants of inference, so that a call does nothing but map x to y. It lives in memory of the
+ * caller's, of any alignment, that stays where it is. Once set it is only read: calls may share it, in parallel. */
+size_t fbn_plan_bytes(int64_t channels);
+
+/* The constants for the kernels, the channels and the statistics dtype of a problem (all else in it is ignored); the
+ * arguments are those of fbn_infer. */
+void fbn_plan_set(const fbn_problem *problem, const fbn_parameters *parameters, double eps, const void *mean,
+                  const void *var, void *plan);
+
+/* What fbn_infer does, to the bit, for any problem of the same kernels, channels and statistics dtype. */
+void fbn_plan_run(const fbn_problem *problem, const void *x, const void *residual, void *y, const void *plan);
 
 /* The batch's moments alone: moments is (3, channels), mean, mean_low and the sum of squares about the mean. */
 void fbn_moments(const fbn_problem *problem, const void *x, const unsigned char *mask, double *moments,

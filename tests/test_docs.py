@@ -90,13 +90,24 @@ def test_readme_runs(number: int, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-EXAMPLES = sorted((cases.CHECKOUT / "examples").glob("*.py"))
+EXAMPLES = cases.CHECKOUT / "examples"
+in_checkout = pytest.mark.skipif(not EXAMPLES.is_dir(), reason="examples are not beside the tests: no checkout")
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
-def test_examples_run(example: Path, tmp_path: Path) -> None:
-    """On little data, and the streamed data comes out normalized."""
+@in_checkout
+@pytest.mark.parametrize("example", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+def test_examples_are_in_the_readme(example: Path) -> None:
+    """And each is run by a test: those of what it shows, here or elsewhere."""
+    assert f"examples/{example.name}" in README.read_text(encoding="utf-8")
+    tests = (path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("test_*.py"))
+    assert any(f'"{example.name}"' in text for text in tests)
+
+
+@in_checkout
+def test_streaming_example(tmp_path: Path) -> None:
+    """On little data, which comes out normalized."""
     pytest.importorskip("rich")
+    example = EXAMPLES / "streaming_moments.py"
     script = f"import runpy, sys; sys.argv[1:] = ['--gigabytes', '0.02']; runpy.run_path({str(example)!r}, None, "
     done = cases.run_python(script + "'__main__')", tmp_path)
     assert done.returncode == 0, done.stderr

@@ -33,7 +33,7 @@ FLOORS = (
     {"_batch"},
     {"_ghost"},
     {"ops"},
-    {"layer"},
+    {"layer", "inference", "onnx"},
     {"_recalibrate"},
     {""},
     {"_demo_networks", "bench"},
@@ -116,6 +116,7 @@ HEAVY = (
     "ml_dtypes",
     "fastbn.demo",
     "fastbn.bench",
+    "fastbn.onnx",
 )
 
 

@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -113,3 +114,18 @@ def express_backward(
     out: object,
     threads: int,
 ) -> tuple[Array, Array | None, Array | None, Array | None] | None: ...
+
+class Plan:
+    def __init__(
+        self,
+        gamma: Array | None,
+        beta: Array | None,
+        mean: Array,
+        var: Array,
+        eps: float,
+        axis: int,
+        activation: int,
+        slope: float,
+        threads: Callable[[], int],
+    ) -> None: ...
+    def run(self, x: object, out: object, residual: object) -> Array | None: ...

@@ -194,3 +194,4 @@ def describe():
 
 
 include "c_express.pxi"
+include "c_plan.pxi"

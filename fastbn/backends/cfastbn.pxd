@@ -27,6 +27,9 @@ cdef extern from "fastbn.h" nogil:
         int64_t core_cache
         int64_t shared_cache
 
+    enum:
+        FBN_WORK_PER_THREAD
+
     ctypedef struct fbn_problem:
         const fbn_machine *machine
         fbn_dtype dtype
@@ -64,6 +67,10 @@ cdef extern from "fastbn.h" nogil:
     void fbn_infer(const fbn_problem *problem, const void *x, const void *residual,
                    const fbn_parameters *parameters, double eps, const void *mean, const void *var, void *y,
                    double *saved, void *workspace)
+    size_t fbn_plan_bytes(int64_t channels)
+    void fbn_plan_set(const fbn_problem *problem, const fbn_parameters *parameters, double eps, const void *mean,
+                      const void *var, void *plan)
+    void fbn_plan_run(const fbn_problem *problem, const void *x, const void *residual, void *y, const void *plan)
     void fbn_moments(const fbn_problem *problem, const void *x, const unsigned char *mask, double *moments,
                      void *workspace)
 

@@ -1,0 +1,298 @@
+"""What is left to do when training is over? Constants computed once (InferencePlan), or no norm at all (fold)."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from . import _check, _config
+from ._call import parameters
+from ._dtypes import FLOAT32, FLOAT64, DType, native
+from .backends import select
+from .ops import Activation, infer
+
+Array = np.ndarray[Any, Any]
+_Run = Callable[[Any, Any, Any], Array | None]
+
+
+class InferencePlan:
+    """`infer` with given parameters and statistics, whose constants are computed once.
+
+    y = activation((x - running_mean) / sqrt(running_var + eps) * gamma + beta + residual): Ioffe & Szegedy 2015,
+    algorithm 2. The bits of y, and the errors, are those of `infer`. The arrays are copied. A plan never changes, may
+    be called from many threads at a time, and pickles.
+
+    With the C backend, and x, out and residual alike in dtype and memory order, a call with `out` allocates nothing:
+    for C-contiguous arrays, with channels on any axis, and for channels-last ones seen through a transpose. All other
+    calls, and those of other backends, cost what `infer` costs.
+
+    Parameters
+    ----------
+    gamma, beta : arrays of shape (C,), any float dtype, or None
+        Scale and shift; None means ones and zeros.
+    running_mean, running_var : arrays of shape (C,), float64 for float64 data and float32 for all others
+    eps : float, finite and >= 0
+    axis : int
+        The channel axis.
+    activation : None, "relu", "relu6", "leaky_relu", "silu", "hardswish", "sigmoid" or ("leaky_relu", slope)
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, what was given and what is allowed.
+
+    >>> import numpy as np, fastbn
+    >>> plan = fastbn.InferencePlan(None, None, np.array([2.0, 20.0]), np.array([1.0, 100.0]), eps=0.0)
+    >>> x = np.array([[1.0, 10.0], [3.0, 30.0]])
+    >>> y = np.empty_like(x)
+    >>> plan(x, out=y) is y
+    True
+    >>> y
+    array([[-1., -1.],
+           [ 1.,  1.]])
+    """
+
+    _prepared: tuple[str | None, _Run | None] = ("", None)
+    """The backend asked for (None: by none), and `run` of its plan, if it has plans. One attribute, so that threads see
+    both or neither."""
+
+    def __init__(
+        self,
+        gamma: Array | None,
+        beta: Array | None,
+        running_mean: Array,
+        running_var: Array,
+        *,
+        eps: float = 1e-5,
+        axis: int = 1,
+        activation: Activation = None,
+    ) -> None:
+        mean, var = _check.given_statistics(running_mean, running_var)
+        g, b = (_check.parameter(name, p, mean.size) for name, p in (("gamma", gamma), ("beta", beta)))
+        statistics = native(mean.dtype)
+        g, b = parameters(g, b, statistics)
+        self._gamma, self._beta = (None if p is None else _own(p, p.dtype) for p in (g, b))
+        self._mean, self._var = _own(mean, statistics), _own(var, statistics)
+        self._eps, self._axis = _check.eps(eps), _check.integer("axis", axis)
+        self._code, self._slope = _check.activation(activation)
+        self._activation = activation
+
+    def __call__(self, x: Array, out: Array | None = None, residual: Array | None = None) -> Array:
+        """Gives y, which is `out` where that is given; x, out and residual are those of `infer`."""
+        backend = _config.backend_name()
+        prepared_for, run = self._prepared
+        if backend != prepared_for:
+            run = self._prepare(backend)
+        if run is not None:
+            y = run(x, out, residual)
+            if y is not None:
+                return y
+        return infer(
+            x,
+            self._gamma,
+            self._beta,
+            self._mean,
+            self._var,
+            eps=self._eps,
+            axis=self._axis,
+            activation=self._activation,
+            residual=residual,
+            out=out,
+        )
+
+    def _prepare(self, backend: str | None) -> _Run | None:
+        plan = getattr(select(backend), "Plan", None)
+        run: _Run | None = None
+        if plan is not None and abs(self._axis) < _MOST_AXES:
+            constants = self._gamma, self._beta, self._mean, self._var, self._eps
+            run = plan(*constants, self._axis, self._code, self._slope, _config.get_num_threads).run
+        self._prepared = backend, run
+        return run
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what a backend prepared."""
+        return {name: value for name, value in self.__dict__.items() if name != "_prepared"}
+
+    def __repr__(self) -> str:
+        return (
+            f"InferencePlan({self._mean.size} channels of {self._mean.dtype}, eps={self._eps}, axis={self._axis}, "
+            f"activation={self._activation!r})"
+        )
+
+
+_MOST_AXES = 64
+"""Those of a NumPy array. A plan for an axis beyond refuses every x, in `infer`."""
+
+
+def _own(array: Array, dtype: DType) -> Array:
+    return array.astype(dtype, order="C", copy=True, subok=False)
+
+
+# Folding -------------------------------------------------------------------------------------------------------------
+
+
+class FoldWarning(RuntimeWarning):
+    """Names the channels whose accuracy `fold` could not keep, and why.
+
+    >>> import numpy as np, fastbn, warnings
+    >>> with warnings.catch_warnings(record=True) as caught:
+    ...     warnings.simplefilter("always")
+    ...     w, b = fastbn.fold(np.ones((2, 3)), None, None, None, np.zeros(2), np.array([1.0, 1e-12]))
+    >>> caught[0].category is fastbn.FoldWarning
+    True
+    >>> print(caught[0].message)
+    fold: accuracy is lost in channel 1 (variance 1e-12 is below 1% of eps 1e-05)
+    """
+
+
+TINY = 0.01
+"""A variance below this part of eps is tiny: the channel is all but constant, and eps decides its slope."""
+
+STEEP = 2.0**10
+"""A slope that multiplies the weights, and the errors of the layer, by more than this is huge; and a mean of more than
+this many standard deviations leaves 10 bits fewer of what is added to a folded bias."""
+
+
+def fold(
+    weight: Array,
+    bias: Array | None,
+    gamma: Array | None,
+    beta: Array | None,
+    running_mean: Array,
+    running_var: Array,
+    *,
+    eps: float = 1e-5,
+    output_axis: int = 0,
+) -> tuple[Array, Array]:
+    """The weight and bias of a convolution or linear layer that includes the batch norm which follows it.
+
+    w = weight * gamma / sqrt(running_var + eps) and b = (bias - running_mean) * gamma / sqrt(running_var + eps) + beta,
+    per output channel: Jacob et al. 2018, section 3.2. All is computed in float64 and rounded once.
+
+    Parameters
+    ----------
+    weight : array of float16, bfloat16, float32 or float64, any number of axes
+    bias : array of shape (C,), any float dtype, or None for zeros
+    gamma, beta : arrays of shape (C,), any float dtype, or None for ones and zeros
+    running_mean, running_var : arrays of shape (C,), any float dtype
+    eps : float, finite and >= 0
+        Where running_var + eps is 0, y is beta as in `infer`: w is 0.
+    output_axis : int
+        The axis of weight with the output channels: 0 in torch's linear layers and convolutions, grouped and depthwise
+        ones too; 1 in its transposed convolutions, (in, out / groups, ...); -1 in Keras's, and -2 in its transposed
+        ones. With output_axis 1 and 3 axes or more, C may be a multiple of weight.shape[1], which is then taken for
+        that of a transposed convolution in C / weight.shape[1] groups; the groups must divide weight.shape[0]. Any
+        other C is refused, and so are weights whose output channels are spread over two axes otherwise, as those of
+        Keras's depthwise convolutions (..., in, multiplier): reshape these to (..., in * multiplier).
+
+    Returns
+    -------
+    (w, b)
+        Fresh arrays of weight's dtype: w of its shape, b of shape (C,).
+
+    Warns
+    -----
+    FoldWarning
+        Naming the channels in which accuracy is lost: the variance is below 1% of eps; gamma / sqrt(running_var + eps)
+        is beyond 2**10; the mean is more than 2**10 standard deviations from the bias, and what the layer adds up
+        cancels it; w or b is not finite in weight's dtype; or the largest weight is no longer a normal number.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, what was given and what is allowed.
+
+    >>> import numpy as np, fastbn
+    >>> weight, x = np.array([[1.0, 2.0], [3.0, 4.0]]), np.array([[5.0, 6.0]])
+    >>> norm = (np.array([2.0, 1.0]), np.array([0.0, 1.0]), np.array([7.0, 8.0]), np.array([4.0, 1.0]))
+    >>> w, b = fastbn.fold(weight, None, *norm)
+    >>> bool(np.allclose(x @ w.T + b, fastbn.infer(x @ weight.T, *norm)))
+    True
+    """
+    given = _check.data("weight", weight)
+    at, groups, channels = _check.outputs(given, output_axis, running_mean)
+    named = {"bias": bias, "gamma": gamma, "beta": beta, "running_mean": running_mean, "running_var": running_var}
+    found = {name: _check.parameter(name, value, channels, "output channel of weight") for name, value in named.items()}
+    _check.both_statistics(found["running_mean"], found["running_var"])
+    eps = _check.eps(eps)
+    absent = {"gamma": 1.0, "running_var": 1.0}
+    before, g, after, mean, var = (
+        np.full(channels, absent.get(name, 0.0)) if array is None else array.astype(FLOAT64)
+        for name, array in found.items()
+    )
+    with np.errstate(all="ignore"):
+        std = np.sqrt(var + eps)
+        slope = np.divide(g, std, out=np.zeros_like(std), where=std != 0)
+        wide = given.astype(FLOAT64)
+        largest = _largest(wide, at, groups)
+        wide *= _spread(slope, wide.shape, at, groups)
+        w = _rounded(wide, native(given.dtype))
+        b = _rounded((before - mean) * slope + after, native(given.dtype))
+        distance = abs(mean - before) / std
+        reasons = _losses(_largest(w.astype(FLOAT64), at, groups), b, largest, slope, var, eps, distance)
+    if reasons:
+        warnings.warn(f"fold: accuracy is lost in {_listed(reasons)}", FoldWarning, stacklevel=2)
+    return w, b
+
+
+def _spread(values: Array, shape: tuple[int, ...], at: int, groups: int) -> Array:
+    """One value per output channel, in a shape that broadcasts over the weight's."""
+    if groups == 1:
+        return values.reshape([-1 if axis == at else 1 for axis in range(len(shape))])
+    by_input = np.repeat(values.reshape(groups, -1), shape[0] // groups, axis=0)
+    return by_input.reshape(*by_input.shape, *(1 for _ in shape[2:]))
+
+
+def _largest(weight: Array, at: int, groups: int) -> Array:
+    """The largest absolute weight of each output channel, NaN where one is."""
+    size: Array = np.abs(weight)
+    if groups == 1:
+        rows = np.moveaxis(size, at, 0)
+    else:
+        rows = size.reshape(groups, size.shape[0] // groups, *size.shape[1:]).swapaxes(1, 2)
+        rows = rows.reshape(groups * size.shape[1], -1)
+    largest: Array = rows.max(axis=tuple(range(1, rows.ndim)), initial=0)
+    return largest
+
+
+def _rounded(values: Array, dtype: DType) -> Array:
+    """To the nearest numbers of a dtype; by way of float32 to odd, where NumPy would round twice (bfloat16)."""
+    if dtype.kind == "f":
+        return values.astype(dtype)
+    single = values.astype(FLOAT32)
+    bits = single.view(np.uint32)
+    inward = np.nextafter(single, np.where(values > single, np.inf, -np.inf).astype(FLOAT32))
+    return np.where((single != values) & (bits & 1 == 0) & np.isfinite(values), inward, single).astype(dtype)
+
+
+def _losses(
+    largest: Array, b: Array, largest_given: Array, slope: Array, var: Array, eps: float, distance: Array
+) -> dict[int, str]:
+    """Why accuracy is lost, by channel. `distance` is that of the mean from the bias, in standard deviations."""
+    normal = float(np.finfo(b.dtype if b.dtype.kind == "f" else FLOAT32).tiny)
+    alive = slope != 0
+    tests = (
+        (~(np.isfinite(largest) & np.isfinite(b.astype(FLOAT64))), "w or b is not finite in {dtype}"),
+        (alive & (var < TINY * eps), "variance {var:.3g} is below {TINY:.0%} of eps {eps:.3g}"),
+        (abs(slope) > STEEP, "gamma / sqrt(variance + eps) is {slope:.3g}"),
+        (alive & (distance > STEEP), "the mean is {distance:.3g} standard deviations away"),
+        (
+            alive & (largest < normal) & (largest_given >= normal),
+            "the largest weight, {largest:.3g}, is no normal number of {dtype}",
+        ),
+    )
+    found: dict[int, str] = {}
+    for lost, reason in tests:
+        for c in map(int, np.flatnonzero(lost)):
+            values = {"var": var[c], "slope": slope[c], "distance": distance[c], "largest": largest[c]}
+            found.setdefault(c, reason.format(dtype=b.dtype, TINY=TINY, eps=eps, **values))
+    return dict(sorted(found.items()))
+
+
+def _listed(reasons: dict[int, str], most: int = 8) -> str:
+    shown = [f"channel {channel} ({reason})" for channel, reason in list(reasons.items())[:most]]
+    rest = list(reasons)[most:]
+    return ", ".join(shown) + (f", and in channels {', '.join(map(str, rest))}" if rest else "")
