@@ -443,7 +443,7 @@ def through(activation: int, slope: float, z: Array) -> tuple[Array, Array]:
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activation_over_its_whole_range(activation: str, dtype: str) -> None:
-    """Within a few ulp; where the exponential is below the normal numbers, of which a factor may make more, of those."""
+    """Within a few ulp; where the exponential is below the normal numbers (a factor may make more), of those."""
     info = np.finfo(dtype)
     lowest = -np.log(info.smallest_subnormal.astype(LONG))
     z = np.concatenate([np.linspace(-lowest, lowest, 200_001), np.linspace(-8, 8, 100_001), [0, 6, -3, 3, 1e4, -1e4]])

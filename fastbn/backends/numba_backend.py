@@ -370,7 +370,7 @@ class _Task(NamedTuple):
     activation: int
     slope: float
     eps: float
-    count: float  # of the values in each channel's statistics
+    count: float  # type: ignore[assignment]  # of the values in each channel's statistics
     backward: bool
     adds: bool  # a residual
     keeps: bool  # its gradient
