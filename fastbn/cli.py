@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 
 from ._info import __version__, show_config
@@ -36,7 +37,12 @@ def _run(argv: list[str]) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns its exit status: 2, and a line on stderr, for what the user has to mend."""
     try:
-        return _run(sys.argv[1:] if argv is None else argv)
+        status = _run(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()  # here, not at exit, where nothing could be made of an error
+        return status
+    except BrokenPipeError:  # the reader has seen enough: fastbn info | grep -q OpenMP
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ImportError, OSError, TypeError, ValueError) as error:
         print(f"fastbn: {error}", file=sys.stderr)
         return 2

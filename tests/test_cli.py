@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from types import ModuleType
@@ -23,6 +24,16 @@ def test_info_shows_the_configuration(capsys):
     fastbn.show_config()
     assert shown == capsys.readouterr().out
     assert fastbn.get_backend() in shown
+
+
+def test_a_reader_that_stops_early_is_no_error():
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = subprocess.run([sys.executable, "-m", "fastbn", "info"], stdout=writer, stderr=subprocess.PIPE, text=True)
+    finally:
+        os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_demo_takes_its_options(monkeypatch):
