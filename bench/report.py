@@ -11,7 +11,7 @@ from .extras import extra
 from .rivals import CONTESTANTS
 from .rows import FASTBN, PEER, Row, Run, races
 from .shapes import written
-from .targets import bound, threads_in_words, verdicts
+from .targets import bound, geometric_mean, is_c, threads_in_words, verdicts
 
 WIDTH = 120
 """Of what is printed to a file or a pipe."""
@@ -120,6 +120,31 @@ def _tables(rows: Sequence[Row]) -> Iterator[Any]:
         yield _table(f"{TITLES[pass_]}, {dtype}, {threads_in_words(threads)}", by_race)
 
 
+def _in_short(rows: Sequence[Row]) -> Any:
+    """The C backend's rows: geometric means over the shapes, operation by operation."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        if is_c(row):
+            threads, isa = threads_in_words(row.threads), row.contestant.removeprefix("fastbn c")
+            groups.setdefault(f"{row.pass_} {row.layout} {row.variant}, {threads}{isa}", []).append(row)
+    present = {peer for group in groups.values() for row in group for peer in row.over}
+    peers = [name for name in CONTESTANTS if name in present]
+    table = extra("rich.table").Table(
+        title="In short: geometric means over the shapes",
+        title_justify="left",
+        title_style="bold",
+        box=extra("rich.box").SIMPLE_HEAD,
+        padding=0,
+    )
+    for heading in ("", "shapes", "copy", *(name.replace(" ", "\n") for name in peers)):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True, vertical="bottom")
+    for case, group in groups.items():
+        over = ([row.over[name] for row in group if name in row.over] for name in peers)
+        cells = [times(geometric_mean(ratios)) if ratios else "[dim]-[/]" for ratios in over]
+        table.add_row(case, str(len(group)), times(geometric_mean(row.to_copy for row in group)), *cells)
+    return table
+
+
 def show(where: Any, run: Run) -> None:
     """Prints the machine, the tables, the verdicts and the notes."""
     escape = extra("rich.markup").escape
@@ -128,6 +153,7 @@ def show(where: Any, run: Run) -> None:
     for table in _tables(run.rows):
         where.print(table)
     if run.rows:
+        where.print(_in_short(run.rows))
         where.print(f"[dim]{KEY}[/]\n", soft_wrap=True)
     for verdict in verdicts(run.rows):
         mark = "[green]✓[/]" if verdict.met else "[red]✗[/]"

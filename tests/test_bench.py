@@ -361,6 +361,14 @@ def test_the_table_shows_ratios_targets_and_what_is_missing():
     assert max(map(len, text.splitlines()[:20])) <= report.WIDTH
 
 
+def test_the_summary_has_geometric_means_over_the_shapes():
+    small, large = made_up(shape=(32, 64, 56, 56), ours=1.0, peer=2.0), made_up(ours=4.0, peer=32.0)
+    text = shown(report.show, rows.Run({}, [*small, *large], []))
+    summary = text[text.index("In short") :].splitlines()
+    words = next(line for line in summary if "forward nchw float32, 1 thread" in line).split()
+    assert words[-3:] == ["2", "2.00x", "4.00x"]
+
+
 def test_verdicts_name_each_missed_cell():
     verdicts = {verdict.target: verdict for verdict in targets.verdicts(made_up_run().rows)}
     table = verdicts["ratio to a copy within the table's bounds"]

@@ -32,16 +32,13 @@ FBN_INLINE vec NAME(sigmoid_slope)(vec z, int times_z) {
     return vwhere_less(z, zero, below, above);
 }
 
-/* Not inlined: a call costs little beside what it does, and so the loops need not be there once for each. */
+/* Not inlined: so the loops need not be there once for each. */
 FBN_APART vec NAME(other)(vec z, real slope, int activation) {
     switch (activation) {
     case FBN_RELU6:
         return vmin(vset(6), vrelu(z));
     case FBN_LEAKY_RELU:
         return vwhere_less(vset(0), z, z, vmul(z, vset(slope)));
-    case FBN_SILU:
-    case FBN_SIGMOID:
-        return NAME(sigmoid)(z, activation == FBN_SILU);
     case FBN_HARDSWISH:
         return vmul(z, vdiv(vmin(vset(6), vrelu(vadd(z, vset(3)))), vset(6)));
     default:
@@ -56,9 +53,6 @@ FBN_APART vec NAME(other_gradient)(vec dy, vec z, real slope, int activation) {
         return vwhere_less(zero, z, vwhere_less(z, vset(6), dy, zero), zero);
     case FBN_LEAKY_RELU:
         return vwhere_less(zero, z, dy, vmul(dy, vset(slope)));
-    case FBN_SILU:
-    case FBN_SIGMOID:
-        return vmul(dy, NAME(sigmoid_slope)(z, activation == FBN_SILU));
     case FBN_HARDSWISH: {
         const vec between = vmul(dy, vfma(z, vset((real)(1.0 / 3)), vset((real)0.5)));
         const vec below = vwhere_less(vset(-3), z, between, zero);
@@ -71,13 +65,18 @@ FBN_APART vec NAME(other_gradient)(vec dy, vec z, real slope, int activation) {
 
 FBN_INLINE vec NAME(activate)(vec z, const NAME(line) * l, int activation) {
     if (activation == FBN_IDENTITY) return z;
-    return activation == FBN_RELU ? vrelu(z) : NAME(other)(z, l->slope, activation);
+    if (activation == FBN_RELU) return vrelu(z);
+    if (activation == FBN_SILU) return NAME(sigmoid)(z, 1);
+    if (activation == FBN_SIGMOID) return NAME(sigmoid)(z, 0);
+    return NAME(other)(z, l->slope, activation);
 }
 
 /* dy times the activation's slope at z. */
 FBN_INLINE vec NAME(activation_gradient)(vec dy, vec z, const NAME(line) * l, int activation) {
     if (activation == FBN_IDENTITY) return dy;
     if (activation == FBN_RELU) return vkeep_if_positive(z, dy);
+    if (activation == FBN_SILU) return vmul(dy, NAME(sigmoid_slope)(z, 1));
+    if (activation == FBN_SIGMOID) return vmul(dy, NAME(sigmoid_slope)(z, 0));
     return NAME(other_gradient)(dy, z, l->slope, activation);
 }
 

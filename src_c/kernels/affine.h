@@ -63,7 +63,7 @@ FBN_INLINE void NAME(affine_turns)(const fbn_affine *a, NAME(runs) r, int joined
                                    int activation, int has_residual) {
     const int64_t start = period || joined ? 0 : c * r.step, length = joined ? r.count * r.length : r.length;
     const int64_t turn = NAME(turn)(r, a->stream, length);
-    int64_t n = NAME(least)(NAME(misaligned)((elem *)a->y + start) + turn, length);
+    int64_t n = NAME(first_turn)((elem *)a->y + start, turn, length);
     for (int64_t i = 0; i < length; i += n, n = NAME(least)(turn, length - i)) {
         for (int64_t k = 0, at = start + i; k < r.streams; k++, at += r.apart)
             if (joined) NAME(affine_joined)(a, r, at, at + n, i, activation, has_residual);

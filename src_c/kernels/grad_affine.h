@@ -91,7 +91,7 @@ FBN_INLINE void NAME(grad_affine_turns)(const fbn_grad_affine *g, NAME(runs) r, 
                                         NAME(grad_parts) parts) {
     const int64_t start = period || joined ? 0 : c * r.step, length = joined ? r.count * r.length : r.length;
     const int64_t turn = NAME(turn)(r, g->stream, length);
-    int64_t n = NAME(least)(NAME(misaligned)((elem *)g->dx + start) + turn, length);
+    int64_t n = NAME(first_turn)((elem *)g->dx + start, turn, length);
     for (int64_t i = 0; i < length; i += n, n = NAME(least)(turn, length - i)) {
         for (int64_t k = 0, at = start + i; k < r.streams; k++, at += r.apart)
             if (joined) NAME(grad_affine_joined)(g, r, at, at + n, i, parts);

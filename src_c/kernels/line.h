@@ -55,8 +55,11 @@ FBN_INLINE vec NAME(preactivation)(vec x, vec residual, const NAME(line) * l, in
 
 FBN_INLINE int64_t NAME(least)(int64_t a, int64_t b) { return a < b ? a : b; }
 
-/* Elements from p to the first address that is aligned to a vector. */
-FBN_INLINE int64_t NAME(misaligned)(const elem *p) { return (int64_t)(-((uintptr_t)p / sizeof(elem)) % WIDTH); }
+/* Elements from p to the first address that is a multiple of so many elements. */
+FBN_INLINE int64_t NAME(up_to)(const elem *p, uint64_t multiple) {
+    return (int64_t)(-((uintptr_t)p / sizeof(elem)) % multiple);
+}
+FBN_INLINE int64_t NAME(misaligned)(const elem *p) { return NAME(up_to)(p, WIDTH); }
 
 /* What a map goes through: `count` runs of `length` contiguous elements, `step` from one to the next, and that
  * `streams` times, `apart` from one to the next, in turns. */
@@ -80,10 +83,18 @@ FBN_INLINE int NAME(joins)(NAME(runs) r, int stream) {
            r.length % WIDTH;
 }
 
+/* Elements of a cache line. What is streamed should be whole ones: memory takes a part of one much more slowly. */
+enum { NAME(LINE) = 64 / sizeof(elem) };
+
 /* Elements of a turn: all that there are, where the data is in the cache or the streams do not share their alignment.
  */
 FBN_INLINE int64_t NAME(turn)(NAME(runs) r, int stream, int64_t length) {
-    return stream && r.streams > 1 && r.apart % WIDTH == 0 ? (int64_t)(FBN_TURN / sizeof(elem)) : length;
+    return stream && r.streams > 1 && r.apart % NAME(LINE) == 0 ? (int64_t)(FBN_TURN / sizeof(elem)) : length;
+}
+
+/* Elements of the first turn, from p on: the others start with a cache line. */
+FBN_INLINE int64_t NAME(first_turn)(const elem *p, int64_t turn, int64_t length) {
+    return NAME(least)(NAME(up_to)(p, NAME(LINE)) + turn, length);
 }
 
 /* Elements in the whole vectors of `length` elements from channel c on, until the channels recur. */
