@@ -64,7 +64,8 @@ static int by_channels(const fbn_problem *p, const plan *s) {
     return 5 * divide_up(blocks, s->threads) * s->threads <= 7 * blocks;
 }
 
-static int64_t padded_of(int64_t channels) { return round_up(channels, FBN_CHANNEL_PAD) + FBN_CHANNEL_PAD; }
+/* Room for padding on the right and, for the constants of rows, on the left. */
+static int64_t padded_of(int64_t channels) { return round_up(channels, FBN_CHANNEL_PAD) + 2 * FBN_CHANNEL_PAD; }
 
 static plan plan_of(const fbn_problem *p, int arrays) {
     plan s = {0};
@@ -125,14 +126,18 @@ size_t fbn_workspace_bytes(const fbn_problem *p) {
     return (size_t)doubles * sizeof(double) + ALIGNMENT;
 }
 
-static job job_of(const fbn_problem *p, int arrays, void *workspace) {
+/* `out` is what a map will write; NULL where there is none or the constants are shared. A map of rows goes by `out`'s
+ * vectors, and the constants of a vector should not lie across two cache lines. */
+static job job_of(const fbn_problem *p, int arrays, const void *out, void *workspace) {
     job j;
     memset(&j, 0, sizeof j);
     j.p = p;
     j.kernels = p->machine->kernels->of[p->dtype];
     j.plan = plan_of(p, arrays);
+    const int64_t values = ALIGNMENT / j.plan.real, elem = j.plan.elem;
+    const int64_t lead = j.plan.rows ? (int64_t)((uintptr_t)out / (uintptr_t)elem % (uintptr_t)values) : 0;
     double *at = (double *)(((uintptr_t)workspace + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);
-    for (int i = 0; i < CHANNEL_ARRAYS; i++, at += j.plan.padded) j.arrays[i] = at;
+    for (int i = 0; i < CHANNEL_ARRAYS; i++, at += j.plan.padded) j.arrays[i] = (char *)at + lead * j.plan.real;
     j.line = (fbn_line){j.arrays[0], j.arrays[1], j.arrays[2], j.arrays[3], j.arrays[4], p->slope};
     j.slopes = (fbn_slopes){j.arrays[5], j.arrays[6], j.arrays[7], j.arrays[8]};
     j.saved = at;
@@ -589,7 +594,7 @@ static void set_mask(job *j, const unsigned char *mask) {
 
 static job job_of_x(const fbn_problem *problem, const void *x, const void *residual, const fbn_parameters *parameters,
                     double eps, void *y, double *saved, void *workspace) {
-    job j = job_of(problem, residual ? 2 : 1, workspace);
+    job j = job_of(problem, residual ? 2 : 1, parameters ? y : NULL, workspace);
     j.x = x;
     j.residual = residual;
     j.parameters = parameters;
@@ -645,7 +650,7 @@ void fbn_plan_run(const fbn_problem *problem, const void *x, const void *residua
 
 void fbn_moments(const fbn_problem *problem, const void *x, const unsigned char *mask, double *moments,
                  void *workspace) {
-    job j = job_of(problem, 1, workspace);
+    job j = job_of(problem, 1, NULL, workspace);
     j.x = x;
     j.moments_out = moments;
     set_mask(&j, mask);
@@ -653,8 +658,8 @@ void fbn_moments(const fbn_problem *problem, const void *x, const unsigned char 
 }
 
 static job job_of_dy(const fbn_problem *problem, const void *dy, const void *x, const void *residual,
-                     const double *saved, int from_y, void *workspace) {
-    job j = job_of(problem, residual && problem->activation ? 3 : 2, workspace);
+                     const double *saved, int from_y, const void *dx, void *workspace) {
+    job j = job_of(problem, residual && problem->activation ? 3 : 2, dx, workspace);
     j.dy = dy;
     j.x = x;
     j.residual = residual;
@@ -666,14 +671,14 @@ static job job_of_dy(const fbn_problem *problem, const void *dy, const void *x, 
 
 void fbn_backward_sums(const fbn_problem *problem, const void *dy, const void *x, const void *residual,
                        const double *saved, int from_y, double *sums, void *workspace) {
-    job j = job_of_dy(problem, dy, x, residual, saved, from_y, workspace);
+    job j = job_of_dy(problem, dy, x, residual, saved, from_y, NULL, workspace);
     j.sums_out = sums;
     run(&j);
 }
 
 void fbn_backward(const fbn_problem *problem, const void *dy, const void *x, const void *residual, const double *saved,
                   const fbn_called *called, void *dx, void *dresidual, void *dgamma, void *dbeta, void *workspace) {
-    job j = job_of_dy(problem, dy, x, residual, saved, called->from_y, workspace);
+    job j = job_of_dy(problem, dy, x, residual, saved, called->from_y, dx, workspace);
     j.mask = called->mask;
     j.count = called->count;
     j.frozen = called->frozen;

@@ -32,13 +32,19 @@ FBN_INLINE vec NAME(sigmoid_slope)(vec z, int times_z) {
     return vwhere_less(z, zero, below, above);
 }
 
-/* Not inlined: so the loops need not be there once for each. */
+/* Or'ed to the activation in loops that are there for any. */
+enum { NAME(ANY) = 16 };
+
+/* Not inlined: a call costs little beside what it does, and so the loops need not be there once for each. */
 FBN_APART vec NAME(other)(vec z, real slope, int activation) {
     switch (activation) {
     case FBN_RELU6:
         return vmin(vset(6), vrelu(z));
     case FBN_LEAKY_RELU:
         return vwhere_less(vset(0), z, z, vmul(z, vset(slope)));
+    case FBN_SILU:
+    case FBN_SIGMOID:
+        return NAME(sigmoid)(z, activation == FBN_SILU);
     case FBN_HARDSWISH:
         return vmul(z, vdiv(vmin(vset(6), vrelu(vadd(z, vset(3)))), vset(6)));
     default:
@@ -53,6 +59,9 @@ FBN_APART vec NAME(other_gradient)(vec dy, vec z, real slope, int activation) {
         return vwhere_less(zero, z, vwhere_less(z, vset(6), dy, zero), zero);
     case FBN_LEAKY_RELU:
         return vwhere_less(zero, z, dy, vmul(dy, vset(slope)));
+    case FBN_SILU:
+    case FBN_SIGMOID:
+        return vmul(dy, NAME(sigmoid_slope)(z, activation == FBN_SILU));
     case FBN_HARDSWISH: {
         const vec between = vmul(dy, vfma(z, vset((real)(1.0 / 3)), vset((real)0.5)));
         const vec below = vwhere_less(vset(-3), z, between, zero);
@@ -64,23 +73,26 @@ FBN_APART vec NAME(other_gradient)(vec dy, vec z, real slope, int activation) {
 }
 
 FBN_INLINE vec NAME(activate)(vec z, const NAME(line) * l, int activation) {
-    if (activation == FBN_IDENTITY) return z;
-    if (activation == FBN_RELU) return vrelu(z);
+    const int which = activation & ~NAME(ANY);
+    if (which == FBN_IDENTITY) return z;
+    if (which == FBN_RELU) return vrelu(z);
     if (activation == FBN_SILU) return NAME(sigmoid)(z, 1);
     if (activation == FBN_SIGMOID) return NAME(sigmoid)(z, 0);
-    return NAME(other)(z, l->slope, activation);
+    return NAME(other)(z, l->slope, which);
 }
 
 /* dy times the activation's slope at z. */
 FBN_INLINE vec NAME(activation_gradient)(vec dy, vec z, const NAME(line) * l, int activation) {
-    if (activation == FBN_IDENTITY) return dy;
-    if (activation == FBN_RELU) return vkeep_if_positive(z, dy);
+    const int which = activation & ~NAME(ANY);
+    if (which == FBN_IDENTITY) return dy;
+    if (which == FBN_RELU) return vkeep_if_positive(z, dy);
     if (activation == FBN_SILU) return vmul(dy, NAME(sigmoid_slope)(z, 1));
     if (activation == FBN_SIGMOID) return vmul(dy, NAME(sigmoid_slope)(z, 0));
-    return NAME(other_gradient)(dy, z, l->slope, activation);
+    return NAME(other_gradient)(dy, z, l->slope, which);
 }
 
 /* z from y = activation(z), for the two that may be called in place. */
 FBN_INLINE vec NAME(inverse)(vec y, const NAME(line) * l, int activation) {
-    return activation == (FBN_LEAKY_RELU | FBN_FROM_Y) ? vwhere_less(vset(0), y, y, vdiv(y, vset(l->slope))) : y;
+    if ((activation & ~NAME(ANY)) != (FBN_LEAKY_RELU | FBN_FROM_Y)) return y;
+    return vwhere_less(vset(0), y, y, vdiv(y, vset(l->slope)));
 }

@@ -62,7 +62,7 @@ FBN_INLINE void NAME(affine_joined)(const fbn_affine *a, NAME(runs) r, int64_t a
 FBN_INLINE void NAME(affine_turns)(const fbn_affine *a, NAME(runs) r, int joined, int64_t c, int64_t period,
                                    int activation, int has_residual) {
     const int64_t start = period || joined ? 0 : c * r.step, length = joined ? r.count * r.length : r.length;
-    const int64_t turn = NAME(turn)(r, a->stream, length);
+    const int64_t turn = NAME(turn)(r, a->stream, activation, length);
     int64_t n = NAME(first_turn)((elem *)a->y + start, turn, length);
     for (int64_t i = 0; i < length; i += n, n = NAME(least)(turn, length - i)) {
         for (int64_t k = 0, at = start + i; k < r.streams; k++, at += r.apart)
@@ -90,8 +90,14 @@ FBN_INLINE void NAME(affine_call)(const fbn_affine *a, NAME(runs) r, int64_t per
         if (a->residual) NAME(affine_runs)(*a, r, period, FBN_RELU, 1);
         else NAME(affine_runs)(*a, r, period, FBN_RELU, 0);
         break;
+    case FBN_SILU:
+        NAME(affine_runs)(*a, r, period, FBN_SILU, a->residual != NULL);
+        break;
+    case FBN_SIGMOID:
+        NAME(affine_runs)(*a, r, period, FBN_SIGMOID, a->residual != NULL);
+        break;
     default:
-        NAME(affine_runs)(*a, r, period, a->activation, a->residual != NULL);
+        NAME(affine_runs)(*a, r, period, (int)a->activation | NAME(ANY), a->residual != NULL);
     }
     if (a->stream) stream_fence();
 }

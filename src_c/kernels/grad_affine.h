@@ -44,7 +44,7 @@ FBN_INLINE void NAME(grad_affine_at)(const fbn_grad_affine *g, int64_t i, int64_
     }
     d = vmul(d, s->postscale);
     NAME(affine_put)(dx, d, n, g->stream);
-    if (!parts.has_residual || (parts.activation | FBN_FROM_Y) == FBN_FROM_Y) return;
+    if (!parts.has_residual || !(parts.activation & ~(FBN_FROM_Y | NAME(ANY)))) return;
     NAME(affine_put)((elem *)g->dresidual + i, dz, n, 0);
 }
 
@@ -90,7 +90,7 @@ FBN_INLINE void NAME(grad_affine_joined)(const fbn_grad_affine *g, NAME(runs) r,
 FBN_INLINE void NAME(grad_affine_turns)(const fbn_grad_affine *g, NAME(runs) r, int joined, int64_t c, int64_t period,
                                         NAME(grad_parts) parts) {
     const int64_t start = period || joined ? 0 : c * r.step, length = joined ? r.count * r.length : r.length;
-    const int64_t turn = NAME(turn)(r, g->stream, length);
+    const int64_t turn = NAME(turn)(r, g->stream, parts.activation, length);
     int64_t n = NAME(first_turn)((elem *)g->dx + start, turn, length);
     for (int64_t i = 0; i < length; i += n, n = NAME(least)(turn, length - i)) {
         for (int64_t k = 0, at = start + i; k < r.streams; k++, at += r.apart)
@@ -120,8 +120,14 @@ FBN_INLINE void NAME(grad_affine_call)(const fbn_grad_affine *g, NAME(runs) r, i
         else if (g->residual) NAME(grad_affine_runs)(*g, r, period, FBN_RELU, 1, 0);
         else NAME(grad_affine_runs)(*g, r, period, FBN_RELU, 0, 0);
         break;
+    case FBN_SILU:
+        NAME(grad_affine_runs)(*g, r, period, FBN_SILU, g->residual != NULL, g->frozen);
+        break;
+    case FBN_SIGMOID:
+        NAME(grad_affine_runs)(*g, r, period, FBN_SIGMOID, g->residual != NULL, g->frozen);
+        break;
     default:
-        NAME(grad_affine_runs)(*g, r, period, g->activation, g->residual != NULL, g->frozen);
+        NAME(grad_affine_runs)(*g, r, period, g->activation | NAME(ANY), g->residual != NULL, g->frozen);
     }
     if (g->stream) stream_fence();
 }

@@ -14,7 +14,7 @@ FBN_INLINE vec NAME(dz_at)(const elem *dy, const elem *x, const elem *residual, 
                            int activation, int has_residual) {
     const vec zero = vset(0);
     const vec g = n == WIDTH ? vload(dy) : vload_n(dy, n, zero);
-    if (activation == FBN_IDENTITY) return g;
+    if ((activation & ~NAME(ANY)) == FBN_IDENTITY) return g;
     const vec v = n == WIDTH ? vload(x) : vload_n(x, n, zero);
     /* The inverse keeps the sign. */
     if (activation & FBN_FROM_Y) return NAME(activation_gradient)(g, v, l, activation & ~FBN_FROM_Y);
@@ -84,8 +84,14 @@ static void NAME(grad_moments_cf)(const fbn_grad_moments *g, fbn_planes p, doubl
         if (g->residual) NAME(grad_moments_planes)(g, p, lanes, FBN_RELU, 1);
         else NAME(grad_moments_planes)(g, p, lanes, FBN_RELU, 0);
         break;
+    case FBN_SILU:
+        NAME(grad_moments_planes)(g, p, lanes, FBN_SILU, g->residual != NULL);
+        break;
+    case FBN_SIGMOID:
+        NAME(grad_moments_planes)(g, p, lanes, FBN_SIGMOID, g->residual != NULL);
+        break;
     default:
-        NAME(grad_moments_planes)(g, p, lanes, g->activation, g->residual != NULL);
+        NAME(grad_moments_planes)(g, p, lanes, g->activation | NAME(ANY), g->residual != NULL);
     }
 }
 
@@ -135,7 +141,13 @@ static void NAME(grad_moments_cl)(const fbn_grad_moments *g, int64_t rows, int64
         if (g->residual) NAME(grad_moments_all)(g, rows, channels, sums, products, FBN_RELU, 1);
         else NAME(grad_moments_all)(g, rows, channels, sums, products, FBN_RELU, 0);
         break;
+    case FBN_SILU:
+        NAME(grad_moments_all)(g, rows, channels, sums, products, FBN_SILU, g->residual != NULL);
+        break;
+    case FBN_SIGMOID:
+        NAME(grad_moments_all)(g, rows, channels, sums, products, FBN_SIGMOID, g->residual != NULL);
+        break;
     default:
-        NAME(grad_moments_all)(g, rows, channels, sums, products, g->activation, g->residual != NULL);
+        NAME(grad_moments_all)(g, rows, channels, sums, products, g->activation | NAME(ANY), g->residual != NULL);
     }
 }

@@ -77,19 +77,21 @@ FBN_INLINE NAME(runs) NAME(runs_of_rows)(int64_t rows, int64_t channels) {
     return (NAME(runs)){1, length, length, streams, length};
 }
 
-/* Whether planes are so small, and their ends so ragged, that vectors should run on from one into the next. */
-FBN_INLINE int NAME(joins)(NAME(runs) r, int stream) {
-    return r.count > 1 && r.step == r.length && (stream || r.length > 4 * WIDTH) && r.length < FBN_SMALL_PLANE &&
-           r.length % WIDTH;
-}
-
 /* Elements of a cache line. What is streamed should be whole ones: memory takes a part of one much more slowly. */
 enum { NAME(LINE) = 64 / sizeof(elem) };
 
-/* Elements of a turn: all that there are, where the data is in the cache or the streams do not share their alignment.
- */
-FBN_INLINE int64_t NAME(turn)(NAME(runs) r, int stream, int64_t length) {
-    return stream && r.streams > 1 && r.apart % NAME(LINE) == 0 ? (int64_t)(FBN_TURN / sizeof(elem)) : length;
+/* Whether planes are so small, and their ends so ragged, that vectors should run on from one into the next. */
+FBN_INLINE int NAME(joins)(NAME(runs) r, int stream) {
+    return r.count > 1 && r.step == r.length && (stream || r.length > 4 * WIDTH) && r.length < FBN_SMALL_PLANE &&
+           r.length % (stream ? (int64_t)NAME(LINE) : WIDTH);
+}
+
+/* Elements of a turn: all that there are, where the data is in the cache, the streams do not share their alignment, or
+ * so much is computed that one stream keeps up. */
+FBN_INLINE int64_t NAME(turn)(NAME(runs) r, int stream, int activation, int64_t length) {
+    const int computes = activation == FBN_SILU || activation == FBN_SIGMOID;
+    const int in_turns = stream && r.streams > 1 && r.apart % NAME(LINE) == 0 && !computes;
+    return in_turns ? (int64_t)(FBN_TURN / sizeof(elem)) : length;
 }
 
 /* Elements of the first turn, from p on: the others start with a cache line. */
