@@ -15,6 +15,7 @@
 #include <omp.h>
 #endif
 
+#include "check.h"
 #include "kernels.h"
 
 enum {
@@ -119,6 +120,7 @@ typedef struct {
 static int64_t lane_doubles(const plan *s) { return s->rows ? 0 : s->block * 2 * FBN_LANES; }
 
 size_t fbn_workspace_bytes(const fbn_problem *p) {
+    if (fbn_check_problem(p)) return 0;
     const plan s = plan_of(p, 1);
     const int64_t rows = CHANNEL_ARRAYS + FBN_SAVED_ROWS + 1 + 2 * s.segments;
     const int64_t doubles = rows * s.padded + s.threads * lane_doubles(&s);
@@ -555,16 +557,17 @@ static void work(job *j, int64_t t, int threads) {
     map(j, j->plan.units * t / threads, j->plan.units * (t + 1) / threads, 0, C);
 }
 
-static void run(job *j) {
-    if (j->p->channels == 0) return;
+static fbn_status run(job *j) {
+    if (j->p->channels == 0) return FBN_OK;
 #ifdef _OPENMP
     if (j->plan.threads > 1) {
 #pragma omp parallel num_threads(j->plan.threads)
         work(j, omp_get_thread_num(), omp_get_num_threads());
-        return;
+        return FBN_OK;
     }
 #endif
     work(j, 0, 1);
+    return FBN_OK;
 }
 
 /* ---- the verbs ---- */
@@ -589,10 +592,11 @@ static void set_mask(job *j, const unsigned char *mask) {
 
 static job job_of_x(const fbn_problem *problem, const void *x, const void *residual, const fbn_parameters *parameters,
                     double eps, void *y, double *saved, void *workspace) {
+    static const fbn_parameters absent = {NULL, NULL, FBN_F32};
     job j = job_of(problem, residual ? 2 : 1, workspace);
     j.x = x;
     j.residual = residual;
-    j.parameters = parameters;
+    j.parameters = parameters ? parameters : &absent;
     j.eps = eps;
     j.y = y;
     if (saved) j.saved = saved;
@@ -600,56 +604,83 @@ static job job_of_x(const fbn_problem *problem, const void *x, const void *resid
     return j;
 }
 
-void fbn_forward(const fbn_problem *problem, const void *x, const void *residual, const unsigned char *mask,
-                 const fbn_parameters *parameters, double eps, const fbn_running *running, void *y, double *saved,
-                 void *workspace) {
+fbn_status fbn_forward(const fbn_problem *problem, const void *x, const void *residual, const unsigned char *mask,
+                       const fbn_parameters *parameters, double eps, const fbn_running *running, void *y, double *saved,
+                       void *workspace) {
+    const fbn_status status = fbn_check_forward(problem, x, residual, parameters, eps, running, y, saved, workspace);
+    if (status) return status;
     job j = job_of_x(problem, x, residual, parameters, eps, y, saved, workspace);
     j.running = running;
     set_mask(&j, mask);
-    run(&j);
+    if (j.count < 1 || (running && running->mean && j.count <= running->correction)) return FBN_TOO_FEW_VALUES;
+    return run(&j);
 }
 
-void fbn_infer(const fbn_problem *problem, const void *x, const void *residual, const fbn_parameters *parameters,
-               double eps, const void *mean, const void *var, void *y, double *saved, void *workspace) {
+fbn_status fbn_infer(const fbn_problem *problem, const void *x, const void *residual, const fbn_parameters *parameters,
+                     double eps, const void *mean, const void *var, void *y, double *saved, void *workspace) {
+    const fbn_status status = fbn_check_infer(problem, x, residual, parameters, eps, mean, var, y, saved, workspace);
+    if (status) return status;
     job j = job_of_x(problem, x, residual, parameters, eps, y, saved, workspace);
     j.given = 1;
     j.given_mean = mean;
     j.given_var = var;
-    run(&j);
+    return run(&j);
 }
 
-/* A plan is the start of a workspace, with its lines set. */
+/* A plan is a label, and then the start of a workspace, with its lines set. */
+typedef struct {
+    const void *at;
+    const fbn_kernels *kernels;
+    int64_t channels, real;
+} label;
+
+static label label_of(const fbn_problem *p, const void *plan) {
+    return (label){plan, p->machine->kernels, p->channels, p->dtype == FBN_F64 ? 8 : 4};
+}
+
 size_t fbn_plan_bytes(int64_t channels) {
+    if (!fbn_valid_channels(channels)) return 0;
     const int64_t padded = padded_of(channels);
-    return (size_t)((CHANNEL_ARRAYS + FBN_SAVED_ROWS) * padded) * sizeof(double) + ALIGNMENT;
+    return (size_t)((CHANNEL_ARRAYS + FBN_SAVED_ROWS) * padded) * sizeof(double) + ALIGNMENT + sizeof(label);
 }
 
-void fbn_plan_set(const fbn_problem *problem, const fbn_parameters *parameters, double eps, const void *mean,
-                  const void *var, void *plan) {
+fbn_status fbn_plan_set(const fbn_problem *problem, const fbn_parameters *parameters, double eps, const void *mean,
+                        const void *var, void *plan) {
+    const fbn_status status = fbn_check_plan_set(problem, parameters, eps, mean, var, plan);
+    if (status) return status;
+    const label labelled = label_of(problem, plan);
     fbn_problem rows = *problem;
     rows.outer = 2; /* so that the constants are repeated */
     rows.inner = 1;
-    job j = job_of_x(&rows, NULL, NULL, parameters, eps, NULL, NULL, plan);
+    job j = job_of_x(&rows, NULL, NULL, parameters, eps, NULL, NULL, (char *)plan + sizeof(label));
     j.given = 1;
     j.given_mean = mean;
     j.given_var = var;
     finish(&j, 0, rows.channels);
+    memcpy(plan, &labelled, sizeof labelled);
+    return FBN_OK;
 }
 
-void fbn_plan_run(const fbn_problem *problem, const void *x, const void *residual, void *y, const void *plan) {
-    job j = job_of_x(problem, x, residual, NULL, 0, y, NULL, (void *)plan);
+fbn_status fbn_plan_run(const fbn_problem *problem, const void *x, const void *residual, void *y, const void *plan) {
+    const fbn_status status = fbn_check_plan_run(problem, x, residual, y, plan);
+    if (status) return status;
+    const label wanted = label_of(problem, plan);
+    if (memcmp(&wanted, plan, sizeof wanted) != 0) return FBN_BAD_PLAN;
+    job j = job_of_x(problem, x, residual, NULL, 0, y, NULL, (char *)plan + sizeof(label));
     j.given = 1;
     j.planned = 1;
-    run(&j);
+    return run(&j);
 }
 
-void fbn_moments(const fbn_problem *problem, const void *x, const unsigned char *mask, double *moments,
-                 void *workspace) {
+fbn_status fbn_moments(const fbn_problem *problem, const void *x, const unsigned char *mask, double *moments,
+                       void *workspace) {
+    const fbn_status status = fbn_check_moments(problem, x, moments, workspace);
+    if (status) return status;
     job j = job_of(problem, 1, workspace);
     j.x = x;
     j.moments_out = moments;
     set_mask(&j, mask);
-    run(&j);
+    return j.count < 1 ? FBN_TOO_FEW_VALUES : run(&j);
 }
 
 static job job_of_dy(const fbn_problem *problem, const void *dy, const void *x, const void *residual,
@@ -664,16 +695,22 @@ static job job_of_dy(const fbn_problem *problem, const void *dy, const void *x, 
     return j;
 }
 
-void fbn_backward_sums(const fbn_problem *problem, const void *dy, const void *x, const void *residual,
-                       const double *saved, int from_y, double *sums, void *workspace) {
-    job j = job_of_dy(problem, dy, x, residual, saved, from_y, workspace);
+fbn_status fbn_backward_sums(const fbn_problem *problem, const void *dy, const void *x, const void *residual,
+                             const double *saved, int from_y, double *sums, void *workspace) {
+    const fbn_status status = fbn_check_backward_sums(problem, dy, x, residual, saved, from_y, sums, workspace);
+    if (status) return status;
+    job j = job_of_dy(problem, dy, x, residual, saved, from_y != 0, workspace);
     j.sums_out = sums;
-    run(&j);
+    return run(&j);
 }
 
-void fbn_backward(const fbn_problem *problem, const void *dy, const void *x, const void *residual, const double *saved,
-                  const fbn_called *called, void *dx, void *dresidual, void *dgamma, void *dbeta, void *workspace) {
-    job j = job_of_dy(problem, dy, x, residual, saved, called->from_y, workspace);
+fbn_status fbn_backward(const fbn_problem *problem, const void *dy, const void *x, const void *residual,
+                        const double *saved, const fbn_called *called, void *dx, void *dresidual, void *dgamma,
+                        void *dbeta, void *workspace) {
+    const fbn_status status =
+        fbn_check_backward(problem, dy, x, residual, saved, called, dx, dresidual, dgamma, dbeta, workspace);
+    if (status) return status;
+    job j = job_of_dy(problem, dy, x, residual, saved, called->from_y != 0, workspace);
     j.mask = called->mask;
     j.count = called->count;
     j.frozen = called->frozen;
@@ -683,8 +720,10 @@ void fbn_backward(const fbn_problem *problem, const void *dy, const void *x, con
     j.dgamma = dgamma;
     j.dbeta = dbeta;
     j.stream = streams(&j, dx);
-    run(&j);
+    return run(&j);
 }
+
+int fbn_abi_version(void) { return FBN_ABI_VERSION; }
 
 int fbn_openmp(void) {
 #ifdef _OPENMP
