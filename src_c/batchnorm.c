@@ -95,6 +95,7 @@ typedef struct {
     plan plan;
     const char *x, *residual, *dy;
     char *y, *dx, *dresidual;
+    int backward; /* the call has a dy, which may be NULL where there are no values */
     double eps;
     const fbn_parameters *parameters;
     const fbn_running *running;
@@ -163,7 +164,7 @@ static void put(void *array, int64_t i, double value, fbn_dtype dtype) {
 /* ---- the constants of channels [c0, c1) ---- */
 
 static int has_sums(const job *j) {
-    if (!j->dy) return !j->given;
+    if (!j->backward) return !j->given;
     return !j->given_sums && (!j->frozen || j->dgamma || j->dbeta || j->sums_out);
 }
 
@@ -189,7 +190,9 @@ static fbn_slopes slopes_at(const job *j, int64_t c) {
                         (char *)j->slopes.constant + skip, (char *)j->slopes.postscale + skip};
 }
 
-static const double *known_row(const job *j, int row) { return (j->dy ? j->seen : j->saved) + row * j->p->channels; }
+static const double *known_row(const job *j, int row) {
+    return (j->backward ? j->seen : j->saved) + row * j->p->channels;
+}
 
 static fbn_channels known_at(const job *j, int64_t c) {
     return (fbn_channels){known_row(j, FBN_MEAN) + c, known_row(j, FBN_MEAN_LOW) + c, known_row(j, FBN_INV_STD) + c,
@@ -340,7 +343,7 @@ static void set_seen_from_y(job *j, int64_t c0, int64_t c1) {
 
 /* What a reduction needs before it starts. */
 static void prepare(job *j, int64_t c0, int64_t c1) {
-    if (j->dy) {
+    if (j->backward) {
         if (j->from_y) set_seen_from_y(j, c0, c1);
         set_lines(j, c0, c1);
         memcpy(j->origin + c0, known_row(j, FBN_MEAN) + c0, (size_t)(c1 - c0) * sizeof(double));
@@ -349,7 +352,7 @@ static void prepare(job *j, int64_t c0, int64_t c1) {
 
 static void finish(job *j, int64_t c0, int64_t c1) {
     if (j->planned) return;
-    if (j->dy) finish_backward(j, c0, c1);
+    if (j->backward) finish_backward(j, c0, c1);
     else finish_forward(j, c0, c1);
     wrap(j, c0, c1);
 }
@@ -438,7 +441,7 @@ static void reduce_tile(const job *j, const tile *t, int64_t c0, int64_t c1, dou
     const char *x = j->x + start * j->plan.elem;
     fbn_planes planes = t->planes;
     planes.channels = n;
-    if (j->dy) {
+    if (j->backward) {
         const fbn_grad_moments g = grad_moments_at(j, start, c0);
         if (j->plan.rows) j->kernels->grad_moments_cl(&g, t->rows, n, sums, others);
         else j->kernels->grad_moments_cf(&g, planes, sums);
@@ -449,7 +452,7 @@ static void reduce_tile(const job *j, const tile *t, int64_t c0, int64_t c1, dou
 /* The sums of one segment. Those of planes are gathered in lanes. */
 static void reduce_segment(job *j, int64_t segment, int64_t c0, int64_t c1, double *lanes) {
     const int64_t first = segment * j->plan.segment, last = smaller(first + j->plan.segment, j->plan.units);
-    const int by_mask = j->mask && !j->dy;
+    const int by_mask = j->mask && !j->backward;
     double *sums = j->partial + 2 * segment * j->plan.padded + c0, *others = sums + j->plan.padded;
     if (j->plan.rows) {
         const size_t bytes = (size_t)round_up(c1 - c0, FBN_CHANNEL_PAD) * sizeof(double);
@@ -479,7 +482,7 @@ static void map_tile(const job *j, const tile *t, int64_t c0, int64_t c1) {
     const fbn_line line = line_at(j, c0);
     fbn_planes planes = t->planes;
     planes.channels = n;
-    if (j->dy) {
+    if (j->backward) {
         const fbn_grad_affine g = {.dy = j->dy + skip,
                                    .x = j->x + skip,
                                    .residual = at(j->residual, skip),
@@ -501,7 +504,7 @@ static void map_tile(const job *j, const tile *t, int64_t c0, int64_t c1) {
 
 /* Positions that do not count are mapped as if the statistics were frozen: those do not depend on them. */
 static void map_units(const job *j, int64_t first, int64_t last, int64_t c0, int64_t c1) {
-    const int by_mask = j->mask && j->dy && !j->frozen;
+    const int by_mask = j->mask && j->backward && !j->frozen;
     for (int64_t unit = first, from = 0; unit < last;) {
         const tile t = tile_from(j, unit, from, last, MAP_IMAGES, by_mask);
         for (int64_t c = c0; c < c1; c += j->plan.block) map_tile(j, &t, c, smaller(c + j->plan.block, c1));
@@ -686,6 +689,7 @@ fbn_status fbn_moments(const fbn_problem *problem, const void *x, const unsigned
 static job job_of_dy(const fbn_problem *problem, const void *dy, const void *x, const void *residual,
                      const double *saved, int from_y, void *workspace) {
     job j = job_of(problem, residual && problem->activation ? 3 : 2, workspace);
+    j.backward = 1;
     j.dy = dy;
     j.x = x;
     j.residual = residual;

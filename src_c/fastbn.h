@@ -136,7 +136,7 @@ size_t fbn_workspace_bytes(const fbn_problem *problem);
  *     running         updated; or NULL
  *     saved           (FBN_SAVED_ROWS, channels) float64, written, for the backward pass
  *     workspace       fbn_workspace_bytes(problem) bytes
- * M must be at least 1. With M = 1 y is activation(beta + residual), and dx is 0; running statistics with a correction
+ * M must be at least 1. With M = 1 y is activation(beta + residual), and dx is 0 but for rounding; running statistics
  * need M > correction. */
 fbn_status fbn_forward(const fbn_problem *problem, const void *x, const void *residual, const unsigned char *mask,
                        const fbn_parameters *parameters, double eps, const fbn_running *running, void *y, double *saved,
