@@ -88,11 +88,11 @@ void run() {
         y = layer.forward(x);
         dx = layer.backward(y, x);
     }
-    std::printf("training: y %.4f, dx %.4f; dgamma %.1f, dbeta %.1f\n", y[1], dx[1], layer.dgamma[1], layer.dbeta[1]);
+    std::printf("training: y %.4f, dx %.4f; dgamma %.1f, dbeta %.1f\n", y[3], dx[3], layer.dgamma[3], layer.dbeta[3]);
     std::vector<float> z = x;
     layer.infer(layer.plan(), z);
-    std::printf("inference: y %.4f, with running mean %.4f and variance %.4f\n", z[1], layer.running_mean[1],
-                layer.running_var[1]);
+    std::printf("inference: y %.4f, with running mean %.4f and variance %.4f\n", z[3], layer.running_mean[3],
+                layer.running_var[3]);
     try {
         BatchNorm(channels / 2).infer(layer.plan(), z);
     } catch (const std::invalid_argument &error) {

@@ -145,7 +145,7 @@ def commands() -> dict[str, str]:
     for command in re.findall(r"^\| `(.*?)` \|", text, flags=re.MULTILINE):
         example = re.search(r"examples/[\w./]+", command)
         if example:
-            found[Path(example[0]).name] = re.sub(r"^python -m pip install \S+( \S+)* && ", "", command)
+            found[Path(example[0]).name] = re.sub(r"^python -m pip install [^&]* && ", "", command)
     return found
 
 
@@ -175,7 +175,7 @@ def test_cpp_example(tmp_path: Path) -> None:
     assert mean == pytest.approx(-99.5, abs=0.02)
     assert variance == pytest.approx(1 / 12, rel=0.05)
     trained, planned = map(float, re.findall(r"y (\S+),", printed))
-    assert planned == pytest.approx(trained, abs=0.01)
+    assert planned == pytest.approx(trained, abs=0.02)
     assert trained > 0
     assert "another layer's plan: no plan" in printed
 
@@ -259,7 +259,7 @@ find_package(fastbn 0.1 REQUIRED)
 foreach(KIND fastbn static)
   add_executable(${KIND}_c embed.c)
   add_executable(${KIND}_cpp embed.cpp)
-  target_link_libraries(${KIND}_c PRIVATE fastbn::${KIND})
+  target_link_libraries(${KIND}_c PRIVATE fastbn::${KIND} m)
   target_link_libraries(${KIND}_cpp PRIVATE fastbn::${KIND})
 endforeach()
 """
@@ -287,7 +287,7 @@ def test_cmake_package(tmp_path: Path) -> None:
     folder = next(moved.rglob("fastbn.pc")).parent
     ask = f"PKG_CONFIG_PATH={shlex.quote(str(folder))} {c_api.compiler('pkg-config')}"
     for static in ("", " --static"):
-        script = f"cc embed.c $({ask} --cflags --libs{static} fastbn) {'-static' if static else ''} -o program"
+        script = f"cc embed.c $({ask} --cflags --libs{static} fastbn) {'-static' if static else ''} -lm -o program"
         c_api.run(["sh", "-e", "-c", script], consumer)
         library = f"LD_LIBRARY_PATH={shlex.quote(str(folder.parent))} " if not static else ""
         assert "running mean" in c_api.run(["sh", "-e", "-c", f"{library}./program"], consumer)
