@@ -1,6 +1,10 @@
-"""How is the compiled extension built? The instruction-set table, and a build_ext that compiles by it."""
+"""How is the compiled extension built? The instruction-set table, and a build_ext that compiles by it.
+
+The objects that the extension links go into a static library, too, which is installed with its header.
+"""
 
 import os
+import shutil
 import sys
 import sysconfig
 import tempfile
@@ -14,7 +18,9 @@ from setuptools.command.build_ext import build_ext
 
 try:
     from setuptools.errors import CompileError, LinkError
+    from setuptools.modified import newer_group
 except ImportError:  # setuptools < 70
+    from distutils.dep_util import newer_group
     from distutils.errors import CompileError, LinkError
 
 PLATFORM = sysconfig.get_platform().lower()
@@ -38,9 +44,23 @@ elif ARM:
 FLAGS = (
     ["/O2", "/std:c11", "/fp:precise"]
     if MSVC
-    else ["-std=c11", "-O3", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-g0"]
+    else [
+        "-std=c11",
+        "-O3",
+        "-fPIC",
+        "-ffp-contract=off",
+        "-fno-math-errno",
+        "-fno-trapping-math",
+        "-fvisibility=hidden",
+        "-g0",
+    ]
 )
-CORE = ["src_c/batchnorm.c", "src_c/dispatch.c"]
+CORE = ["src_c/batchnorm.c", "src_c/check.c", "src_c/dispatch.c"]
+FOR_EMBEDDERS = (
+    "fastbn/include/fastbn.h",
+    "fastbn/lib/fastbn.lib" if MSVC else "fastbn/lib/libfastbn.a",
+    "fastbn/lib/link-flags.txt",
+)
 HEADERS = [str(path) for path in Path("src_c").rglob("*.h")]
 
 # Tried in order: (compiler flags, linker flags).
@@ -75,12 +95,46 @@ class BuildExt(build_ext):
 
         def compiled(unit):
             source, flags = unit
+            made = self.compiler.object_filenames([source], output_dir=self.build_temp)
+            # The kernels take a minute, and always the same flags.
+            if source not in CORE and not self.force and not newer_group([source, __file__, *HEADERS], made[0]):
+                return made
             return self.compiler.compile([source], output_dir=self.build_temp, extra_postargs=flags)
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             ext.extra_objects = [path for objects in pool.map(compiled, units) for path in objects]
         ext.extra_link_args = link_flags
         super().build_extension(ext)
+        self.build_for_embedders(ext.extra_objects, link_flags)
+
+    def build_for_embedders(self, objects, link_flags):
+        """The static library, the header, and the flags that link them, where fastbn/_embed.py looks for them."""
+        self.compiler.create_static_lib(objects, "fastbn", output_dir=self.build_temp)
+        library = Path(self.build_temp, self.compiler.library_filename("fastbn"))
+        flags = Path(self.build_temp, "link-flags.txt")
+        flags.write_text(" ".join(link_flags + ([] if MSVC else ["-lm"])) + "\n", encoding="utf-8")
+        copy_files([Path("src_c/fastbn.h"), library, flags], self.for_embedders())
+
+    def for_embedders(self):
+        return [Path(self.build_lib, path) for path in FOR_EMBEDDERS]
+
+    def get_outputs(self):
+        return sorted({*super().get_outputs(), *map(str, self.for_embedders())})
+
+    def get_output_mapping(self):
+        """From what was built to its place in the sources, for editable installs."""
+        sources = zip(map(str, self.for_embedders()), FOR_EMBEDDERS, strict=True)
+        return {**super().get_output_mapping(), **(dict(sources) if self.inplace else {})}
+
+    def copy_extensions_to_source(self):
+        super().copy_extensions_to_source()
+        copy_files(self.for_embedders(), FOR_EMBEDDERS)
+
+
+def copy_files(sources, targets):
+    for source, target in zip(sources, targets, strict=True):
+        Path(target).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, target)
 
 
 extension = Extension(
@@ -89,7 +143,7 @@ extension = Extension(
     include_dirs=["src_c", np.get_include()],
     extra_compile_args=[] if MSVC else ["-g0"],
     define_macros=[("NPY_NO_DEPRECATED_API", "NPY_1_25_API_VERSION"), ("NPY_TARGET_VERSION", "NPY_1_25_API_VERSION")],
-    depends=[f"fastbn/backends/c_{part}.pxi" for part in ("express", "plan")]
+    depends=[f"fastbn/backends/c_{part}.pxi" for part in ("express", "flat", "plan")]
     + HEADERS
     + CORE
     + [f"src_c/isa/{isa}.c" for isa in ISAS],

@@ -1,6 +1,7 @@
 """Batch normalization for CPUs: fast, exact at any offset, the same bits for any number of threads."""
 
 from ._config import get_num_threads, set_num_threads, use_num_threads
+from ._embed import get_include, get_library
 from ._info import __version__, show_config
 from ._moments import Moments, Sums
 from ._recalibrate import recalibrate
@@ -26,6 +27,8 @@ __all__ = [
     "fold",
     "forward",
     "get_backend",
+    "get_include",
+    "get_library",
     "get_num_threads",
     "infer",
     "moments",

@@ -7,6 +7,7 @@ import importlib
 import os
 import sys
 
+from . import _embed
 from ._info import __version__, show_config
 
 
@@ -19,7 +20,9 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--seeds", type=int, metavar="N", help="how many seeds to take the median of")
     demo.add_argument("--output", default="fastbn-demo.png", metavar="PNG", help="the picture (default: %(default)s)")
     commands.add_parser("bench", help="time the backends, and the peers that are installed, side by side")
-    commands.add_parser("info", help="show the version, the backends, the instruction set, threads and caches")
+    info = commands.add_parser("info", help="show the version, the backends, the instruction set, threads and caches")
+    info.add_argument("--cflags", action="store_true", help="print the flags that compile C, C++ or Cython against it")
+    info.add_argument("--libs", action="store_true", help="print the flags that link it: a static library")
     return parser
 
 
@@ -27,7 +30,9 @@ def _run(argv: list[str]) -> int:
     if argv[:1] == ["bench"]:
         return int(importlib.import_module("fastbn.bench.cli").main(argv[1:]))
     arguments = _parser().parse_args(argv)
-    if arguments.command == "info":
+    if arguments.command == "info" and (arguments.cflags or arguments.libs):
+        print(*[_embed.cflags()] * arguments.cflags, *[_embed.libs()] * arguments.libs)
+    elif arguments.command == "info":
         show_config()
     else:
         importlib.import_module("fastbn.demo").main(arguments.quick, arguments.seeds, arguments.output)

@@ -15,6 +15,7 @@
 #include <omp.h>
 #endif
 
+#include "check.h"
 #include "kernels.h"
 
 enum {
@@ -95,6 +96,7 @@ typedef struct {
     plan plan;
     const char *x, *residual, *dy;
     char *y, *dx, *dresidual;
+    int backward; /* the call has a dy, which may be NULL where there are no values */
     double eps;
     const fbn_parameters *parameters;
     const fbn_running *running;
@@ -120,13 +122,14 @@ typedef struct {
 static int64_t lane_doubles(const plan *s) { return s->rows ? 0 : s->block * 2 * FBN_LANES; }
 
 size_t fbn_workspace_bytes(const fbn_problem *p) {
+    if (fbn_check_problem(p)) return 0;
     const plan s = plan_of(p, 1);
     const int64_t rows = CHANNEL_ARRAYS + FBN_SAVED_ROWS + 1 + 2 * s.segments;
     const int64_t doubles = rows * s.padded + s.threads * lane_doubles(&s);
     return (size_t)doubles * sizeof(double) + ALIGNMENT;
 }
 
-/* `out` is what a map will write; NULL where there is none or the constants are shared. A map of rows goes by `out`'s
+/* `out` is what a map will write; NULL where there is none or calls share the constants. A map of rows goes by `out`'s
  * vectors, and the constants of a vector should not lie across two cache lines. */
 static job job_of(const fbn_problem *p, int arrays, const void *out, void *workspace) {
     job j;
@@ -166,7 +169,7 @@ static void put(void *array, int64_t i, double value, fbn_dtype dtype) {
 /* ---- the constants of channels [c0, c1) ---- */
 
 static int has_sums(const job *j) {
-    if (!j->dy) return !j->given;
+    if (!j->backward) return !j->given;
     return !j->given_sums && (!j->frozen || j->dgamma || j->dbeta || j->sums_out);
 }
 
@@ -192,7 +195,9 @@ static fbn_slopes slopes_at(const job *j, int64_t c) {
                         (char *)j->slopes.constant + skip, (char *)j->slopes.postscale + skip};
 }
 
-static const double *known_row(const job *j, int row) { return (j->dy ? j->seen : j->saved) + row * j->p->channels; }
+static const double *known_row(const job *j, int row) {
+    return (j->backward ? j->seen : j->saved) + row * j->p->channels;
+}
 
 static fbn_channels known_at(const job *j, int64_t c) {
     return (fbn_channels){known_row(j, FBN_MEAN) + c, known_row(j, FBN_MEAN_LOW) + c, known_row(j, FBN_INV_STD) + c,
@@ -343,7 +348,7 @@ static void set_seen_from_y(job *j, int64_t c0, int64_t c1) {
 
 /* What a reduction needs before it starts. */
 static void prepare(job *j, int64_t c0, int64_t c1) {
-    if (j->dy) {
+    if (j->backward) {
         if (j->from_y) set_seen_from_y(j, c0, c1);
         set_lines(j, c0, c1);
         memcpy(j->origin + c0, known_row(j, FBN_MEAN) + c0, (size_t)(c1 - c0) * sizeof(double));
@@ -352,7 +357,7 @@ static void prepare(job *j, int64_t c0, int64_t c1) {
 
 static void finish(job *j, int64_t c0, int64_t c1) {
     if (j->planned) return;
-    if (j->dy) finish_backward(j, c0, c1);
+    if (j->backward) finish_backward(j, c0, c1);
     else finish_forward(j, c0, c1);
     wrap(j, c0, c1);
 }
@@ -441,7 +446,7 @@ static void reduce_tile(const job *j, const tile *t, int64_t c0, int64_t c1, dou
     const char *x = j->x + start * j->plan.elem;
     fbn_planes planes = t->planes;
     planes.channels = n;
-    if (j->dy) {
+    if (j->backward) {
         const fbn_grad_moments g = grad_moments_at(j, start, c0);
         if (j->plan.rows) j->kernels->grad_moments_cl(&g, t->rows, n, sums, others);
         else j->kernels->grad_moments_cf(&g, planes, sums);
@@ -452,7 +457,7 @@ static void reduce_tile(const job *j, const tile *t, int64_t c0, int64_t c1, dou
 /* The sums of one segment. Those of planes are gathered in lanes. */
 static void reduce_segment(job *j, int64_t segment, int64_t c0, int64_t c1, double *lanes) {
     const int64_t first = segment * j->plan.segment, last = smaller(first + j->plan.segment, j->plan.units);
-    const int by_mask = j->mask && !j->dy;
+    const int by_mask = j->mask && !j->backward;
     double *sums = j->partial + 2 * segment * j->plan.padded + c0, *others = sums + j->plan.padded;
     if (j->plan.rows) {
         const size_t bytes = (size_t)round_up(c1 - c0, FBN_CHANNEL_PAD) * sizeof(double);
@@ -482,7 +487,7 @@ static void map_tile(const job *j, const tile *t, int64_t c0, int64_t c1) {
     const fbn_line line = line_at(j, c0);
     fbn_planes planes = t->planes;
     planes.channels = n;
-    if (j->dy) {
+    if (j->backward) {
         const fbn_grad_affine g = {.dy = j->dy + skip,
                                    .x = j->x + skip,
                                    .residual = at(j->residual, skip),
@@ -504,7 +509,7 @@ static void map_tile(const job *j, const tile *t, int64_t c0, int64_t c1) {
 
 /* Positions that do not count are mapped as if the statistics were frozen: those do not depend on them. */
 static void map_units(const job *j, int64_t first, int64_t last, int64_t c0, int64_t c1) {
-    const int by_mask = j->mask && j->dy && !j->frozen;
+    const int by_mask = j->mask && j->backward && !j->frozen;
     for (int64_t unit = first, from = 0; unit < last;) {
         const tile t = tile_from(j, unit, from, last, MAP_IMAGES, by_mask);
         for (int64_t c = c0; c < c1; c += j->plan.block) map_tile(j, &t, c, smaller(c + j->plan.block, c1));
@@ -560,16 +565,17 @@ static void work(job *j, int64_t t, int threads) {
     map(j, j->plan.units * t / threads, j->plan.units * (t + 1) / threads, 0, C);
 }
 
-static void run(job *j) {
-    if (j->p->channels == 0) return;
+static fbn_status run(job *j) {
+    if (j->p->channels == 0) return FBN_OK;
 #ifdef _OPENMP
     if (j->plan.threads > 1) {
 #pragma omp parallel num_threads(j->plan.threads)
         work(j, omp_get_thread_num(), omp_get_num_threads());
-        return;
+        return FBN_OK;
     }
 #endif
     work(j, 0, 1);
+    return FBN_OK;
 }
 
 /* ---- the verbs ---- */
@@ -594,10 +600,11 @@ static void set_mask(job *j, const unsigned char *mask) {
 
 static job job_of_x(const fbn_problem *problem, const void *x, const void *residual, const fbn_parameters *parameters,
                     double eps, void *y, double *saved, void *workspace) {
-    job j = job_of(problem, residual ? 2 : 1, parameters ? y : NULL, workspace);
+    static const fbn_parameters absent = {NULL, NULL, FBN_F32};
+    job j = job_of(problem, residual ? 2 : 1, y, workspace);
     j.x = x;
     j.residual = residual;
-    j.parameters = parameters;
+    j.parameters = parameters ? parameters : &absent;
     j.eps = eps;
     j.y = y;
     if (saved) j.saved = saved;
@@ -605,61 +612,91 @@ static job job_of_x(const fbn_problem *problem, const void *x, const void *resid
     return j;
 }
 
-void fbn_forward(const fbn_problem *problem, const void *x, const void *residual, const unsigned char *mask,
-                 const fbn_parameters *parameters, double eps, const fbn_running *running, void *y, double *saved,
-                 void *workspace) {
+fbn_status fbn_forward(const fbn_problem *problem, const void *x, const void *residual, const unsigned char *mask,
+                       const fbn_parameters *parameters, double eps, const fbn_running *running, void *y, double *saved,
+                       void *workspace) {
+    const fbn_status status = fbn_check_forward(problem, x, residual, parameters, eps, running, y, saved, workspace);
+    if (status) return status;
     job j = job_of_x(problem, x, residual, parameters, eps, y, saved, workspace);
     j.running = running;
     set_mask(&j, mask);
-    run(&j);
+    if (j.count < 1 || (running && running->mean && j.count <= running->correction)) return FBN_TOO_FEW_VALUES;
+    return run(&j);
 }
 
-void fbn_infer(const fbn_problem *problem, const void *x, const void *residual, const fbn_parameters *parameters,
-               double eps, const void *mean, const void *var, void *y, double *saved, void *workspace) {
+fbn_status fbn_infer(const fbn_problem *problem, const void *x, const void *residual, const fbn_parameters *parameters,
+                     double eps, const void *mean, const void *var, void *y, double *saved, void *workspace) {
+    const fbn_status status = fbn_check_infer(problem, x, residual, parameters, eps, mean, var, y, saved, workspace);
+    if (status) return status;
     job j = job_of_x(problem, x, residual, parameters, eps, y, saved, workspace);
     j.given = 1;
     j.given_mean = mean;
     j.given_var = var;
-    run(&j);
+    return run(&j);
 }
 
-/* A plan is the start of a workspace, with its lines set. */
+/* A plan is a label, and then the start of a workspace, with its lines set. */
+typedef struct {
+    const void *at;
+    const fbn_kernels *kernels;
+    int64_t channels, real;
+} label;
+
+static label label_of(const fbn_problem *p, const void *plan) {
+    return (label){plan, p->machine->kernels, p->channels, p->dtype == FBN_F64 ? 8 : 4};
+}
+
 size_t fbn_plan_bytes(int64_t channels) {
+    if (!fbn_valid_channels(channels)) return 0;
     const int64_t padded = padded_of(channels);
-    return (size_t)((CHANNEL_ARRAYS + FBN_SAVED_ROWS) * padded) * sizeof(double) + ALIGNMENT;
+    return (size_t)((CHANNEL_ARRAYS + FBN_SAVED_ROWS) * padded) * sizeof(double) + ALIGNMENT + sizeof(label);
 }
 
-void fbn_plan_set(const fbn_problem *problem, const fbn_parameters *parameters, double eps, const void *mean,
-                  const void *var, void *plan) {
+fbn_status fbn_plan_set(const fbn_problem *problem, const fbn_parameters *parameters, double eps, const void *mean,
+                        const void *var, void *plan) {
+    const fbn_status status = fbn_check_plan_set(problem, parameters, eps, mean, var, plan);
+    if (status) return status;
+    const label labelled = label_of(problem, plan);
     fbn_problem rows = *problem;
     rows.outer = 2; /* so that the constants are repeated */
     rows.inner = 1;
-    job j = job_of_x(&rows, NULL, NULL, parameters, eps, NULL, NULL, plan);
+    job j = job_of_x(&rows, NULL, NULL, parameters, eps, NULL, NULL, (char *)plan + sizeof(label));
     j.given = 1;
     j.given_mean = mean;
     j.given_var = var;
     finish(&j, 0, rows.channels);
+    memcpy(plan, &labelled, sizeof labelled);
+    return FBN_OK;
 }
 
-void fbn_plan_run(const fbn_problem *problem, const void *x, const void *residual, void *y, const void *plan) {
-    job j = job_of_x(problem, x, residual, NULL, 0, y, NULL, (void *)plan);
+fbn_status fbn_plan_run(const fbn_problem *problem, const void *x, const void *residual, void *y, const void *plan) {
+    const fbn_status status = fbn_check_plan_run(problem, x, residual, y, plan);
+    if (status) return status;
+    const label wanted = label_of(problem, plan);
+    if (memcmp(&wanted, plan, sizeof wanted) != 0) return FBN_BAD_PLAN;
+    job j = job_of_x(problem, x, residual, NULL, 0, NULL, NULL, (char *)plan + sizeof(label));
+    j.y = y;
+    j.stream = streams(&j, y);
     j.given = 1;
     j.planned = 1;
-    run(&j);
+    return run(&j);
 }
 
-void fbn_moments(const fbn_problem *problem, const void *x, const unsigned char *mask, double *moments,
-                 void *workspace) {
+fbn_status fbn_moments(const fbn_problem *problem, const void *x, const unsigned char *mask, double *moments,
+                       void *workspace) {
+    const fbn_status status = fbn_check_moments(problem, x, moments, workspace);
+    if (status) return status;
     job j = job_of(problem, 1, NULL, workspace);
     j.x = x;
     j.moments_out = moments;
     set_mask(&j, mask);
-    run(&j);
+    return j.count < 1 ? FBN_TOO_FEW_VALUES : run(&j);
 }
 
 static job job_of_dy(const fbn_problem *problem, const void *dy, const void *x, const void *residual,
                      const double *saved, int from_y, const void *dx, void *workspace) {
     job j = job_of(problem, residual && problem->activation ? 3 : 2, dx, workspace);
+    j.backward = 1;
     j.dy = dy;
     j.x = x;
     j.residual = residual;
@@ -669,16 +706,22 @@ static job job_of_dy(const fbn_problem *problem, const void *dy, const void *x, 
     return j;
 }
 
-void fbn_backward_sums(const fbn_problem *problem, const void *dy, const void *x, const void *residual,
-                       const double *saved, int from_y, double *sums, void *workspace) {
-    job j = job_of_dy(problem, dy, x, residual, saved, from_y, NULL, workspace);
+fbn_status fbn_backward_sums(const fbn_problem *problem, const void *dy, const void *x, const void *residual,
+                             const double *saved, int from_y, double *sums, void *workspace) {
+    const fbn_status status = fbn_check_backward_sums(problem, dy, x, residual, saved, from_y, sums, workspace);
+    if (status) return status;
+    job j = job_of_dy(problem, dy, x, residual, saved, from_y != 0, NULL, workspace);
     j.sums_out = sums;
-    run(&j);
+    return run(&j);
 }
 
-void fbn_backward(const fbn_problem *problem, const void *dy, const void *x, const void *residual, const double *saved,
-                  const fbn_called *called, void *dx, void *dresidual, void *dgamma, void *dbeta, void *workspace) {
-    job j = job_of_dy(problem, dy, x, residual, saved, called->from_y, dx, workspace);
+fbn_status fbn_backward(const fbn_problem *problem, const void *dy, const void *x, const void *residual,
+                        const double *saved, const fbn_called *called, void *dx, void *dresidual, void *dgamma,
+                        void *dbeta, void *workspace) {
+    const fbn_status status =
+        fbn_check_backward(problem, dy, x, residual, saved, called, dx, dresidual, dgamma, dbeta, workspace);
+    if (status) return status;
+    job j = job_of_dy(problem, dy, x, residual, saved, called->from_y != 0, dx, workspace);
     j.mask = called->mask;
     j.count = called->count;
     j.frozen = called->frozen;
@@ -688,8 +731,10 @@ void fbn_backward(const fbn_problem *problem, const void *dy, const void *x, con
     j.dgamma = dgamma;
     j.dbeta = dbeta;
     j.stream = streams(&j, dx);
-    run(&j);
+    return run(&j);
 }
+
+int fbn_abi_version(void) { return FBN_ABI_VERSION; }
 
 int fbn_openmp(void) {
 #ifdef _OPENMP

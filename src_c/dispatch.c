@@ -64,7 +64,12 @@ const fbn_kernels *fbn_kernels_at(int index) {
     return index >= 0 && index < n ? usable[index] : NULL;
 }
 
-const char *fbn_kernels_name(const fbn_kernels *kernels) { return kernels->name; }
+const char *fbn_kernels_name(const fbn_kernels *kernels) { return kernels ? kernels->name : NULL; }
+
+fbn_machine fbn_this_machine(void) {
+    const int64_t core = fbn_cache_bytes(2), shared = fbn_cache_bytes(3);
+    return (fbn_machine){fbn_kernels_at(0), core ? core : 1 << 20, shared ? shared : 8 << 20};
+}
 
 int64_t fbn_cache_bytes(int level) {
 #if defined(__linux__) && defined(_SC_LEVEL1_DCACHE_SIZE)

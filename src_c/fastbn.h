@@ -1,12 +1,25 @@
 /* fastbn.h: the C API. The only header that the Cython bridge and embedders see.
  *
- * Every array is dense and three-dimensional, (outer, channels, inner), last index fastest:
+ * Arrays. Every array is dense and three-dimensional, (outer, channels, inner), last index fastest:
  *     channels-first (N, C, H, W)  ->  (N, C, H*W)
  *     channels-last  (N, H, W, C)  ->  (N*H*W, C, 1)
  *     (N, C)                       ->  (N, C, 1)
- * Pointers to data need the alignment of one element. Nothing here allocates, reads the environment or keeps
- * state: a call works in the `workspace` that its caller hands in, so calls may run in parallel.
- * The result has the same bits for any number of threads.
+ * There are no strides; sizes are counted in elements unless they say bytes. A pointer needs the alignment of one
+ * element of what it points to, memory for workspaces and plans none. M = outer * inner is the number of values per
+ * channel. Where a size is 0, pointers to arrays without elements may be NULL.
+ *
+ * Memory. Nothing here allocates, reads the environment or keeps state: a call works in the `workspace` that its
+ * caller hands in. x, residual, dy, mask, gamma, beta and given statistics are only read. y may be x, exactly; else
+ * what is written shares no memory with anything else of the call. (Of x, residual, dy and their results that is
+ * checked; of the arrays of `channels` values it is not.) Inputs may share memory with each other.
+ *
+ * Errors. Every verb returns a status. It checks its arguments before it writes anything: unless it is FBN_OK, nothing
+ * was changed. What it cannot see is whether memory is as large as the sizes say, and whether a machine's kernels are
+ * those that fbn_kernels_at gave.
+ *
+ * Threads. Every function may be called by any number of threads at once, as long as no two write to the same memory
+ * (workspaces included). A verb may use up to `threads` of OpenMP's threads; GNU OpenMP cannot do so in a child that
+ * was forked after its parent had, so pass 1 there. The result has the same bits for any number of threads.
  */
 #ifndef FASTBN_H
 #define FASTBN_H
@@ -17,6 +30,35 @@
 #ifdef __cplusplus
 extern "C" {
 #endif
+
+#if defined(__GNUC__)
+#pragma GCC visibility push(default) /* the shared library exports what is declared here, and nothing else */
+#endif
+
+/* Goes up when what is declared here changes so that a program must be compiled anew; additions leave it. The library
+ * fits a program where fbn_abi_version(), the library's, is FBN_ABI_VERSION, the header's. Never fails. */
+#define FBN_ABI_VERSION 1
+int fbn_abi_version(void);
+
+typedef enum {
+    FBN_OK = 0,
+    FBN_NULL_POINTER = 1,    /* a pointer that must be given is NULL */
+    FBN_MISALIGNED = 2,      /* a pointer is no multiple of its element's size */
+    FBN_OVERLAP = 3,         /* a result shares memory with an input or another result, and is not y on x */
+    FBN_BAD_DTYPE = 4,       /* no fbn_dtype, or for gamma and beta another than FBN_F32 and FBN_F64 */
+    FBN_BAD_ACTIVATION = 5,  /* no fbn_activation, a slope that is not finite, or one that from_y cannot invert */
+    FBN_BAD_SHAPE = 6,       /* a size is negative, or all together they are beyond FBN_MOST_VALUES */
+    FBN_BAD_THREADS = 7,     /* threads is below 1 */
+    FBN_BAD_EPS = 8,         /* eps is negative or not finite */
+    FBN_BAD_MOMENTUM = 9,    /* momentum is outside 0 to 1, or correction negative or not finite */
+    FBN_TOO_FEW_VALUES = 10, /* statistics of no values, or a running variance of no more than `correction` values */
+    FBN_BAD_PLAN = 11        /* no plan, one that was moved, or one of another machine, dtype or number of channels */
+} fbn_status;
+
+/* One line that says what a status means; never NULL, for other numbers either. */
+const char *fbn_status_text(fbn_status status);
+
+/* ---- what a call is about ---- */
 
 typedef enum { FBN_F32 = 0, FBN_F64 = 1, FBN_F16 = 2, FBN_BF16 = 3 } fbn_dtype;
 
@@ -35,8 +77,8 @@ typedef enum {
 /* One instruction set's kernels. Opaque; see fbn_kernels_at. */
 typedef struct fbn_kernels fbn_kernels;
 
-/* Where a call runs: the kernels, and the data cache that one core has to itself (level 2) and that all share (the
- * last level). The sizes guide the blocking; they never change a bit of the result. */
+/* Where a call runs: the kernels, and the bytes of data cache that one core has to itself (level 2) and that all share
+ * (the last level). The caches guide the blocking; they never change a bit of the result, and any number is valid. */
 typedef struct {
     const fbn_kernels *kernels;
     int64_t core_cache, shared_cache;
@@ -45,18 +87,22 @@ typedef struct {
 /* Values that are worth waking a thread for. A call on fewer than twice as many stays in the calling thread. */
 enum { FBN_WORK_PER_THREAD = 32768 };
 
+/* outer * channels * inner is at most this, where a size of 0 counts as 1. */
+#define FBN_MOST_VALUES (INT64_C(1) << 50)
+
 /* What every call shares. `dtype` is that of x, y, residual and their gradients; the statistics dtype is float64 for
  * float64 and float32 for all others. */
 typedef struct {
     const fbn_machine *machine;
     fbn_dtype dtype;
     fbn_activation activation;
-    double slope; /* of leaky_relu up to 0 */
+    double slope; /* of leaky_relu up to 0; finite for it, and else ignored */
     int64_t outer, channels, inner;
-    int threads; /* the most that may work; 1 runs in the calling thread and never touches OpenMP */
+    int threads; /* the most that may work, 1 or more; 1 runs in the calling thread and never touches OpenMP */
 } fbn_problem;
 
-/* gamma and beta, `channels` values each, float64 or float32, or NULL for ones and zeros. */
+/* gamma and beta, `channels` values each, float64 or float32, or NULL for ones and zeros. Where a call takes a pointer
+ * to this, NULL means both are absent. */
 typedef struct {
     const void *gamma, *beta;
     fbn_dtype dtype;
@@ -66,75 +112,108 @@ typedef struct {
  * The mean is mean + mean_low. inv_std is 1/sqrt(var + eps), or 0 where var + eps is 0. */
 enum { FBN_MEAN, FBN_MEAN_LOW, FBN_VAR, FBN_INV_STD, FBN_GAMMA, FBN_BETA, FBN_SAVED_ROWS };
 
-/* Running statistics in the statistics dtype, updated as old + momentum * (batch - old); NULL to leave them out.
- * The variance is the batch's sum of squares over (M - correction). */
+/* Running statistics in the statistics dtype, both or neither, updated as (1 - momentum) * old + momentum * batch.
+ * momentum is 0 to 1. The batch's variance is its sum of squares over (M - correction): 1 is PyTorch's convention, 0
+ * Keras's. */
 typedef struct {
     void *mean, *var;
     double momentum, correction;
 } fbn_running;
 
-/* Bytes of workspace that a call on this problem needs, of any alignment. */
+/* A mask has one byte a position, (outer, inner): 1 where it counts towards the statistics, 0 where it does not; or it
+ * is NULL, and all count. Every position is normalized. M is then the number of those that count. */
+
+/* ---- the verbs ---- */
+
+/* Bytes of workspace that any verb needs on this problem. It depends on the shape, the dtype, the threads and the
+ * machine's caches. 0 for a problem that is not valid. */
 size_t fbn_workspace_bytes(const fbn_problem *problem);
 
-/* A mask has one byte a position, (outer, inner): 1 where it counts towards the statistics, 0 where it does not; or it
- * is NULL, and all count. At least one must. Every position is normalized. */
+/* Training: y = activation(xhat * gamma + beta + residual), xhat = (x - mean) / sqrt(var + eps), with the batch's own
+ * mean and biased variance.
+ *     x, y, residual  (outer, channels, inner) of the problem's dtype; residual may be NULL; y may be x
+ *     mask            (outer, inner), or NULL; takes time in proportion to M, like all else that is done to x
+ *     running         updated; or NULL
+ *     saved           (FBN_SAVED_ROWS, channels) float64, written, for the backward pass
+ *     workspace       fbn_workspace_bytes(problem) bytes
+ * M must be at least 1. With M = 1 y is activation(beta + residual), and dx is 0 but for rounding; running statistics
+ * need M > correction. */
+fbn_status fbn_forward(const fbn_problem *problem, const void *x, const void *residual, const unsigned char *mask,
+                       const fbn_parameters *parameters, double eps, const fbn_running *running, void *y, double *saved,
+                       void *workspace);
 
-/* Training: y = activation(xhat * gamma + beta + residual) with the batch's own mean and biased variance.
- * M = outer * inner must be at least 1. residual may be NULL. y may be x. */
-void fbn_forward(const fbn_problem *problem, const void *x, const void *residual, const unsigned char *mask,
-                 const fbn_parameters *parameters, double eps, const fbn_running *running, void *y, double *saved,
-                 void *workspace);
-
-/* The same with given statistics, in the statistics dtype. saved may be NULL (plain inference). y may be x.
- * Where mean is NULL, the rows FBN_MEAN, FBN_MEAN_LOW and FBN_VAR of saved are given instead. */
-void fbn_infer(const fbn_problem *problem, const void *x, const void *residual, const fbn_parameters *parameters,
-               double eps, const void *mean, const void *var, void *y, double *saved, void *workspace);
+/* The same with given statistics, for any M, 0 included.
+ *     mean, var       (channels,) in the statistics dtype; or mean is NULL, var is ignored, and the rows FBN_MEAN,
+ *                     FBN_MEAN_LOW and FBN_VAR of saved are given instead
+ *     saved           as in fbn_forward; may be NULL where mean is not (plain inference) */
+fbn_status fbn_infer(const fbn_problem *problem, const void *x, const void *residual, const fbn_parameters *parameters,
+                     double eps, const void *mean, const void *var, void *y, double *saved, void *workspace);
 
 /* A plan holds the constants of inference, so that a call does nothing but map x to y. It lives in memory of the
- * caller's, of any alignment, that stays where it is. Once set it is only read: calls may share it, in parallel. */
+ * caller's, that stays where it is. Once set it is only read: calls may share it, in parallel.
+ * Bytes of a plan; 0 for a number of channels that is not valid. */
 size_t fbn_plan_bytes(int64_t channels);
 
-/* The constants for the kernels, the channels and the statistics dtype of a problem (all else in it is ignored); the
- * arguments are those of fbn_infer. */
-void fbn_plan_set(const fbn_problem *problem, const fbn_parameters *parameters, double eps, const void *mean,
-                  const void *var, void *plan);
+/* Sets a plan for the kernels, the channels and the statistics dtype of a problem (all else in it is ignored). mean
+ * and var must be given; the arguments are those of fbn_infer. */
+fbn_status fbn_plan_set(const fbn_problem *problem, const fbn_parameters *parameters, double eps, const void *mean,
+                        const void *var, void *plan);
 
 /* What fbn_infer does, to the bit, for any problem of the same kernels, channels and statistics dtype. */
-void fbn_plan_run(const fbn_problem *problem, const void *x, const void *residual, void *y, const void *plan);
+fbn_status fbn_plan_run(const fbn_problem *problem, const void *x, const void *residual, void *y, const void *plan);
 
-/* The batch's moments alone: moments is (3, channels), mean, mean_low and the sum of squares about the mean. */
-void fbn_moments(const fbn_problem *problem, const void *x, const unsigned char *mask, double *moments,
-                 void *workspace);
+/* The batch's moments alone: moments is (3, channels) float64, mean, mean_low and the sum of squares about the mean.
+ * M must be at least 1. */
+fbn_status fbn_moments(const fbn_problem *problem, const void *x, const unsigned char *mask, double *moments,
+                       void *workspace);
 
 /* What the gradient must know of the forward call beside `saved`. */
 typedef struct {
-    const unsigned char *mask;
-    double count;       /* values that the statistics came from */
-    int frozen;         /* the statistics were given ones, which do not depend on x (fbn_infer) */
-    int from_y;         /* `x` holds y: forward wrote over its x. The activation is identity or leaky_relu with a slope
-                         * above 0, and no gamma is so small that y tells too little of x */
-    const double *sums; /* (2, channels), to be used instead of the call's own; or NULL */
+    const unsigned char *mask; /* as forward had it */
+    double count;              /* values per channel that the statistics came from, M; ignored where frozen */
+    int frozen;                /* the statistics were given ones, which do not depend on x (fbn_infer) */
+    int from_y;                /* `x` holds y: forward wrote over its x. The activation is identity or leaky_relu with
+                                * a slope above 0, and no gamma is so small that y tells too little of x */
+    const double *sums;        /* (2, channels), to be used instead of the call's own; or NULL */
 } fbn_called;
 
-/* The sums that the gradient needs: sums is (2, channels), those of dz and of dz * xhat, dz being dy times the slope of
- * the activation. */
-void fbn_backward_sums(const fbn_problem *problem, const void *dy, const void *x, const void *residual,
-                       const double *saved, int from_y, double *sums, void *workspace);
+/* The sums that the gradient needs: sums is (2, channels) float64, those of dz and of dz * xhat, dz being dy times the
+ * slope of the activation. dy, x and residual as in fbn_backward. Those of several batches add up. */
+fbn_status fbn_backward_sums(const fbn_problem *problem, const void *dy, const void *x, const void *residual,
+                             const double *saved, int from_y, double *sums, void *workspace);
 
-/* The exact gradient. dresidual is written where there are a residual and an activation (without one it would equal
- * dy). dgamma and dbeta, in the statistics dtype, may be NULL. */
-void fbn_backward(const fbn_problem *problem, const void *dy, const void *x, const void *residual, const double *saved,
-                  const fbn_called *called, void *dx, void *dresidual, void *dgamma, void *dbeta, void *workspace);
+/* The exact gradient of fbn_forward, or of fbn_infer with `saved` where called->frozen.
+ *     dy, x, residual    as large as x in fbn_forward; x, residual and saved as they were there, or as it left them
+ *     dx                 as large; written
+ *     dresidual          as large; written where there are a residual and an activation, and must then be given
+ *                        (without an activation it would equal dy)
+ *     dgamma, dbeta      (channels,) in the statistics dtype, written; or NULL
+ *     workspace          fbn_workspace_bytes(problem) bytes */
+fbn_status fbn_backward(const fbn_problem *problem, const void *dy, const void *x, const void *residual,
+                        const double *saved, const fbn_called *called, void *dx, void *dresidual, void *dgamma,
+                        void *dbeta, void *workspace);
 
-/* The kernel tables that run on this processor, best first; NULL past the end. */
+/* ---- this processor ---- */
+
+/* Its best kernels and its caches; common sizes (1 and 8 MiB) where the system does not tell. Never fails. */
+fbn_machine fbn_this_machine(void);
+
+/* The kernel tables that run on this processor, best first; NULL past the end and for a negative index. They live as
+ * long as the program. */
 const fbn_kernels *fbn_kernels_at(int index);
+
+/* "avx512", "avx2", "neon" or "baseline"; NULL for NULL. */
 const char *fbn_kernels_name(const fbn_kernels *kernels);
 
 /* The OpenMP version that the library was built with (its date, as in _OPENMP), or 0. */
 int fbn_openmp(void);
 
-/* Bytes of data cache at a level (1 to 3) of this processor, or 0 where the system does not tell. */
+/* Bytes of data cache at a level (1 to 3), or 0 where the system does not tell and for any other level. */
 int64_t fbn_cache_bytes(int level);
+
+#if defined(__GNUC__)
+#pragma GCC visibility pop
+#endif
 
 #ifdef __cplusplus
 }

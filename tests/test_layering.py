@@ -27,7 +27,7 @@ FLOORS = (
     {"_config"},
     {"backends"},
     {"backends.c_backend", "backends.numba_backend", "backends.numpy_backend"},
-    {"_moments", "_call", "_info"},
+    {"_moments", "_call", "_info", "_embed", "numba"},
     {"_results"},
     {"_blocks"},
     {"_batch"},
@@ -117,6 +117,7 @@ HEAVY = (
     "fastbn.demo",
     "fastbn.bench",
     "fastbn.onnx",
+    "fastbn.numba",
 )
 
 
@@ -191,7 +192,9 @@ ALLOWED_INCLUDES = {
     "kernels.h": {"fastbn.h"},
     "dispatch.h": {"kernels.h"},
     "dispatch.c": {"dispatch.h"},
-    "batchnorm.c": {"kernels.h", "dispatch.h"},
+    "check.h": {"fastbn.h"},
+    "check.c": {"check.h"},
+    "batchnorm.c": {"check.h", "kernels.h", "dispatch.h"},
 }
 
 
@@ -289,7 +292,7 @@ def test_declarations_for_cython() -> None:
     """cfastbn.pxd declares the functions of fastbn.h, each with as many arguments."""
     header, pxd = (
         code_of(SRC_C / "fastbn.h"),
-        (cases.CHECKOUT / "fastbn/backends/cfastbn.pxd").read_text(encoding="utf-8"),
+        (cases.CHECKOUT / "fastbn/cfastbn.pxd").read_text(encoding="utf-8"),
     )
 
     def functions(text: str) -> dict[str, int]:

@@ -9,18 +9,14 @@ from libc.stdlib cimport free, malloc
 
 cimport numpy as cnp
 
-from fastbn.backends cimport cfastbn as c
+from fastbn cimport cfastbn as c
 
 cdef extern from "Python.h":
     long PyLong_AsLongAndOverflow(object value, int *overflow)
 
 cnp.import_array()
 
-cdef c.fbn_machine machine
-machine.kernels = c.fbn_kernels_at(0)
-# A common size where the system does not tell.
-machine.core_cache = c.fbn_cache_bytes(2) or (1 << 20)
-machine.shared_cache = c.fbn_cache_bytes(3) or (8 << 20)
+cdef c.fbn_machine machine = c.fbn_this_machine()
 
 # Workspaces up to this size live on the stack.
 cdef enum:
@@ -71,12 +67,17 @@ cdef c.fbn_parameters parameters_of(cnp.ndarray gamma, cnp.ndarray beta) except 
     return p
 
 
-cdef void *workspace_for(const c.fbn_problem *p, char *small) except NULL:
-    """`small`, SMALL bytes on the stack, where that is enough; else memory that `release` frees."""
+cdef inline void *any_workspace(const c.fbn_problem *p, char *small) noexcept nogil:
+    """`small`, SMALL bytes on the stack, where that is enough; else memory that `release` frees, or NULL."""
     cdef size_t size = c.fbn_workspace_bytes(p)
-    cdef void *memory = small if size <= SMALL else malloc(size)
+    return small if size <= SMALL else malloc(size)
+
+
+cdef void *workspace_for(const c.fbn_problem *p, char *small) except NULL:
+    """The same, or a MemoryError."""
+    cdef void *memory = any_workspace(p, small)
     if memory == NULL:
-        raise MemoryError(f"no {size} bytes for the workspace")
+        raise MemoryError(f"no {c.fbn_workspace_bytes(p)} bytes for the workspace")
     return memory
 
 
@@ -85,11 +86,19 @@ cdef inline void release(void *workspace, char *small) noexcept nogil:
         free(workspace)
 
 
+cdef inline int expect(c.fbn_status status) except -1:
+    """The front desk lets nothing through that the C API would refuse: where this raises, one of them is wrong."""
+    if status != c.FBN_OK:
+        raise RuntimeError(f"fastbn.h: {c.fbn_status_text(status).decode()}")
+    return 0
+
+
 def forward(
     cnp.ndarray x not None, cnp.ndarray residual, cnp.ndarray mask, cnp.ndarray gamma, cnp.ndarray beta,
     cnp.ndarray running_mean, cnp.ndarray running_var, double momentum, int correction, double eps, int activation,
     double slope, cnp.ndarray y not None, cnp.ndarray saved not None, int threads,
 ):
+    cdef c.fbn_status status
     cdef char small[SMALL]
     cdef c.fbn_problem p = problem_of(x, activation, slope, threads)
     cdef c.fbn_parameters parameters = parameters_of(gamma, beta)
@@ -99,14 +108,17 @@ def forward(
     cdef void *x_ = pointer(x), *r_ = pointer(residual), *m_ = pointer(mask), *y_ = pointer(y)
     cdef void *saved_ = pointer(saved), *workspace = workspace_for(&p, small)
     with nogil:
-        c.fbn_forward(&p, x_, r_, <unsigned char *> m_, &parameters, eps, &running, y_, <double *> saved_, workspace)
+        status = c.fbn_forward(&p, x_, r_, <unsigned char *> m_, &parameters, eps, &running, y_, <double *> saved_,
+                               workspace)
         release(workspace, small)
+    expect(status)
 
 
 def infer(
     cnp.ndarray x not None, cnp.ndarray residual, cnp.ndarray gamma, cnp.ndarray beta, cnp.ndarray mean,
     cnp.ndarray var, double eps, int activation, double slope, cnp.ndarray y not None, cnp.ndarray saved, int threads,
 ):
+    cdef c.fbn_status status
     cdef char small[SMALL]
     cdef c.fbn_problem p = problem_of(x, activation, slope, threads)
     cdef c.fbn_parameters parameters = parameters_of(gamma, beta)
@@ -114,30 +126,35 @@ def infer(
     cdef void *mean_ = pointer(mean), *var_ = pointer(var)
     cdef void *workspace = workspace_for(&p, small)
     with nogil:
-        c.fbn_infer(&p, x_, r_, &parameters, eps, mean_, var_, y_, <double *> saved_, workspace)
+        status = c.fbn_infer(&p, x_, r_, &parameters, eps, mean_, var_, y_, <double *> saved_, workspace)
         release(workspace, small)
+    expect(status)
 
 
 def moments(cnp.ndarray x not None, cnp.ndarray mask, cnp.ndarray into not None, int threads):
+    cdef c.fbn_status status
     cdef char small[SMALL]
     cdef c.fbn_problem p = problem_of(x, c.FBN_IDENTITY, 0, threads)
     cdef void *x_ = pointer(x), *m_ = pointer(mask), *into_ = pointer(into), *workspace = workspace_for(&p, small)
     with nogil:
-        c.fbn_moments(&p, x_, <unsigned char *> m_, <double *> into_, workspace)
+        status = c.fbn_moments(&p, x_, <unsigned char *> m_, <double *> into_, workspace)
         release(workspace, small)
+    expect(status)
 
 
 def backward_sums(
     cnp.ndarray dy not None, cnp.ndarray x not None, cnp.ndarray residual, cnp.ndarray saved not None, int activation,
     double slope, bint from_y, cnp.ndarray sums not None, int threads,
 ):
+    cdef c.fbn_status status
     cdef char small[SMALL]
     cdef c.fbn_problem p = problem_of(x, activation, slope, threads)
     cdef void *dy_ = pointer(dy), *x_ = pointer(x), *r_ = pointer(residual), *saved_ = pointer(saved)
     cdef void *sums_ = pointer(sums), *workspace = workspace_for(&p, small)
     with nogil:
-        c.fbn_backward_sums(&p, dy_, x_, r_, <double *> saved_, from_y, <double *> sums_, workspace)
+        status = c.fbn_backward_sums(&p, dy_, x_, r_, <double *> saved_, from_y, <double *> sums_, workspace)
         release(workspace, small)
+    expect(status)
 
 
 def backward(
@@ -145,6 +162,7 @@ def backward(
     cnp.ndarray saved not None, double count, bint frozen, cnp.ndarray sums, int activation, double slope, bint from_y,
     cnp.ndarray dx not None, cnp.ndarray dresidual, cnp.ndarray dgamma, cnp.ndarray dbeta, int threads,
 ):
+    cdef c.fbn_status status
     cdef char small[SMALL]
     cdef c.fbn_problem p = problem_of(x, activation, slope, threads)
     cdef c.fbn_called called
@@ -154,8 +172,9 @@ def backward(
     cdef void *dx_ = pointer(dx), *dr_ = pointer(dresidual), *dgamma_ = pointer(dgamma), *dbeta_ = pointer(dbeta)
     cdef void *workspace = workspace_for(&p, small)
     with nogil:
-        c.fbn_backward(&p, dy_, x_, r_, <double *> saved_, &called, dx_, dr_, dgamma_, dbeta_, workspace)
+        status = c.fbn_backward(&p, dy_, x_, r_, <double *> saved_, &called, dx_, dr_, dgamma_, dbeta_, workspace)
         release(workspace, small)
+    expect(status)
 
 
 cdef list tables():
@@ -195,3 +214,4 @@ def describe():
 
 include "c_express.pxi"
 include "c_plan.pxi"
+include "c_flat.pxi"

@@ -187,6 +187,7 @@ def express_infer(
     object residual, object out, int threads,
 ):
     """y, or None."""
+    cdef c.fbn_status status
     cdef char small[SMALL]
     cdef Call call
     cdef void *workspace
@@ -199,9 +200,10 @@ def express_infer(
         call.y = cnp.PyArray_DATA(<cnp.ndarray> out)
     workspace = workspace_for(&call.problem, small)
     with nogil:
-        c.fbn_infer(&call.problem, call.x, call.residual, &call.parameters, call.eps, call.mean, call.var,
-                    call.y, NULL, workspace)
+        status = c.fbn_infer(&call.problem, call.x, call.residual, &call.parameters, call.eps, call.mean, call.var,
+                             call.y, NULL, workspace)
         release(workspace, small)
+    expect(status)
     return out
 
 
@@ -210,6 +212,7 @@ def express_forward(
     object axis, object activation, object residual, object out, bint training, int threads,
 ):
     """(y, saved), or None."""
+    cdef c.fbn_status status
     cdef char small[SMALL]
     cdef Call call
     cdef c.fbn_running running
@@ -234,12 +237,13 @@ def express_forward(
     workspace = workspace_for(&call.problem, small)
     with nogil:
         if training:
-            c.fbn_forward(&call.problem, call.x, call.residual, NULL, &call.parameters, call.eps, &running, call.y,
-                          rows, workspace)
+            status = c.fbn_forward(&call.problem, call.x, call.residual, NULL, &call.parameters, call.eps, &running,
+                                   call.y, rows, workspace)
         else:
-            c.fbn_infer(&call.problem, call.x, call.residual, &call.parameters, call.eps, call.mean, call.var, call.y,
-                        rows, workspace)
+            status = c.fbn_infer(&call.problem, call.x, call.residual, &call.parameters, call.eps, call.mean, call.var,
+                                 call.y, rows, workspace)
         release(workspace, small)
+    expect(status)
     return out, saved
 
 
@@ -248,6 +252,7 @@ def express_backward(
     bint has_gamma, bint has_beta, object out, int threads,
 ):
     """(dx, dgamma, dbeta, dresidual), or None."""
+    cdef c.fbn_status status
     cdef char small[SMALL]
     cdef c.fbn_problem p
     cdef void *x_, *dy_, *residual_, *dx_, *workspace
@@ -284,6 +289,7 @@ def express_backward(
     called.count, called.frozen = <double> p.outer * <double> p.inner, frozen
     workspace = workspace_for(&p, small)
     with nogil:
-        c.fbn_backward(&p, dy_, x_, residual_, rows, &called, dx_, dresidual_, dgamma_, dbeta_, workspace)
+        status = c.fbn_backward(&p, dy_, x_, residual_, rows, &called, dx_, dresidual_, dgamma_, dbeta_, workspace)
         release(workspace, small)
+    expect(status)
     return out, dgamma, dbeta, dresidual

@@ -63,7 +63,7 @@ cdef class Plan:
         self.constants = malloc(c.fbn_plan_bytes(self.problem.channels))
         if self.constants == NULL:
             raise MemoryError(f"no {c.fbn_plan_bytes(self.problem.channels)} bytes for the plan")
-        c.fbn_plan_set(&self.problem, &parameters, eps, pointer(mean), pointer(var), self.constants)
+        expect(c.fbn_plan_set(&self.problem, &parameters, eps, pointer(mean), pointer(var), self.constants))
 
     def __dealloc__(self):
         free(self.constants)
@@ -106,6 +106,7 @@ cdef class Plan:
         cdef const void *residual_ = NULL
         cdef void *y_
         cdef int64_t bytes
+        cdef c.fbn_status status
         if type(x) is not cnp.ndarray or not self.fit(&p, x):
             return None
         x_, bytes = cnp.PyArray_DATA(<cnp.ndarray> x), cnp.PyArray_NBYTES(<cnp.ndarray> x)
@@ -126,5 +127,6 @@ cdef class Plan:
                 return None
         p.threads = 1 if cnp.PyArray_SIZE(<cnp.ndarray> x) < 2 * c.FBN_WORK_PER_THREAD else self.threads()
         with nogil:
-            c.fbn_plan_run(&p, x_, residual_, y_, self.constants)
+            status = c.fbn_plan_run(&p, x_, residual_, y_, self.constants)
+        expect(status)
         return out

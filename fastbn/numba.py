@@ -1,0 +1,429 @@
+"""How does jitted code normalize? Functions for the inside of @numba.njit, on the C kernels through their addresses.
+
+`infer`, `forward` and `backward` are called in nopython mode, from other jitted functions, in loops and by several
+threads (nogil=True, prange); from plain Python as well. They are those of `fastbn`, to the bit, for C-contiguous arrays
+of float32 and float64 (Numba has no halves on CPUs), with these differences:
+
+- Parameters and statistics have the statistics dtype: float64 for float64, else float32.
+- `threads=` says how many threads one call may use, 1 unless it is given: jitted code is often parallel itself. Neither
+  `fastbn.set_num_threads` nor the environment counts. The bits are the same for any number.
+- `forward` gives (y, cache) with a cache that is a named tuple of arrays and numbers; it takes no out=x, no mask.
+- `backward` gives (dx, dgamma, dbeta, dresidual): dgamma and dbeta always, dresidual None without a residual.
+
+A wrong dtype or layout is a TypingError when the function is compiled. A wrong shape or value is a ValueError when it
+runs, and has changed nothing; MemoryError if there is no memory for the workspace. Functions that call these may be
+kept on disk (cache=True) where they import fastbn.numba; Numba does not see when fastbn changes, so clear that cache
+after an update.
+
+>>> import numba, numpy as np, fastbn.numba as fbn
+>>> @numba.njit(nogil=True)
+... def step(x, gamma, beta, mean, var):
+...     y, cache = fbn.forward(x, gamma, beta, mean, var, activation="relu")
+...     return fbn.backward(np.ones_like(y), cache).dgamma
+>>> step(np.array([[1.0], [3.0]]), np.ones(1), np.zeros(1), np.zeros(1), np.ones(1)).round(3)
+array([1.])
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Container
+from typing import Any, NamedTuple, NoReturn
+
+import numpy as np
+
+try:
+    import numba
+except ImportError as error:
+    raise ImportError('fastbn.numba needs Numba: pip install "fastbn[numba]"') from error
+from llvmlite import binding  # type: ignore[import-untyped]
+from numba import types
+from numba.core.errors import TypingError
+from numba.extending import overload
+
+from ._activations import BY_NAME, DEFAULT_SLOPE
+from .backends import SAVED_ROWS, select
+
+Array = np.ndarray[Any, Any]
+
+__all__ = ["Cache", "Forward", "Gradients", "backward", "forward", "infer"]
+
+
+class Cache(NamedTuple):
+    """What `backward` needs of a `forward` call; it refers to x and the residual, which stay as they are until then."""
+
+    x: Array
+    residual: Array | None
+    saved: Array
+    """Rows of float64, one value per channel: mean, its low part, var, 1/sqrt(var + eps), gamma, beta."""
+    axis: int
+    activation: int
+    slope: float
+    frozen: bool
+
+
+class Forward(NamedTuple):
+    """What `forward` returns."""
+
+    y: Array
+    cache: Cache
+
+
+class Gradients(NamedTuple):
+    """What `backward` returns."""
+
+    dx: Array
+    dgamma: Array
+    dbeta: Array
+    dresidual: Array | None
+
+
+# The C functions -----------------------------------------------------------------------------------------------------
+
+_BRIDGE: Any = select("c")
+_VERSION = 1  # of the signatures below, in the names by which jitted code on disk finds the functions
+_PROBLEM = (*[types.int64] * 2, types.float64, *[types.int64] * 4)
+
+
+def _external(verb: str, *arguments: Any) -> Any:
+    """A function of c_flat.pxi, which says what its arguments mean."""
+    name = f"fastbn_{verb}_{_VERSION}"
+    binding.add_symbol(name, _BRIDGE.flat()[verb])
+    return types.ExternalFunction(name, types.int64(*_PROBLEM, *arguments))
+
+
+_address, _real = types.uintp, types.float64
+_infer = _external("infer", *[_address] * 4, _real, *[_address] * 4)
+_forward = _external("forward", *[_address] * 4, _real, *[_address] * 2, _real, *[_address] * 2)
+_backward = _external("backward", *[_address] * 4, types.int64, *[_address] * 4)
+
+if hasattr(os, "register_at_fork"):  # GNU OpenMP would wait for the parent's threads for ever
+    os.register_at_fork(after_in_child=lambda: _BRIDGE.limit_threads(1))
+
+# What is known when a function is compiled ---------------------------------------------------------------------------
+
+_DTYPES = {types.float32: 0, types.float64: 1}  # as in fastbn.h
+_ACTIVATIONS = tuple(name for name in BY_NAME if name is not None)  # whose codes count from 1
+_ALLOWED = f"None, {', '.join(_ACTIVATIONS)}, ('leaky_relu', slope)"
+
+
+def _by_type(choose: Callable[..., Any]) -> Any:
+    """A function for jitted code: `choose` gets the types of its arguments, and gives what is compiled for them."""
+
+    @functools.wraps(choose)
+    def function(*arguments: Any) -> Any:
+        raise TypeError("for jitted code alone")
+
+    overload(function, strict=False)(choose)
+    return function
+
+
+def _refuse(name: str, given: object, allowed: str) -> NoReturn:
+    raise TypingError(f"{name}: got {given}; allowed: {allowed}")
+
+
+def _is_none(given: Any) -> bool:
+    return isinstance(given, types.NoneType) or (isinstance(given, types.Omitted) and given.value is None)
+
+
+def _expect_array(name: str, given: Any, dtypes: Container[Any], allowed: str) -> None:
+    if not isinstance(given, types.Array) or given.dtype not in dtypes or given.layout != "C" or not given.aligned:
+        _refuse(name, given, f"a C-contiguous array of {allowed}")
+
+
+def _expect_like(name: str, given: Any, x: Any) -> None:
+    _expect_array(name, given, (x.dtype,), f"x's dtype {x.dtype}")
+    if given.ndim != x.ndim:
+        _refuse(name, f"{given.ndim} dimensions", f"x's {x.ndim}")
+
+
+def _statistics(x: Any) -> Any:
+    return types.float64 if x.dtype == types.float64 else types.float32
+
+
+@_by_type
+def _dtype_code(x: Any) -> Any:
+    """That of x in fastbn.h."""
+    _expect_array("x", x, _DTYPES, "float32 or float64")
+    if x.ndim < 2:
+        _refuse("x", f"{x.ndim} dimensions", "2 or more")
+    code = _DTYPES[x.dtype]
+    return lambda x: code
+
+
+@_by_type
+def _address_of(array: Any) -> Any:
+    """Where its elements begin; 0 for None."""
+    return (lambda array: 0) if _is_none(array) else (lambda array: array.ctypes.data)
+
+
+@_by_type
+def _or_none(array: Any) -> Any:
+    """The array itself, whose default was None."""
+    return (lambda array: None) if _is_none(array) else (lambda array: array)
+
+
+@_by_type
+def _is_writable(array: Any) -> Any:
+    """Whether jitted code may write to it; None is."""
+    writable = _is_none(array) or array.mutable
+    return lambda array: writable
+
+
+@_by_type
+def _result(out: Any, x: Any) -> Any:
+    """Where y or dx goes."""
+    if _is_none(out):
+        return lambda out, x: np.empty_like(x)
+    _expect_like("out", out, x)
+    if not out.mutable:
+        _refuse("out", "a read-only array", "a writable one")
+
+    def result(out: Array, x: Array) -> Array:
+        if out.shape != x.shape:
+            raise ValueError("out: got another shape; allowed: x's shape")
+        return out
+
+    return result
+
+
+@_by_type
+def _gradient_of_residual(residual: Any, dy: Any) -> Any:
+    """The array for it, which without an activation is dy."""
+    return (lambda residual, dy: None) if _is_none(residual) else (lambda residual, dy: dy.copy())
+
+
+@_by_type
+def _statistics_like(x: Any, channels: Any) -> Any:
+    """An array of one value per channel."""
+    dtype = np.float64 if _statistics(x) == types.float64 else np.float32
+    return lambda x, channels: np.empty(channels, dtype)
+
+
+def _per_channel(name: str) -> Any:
+    """Gives the address of an array of one value per channel, in x's statistics dtype."""
+
+    def choose(array: Any, x: Any, channels: Any) -> Any:
+        if _is_none(array):
+            return lambda array, x, channels: 0
+        dtype = _statistics(x)
+        _expect_array(name, array, (dtype,), f"x's statistics dtype {dtype}")
+        if array.ndim != 1:
+            _refuse(name, f"{array.ndim} dimensions", "1")
+
+        def address(array: Array, x: Array, channels: int) -> Any:
+            if array.size != channels:
+                _wrong_size(name, array.size, channels)
+            return array.ctypes.data
+
+        return address
+
+    return _by_type(choose)
+
+
+def _like_x(name: str) -> Any:
+    """Gives the address of an array of x's shape and dtype."""
+
+    def choose(array: Any, x: Any) -> Any:
+        if _is_none(array):
+            return lambda array, x: 0
+        _expect_like(name, array, x)
+
+        def address(array: Array, x: Array) -> Any:
+            if array.shape != x.shape:
+                raise ValueError(f"{name}: got another shape; allowed: x's shape")
+            return array.ctypes.data
+
+        return address
+
+    return _by_type(choose)
+
+
+_gamma, _beta, _mean, _var = map(_per_channel, ("gamma", "beta", "running_mean", "running_var"))
+_residual, _dy = map(_like_x, ("residual", "dy"))
+
+
+@_by_type
+def _code_and_slope(activation: Any) -> Any:
+    """An activation's number in fastbn.h, and leaky_relu's slope."""
+    if _is_none(activation):
+        return lambda activation: (0, 0.0)
+    text = (types.UnicodeType, types.StringLiteral)
+    if isinstance(activation, text):
+        return lambda activation: (_code(activation), DEFAULT_SLOPE)
+    pair = isinstance(activation, types.BaseTuple) and len(activation) == 2
+    if not pair or not isinstance(activation[0], text) or not isinstance(activation[1], types.Number):
+        _refuse("activation", activation, _ALLOWED)
+
+    def code_and_slope(activation: Any) -> tuple[int, float]:
+        if activation[0] != "leaky_relu":
+            raise ValueError(f"activation: got ({activation[0]}, slope); allowed: {_ALLOWED}")
+        return _code(activation[0]), float(activation[1])
+
+    return code_and_slope
+
+
+# What is known when it runs ------------------------------------------------------------------------------------------
+
+
+def _jit(function: Callable[..., Any]) -> Any:
+    """Compiles on the first call, and keeps it on disk."""
+    njit: Any = numba.njit
+    try:
+        return njit(nogil=True, cache=True)(function)
+    except RuntimeError:  # nowhere on disk may be written
+        return njit(nogil=True)(function)
+
+
+@_jit
+def _wrong_size(name: str, got: int, allowed: int) -> None:
+    raise ValueError(f"{name}: got {got} values; allowed: {allowed}, one per channel of x")
+
+
+@_jit
+def _wrong_axis(axis: int, dimensions: int) -> None:
+    raise ValueError(f"axis: got {axis}; allowed: {-dimensions} to {dimensions - 1}")
+
+
+@_jit
+def _too_few(values: int) -> None:
+    raise ValueError(f"x: got {values} values per channel; allowed: 2 or more to train")
+
+
+@_jit
+def _code(name: str) -> int:
+    for i in range(len(_ACTIVATIONS)):
+        if name == _ACTIVATIONS[i]:
+            return i + 1
+    raise ValueError(f"activation: got {name}; allowed: {_ALLOWED}")
+
+
+@_jit
+def _three_of(x: Array, axis: int) -> tuple[int, int, int]:
+    """(outer, channels, inner), as in _shape.py."""
+    at = axis + x.ndim if axis < 0 else axis
+    if not 0 <= at < x.ndim:
+        _wrong_axis(axis, x.ndim)
+    if x.shape[at] == 1:
+        return 1, 1, x.size
+    outer = inner = 1
+    for i in range(x.ndim):
+        if i < at:
+            outer *= x.shape[i]
+        elif i > at:
+            inner *= x.shape[i]
+    return outer, x.shape[at], inner
+
+
+@_jit
+def _expect(status: int) -> None:
+    """Raises for what the C API refuses."""
+    if status == _NO_MEMORY:
+        raise MemoryError("no memory for the workspace")
+    if status == _OVERLAP:
+        raise ValueError("out: got memory shared with an input; allowed: an array of its own, or x itself for infer")
+    if status == _BAD_ACTIVATION:
+        raise ValueError("activation: got a slope that is not finite; allowed: a finite number")
+    if status == _BAD_THREADS:
+        raise ValueError("threads: got a number below 1; allowed: a positive integer")
+    if status == _BAD_EPS:
+        raise ValueError("eps: got a number that is negative or not finite; allowed: finite and >= 0")
+    if status == _BAD_MOMENTUM:
+        raise ValueError("momentum: got a number outside 0 to 1; allowed: 0 to 1")
+    if status:
+        raise RuntimeError("fastbn.h refuses the call")
+
+
+_NO_MEMORY, _OVERLAP, _BAD_ACTIVATION, _BAD_THREADS, _BAD_EPS, _BAD_MOMENTUM = -1, 3, 5, 7, 8, 9
+
+
+@_jit
+def infer(
+    x: Array,
+    gamma: Array | None,
+    beta: Array | None,
+    running_mean: Array,
+    running_var: Array,
+    eps: float = 1e-5,
+    axis: int = 1,
+    activation: Any = None,
+    residual: Array | None = None,
+    out: Array | None = None,
+    threads: int = 1,
+) -> Array:
+    """`fastbn.infer` in jitted code; out may be x itself."""
+    dtype = _dtype_code(x)
+    outer, channels, inner = _three_of(x, axis)
+    code, slope = _code_and_slope(activation)
+    g, b = _gamma(gamma, x, channels), _beta(beta, x, channels)
+    mean, var = _mean(running_mean, x, channels), _var(running_var, x, channels)
+    added = _residual(residual, x)
+    if running_mean is None or running_var is None:
+        raise ValueError("running_mean, running_var: got None; allowed: arrays for both")
+    y: Array = _result(out, x)
+    problem = dtype, code, slope, outer, channels, inner, threads
+    _expect(_infer(*problem, _address_of(x), added, g, b, eps, mean, var, _address_of(y), 0))
+    return y
+
+
+@_jit
+def forward(
+    x: Array,
+    gamma: Array | None = None,
+    beta: Array | None = None,
+    running_mean: Array | None = None,
+    running_var: Array | None = None,
+    training: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    axis: int = 1,
+    activation: Any = None,
+    residual: Array | None = None,
+    out: Array | None = None,
+    threads: int = 1,
+) -> Forward:
+    """`fastbn.forward` in jitted code: (y, cache)."""
+    dtype = _dtype_code(x)
+    outer, channels, inner = _three_of(x, axis)
+    code, slope = _code_and_slope(activation)
+    g, b = _gamma(gamma, x, channels), _beta(beta, x, channels)
+    mean, var = _mean(running_mean, x, channels), _var(running_var, x, channels)
+    added = _residual(residual, x)
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("running_mean, running_var: got one of them; allowed: both or neither")
+    if training:
+        if outer * inner < 2:
+            _too_few(outer * inner)
+        if not (_is_writable(running_mean) and _is_writable(running_var)):
+            raise ValueError("running_mean, running_var: got a read-only array; allowed: writable ones")
+    elif running_mean is None:
+        raise ValueError("running_mean, running_var: got None; allowed: arrays where training is not True")
+    y: Array = _result(out, x)
+    if x.size and _address_of(y) == _address_of(x):
+        raise ValueError("out: got x itself; allowed: an array of its own")
+    saved = np.empty((len(SAVED_ROWS), channels))
+    problem = dtype, code, slope, outer, channels, inner, threads
+    arrays = _address_of(x), added, g, b
+    results = _address_of(y), _address_of(saved)
+    if training:
+        _expect(_forward(*problem, *arrays, eps, mean, var, momentum, *results))
+    else:
+        _expect(_infer(*problem, *arrays, eps, mean, var, *results))
+    return Forward(y, Cache(x, _or_none(residual), saved, axis, code, slope, not training))
+
+
+@_jit
+def backward(dy: Array, cache: Cache, out: Array | None = None, threads: int = 1) -> Gradients:
+    """`fastbn.backward` in jitted code: (dx, dgamma, dbeta, dresidual)."""
+    x = cache.x
+    outer, channels, inner = _three_of(x, cache.axis)
+    upstream, added = _dy(dy, x), _residual(cache.residual, x)
+    dx = _result(out, x)
+    dgamma, dbeta = _statistics_like(x, channels), _statistics_like(x, channels)
+    dresidual = _gradient_of_residual(cache.residual, dy)
+    problem = _dtype_code(x), cache.activation, cache.slope, outer, channels, inner, threads
+    arrays = upstream, _address_of(x), added, _address_of(cache.saved)
+    results = _address_of(dx), _address_of(dresidual), _address_of(dgamma), _address_of(dbeta)
+    _expect(_backward(*problem, *arrays, cache.frozen, *results))
+    return Gradients(dx, dgamma, dbeta, dresidual)

@@ -1,0 +1,374 @@
+"""Do the functions for jitted code give what fastbn gives, to the bit, and refuse what it refuses?"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cases
+import numpy as np
+import pytest
+
+import fastbn
+
+numba = pytest.importorskip("numba")
+from numba.core.errors import TypingError  # noqa: E402
+
+import fastbn.numba as fbn  # noqa: E402
+
+Array = np.ndarray[Any, Any]
+jit: Any = numba.njit(nogil=True)
+
+
+@jit
+def infer(x, gamma, beta, mean, var, axis, activation, residual, out, threads):
+    return fbn.infer(
+        x, gamma, beta, mean, var, eps=1e-3, axis=axis, activation=activation, residual=residual, out=out,
+        threads=threads,
+    )  # fmt: skip
+
+
+@jit
+def train(x, dy, gamma, beta, mean, var, axis, activation, residual, threads):
+    y, cache = fbn.forward(
+        x, gamma, beta, mean, var, momentum=0.3, axis=axis, activation=activation, residual=residual, threads=threads
+    )
+    return y, cache.saved, fbn.backward(dy, cache, threads=threads)
+
+
+@jit
+def frozen(x, dy, gamma, beta, mean, var):
+    y, cache = fbn.forward(x, gamma, beta, mean, var, training=False, activation="relu6")
+    return y, fbn.backward(dy, cache)
+
+
+@jit
+def plain(x, dy):
+    y, cache = fbn.forward(x, axis=-1)
+    return y, fbn.backward(dy, cache)
+
+
+def fastbn_c(function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+    with fastbn.use_num_threads(1):
+        return function(*arguments, backend="c", **named)
+
+
+CALLS: list[tuple[tuple[int, ...], int, Any, bool, int]] = [
+    ((6, 5), 1, "relu", False, 1), ((40, 17), -1, "leaky_relu", False, 2), ((4, 3, 7), 1, None, True, 1),
+    ((4, 3, 7), 1, "silu", True, 1), ((4, 3, 5), -1, "hardswish", True, 1), ((8, 1, 6), 1, "relu6", True, 2),
+    ((16, 12, 1023), 1, "sigmoid", True, 3), ((2500, 40, 1), 1, "silu", True, 2),
+    ((4, 3, 7), 1, ("leaky_relu", -2.0), False, 1), ((4, 5, 6), -2, ("leaky_relu", 0.3), False, 1),
+]  # fmt: skip
+"""Shape, axis, activation, whether with a residual, threads; of few types, each of which takes seconds to compile."""
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+def test_infer(dtype: str) -> None:
+    """Into out, which may be x."""
+    for shape, axis, activation, residual, threads in CALLS:
+        c = cases.call(shape, dtype, axis)
+        added = c.residual if residual else None
+        parameters = c.gamma, c.beta, c.running_mean, c.running_var
+        wanted = fastbn_c(fastbn.infer, c.x, *parameters, eps=1e-3, axis=axis, activation=activation, residual=added)
+        out = np.empty_like(c.x)
+        y = infer(c.x, *parameters, axis, activation, added, out, threads)
+        assert y.ctypes.data == out.ctypes.data
+        cases.assert_same_bits(y, wanted, f"{shape} {activation}")
+        infer(c.x, *parameters, axis, activation, added, c.x, threads)
+        cases.assert_same_bits(c.x, wanted, f"{shape} {activation} in place")
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+def test_training(dtype: str) -> None:
+    for shape, axis, activation, residual, threads in CALLS:
+        c = cases.call(shape, dtype, axis)
+        added = c.residual if residual else None
+        mean, var = c.running_mean.copy(), c.running_var.copy()
+        wanted, cache = fastbn_c(
+            fastbn.forward, c.x, c.gamma, c.beta, c.running_mean, c.running_var, momentum=0.3, axis=axis,
+            activation=activation, residual=added,
+        )  # fmt: skip
+        y, saved, got = train(c.x, c.dy, c.gamma, c.beta, mean, var, axis, activation, added, threads)
+        gradients = fastbn_c(fastbn.backward, c.dy, cache)
+        where = f"{shape} {activation}"
+        cases.assert_same_bits((y, mean, var), (wanted, c.running_mean, c.running_var), where)
+        cases.assert_same_bits(saved, cache._parts.saved, where)
+        cases.assert_same_bits(tuple(got), (*gradients, gradients.dresidual), where)
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+def test_frozen(dtype: str) -> None:
+    c = cases.call((6, 5, 4), dtype)
+    arrays = c.gamma, c.beta, c.running_mean, c.running_var
+    before = tuple(array.copy() for array in arrays if array is not None)
+    y, got = frozen(c.x, c.dy, *arrays)
+    cases.assert_same_bits(arrays, before)
+    wanted, cache = fastbn_c(fastbn.forward, c.x, *arrays, training=False, activation="relu6")
+    gradients = fastbn_c(fastbn.backward, c.dy, cache)
+    cases.assert_same_bits((y, *got), (wanted, *gradients, None))
+
+
+def test_without_parameters() -> None:
+    """The gradients of ones and zeros are there nevertheless."""
+    c = cases.call((6, 5))
+    y, got = plain(c.x, c.dy)
+    wanted, cache = fastbn_c(fastbn.forward, c.x, np.ones(5, np.float32), np.zeros(5, np.float32))
+    cases.assert_same_bits((y, *got[:3]), (wanted, *fastbn_c(fastbn.backward, c.dy, cache)))
+    assert got.dresidual is None
+
+
+def test_from_plain_python() -> None:
+    c = cases.call((6, 5))
+    y, cache = fbn.forward(c.x, c.gamma, activation="sigmoid")
+    wanted, theirs = fastbn_c(fastbn.forward, c.x, c.gamma, activation="sigmoid")
+    cases.assert_same_bits((y, fbn.backward(c.dy, cache).dx), (wanted, fastbn_c(fastbn.backward, c.dy, theirs).dx))
+
+
+def test_no_values() -> None:
+    c = cases.call((3, 5))
+    empty = np.empty((0, 5), np.float32)
+    assert infer(empty, c.gamma, c.beta, c.running_mean, c.running_var, 1, None, None, None, 1).shape == (0, 5)
+
+
+# Bad input -----------------------------------------------------------------------------------------------------------
+
+
+BAD: list[tuple[str, Any]] = [
+    ("gamma", np.ones(4, np.float32)), ("beta", np.ones(6, np.float32)), ("running_mean", np.ones(0, np.float32)),
+    ("running_var", np.ones(4, np.float32)), ("residual", np.ones((5, 6), np.float32)),
+    ("out", np.ones((6, 4), np.float32)), ("axis", 2), ("axis", -3), ("activation", "tanh"),
+    ("activation", ("relu", 0.1)), ("activation", ("leaky_relu", np.nan)), ("eps", -1.0), ("eps", np.nan),
+    ("threads", 0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value"), BAD, ids=lambda value: getattr(value, "shape", value))
+def test_wrong_values(name: str, value: Any) -> None:
+    """A ValueError that names the argument, from jitted code; nothing is changed."""
+    c = cases.call((6, 5))
+    given: dict[str, Any] = {
+        "gamma": c.gamma, "beta": c.beta, "running_mean": c.running_mean, "running_var": c.running_var, "eps": 1e-5,
+        "axis": 1, "activation": "relu", "residual": c.residual, "out": np.zeros_like(c.x), "threads": 1,
+    }  # fmt: skip
+    before = c.x.tobytes(), c.running_mean.tobytes(), c.running_var.tobytes(), given["out"].tobytes()
+    out, changed = given["out"], {**given, name: value}
+
+    for function in (_jitted_infer, _jitted_forward):
+        with pytest.raises(ValueError, match=f"^{name}.*: got .*; allowed: "):
+            function(c.x, **changed)
+        assert before == (c.x.tobytes(), c.running_mean.tobytes(), c.running_var.tobytes(), out.tobytes())
+
+
+@jit
+def _jitted_infer(x, gamma, beta, running_mean, running_var, eps, axis, activation, residual, out, threads):
+    return fbn.infer(x, gamma, beta, running_mean, running_var, eps, axis, activation, residual, out, threads)
+
+
+@jit
+def _jitted_forward(x, gamma, beta, running_mean, running_var, eps, axis, activation, residual, out, threads):
+    return fbn.forward(
+        x, gamma, beta, running_mean, running_var, True, 0.1, eps, axis, activation, residual, out, threads
+    ).y
+
+
+@jit
+def _with_momentum(x, mean, var, momentum, training):
+    return fbn.forward(x, None, None, mean, var, training, momentum).y
+
+
+def test_wrong_training() -> None:
+    c = cases.call((6, 5))
+    for momentum in (-0.1, 1.5, np.nan):
+        with pytest.raises(ValueError, match=r"^momentum: got"):
+            _with_momentum(c.x, c.running_mean, c.running_var, momentum, True)
+    with pytest.raises(ValueError, match=r"^x: got 1 values per channel"):
+        _with_momentum(c.x[:1], c.running_mean, c.running_var, 0.1, True)
+    with pytest.raises(ValueError, match=r"^running_mean, running_var: got None.*training"):
+        _with_momentum(c.x, None, None, 0.1, False)
+    with pytest.raises(ValueError, match=r"^running_mean, running_var: got one"):
+        _with_momentum(c.x, c.running_mean, None, 0.1, True)
+    mean = c.running_mean.copy()
+    mean.flags.writeable = False
+    with pytest.raises(ValueError, match="read-only"):
+        _with_momentum(c.x, mean, c.running_var, 0.1, True)
+    _with_momentum(c.x, mean, c.running_var, 0.1, False)
+
+
+def test_overlap() -> None:
+    c = cases.call((6, 5))
+    whole = np.zeros((7, 5), np.float32)
+    parameters = c.gamma, c.beta, c.running_mean, c.running_var
+    with pytest.raises(ValueError, match=r"^out: got memory shared"):
+        infer(whole[:6], *parameters, 1, None, None, whole[1:], 1)
+    with pytest.raises(ValueError, match=r"^out: got x itself"):
+        fbn.forward(c.x, out=c.x)
+    _, cache = fbn.forward(c.x)
+    with pytest.raises(ValueError, match=r"^out: got memory shared"):
+        fbn.backward(c.dy, cache, out=c.dy)
+    with pytest.raises(ValueError, match=r"^dy: got another shape"):
+        fbn.backward(c.dy[:3], cache)
+
+
+WRONG_TYPES: list[tuple[str, Any]] = [
+    ("x", np.ones((6, 5), np.int64)), ("x", np.ones((6, 10), np.float32)[:, ::2]), ("x", np.ones(6, np.float32)),
+    ("x", np.ones((5, 6), np.float32).T), ("gamma", np.ones(5)), ("gamma", 1.0), ("beta", np.ones((5, 1), np.float32)),
+    ("running_mean", np.ones(5)), ("residual", np.ones((6, 5))), ("residual", np.ones((6, 5, 1), np.float32)),
+    ("out", np.ones((6, 5))), ("activation", 3), ("activation", ("leaky_relu", "steep")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG_TYPES, ids=range(len(WRONG_TYPES)))
+def test_wrong_types(name: str, value: Any) -> None:
+    """Are refused when the call is compiled, by name."""
+    c = cases.call((6, 5))
+    given: dict[str, Any] = {
+        "x": c.x, "gamma": c.gamma, "beta": c.beta, "running_mean": c.running_mean, "running_var": c.running_var,
+        "activation": None, "residual": None, "out": None,
+    }  # fmt: skip
+    given[name] = value
+    with pytest.raises(TypingError, match=f"{name}: got .*; allowed: "):
+        fbn.infer(**given)
+
+
+# In use --------------------------------------------------------------------------------------------------------------
+
+
+def tower(forward: Any, backward: Any) -> Callable[..., Any]:
+    """What a user may write: a loop over layers, forward and backward."""
+
+    def run(x, gamma, beta, mean, var, steps):
+        y = dy = x
+        for _ in range(steps):
+            y, caches = x, []
+            for i in range(len(gamma)):
+                y, cache = forward(y, gamma[i], beta[i], mean[i], var[i], activation="hardswish", residual=x)
+                caches.append(cache)
+            dy = y - x
+            for i in range(len(gamma) - 1, -1, -1):
+                found = backward(dy, caches[i])
+                gamma[i] -= found.dgamma * gamma.dtype.type(0.01)
+                beta[i] -= found.dbeta * gamma.dtype.type(0.01)
+                dy = found.dx + found.dresidual
+        return y, dy
+
+    return run
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+def test_a_loop_over_layers(dtype: str) -> None:
+    """Jitted and as NumPy code: the same bits of everything."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((9, 6, 4)).astype(dtype)
+    arrays = [array.astype(dtype) for array in rng.uniform(0.5, 2, (4, 5, 6))]
+    wanted = [array.copy() for array in arrays]
+    with fastbn.use_backend("c"):
+        theirs = tower(fastbn.forward, fastbn.backward)(x, *wanted, 7)
+    ours = jit(tower(fbn.forward, fbn.backward))(x, *arrays, 7)
+    cases.assert_same_bits(tuple(ours), tuple(theirs))
+    cases.assert_same_bits(tuple(arrays), tuple(wanted))
+
+
+@numba.njit(parallel=True)
+def _in_prange(xs, gamma, mean, var):
+    ys = np.empty_like(xs)
+    for i in numba.prange(len(xs)):
+        fbn.infer(xs[i], gamma, None, mean, var, activation="silu", out=ys[i])
+    return ys
+
+
+def test_prange() -> None:
+    c = cases.call((64, 9, 5), axis=2)
+    parameters = c.gamma, None, c.running_mean, c.running_var
+    wanted = fastbn_c(fastbn.infer, c.x, *parameters, axis=2, activation="silu")
+    cases.assert_same_bits(_in_prange(c.x, c.gamma, c.running_mean, c.running_var), wanted)
+
+
+def test_many_threads() -> None:
+    """At once, without the GIL, each using several threads of OpenMP."""
+    c = cases.call((16, 12, 1023))
+
+    def call(threads: int) -> Any:
+        mean, var = c.running_mean.copy(), c.running_var.copy()
+        return train(c.x, c.dy, c.gamma, c.beta, mean, var, 1, "silu", c.residual, threads)
+
+    wanted = call(1)
+    found: dict[int, Any] = {}
+
+    def work(i: int) -> None:
+        for _ in range(5):
+            found[i] = call(2)
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    for i in range(4):
+        cases.assert_same_bits(found[i][:2], wanted[:2])
+        cases.assert_same_bits(tuple(found[i][2]), tuple(wanted[2]))
+
+
+CACHED = """
+import numba, numpy as np, fastbn.numba as fbn
+
+@numba.njit(cache=True)
+def layer(x, gamma):
+    y, cache = fbn.forward(x, gamma, activation="silu")
+    return y, fbn.backward(y, cache).dx
+"""
+
+USE = """
+import layers, numpy as np, fastbn
+x, gamma = np.random.default_rng(0).standard_normal((8, 3), np.float32), np.ones(3, np.float32)
+y, dx = layers.layer(x, gamma)
+wanted, cache = fastbn.forward(x, gamma, activation="silu", backend="c")
+same = np.array_equal(y, wanted) and np.array_equal(dx, fastbn.backward(y, cache, backend="c").dx)
+print(same, sum(layers.layer.stats.cache_hits.values()))
+"""
+
+
+def test_kept_on_disk(tmp_path: Path) -> None:
+    """A user's cache=True finds the C functions again in another process, wherever they are in its memory."""
+    (tmp_path / "layers.py").write_text(CACHED, encoding="utf-8")
+    folders = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
+    for hits in (0, 1, 1):
+        done = cases.run_python(USE, tmp_path, 120, PYTHONPATH=folders, NUMBA_CACHE_DIR=str(tmp_path / "kept"))
+        assert done.stdout.split() == ["True", str(hits)], done.stderr
+
+
+FORKED = """
+import os, numpy as np, fastbn.numba as fbn
+x, p = np.ones((64, 64, 32), np.float32), np.ones(64, np.float32)
+fbn.infer(x, p, p, p, p, threads=4)
+child = os.fork()
+if not child:
+    fbn.infer(x, p, p, p, p, threads=4)
+    os._exit(7)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_forked(tmp_path: Path) -> None:
+    """A child uses one thread, since its parent's are not there."""
+    done = cases.run_python(FORKED, tmp_path, 120)
+    assert done.stdout.split() == ["7"], done.stderr
+
+
+def test_without_numba(tmp_path: Path) -> None:
+    done = cases.run_python("import sys; sys.modules['numba'] = None; import fastbn.numba", tmp_path)
+    assert 'ImportError: fastbn.numba needs Numba: pip install "fastbn[numba]"' in done.stderr
+
+
+EXAMPLE = cases.CHECKOUT / "examples" / "numba_layers.py"
+
+
+@pytest.mark.skipif(not EXAMPLE.exists(), reason="examples are not beside the tests: no checkout")
+def test_example(tmp_path: Path) -> None:
+    """It says itself whether the bits are the same, and its loss falls."""
+    done = cases.run_python(f"import runpy; runpy.run_path({str(EXAMPLE)!r}, None, '__main__')", tmp_path, 120)
+    assert done.returncode == 0, done.stderr
+    assert "jitted code gives the bits of NumPy code" in done.stdout
