@@ -115,7 +115,7 @@ def test_same_bits(
 
 def replayed(program: Path, c: cases.Call, axis: int, activation: Any, threads: int, residual: bool) -> bytes:
     """What the program writes for a call."""
-    code, slope = cases_activation(activation)
+    code, slope = code_and_slope(activation)
     numbers = ("float32", "float64", "float16", "bfloat16").index(c.x.dtype.name), code
     header = struct.pack("7q3d", *numbers, *_shape.three_of(c.x.shape, axis % c.x.ndim), threads, residual,
                          slope, 1e-3, 0.3)  # fmt: skip
@@ -129,7 +129,7 @@ def replayed(program: Path, c: cases.Call, axis: int, activation: Any, threads: 
     return done.stdout
 
 
-def cases_activation(activation: Any) -> tuple[int, float]:
+def code_and_slope(activation: Any) -> tuple[int, float]:
     """Its code and slope."""
     name, slope = activation if isinstance(activation, tuple) else (activation, _activations.DEFAULT_SLOPE)
     return int(_activations.BY_NAME[name]), slope
