@@ -33,7 +33,7 @@ FLOORS = (
     {"_batch"},
     {"_ghost"},
     {"ops"},
-    {"layer", "inference", "onnx"},
+    {"layer", "inference", "onnx", "torch"},
     {"_recalibrate"},
     {""},
     {"_demo_networks", "bench"},
@@ -117,6 +117,7 @@ HEAVY = (
     "fastbn.demo",
     "fastbn.bench",
     "fastbn.onnx",
+    "fastbn.torch",
 )
 
 
