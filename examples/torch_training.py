@@ -3,8 +3,8 @@
     python examples/torch_training.py
 
 A small residual network learns handwritten digits three times over, with the same batches and starting weights: with
-torch's layers, with the same network converted, and with fastbn's layers that take in the ReLU behind them. The steps
-of the three alternate. Needs torch, scikit-learn and, for the picture, matplotlib: pip install "fastbn[torch,demo]".
+torch's layers, with the same network converted, and with fastbn's layers that take in the sum and the ReLU behind them. The
+steps of the three alternate. Needs torch, scikit-learn and, for the picture, matplotlib: pip install "fastbn[torch,demo]".
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import fastbn
 import fastbn.torch
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-TORCH, CONVERTED, FUSED = "torch's layers", "converted", "fastbn's with their ReLU"
+TORCH, CONVERTED, FUSED = "torch's layers", "converted", "fused with what follows"
 
 Curves = dict[str, list[float]]
 """Something of each step, by network."""
@@ -35,15 +35,17 @@ class Block(nn.Module):
 
     def __init__(self, before: int, after: int, stride: int, fused: bool) -> None:
         super().__init__()
-        self.straight = nn.Sequential(
-            *convolution(before, after, stride, fused),
-            nn.Conv2d(after, after, 3, padding=1, bias=False),
-            nn.BatchNorm2d(after),
-        )
+        last = nn.Conv2d(after, after, 3, padding=1, bias=False)
+        self.straight = nn.Sequential(*convolution(before, after, stride, fused), last)
+        self.norm = fastbn.torch.BatchNorm2d(after, activation="relu") if fused else nn.BatchNorm2d(after)
         self.around = nn.Sequential(nn.Conv2d(before, after, 1, stride, bias=False), nn.BatchNorm2d(after))
+        self.fused = fused
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(self.straight(x) + self.around(x))
+        straight, around = self.straight(x), self.around(x)
+        if self.fused:
+            return self.norm(straight, residual=around)
+        return torch.relu(self.norm(straight) + around)
 
 
 def convolution(before: int, after: int, stride: int, fused: bool) -> list[nn.Module]:

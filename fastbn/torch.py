@@ -71,6 +71,14 @@ def _channels_together(x: Tensor, *tensors: Tensor | None) -> tuple[int, list[An
     return -1, [None if array is None else array.transpose(order) for array in arrays]
 
 
+def _tensor(array: Array | None, axis: int, x: Tensor) -> Any:
+    """The tensor of x's shape and dtype that has an array's memory; the array's channels are on `axis`."""
+    if array is None:
+        return None
+    tensor = torch.from_numpy(array.view(np.int16) if x.dtype is torch.bfloat16 else array).view(x.dtype)
+    return tensor if axis == 1 else tensor.movedim(-1, 1)
+
+
 def _empty_like(x: Tensor) -> Tensor:
     """Memory in x's memory format; a large one is NumPy's, who asks for huge pages."""
     if x.nbytes < _HUGE:
@@ -88,6 +96,7 @@ def _threads() -> AbstractContextManager[None]:
 
 def _forward(
     x: Tensor,
+    residual: Tensor | None,
     gamma: Tensor | None,
     beta: Tensor | None,
     mean: Tensor | None,
@@ -103,10 +112,10 @@ def _forward(
     In training, mean and var are updated. They, gamma and beta may have any dtype.
     """
     y = _empty_like(x)
-    axis, (x_, y_) = _channels_together(x, x, y)
+    axis, (x_, residual_, y_) = _channels_together(x, x, residual, y)
     gamma_, beta_, statistics = _array(gamma), _array(beta), _STATISTICS[x.dtype]
     mean_, var_ = _array(_cast(mean, statistics)), _array(_cast(var, statistics))
-    options: dict[str, Any] = {"eps": eps, "axis": axis, "activation": activation, "out": y_}
+    options: dict[str, Any] = {"eps": eps, "axis": axis, "activation": activation, "residual": residual_, "out": y_}
     with _threads():
         if not training and not keeps:
             infer(x_, gamma_, beta_, mean_, var_, **options)
@@ -121,24 +130,33 @@ def _forward(
 def _backward(
     dy: Tensor,
     x: Tensor,
+    residual: Tensor | None,
     saved: Array,
     training: bool,
     activation: Activation,
     wanted: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of x, gamma and beta, those of the last two in the statistics dtype; None where not wanted."""
-    for_x, for_gamma, for_beta = wanted
-    dx = _empty_like(x) if for_x else None
-    axis, (dy_, x_, dx_) = _channels_together(x, dy, x, dx)
-    cache = Cache(Parts(x_, None, saved, axis, not training, activation, for_gamma, for_beta))
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of x, residual, gamma and beta; None where not wanted.
+
+    Those of the last two are in the statistics dtype. The residual's is not asked for where it is dy.
+    """
+    for_x, for_residual, for_gamma, for_beta = wanted
+    dx = _empty_like(x) if for_x or for_residual else None
+    axis, (dy_, x_, residual_, dx_) = _channels_together(x, dy, x, residual, dx)
+    cache = Cache(Parts(x_, residual_, saved, axis, not training, activation, for_gamma, for_beta))
+    dgamma: Array | None
+    dbeta: Array | None
+    dresidual: Array | None
     with _threads():
-        if for_x:
-            _, dgamma, dbeta = backward(dy_, cache, out=dx_)
-        else:
+        if dx is None:
             sums = backward_sums(dy_, cache)
-            dgamma, dbeta = sums.sum_dy_xhat, sums.sum_dy
+            dgamma, dbeta, dresidual = sums.sum_dy_xhat, sums.sum_dy, None
+        else:
+            gradients = backward(dy_, cache, out=dx_)
+            dgamma, dbeta, dresidual = gradients.dgamma, gradients.dbeta, gradients.dresidual
     return (
-        dx,
+        dx if for_x else None,
+        _tensor(dresidual, axis, x) if for_residual else None,
         torch.from_numpy(dgamma) if for_gamma else None,
         torch.from_numpy(dbeta) if for_beta else None,
     )
@@ -151,10 +169,17 @@ class _Normalization(torch.autograd.Function):
     """`_forward` with its gradient; what needs none is one argument, since each costs time."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gamma: Tensor | None, beta: Tensor | None, rest: tuple[Any, ...]) -> Tensor:
-        y, ctx.saved = _forward(x, gamma, beta, *rest)
-        ctx.save_for_backward(x)
-        ctx.dtypes = [None if parameter is None else parameter.dtype for parameter in (gamma, beta)]
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        rest: tuple[Any, ...],
+    ) -> Tensor:
+        y, ctx.saved = _forward(x, residual, gamma, beta, *rest)
+        ctx.save_for_backward(x, residual)
+        ctx.dtypes = _dtypes(gamma, beta)
         ctx.training, ctx.activation = rest[2], rest[5]
         return y
 
@@ -163,10 +188,22 @@ class _Normalization(torch.autograd.Function):
         return _refusing_a_second(ctx, dy) if torch.is_grad_enabled() else _gradients(ctx, dy)
 
 
+def _dtypes(*parameters: Tensor | None) -> list[Any]:
+    return [None if parameter is None else parameter.dtype for parameter in parameters]
+
+
+def _asked(ctx: Any) -> tuple[bool, bool, bool, bool]:
+    """What `_backward` is asked for."""
+    for_x, for_residual, for_gamma, for_beta = ctx.needs_input_grad[:4]
+    return for_x, for_residual and ctx.activation is not None, for_gamma, for_beta
+
+
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    (x,) = ctx.saved_tensors
-    dx, *gradients = _backward(dy, x, ctx.saved, ctx.training, ctx.activation, ctx.needs_input_grad[:3])
-    return dx, *map(_cast, gradients, ctx.dtypes), None
+    (x, residual), wanted = ctx.saved_tensors, _asked(ctx)
+    dx, dresidual, dgamma, dbeta = _backward(dy, x, residual, ctx.saved, ctx.training, ctx.activation, wanted)
+    if ctx.activation is None and ctx.needs_input_grad[1]:
+        dresidual = dy
+    return dx, dresidual, _cast(dgamma, ctx.dtypes[0]), _cast(dbeta, ctx.dtypes[1]), None
 
 
 _refusing_a_second = torch.autograd.function.once_differentiable(_gradients)
@@ -186,6 +223,7 @@ def _named(activation: str | None, slope: float) -> Activation:
 @torch.library.custom_op("fastbn::batch_norm", mutates_args=(), device_types="cpu")
 def _operator(
     x: Tensor,
+    residual: Tensor | None,
     gamma: Tensor | None,
     beta: Tensor | None,
     mean: Tensor | None,
@@ -195,7 +233,7 @@ def _operator(
     slope: float,
 ) -> tuple[Tensor, Tensor]:
     """The result and what `_forward` keeps, in training where no statistics are given."""
-    y, saved = _forward(x, gamma, beta, mean, var, mean is None, 0.0, eps, _named(activation, slope))
+    y, saved = _forward(x, residual, gamma, beta, mean, var, mean is None, 0.0, eps, _named(activation, slope))
     return y, torch.from_numpy(saved)
 
 
@@ -208,38 +246,38 @@ def _(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 def _operator_backward(
     dy: Tensor,
     x: Tensor,
+    residual: Tensor | None,
     saved: Tensor,
     training: bool,
     activation: str | None,
     slope: float,
     wanted: list[bool],
 ) -> list[Tensor]:
-    """Those of the gradients of x, gamma and beta that are wanted."""
-    gradients = _backward(dy, x, _array(saved), training, _named(activation, slope), wanted)
+    """Those of the gradients of x, residual, gamma and beta that are wanted."""
+    gradients = _backward(dy, x, residual, _array(saved), training, _named(activation, slope), wanted)
     return [gradient for gradient in gradients if gradient is not None]
 
 
 @_operator_backward.register_fake
-def _(
-    dy: Tensor, x: Tensor, saved: Tensor, training: bool, activation: str | None, slope: float, wanted: list[bool]
-) -> list[Tensor]:
-    likes = (torch.empty_like(x), *(x.new_empty(x.shape[1], dtype=_STATISTICS[x.dtype]) for _ in range(2)))
-    return [like for like, some in zip(likes, wanted, strict=True) if some]
+def _(dy: Tensor, x: Tensor, *rest: Any) -> list[Tensor]:
+    of_x, of_residual, *of_parameters = rest[-1]
+    likes = [torch.empty_like(x) for some in (of_x, of_residual) if some]
+    return likes + [x.new_empty(x.shape[1], dtype=_STATISTICS[x.dtype]) for some in of_parameters if some]
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, gamma, beta, mean, _, _, ctx.activation, ctx.slope = inputs
-    ctx.save_for_backward(x, output[1])
+    x, residual, gamma, beta, mean, _, _, ctx.activation, ctx.slope = inputs
+    ctx.save_for_backward(x, residual, output[1])
     ctx.mark_non_differentiable(output[1])
-    ctx.training = mean is None
-    ctx.dtypes = [x.dtype, *(None if parameter is None else parameter.dtype for parameter in (gamma, beta))]
+    ctx.training, ctx.dtypes = mean is None, _dtypes(x, residual, gamma, beta)
 
 
 def _differentiate(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    x, saved = ctx.saved_tensors
-    wanted = list(ctx.needs_input_grad[:3])
-    found = iter(_operator_backward(dy, x, saved, ctx.training, ctx.activation, ctx.slope, wanted))
-    gradients = (next(found).to(dtype) if some else None for some, dtype in zip(wanted, ctx.dtypes, strict=True))
+    wanted = _asked(ctx)
+    found = iter(_operator_backward(dy, *ctx.saved_tensors, ctx.training, ctx.activation, ctx.slope, list(wanted)))
+    gradients = [_cast(next(found), dtype) if some else None for some, dtype in zip(wanted, ctx.dtypes, strict=True)]
+    if ctx.activation is None and ctx.needs_input_grad[1]:
+        gradients[1] = dy
     return *gradients, *[None] * 5
 
 
@@ -248,6 +286,7 @@ _operator.register_autograd(_differentiate, setup_context=_keep)
 
 def _traced(
     x: Tensor,
+    residual: Tensor | None,
     gamma: Tensor | None,
     beta: Tensor | None,
     mean: Tensor | None,
@@ -259,7 +298,7 @@ def _traced(
 ) -> Tensor:
     """What `_forward` does, by the operator. That may not change the running statistics, or it has no gradient."""
     given = (None, None) if training else (mean, var)
-    y, saved = _operator(x, gamma, beta, *given, eps, *_split(activation))
+    y, saved = _operator(x, residual, gamma, beta, *given, eps, *_split(activation))
     if training and mean is not None and var is not None:
         count = x.numel() // x.shape[1]
         batch = saved[SAVED_ROWS.index("mean")], saved[SAVED_ROWS.index("var")] * (count / (count - 1))
@@ -286,11 +325,10 @@ def _is_traced() -> bool:
     return torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
 
 
-def _runs_here(x: Tensor, channels: int, batch: bool) -> bool:
-    """Whether fastbn's kernels take x. Torch's layer takes the rest, or refuses it."""
+def _runs_here(x: Tensor, tensors: tuple[Tensor | None, ...], channels: int, batch: bool) -> bool:
+    """Whether fastbn's kernels take x, with the tensors beside it. Torch's layer takes the rest, or refuses it."""
     return (
-        type(x) in (Tensor, torch.nn.Parameter)
-        and x.is_cpu
+        all(t is None or (type(t) in (Tensor, torch.nn.Parameter) and t.is_cpu) for t in (x, *tensors))
         and x.layout is torch.strided
         and x.dtype in _STATISTICS
         and x.dim() > 1
@@ -308,26 +346,29 @@ class _Layer(torch.nn.Module):
         super().__init__(num_features, *args, **kwargs)
         self.activation = activation
 
-    def forward(self, input: Tensor) -> Tensor:
-        batch = self.training or (self.running_mean is None and self.running_var is None)
-        if not _runs_here(input, self.num_features, batch):
-            return _activated(super().forward(input), self.activation)
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        gamma, beta, mean, var = self.weight, self.bias, self.running_mean, self.running_var
+        batch = self.training or (mean is None and var is None)
+        if not _runs_here(input, (residual, gamma, beta, mean, var), self.num_features, batch):
+            y = super().forward(input)
+            return _activated(y if residual is None else y + residual, self.activation)
         self._check_input_dim(input)
-        parameters, buffers = self._parameters, self._buffers  # as attributes they take ten times as long
-        tracks = self.training and self.track_running_stats
+        counts = self.training and self.track_running_stats and self.num_batches_tracked is not None
         momentum = self.momentum or 0.0
-        if tracks and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-            if self.momentum is None:
-                momentum = 1 / float(self.num_batches_tracked)
-        mean, var = (buffers["running_mean"], buffers["running_var"]) if tracks or not batch else (None, None)
-        gamma, beta = parameters["weight"], parameters["bias"]
-        rest = mean, var, batch, momentum, self.eps, self.activation
+        if counts and self.momentum is None:
+            momentum = 1 / (float(self.num_batches_tracked) + 1)
+        if self.training and not self.track_running_stats:
+            mean = var = None
+        arguments = input, residual, gamma, beta, mean, var, batch, momentum, self.eps, self.activation
         if torch.compiler.is_compiling():
-            return _traced(input, gamma, beta, *rest)
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, gamma, beta)):
-            return _Normalization.apply(input, gamma, beta, rest)
-        return _forward(input, gamma, beta, *rest, keeps=False)[0]
+            y = _traced(*arguments)
+        elif torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[:4]):
+            y = _Normalization.apply(*arguments[:4], arguments[4:])
+        else:
+            y, _ = _forward(*arguments, keeps=False)
+        if counts:
+            self.num_batches_tracked.add_(1)
+        return y
 
     def extra_repr(self) -> str:
         fused = "" if self.activation is None else f", activation={self.activation!r}"
@@ -360,12 +401,16 @@ class BatchNorm2d(_Layer, torch.nn.BatchNorm2d):
     num_features, eps, momentum, affine, track_running_stats, device, dtype
         As torch's.
     activation : None, "relu", "relu6", "leaky_relu", "silu", "hardswish", "sigmoid" or ("leaky_relu", slope)
-        Follows, in the same pass over memory.
+        Follows, in the same pass over memory. Tools that put other layers in the place of torch's, such as
+        SyncBatchNorm or torch.nn.utils.fusion, do not know of it.
+
+    A call takes the input and, if there is one, a `residual` of its shape and dtype, which is added before the
+    activation.
 
     Raises
     ------
     TypeError, ValueError
-        For an unknown activation; otherwise what torch's layer raises.
+        For an unknown activation, or a residual unlike the input; otherwise what torch's layer raises.
 
     >>> import torch, fastbn.torch
     >>> bn = fastbn.torch.BatchNorm2d(3, activation="relu")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import inspect
 import io
 import math
@@ -22,6 +23,7 @@ with warnings.catch_warnings():  # torch's own import may warn
     warnings.simplefilter("ignore")
     torch = pytest.importorskip("torch")
     pytest.importorskip("ml_dtypes")
+    prune = importlib.import_module("torch.nn.utils.prune")
     import fastbn.torch
 
 EXAMPLE = cases.CHECKOUT / "examples" / "torch_training.py"
@@ -235,6 +237,15 @@ def test_x_may_not_be_overwritten() -> None:
         y.sum().backward()
 
 
+def test_pruned_weights() -> None:
+    """They are no parameters any more."""
+    theirs, ours = pair(2)
+    for layer in (theirs, ours):
+        prune.l1_unstructured(layer, "weight", 2)
+    x, dy = data(SHAPES[2]), data(SHAPES[2])
+    assert_agree(called(ours, x, dy), called(theirs, x, dy), 2e-5)
+
+
 def test_autocast() -> None:
     """Runs in the dtype of its input, as torch's."""
     theirs, ours = (torch.nn.Sequential(torch.nn.Conv2d(5, 5, 1), layer) for layer in pair(2))
@@ -370,6 +381,52 @@ def test_gradients_for_what_needs_them(wanted: str, training: bool) -> None:
         assert (ours_ is None) == (theirs_ is None)
         if theirs_ is not None:
             torch.testing.assert_close(ours_, theirs_, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@pytest.mark.parametrize("activation", [None, "relu", "sigmoid"])
+@pytest.mark.parametrize("place", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_residual(place: str, activation: Any, dtype: str, training: bool) -> None:
+    """Against the sum that torch makes in float64; every choice of what needs a gradient."""
+    half = getattr(torch, dtype)
+    theirs, ours = (layer.train(training) for layer in pair(2, activation=activation))
+    theirs.double()
+    after = ACTIVATIONS.get(activation, torch.nn.Identity())
+    x, residual, dy = (data(SHAPES[2], place, half) for _ in range(3))
+    for needs_x, needs_residual in ((True, True), (False, True), (True, False)):
+        found = []
+        for layer, wide in ((ours, half), (theirs, torch.float64)):
+            ones = [x.to(wide).requires_grad_(needs_x), residual.to(wide).requires_grad_(needs_residual)]
+            ones = [t.detach().clone().requires_grad_(t.requires_grad) for t in ones]
+            layer.zero_grad()
+            y = ours(*ones) if layer is ours else after(layer(ones[0]) + ones[1])
+            y.backward(dy.to(wide))
+            found.append([y, *(t.grad for t in ones), layer.weight.grad, layer.bias.grad])
+        for got, wanted in zip(*found, strict=True):
+            assert (got is None) == (wanted is None)
+            if wanted is not None:
+                assert got.stride() == wanted.stride()
+                torch.testing.assert_close(got.double(), wanted, rtol=8 * DTYPES[dtype], atol=20 * DTYPES[dtype])
+
+
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_gradcheck_of_residual(activation: Any) -> None:
+    _, ours = pair(2, activation=activation)
+    x, residual = (data((3, 5, 2, 2), "channels_last", torch.float64).requires_grad_() for _ in range(2))
+    assert torch.autograd.gradcheck(ours.double(), (x, residual))
+    alone = randomized(fastbn.torch.BatchNorm2d(5, affine=False, activation=activation)).double().eval()
+    assert torch.autograd.gradcheck(lambda residual: alone(x.detach(), residual), (residual,))
+
+
+def test_bad_residual() -> None:
+    """Changes nothing, the count included."""
+    theirs, ours = pair(2)
+    with pytest.raises(ValueError, match="residual: got"):
+        ours(data(SHAPES[2]), data((4, 5, 6, 2)))
+    with pytest.raises(TypeError, match="residual: got"):
+        ours(data(SHAPES[2]), data(SHAPES[2]).double())
+    assert_agree(ours.state_dict(), theirs.state_dict(), 0)
 
 
 def test_second_derivative() -> None:
@@ -542,6 +599,32 @@ def test_compile(lenient: None, dtype: str, training: bool) -> None:
             assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("activation", [None, "hardswish"])
+def test_compile_with_residual(lenient: None, activation: Any) -> None:
+    _, ours = pair(2, activation=activation)
+    other = copy.deepcopy(ours)
+    x, residual, dy = (data(SHAPES[2], "channels_last") for _ in range(3))
+    found = []
+    for call in (ours, compiled(other, "aot_eager")):
+        ones = [x.clone().requires_grad_(), residual.clone().requires_grad_()]
+        call(*ones).backward(dy)
+        found.append([one.grad for one in ones])
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_compile_for_any_size(lenient: None) -> None:
+    """One graph serves batches of several sizes."""
+    ours = fastbn.torch.BatchNorm1d(5, momentum=0.3)
+    other = copy.deepcopy(ours)
+    torch.compiler.reset()
+    graph = torch.compile(other, fullgraph=True, backend="aot_eager", dynamic=True)
+    for n in (4, 7, 9):
+        x = data((n, 5, 3))
+        assert torch.equal(graph(x), ours(x))
+    assert_agree(other.state_dict(), ours.state_dict(), 0)
+
+
 def test_compile_of_frozen_parts(lenient: None) -> None:
     """No affine parameters, no running statistics, no gradient of x."""
     layers = [fastbn.torch.BatchNorm1d(5, affine=affine, track_running_stats=not affine) for affine in (True, False)]
@@ -565,8 +648,8 @@ def test_the_operator_keeps_its_promises(lenient: None) -> None:
     weight = torch.randn(3, dtype=torch.float64, requires_grad=True)
     mean, var = torch.randn(3, dtype=torch.float64), torch.rand(3, dtype=torch.float64)
     operator = torch.ops.fastbn.batch_norm.default
-    torch.library.opcheck(operator, (x, weight, weight.detach(), None, None, 1e-5, "silu", 0.01))
-    torch.library.opcheck(operator, (x, weight, None, mean, var, 1e-5, None, 0.01))
+    torch.library.opcheck(operator, (x, x.detach() + 1, weight, weight.detach(), None, None, 1e-5, "silu", 0.01))
+    torch.library.opcheck(operator, (x, None, weight, None, mean, var, 1e-5, None, 0.01))
 
 
 @pytest.mark.parametrize("way", ["export", "trace"])
@@ -619,11 +702,21 @@ def test_threads_are_the_fewer(monkeypatch: pytest.MonkeyPatch, settings: None) 
 
 
 def test_other_devices_are_torchs() -> None:
-    """And an activation follows, all the same."""
+    """And a residual and an activation follow, all the same."""
     layer = fastbn.torch.BatchNorm2d(5, activation="relu", device="meta")
-    y = layer(torch.empty(SHAPES[2], device="meta"))
-    assert y.device.type == "meta"
-    assert y.shape == SHAPES[2]
+    x = torch.empty(SHAPES[2], device="meta")
+    for y in (layer(x), layer(x, x)):
+        assert y.device.type == "meta"
+        assert y.shape == SHAPES[2]
+
+
+def test_torch_adds_and_activates() -> None:
+    """Where it runs in the place of fastbn."""
+    _, ours = pair(2, activation=("leaky_relu", 0.3))
+    ours.eval()
+    x, residual = data(SHAPES[2]), data(SHAPES[2])
+    y = torch.func.vmap(lambda x, residual: ours(x[None], residual[None])[0])
+    torch.testing.assert_close(y(x, residual), ours(x, residual))
 
 
 def test_empty_batches() -> None:
