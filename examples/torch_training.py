@@ -3,8 +3,9 @@
     python examples/torch_training.py
 
 A small residual network learns handwritten digits three times over, with the same batches and starting weights: with
-torch's layers, with the same network converted, and with fastbn's layers that take in the sum and the ReLU behind them. The
-steps of the three alternate. Needs torch, scikit-learn and, for the picture, matplotlib: pip install "fastbn[torch,demo]".
+torch's layers, with the same network converted, and with fastbn's layers that take in the sum and the ReLU behind
+them. The steps of the three alternate. Needs torch and scikit-learn, and matplotlib for the picture:
+pip install "fastbn[torch,demo]".
 """
 
 from __future__ import annotations
@@ -208,8 +209,8 @@ def main() -> None:
         report_layers([(4, 8, 6, 6)], 3)
         data = batches(6, 16, 1)
     else:
-        report_layers([(64, 32, 8, 8), (64, 32, 32, 32), (64, 64, 56, 56)], 15)
-        data = batches(40, 64, 4)
+        report_layers([(64, 32, 8, 8), (64, 32, 32, 32), (64, 64, 56, 56)], 11)
+        data = batches(30, 64, 4)
     trained = {name: train(data, memory_format) for name, memory_format in FORMATS.items()}
     curves, seconds = ({name: both[i] for name, both in trained.items()} for i in (0, 1))
     report_training(curves, seconds)

@@ -394,7 +394,8 @@ class BatchNorm2d(_Layer, torch.nn.BatchNorm2d):
     An input on another device, of no dense layout or of another dtype goes to torch's layer; so does each under
     torch.export, torch.jit.trace and torch.func's transforms, which then see torch's operators. Under torch.compile it
     is the operator fastbn::batch_norm. There is no second derivative. As many threads work as torch.get_num_threads()
-    tells, or fastbn.get_num_threads() if that is less.
+    tells, or fastbn.get_num_threads() if that is less. Each pass takes some tens of microseconds more in Python than
+    torch's, which tells up to some 100,000 values.
 
     Parameters
     ----------
