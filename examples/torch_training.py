@@ -187,11 +187,12 @@ def draw(curves: dict[str, Curves], seconds: dict[str, Curves], path: str) -> No
         row[0].set_ylabel(f"loss, {name}")
         row[1].legend(frameon=False, loc="lower left", title="median step", alignment="left")
         for axes in row:
+            axes.set_xlim(left=0)
             axes.set_ylim(bottom=0)
             axes.spines[["top", "right"]].set_visible(False)
             axes.grid(alpha=0.25)
     rows[-1][0].set_xlabel("step")
-    rows[-1][1].set_xlabel("seconds, at the median step's")
+    rows[-1][1].set_xlabel("seconds (steps times their median)")
     rows[0][0].set_title("The same loss at every step", loc="left", fontsize=11)
     rows[0][1].set_title("In less time", loc="left", fontsize=11)
     figure.savefig(path, dpi=130)
