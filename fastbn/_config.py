@@ -109,7 +109,9 @@ def get_num_threads() -> int:
 
 
 def set_num_threads(n: int) -> None:
-    """Sets the most threads that a call may use, for the process.
+    """Sets the most threads that a call may use, for the process; calls that run already go on with theirs.
+
+    The limits of others, such as threadpoolctl's, do not count: they are for calls that leave the number to OpenMP.
 
     Raises TypeError if `n` is no integer, ValueError if it is below 1.
 

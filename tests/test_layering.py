@@ -33,7 +33,7 @@ FLOORS = (
     {"_batch"},
     {"_ghost"},
     {"ops"},
-    {"layer", "inference", "onnx"},
+    {"layer", "inference", "onnx", "torch"},
     {"_recalibrate"},
     {""},
     {"_demo_networks", "bench"},
@@ -118,6 +118,7 @@ HEAVY = (
     "fastbn.bench",
     "fastbn.onnx",
     "fastbn.numba",
+    "fastbn.torch",
 )
 
 

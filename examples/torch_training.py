@@ -1,0 +1,222 @@
+"""How does a PyTorch network train with fastbn's layers? To the same losses, in less time.
+
+    python examples/torch_training.py
+
+A small residual network learns handwritten digits three times over, with the same batches and starting weights: with
+torch's layers, with the same network converted, and with fastbn's layers that take in the sum and the ReLU behind
+them. The steps of the three alternate. Needs torch and scikit-learn, and matplotlib for the picture:
+pip install "fastbn[torch,demo]".
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import sklearn.datasets
+import torch
+from torch import Tensor, nn
+
+import fastbn
+import fastbn.torch
+
+FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+TORCH, CONVERTED, FUSED = "torch's layers", "converted", "fused with what follows"
+
+Curves = dict[str, list[float]]
+"""Something of each step, by network."""
+
+
+class Block(nn.Module):
+    """Two convolutions with their norms, around which the input goes, too."""
+
+    def __init__(self, before: int, after: int, stride: int, fused: bool) -> None:
+        super().__init__()
+        last = nn.Conv2d(after, after, 3, padding=1, bias=False)
+        self.straight = nn.Sequential(*convolution(before, after, stride, fused), last)
+        self.norm = fastbn.torch.BatchNorm2d(after, activation="relu") if fused else nn.BatchNorm2d(after)
+        self.around = nn.Sequential(nn.Conv2d(before, after, 1, stride, bias=False), nn.BatchNorm2d(after))
+        self.fused = fused
+
+    def forward(self, x: Tensor) -> Tensor:
+        straight, around = self.straight(x), self.around(x)
+        if self.fused:
+            return self.norm(straight, residual=around)
+        return torch.relu(self.norm(straight) + around)
+
+
+def convolution(before: int, after: int, stride: int, fused: bool) -> list[nn.Module]:
+    """A convolution, its norm and its ReLU, which are one layer where they are fused."""
+    first = nn.Conv2d(before, after, 3, stride, padding=1, bias=False)
+    if fused:
+        return [first, fastbn.torch.BatchNorm2d(after, activation="relu")]
+    return [first, nn.BatchNorm2d(after), nn.ReLU()]
+
+
+def network(fused: bool = False) -> nn.Module:
+    """Three residual blocks, ten norms."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        *convolution(1, 32, 1, fused),
+        Block(32, 32, 1, fused),
+        Block(32, 64, 2, fused),
+        Block(64, 64, 2, fused),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(64, 10),
+    )
+
+
+def networks() -> dict[str, nn.Module]:
+    """With the same weights."""
+    plain = network()
+    fused = fastbn.torch.convert_batchnorm(network(fused=True))
+    return {TORCH: plain, CONVERTED: fastbn.torch.convert_batchnorm(copy.deepcopy(plain)), FUSED: fused}
+
+
+def batches(steps: int, size: int, magnified: int) -> list[tuple[Tensor, Tensor]]:
+    """Handwritten digits, 8 by 8 pixels before they are magnified."""
+    digits = sklearn.datasets.load_digits()
+    images = torch.from_numpy(digits.images).float()[:, None] / 16
+    images = images.repeat_interleave(magnified, 2).repeat_interleave(magnified, 3)
+    labels = torch.from_numpy(digits.target).long()
+    some = torch.Generator().manual_seed(0)
+    chosen = [torch.randint(len(labels), (size,), generator=some) for _ in range(steps)]
+    return [(images[i], labels[i]) for i in chosen]
+
+
+def train(data: list[tuple[Tensor, Tensor]], memory_format: torch.memory_format) -> tuple[Curves, Curves]:
+    """The losses and the seconds of each step, by network."""
+    models = {name: model.to(memory_format=memory_format) for name, model in networks().items()}
+    optimizers = {name: torch.optim.SGD(model.parameters(), 0.02, 0.9) for name, model in models.items()}
+    losses: Curves = {name: [] for name in models}
+    seconds: Curves = {name: [] for name in models}
+    for step, (images, labels) in enumerate(data):
+        x = images.contiguous(memory_format=memory_format)
+        for name in rotated(list(models), step):
+            start = time.perf_counter()
+            optimizers[name].zero_grad()
+            loss = nn.functional.cross_entropy(models[name](x), labels)
+            loss.backward()
+            optimizers[name].step()
+            seconds[name].append(time.perf_counter() - start)
+            losses[name].append(loss.item())
+    return losses, seconds
+
+
+def time_layers(shape: tuple[int, ...], memory_format: torch.memory_format, rounds: int) -> dict[str, float]:
+    """The median seconds of one layer's forward and backward pass, alone and with a ReLU behind it."""
+    x = torch.randn(shape).contiguous(memory_format=memory_format).requires_grad_()
+    dy = torch.randn(shape).contiguous(memory_format=memory_format)
+    theirs = nn.BatchNorm2d(shape[1])
+    layers: dict[str, Callable[[Tensor], Tensor]] = {
+        "torch ": theirs,
+        "fastbn ": fastbn.torch.BatchNorm2d(shape[1]),
+        "torch ReLU": nn.Sequential(theirs, nn.ReLU(inplace=True)),
+        "fastbn ReLU": fastbn.torch.BatchNorm2d(shape[1], activation="relu"),
+    }
+    seconds: Curves = {name: [] for name in layers}
+    for i in range(rounds):
+        for name in rotated(list(layers), i):
+            start = time.perf_counter()
+            torch.autograd.grad(layers[name](x), x, dy)
+            seconds[name].append(time.perf_counter() - start)
+    return {name: median(some[1:]) for name, some in seconds.items()}
+
+
+def rotated(names: list[str], step: int) -> list[str]:
+    """So that none is always behind the same other."""
+    return names[step % len(names) :] + names[: step % len(names)]
+
+
+def report_layers(shapes: list[tuple[int, ...]], rounds: int) -> None:
+    """A line for each shape and memory format."""
+    print(f"{'one layer, forward and backward':<34}{'':<6}{'torch':>12}{'fastbn':>12}{'faster':>9}")
+    for shape in shapes:
+        for name, memory_format in FORMATS.items():
+            times = time_layers(shape, memory_format, rounds)
+            for what in ("", "ReLU"):
+                theirs, ours = times[f"torch {what}"], times[f"fastbn {what}"]
+                label = f"{shape!s:<20}{name:<14}{what:<6}"
+                print(f"{label}{theirs * 1e3:9.3f} ms{ours * 1e3:9.3f} ms{theirs / ours:8.2f}x")
+
+
+def report_training(curves: dict[str, Curves], seconds: dict[str, Curves]) -> None:
+    """The times of a step, and how far the losses are apart: no farther than torch's own in two memory formats."""
+    print("\none training step")
+    for name, times in seconds.items():
+        theirs = median(times[TORCH])
+        for layers, some in times.items():
+            print(f"{name:<14}{layers:<26}{median(some) * 1e3:10.1f} ms{theirs / median(some):9.2f}x")
+    print("\nlosses")
+    for name, losses in curves.items():
+        print(f"{name:<14}{losses[TORCH][0]:.3f} to {losses[TORCH][-1]:.3f}, ", end="")
+        print(f"converted at most {apart(losses[TORCH], losses[CONVERTED]):.1e} apart")
+    one, other = (losses[TORCH] for losses in curves.values())
+    print(f"torch's own in the two memory formats: at most {apart(one, other):.1e} apart")
+
+
+def apart(a: list[float], b: list[float]) -> float:
+    """The largest difference."""
+    return max(abs(x - y) for x, y in zip(a, b, strict=True))
+
+
+def draw(curves: dict[str, Curves], seconds: dict[str, Curves], path: str) -> None:
+    """The losses by step, which are the same curve, and by time, which are not."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print('no picture: it needs matplotlib, pip install "fastbn[demo]"')
+        return
+    styles: dict[str, dict[str, Any]] = {
+        TORCH: {"color": "#b9bec6", "linewidth": 4},
+        CONVERTED: {"color": "#1f6fb4", "linewidth": 1.6},
+        FUSED: {"color": "#d1495b", "linewidth": 1.6, "linestyle": (0, (4, 2))},
+    }
+    figure = Figure(figsize=(10, 6.4), layout="constrained")
+    rows = figure.subplots(len(curves), 2, sharey=True, sharex="col")
+    for row, (name, losses) in zip(rows, curves.items(), strict=True):
+        for layers, loss in losses.items():
+            each, steps = median(seconds[name][layers]), range(1, len(loss) + 1)
+            row[0].plot(steps, loss, **styles[layers])
+            row[1].plot([i * each for i in steps], loss, label=f"{layers}: {each * 1e3:.0f} ms", **styles[layers])
+        row[0].set_ylabel(f"loss, {name}")
+        row[1].legend(frameon=False, loc="lower left", title="median step", alignment="left")
+        for axes in row:
+            axes.set_xlim(left=0)
+            axes.set_ylim(bottom=0)
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.grid(alpha=0.25)
+    rows[-1][0].set_xlabel("step")
+    rows[-1][1].set_xlabel("seconds (steps times their median)")
+    rows[0][0].set_title("The same loss at every step", loc="left", fontsize=11)
+    rows[0][1].set_title("In less time", loc="left", fontsize=11)
+    figure.savefig(path, dpi=130)
+    print(f"drawn: {path}")
+
+
+def main() -> None:
+    """Times the layers, then trains."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="a few steps on small images")
+    parser.add_argument("--picture", default="torch_training.png", help="where the losses are drawn (%(default)s)")
+    options = parser.parse_args()
+    print(f"torch {torch.__version__}, fastbn {fastbn.__version__}, {torch.get_num_threads()} threads")
+    if options.quick:
+        report_layers([(4, 8, 6, 6)], 3)
+        data = batches(6, 16, 1)
+    else:
+        report_layers([(64, 32, 8, 8), (64, 32, 32, 32), (64, 64, 56, 56)], 11)
+        data = batches(30, 64, 4)
+    trained = {name: train(data, memory_format) for name, memory_format in FORMATS.items()}
+    curves, seconds = ({name: both[i] for name, both in trained.items()} for i in (0, 1))
+    report_training(curves, seconds)
+    draw(curves, seconds, options.picture)
+
+
+if __name__ == "__main__":
+    main()
