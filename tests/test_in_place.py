@@ -68,6 +68,19 @@ def test_against_the_oracle(kernel: cases.Kernel, dtype: str, activation: Any, t
         cases.assert_same_bits(tuple(fastbn.backward(c.dy, cache)), tuple(got), where)
 
 
+@pytest.mark.parametrize("activation", INVERTIBLE, ids=str)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_constant_channel_without_eps_has_no_gradient(kernel: cases.Kernel, dtype: str, activation: Any) -> None:
+    c = call((6, 5, 31), dtype)
+    c.x[:, 2] = 3
+    cache = fastbn.forward(c.x, c.gamma, c.beta, eps=0.0, activation=activation, out=c.x).cache
+    dx, dgamma, _ = fastbn.backward(c.dy, cache)
+    assert not dx[:, 2].any()
+    assert dx[:, 1].any()
+    assert np.isfinite(dx.astype(np.float64)).all()
+    assert np.isfinite(dgamma).all()
+
+
 def test_close_to_what_x_gives(any_backend: cases.Kernel) -> None:
     """In float64 the way back costs nothing that matters."""
     for activation in INVERTIBLE:

@@ -543,7 +543,7 @@ def _preactivation(p: _Plan, q: _Task, a: _Arrays, x: Vector, i: int, k: int) ->
 
 @_inline
 def _x_from_y(p: _Plan, q: _Task, a: _Arrays, y: Vector, i: int, k: int) -> Vector:
-    """The x - mean that _preactivation and the activation have made y of."""
+    """The x - mean that the line and the activation made y of; 0 where its slope is, as in constant ones."""
     z = _widened(y)
     if q.activation == LEAKY_RELU:
         z = _where_less(_all(0.0, z), z, z, z * _all(1 / q.slope, z))
@@ -551,7 +551,8 @@ def _x_from_y(p: _Plan, q: _Task, a: _Arrays, y: Vector, i: int, k: int) -> Vect
         z = z - _widened(_load(a.residual, i, p.size - i))
     z = (z - _widened(_row(p, a, SHIFT, k, y))) - _widened(_row(p, a, SHIFT_LOW, k, y))
     slope = _widened(_row(p, a, SCALE, k, y)) * _widened(_row(p, a, PRESCALE, k, y))
-    return _narrowed(z / slope, y)
+    x, zero = z / slope, _all(0.0, z)
+    return _narrowed(_where_less(slope, zero, x, _where_less(zero, slope, x, zero)), y)
 
 
 @_inline
