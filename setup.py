@@ -55,6 +55,8 @@ FLAGS = (
         "-g0",
     ]
 )
+if len(ISAS) == 1 and not MSVC:  # as in a universal build for macOS, which compiles each file for two processors
+    FLAGS.append("-DFBN_BASELINE_ALONE")
 CORE = ["src_c/batchnorm.c", "src_c/check.c", "src_c/dispatch.c"]
 FOR_EMBEDDERS = (
     "fastbn/include/fastbn.h",

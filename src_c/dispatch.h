@@ -4,7 +4,8 @@
 
 #include "kernels.h"
 
-#if defined(__x86_64__) || defined(_M_X64)
+#if defined(FBN_BASELINE_ALONE)
+#elif defined(__x86_64__) || defined(_M_X64)
 #define FBN_X86 1
 extern const fbn_kernels fbn_kernels_avx512, fbn_kernels_avx2;
 #elif defined(__aarch64__) || defined(_M_ARM64)
