@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import shlex
 from collections.abc import Sequence
@@ -65,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--quick", action="store_true", help="a few seconds on tiny shapes: does it run?")
     add("--output", type=Path, default=Path("bench-results"), metavar="FOLDER", help="(%(default)s)")
     add("--save", type=Path, metavar="FILE", help="the rows, for a later --compare")
+    add("--torch", action="store_true", help="instead, what fastbn.torch gains: a layer, and a network's training")
     add("--compare", type=Path, nargs="+", metavar="FILE", help="this run, or a second file, against a saved one")
     return parser
 
@@ -142,6 +144,10 @@ def main(argv: Sequence[str]) -> int:
     parser = _parser()
     options = parser.parse_args(argv)
     try:
+        if options.torch:
+            training = importlib.import_module(".torch_training", __package__)
+            training.run(options.quick, options.output / "torch.png")
+            return 0
         if options.compare and len(options.compare) > 2:
             raise ValueError(f"--compare: got {len(options.compare)} files; allowed: 1 or 2")
         if options.compare and len(options.compare) == 2:

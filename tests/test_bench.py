@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import json
 import math
+import re
 from pathlib import Path
 from types import ModuleType
 
@@ -508,6 +509,17 @@ def test_quick_run_saves_and_compares(tmp_path, capsys):
 
 def variants_of(*arguments) -> list[str]:
     return list(map(str, cli._variants(cli._parser().parse_args(arguments))))
+
+
+def test_torchs_layers_and_training(tmp_path, capsys):
+    """The converted network trains to torch's losses, which are drawn."""
+    pytest.importorskip("torch")
+    pytest.importorskip("sklearn")
+    assert cli.main(["--torch", "--quick", "--output", str(tmp_path)]) == 0
+    found = re.findall(r"converted at most (\S+) apart", capsys.readouterr().out)
+    assert len(found) == 2
+    assert all(float(apart) < 0.01 for apart in found)
+    assert (tmp_path / "torch.png").stat().st_size > 10_000
 
 
 def test_variants_are_combined_or_of_the_operation_one_by_one():

@@ -26,7 +26,7 @@ with warnings.catch_warnings():  # torch's own import may warn
     prune = importlib.import_module("torch.nn.utils.prune")
     import fastbn.torch
 
-EXAMPLE = cases.CHECKOUT / "examples" / "torch_training.py"
+EXAMPLE = cases.CHECKOUT / "examples" / "torch_layers.py"
 SHAPES = {1: (6, 5, 7), 2: (4, 5, 6, 3), 3: (3, 5, 2, 4, 3)}
 FORMATS = {
     "contiguous": torch.contiguous_format,
@@ -769,13 +769,9 @@ def test_without_torch(tmp_path: Any) -> None:
 
 @pytest.mark.skipif(not EXAMPLE.exists(), reason="examples are not beside the tests: no checkout")
 def test_example(tmp_path: Any) -> None:
-    """Its losses are torch's, and it draws them."""
-    pytest.importorskip("sklearn")
-    pytest.importorskip("matplotlib")
-    script = f"import runpy, sys; sys.argv[1:] = ['--quick']; runpy.run_path({str(EXAMPLE)!r}, None, '__main__')"
-    done = cases.run_python(script, tmp_path, timeout=120)
+    """Its losses and results are torch's."""
+    done = cases.run_python(f"import runpy; runpy.run_path({str(EXAMPLE)!r}, None, '__main__')", tmp_path, timeout=120)
     assert done.returncode == 0, done.stderr
-    found = re.findall(r"converted at most (\S+) apart", done.stdout)
+    found = re.findall(r"largest difference of the \w+: (\S+)", done.stdout)
     assert len(found) == 2, done.stdout
-    assert all(float(apart) < 0.01 for apart in found)
-    assert (tmp_path / "torch_training.png").stat().st_size > 10_000
+    assert all(float(apart) < 1e-4 for apart in found)

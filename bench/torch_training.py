@@ -1,28 +1,30 @@
-"""How does a PyTorch network train with fastbn's layers? To the same losses, in less time.
-
-    python examples/torch_training.py
+"""What do fastbn's layers gain in PyTorch? A layer beside torch's, and the training of a network.
 
 A small residual network learns handwritten digits three times over, with the same batches and starting weights: with
 torch's layers, with the same network converted, and with fastbn's layers that take in the sum and the ReLU behind
-them. The steps of the three alternate. Needs torch and scikit-learn, and matplotlib for the picture:
-pip install "fastbn[torch,demo]".
+them. The steps of the three alternate.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import time
 from collections.abc import Callable
+from pathlib import Path
 from statistics import median
 from typing import Any
 
-import sklearn.datasets
-import torch
-from torch import Tensor, nn
-
 import fastbn
 import fastbn.torch
+
+from .extras import extra
+
+try:
+    import sklearn.datasets
+except ImportError as error:
+    raise ImportError('--torch needs scikit-learn: pip install "fastbn[demo]"') from error
+import torch
+from torch import Tensor, nn
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 TORCH, CONVERTED, FUSED = "torch's layers", "converted", "fused with what follows"
@@ -165,19 +167,14 @@ def apart(a: list[float], b: list[float]) -> float:
     return max(abs(x - y) for x, y in zip(a, b, strict=True))
 
 
-def draw(curves: dict[str, Curves], seconds: dict[str, Curves], path: str) -> None:
+def draw(curves: dict[str, Curves], seconds: dict[str, Curves], path: Path) -> None:
     """The losses by step, which are the same curve, and by time, which are not."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print('no picture: it needs matplotlib, pip install "fastbn[demo]"')
-        return
     styles: dict[str, dict[str, Any]] = {
         TORCH: {"color": "#b9bec6", "linewidth": 4},
         CONVERTED: {"color": "#1f6fb4", "linewidth": 1.6},
         FUSED: {"color": "#d1495b", "linewidth": 1.6, "linestyle": (0, (4, 2))},
     }
-    figure = Figure(figsize=(10, 6.4), layout="constrained")
+    figure = extra("matplotlib.figure").Figure(figsize=(10, 6.4), layout="constrained")
     rows = figure.subplots(len(curves), 2, sharey=True, sharex="col")
     for row, (name, losses) in zip(rows, curves.items(), strict=True):
         for layers, loss in losses.items():
@@ -195,18 +192,15 @@ def draw(curves: dict[str, Curves], seconds: dict[str, Curves], path: str) -> No
     rows[-1][1].set_xlabel("seconds (steps times their median)")
     rows[0][0].set_title("The same loss at every step", loc="left", fontsize=11)
     rows[0][1].set_title("In less time", loc="left", fontsize=11)
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
-    print(f"drawn: {path}")
+    print(f"written: {path}")
 
 
-def main() -> None:
-    """Times the layers, then trains."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="a few steps on small images")
-    parser.add_argument("--picture", default="torch_training.png", help="where the losses are drawn (%(default)s)")
-    options = parser.parse_args()
+def run(quick: bool, picture: Path) -> None:
+    """Times the layers, then trains; quick: a few steps on small images."""
     print(f"torch {torch.__version__}, fastbn {fastbn.__version__}, {torch.get_num_threads()} threads")
-    if options.quick:
+    if quick:
         report_layers([(4, 8, 6, 6)], 3)
         data = batches(6, 16, 1)
     else:
@@ -215,8 +209,4 @@ def main() -> None:
     trained = {name: train(data, memory_format) for name, memory_format in FORMATS.items()}
     curves, seconds = ({name: both[i] for name, both in trained.items()} for i in (0, 1))
     report_training(curves, seconds)
-    draw(curves, seconds, options.picture)
-
-
-if __name__ == "__main__":
-    main()
+    draw(curves, seconds, picture)
