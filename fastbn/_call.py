@@ -85,7 +85,7 @@ def check(
     in_place = target is not None and _check.same_memory(target, data)
     g, b = parameters(g, b, statistics)
     if in_place and keeps:
-        _check.invertible(code, slope, g, b, channels, data.dtype)
+        _check.invertible(code, slope, g, b, added, channels, data.dtype)
     if updates:
         _check.running_apart(inputs)
     if counted is not None:

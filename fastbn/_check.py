@@ -34,7 +34,7 @@ def _array(name: str, value: object) -> Array:
         return value
     try:
         return np.asarray(value)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except Exception as error:  # whatever its __array__ raises
         raise TypeError(f"{name}: got {type(value).__name__}; allowed: a NumPy array ({error})") from error
 
 
@@ -104,7 +104,7 @@ def _both(mean: object, var: object) -> None:
 def both_statistics(mean: object, var: object) -> None:
     """Both running statistics are there."""
     if mean is None and var is None:
-        statistics_missing()
+        statistics_missing("")
     _both(mean, var)
 
 
@@ -169,9 +169,9 @@ def running_apart(inputs: Mapping[str, Array | None]) -> None:
                 _refuse(ValueError, name, f"memory shared with {other}", "an array of its own")
 
 
-def statistics_missing() -> NoReturn:
+def statistics_missing(where: str = " where training is not True") -> NoReturn:
     """Without batch statistics there must be running ones."""
-    _refuse(ValueError, "running_mean", "None", "arrays for running_mean and running_var where training is not True")
+    _refuse(ValueError, "running_mean", "None", f"arrays for running_mean and running_var{where}")
 
 
 def overlap(a: Array, b: Array) -> bool:
@@ -306,7 +306,13 @@ def enough(x: Array, channel_axis: int, mask: Array | None, where: str = "") -> 
 
 
 def invertible(
-    code: Activation, slope: float, gamma: Array | None, beta: Array | None, channels: int, dtype: DType
+    code: Activation,
+    slope: float,
+    gamma: Array | None,
+    beta: Array | None,
+    residual: Array | None,
+    channels: int,
+    dtype: DType,
 ) -> None:
     """Whether x can be had back from y, which takes its place where out is x."""
     kind = kind_of(dtype)
@@ -327,6 +333,17 @@ def invertible(
         channel = int(np.argmin(exact))
         allowed = f"finite and |gamma| >= sqrt(eps) * max(1, |beta|), here {least[channel]:.3g}{_FROM_Y}"
         _refuse(ValueError, "gamma", f"{scale[channel]:g} in channel {channel} with out=x", allowed)
+    if residual is not None and channels:
+        most, largest = float(abs(scale).min()) / math.sqrt(kind.eps), _magnitude(residual)
+        if not largest <= most:
+            allowed = f"|residual| <= |gamma| / sqrt(eps), here {most:.3g}{_FROM_Y}"
+            _refuse(ValueError, "residual", f"values up to {largest:g} with out=x", allowed)
+
+
+def _magnitude(array: Array) -> float:
+    """The largest absolute value, NaN where there is one; with no array of absolute values."""
+    with np.errstate(all="ignore"):
+        return max(abs(float(array.min())), abs(float(array.max()))) if array.size else 0.0
 
 
 _FROM_Y = ", since backward gets x from y"
@@ -410,6 +427,29 @@ def instance(name: str, value: object, kind: type[T], allowed: str) -> T:
     return value
 
 
+def iterable(name: str, value: Iterable[T], of: str) -> Iterable[T]:
+    """Something to go through."""
+    if not isinstance(value, Iterable):
+        _refuse(TypeError, name, type(value).__name__, f"an iterable of {of}")
+    return value
+
+
+def function(name: str, value: object) -> None:
+    """Something to call."""
+    if not callable(value):
+        _refuse(TypeError, name, type(value).__name__, "a callable")
+
+
+def planned(value: object, mean: Array, channel_axis: int) -> None:
+    """An x for a plan: with its channels, and of its statistics dtype."""
+    x = data("x", value)
+    found = x.shape[axis(channel_axis, x)]
+    if found != mean.size:
+        _refuse(ValueError, "x", f"shape {x.shape} with {found} channels", f"the plan's {mean.size} channels")
+    if kind_of(x.dtype).statistics != mean.dtype:
+        _refuse(TypeError, "x", f"dtype {x.dtype}", f"one whose statistics dtype is the plan's, {mean.dtype}")
+
+
 def virtual_batch(value: object, channel_axis: int) -> int | None:
     """How many elements of axis 0 share their statistics; None is all."""
     if value is None:
@@ -456,10 +496,10 @@ def count(name: str, value: object) -> int:
 
 
 def natural(name: str, value: object) -> int:
-    """An integer that is not negative."""
+    """An integer that is not negative, nor beyond an array's."""
     result = integer(name, value)
-    if result < 0:
-        _refuse(ValueError, name, repr(value), "an integer >= 0")
+    if not 0 <= result < 2**63:
+        _refuse(ValueError, name, repr(value), "an integer from 0 to 2**63 - 1")
     return result
 
 
@@ -473,7 +513,9 @@ def choice(name: str, value: object, choices: Iterable[str]) -> str:
 
 
 def dtype(name: str, value: object) -> DType:
-    """A dtype that data can have."""
+    """A dtype that data can have, in native byte order."""
+    if value is None:
+        _refuse(TypeError, name, "None", _names(KINDS))
     if isinstance(value, str) and value == "bfloat16":
         try:
             import_module("ml_dtypes")  # which teaches NumPy the name
@@ -483,8 +525,7 @@ def dtype(name: str, value: object) -> DType:
         found = np.dtype(value)  # type: ignore[call-overload]
     except TypeError:
         _refuse(TypeError, name, repr(value), _names(KINDS))
-    result: DType = data(name, np.empty(0, found)).dtype
-    return result
+    return native(data(name, np.empty(0, found)).dtype)
 
 
 def of_layer(value: object, channels: int, channel_axis: int, layer_dtype: DType) -> Array:
@@ -503,7 +544,8 @@ def state(name: str, value: Mapping[str, Any], arrays: Mapping[str, Array], opti
     if not isinstance(value, Mapping):
         _refuse(TypeError, name, type(value).__name__, "a mapping from names to arrays")
     if set(value) - {optional} != set(arrays):
-        _refuse(ValueError, name, f"the names {_names(value)}", _names(arrays))
+        may_be = f"; {optional} may be there, too" if optional else ""
+        _refuse(ValueError, name, f"the names {_names(value)}", f"{_names(arrays)}{may_be}")
     found = {key: _array(f"{name}[{key!r}]", value[key]) for key in value}
     for key, array in arrays.items():
         found[key] = _state_array(f"{name}[{key!r}]", found[key], array)
@@ -521,7 +563,7 @@ def _state_array(name: str, value: Array, like: Array) -> Array:
         _refuse(TypeError, name, f"dtype {value.dtype}", "any float dtype")
     if value.shape != like.shape:
         _refuse(ValueError, name, f"shape {value.shape}", f"shape {like.shape}")
-    with np.errstate(over="ignore"):
+    with np.errstate(all="ignore"):
         cast = value.astype(like.dtype)
     if (np.isinf(cast) & ~np.isinf(value)).any():
         _refuse(ValueError, name, f"values up to {abs(value).max()}", f"what {like.dtype} can hold")

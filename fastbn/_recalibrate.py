@@ -84,6 +84,9 @@ def recalibrate(layers: Iterable[BatchNorm], batches: Iterable[T], forward: Call
     >>> bn.running_mean, bn.running_var, bn.num_batches_tracked
     (array([3.]), array([4.66666667]), 0)
     """
+    _check.function("forward", forward)
+    _check.iterable("batches", batches, "what forward takes")
+    layers = _check.iterable("layers", layers, "BatchNorm")
     given = [_check.instance("layers", layer, BatchNorm, "BatchNorm, all of them") for layer in layers]
     watched = [_Watched(layer) for layer in dict.fromkeys(given)]
     try:

@@ -22,8 +22,8 @@ class InferencePlan:
     """`infer` with given parameters and statistics, whose constants are computed once.
 
     y = activation((x - running_mean) / sqrt(running_var + eps) * gamma + beta + residual): Ioffe & Szegedy 2015,
-    algorithm 2. The bits of y, and the errors, are those of `infer`. The arrays are copied. A plan never changes, may
-    be called from many threads at a time, and pickles.
+    algorithm 2. The bits of y, and the errors, are those of `infer`, but that of an x which does not fit the plan. The
+    arrays are copied. A plan never changes, may be called from many threads at a time, and pickles.
 
     With the C backend, and x, out and residual alike in dtype and memory order, a call with `out` allocates nothing:
     for C-contiguous arrays, with channels on any axis, and for channels-last ones seen through a transpose. All other
@@ -90,6 +90,7 @@ class InferencePlan:
             y = run(x, out, residual)
             if y is not None:
                 return y
+        _check.planned(x, self._mean, self._axis)
         return infer(
             x,
             self._gamma,

@@ -68,8 +68,8 @@ def forward(
         memory with an input otherwise. With out=x the gradient comes from y, as in in-place activated batch norm
         (Rota Bulo et al. 2018): so only without an activation or with leaky_relu of a slope > 0 (and not so small
         that x's dtype has it with fewer digits), and where |gamma| is at least sqrt(eps of x's dtype) * max(1, |beta|)
-        in every channel. The cache then refers to y: leave that as it is. A residual that is far larger than the
-        rest buries x's digits in y as well.
+        in every channel, and no residual is larger than |gamma| / sqrt(eps). The cache then refers to y: leave that
+        as it is.
     backend : "c", "numba", "numpy" or None
     moments : Moments or None
         Normalizes with these instead of the batch's own, in training; the running statistics get these, too. A mask

@@ -63,12 +63,13 @@ static fbn_dtype statistics(const fbn_problem *p) { return p->dtype == FBN_F64 ?
 
 static int64_t values(const fbn_problem *p) { return p->outer * p->channels * p->inner; }
 
-static fbn_status check_optional(const void *array, fbn_dtype dtype) {
-    return (uintptr_t)array % element(dtype) ? FBN_MISALIGNED : FBN_OK;
+/* Where there are no values, any pointer will do. */
+static fbn_status check_optional(const void *array, fbn_dtype dtype, int64_t size) {
+    return size && (uintptr_t)array % element(dtype) ? FBN_MISALIGNED : FBN_OK;
 }
 
 static fbn_status check_array(const void *array, fbn_dtype dtype, int64_t size) {
-    return size && !array ? FBN_NULL_POINTER : check_optional(array, dtype);
+    return size && !array ? FBN_NULL_POINTER : check_optional(array, dtype, size);
 }
 
 static fbn_status check_workspace(const void *memory) { return memory ? FBN_OK : FBN_NULL_POINTER; }
@@ -87,8 +88,8 @@ static fbn_status check_apart(const fbn_problem *p, const void *result, const vo
 static fbn_status check_parameters(const fbn_problem *p, const fbn_parameters *given) {
     if (!given || (!given->gamma && !given->beta) || !p->channels) return FBN_OK;
     if (given->dtype != FBN_F32 && given->dtype != FBN_F64) return FBN_BAD_DTYPE;
-    const fbn_status status = check_optional(given->gamma, given->dtype);
-    return status ? status : check_optional(given->beta, given->dtype);
+    const fbn_status status = check_optional(given->gamma, given->dtype, p->channels);
+    return status ? status : check_optional(given->beta, given->dtype, p->channels);
 }
 
 static fbn_status check_statistics(const fbn_problem *p, const void *mean, const void *var) {
@@ -107,7 +108,7 @@ static fbn_status check_running(const fbn_problem *p, const fbn_running *given) 
 
 static fbn_status check_map(const fbn_problem *p, const void *x, const void *residual, const void *y) {
     fbn_status status = check_data(p, x);
-    if (!status) status = check_optional(residual, p->dtype);
+    if (!status) status = check_optional(residual, p->dtype, values(p));
     if (!status) status = check_data(p, y);
     if (!status && y != x) status = check_apart(p, y, x);
     return status ? status : check_apart(p, y, residual);
@@ -169,7 +170,7 @@ static fbn_status check_gradient(const fbn_problem *p, const void *dy, const voi
         status = p->activation == FBN_LEAKY_RELU && p->slope > 0 ? FBN_OK : FBN_BAD_ACTIVATION;
     if (!status) status = check_data(p, dy);
     if (!status) status = check_data(p, x);
-    if (!status) status = check_optional(residual, p->dtype);
+    if (!status) status = check_optional(residual, p->dtype, values(p));
     if (!status) status = check_array(saved, FBN_F64, p->channels);
     return status ? status : check_workspace(workspace);
 }
@@ -194,10 +195,10 @@ fbn_status fbn_check_backward(const fbn_problem *p, const void *dy, const void *
     fbn_status status =
         called ? check_gradient(p, dy, x, residual, saved, called->from_y, workspace) : FBN_NULL_POINTER;
     if (!status && !called->frozen && !(called->count >= 1 && isfinite(called->count))) status = FBN_TOO_FEW_VALUES;
-    if (!status) status = check_optional(called->sums, FBN_F64);
+    if (!status) status = check_optional(called->sums, FBN_F64, p->channels);
     if (!status) status = check_result(p, dx, dy, x, residual);
     if (!status && residual && p->activation) status = check_result(p, dresidual, dy, x, residual);
     if (!status && residual && p->activation) status = check_apart(p, dresidual, dx);
-    if (!status) status = check_optional(dgamma, statistics(p));
-    return status ? status : check_optional(dbeta, statistics(p));
+    if (!status) status = check_optional(dgamma, statistics(p), p->channels);
+    return status ? status : check_optional(dbeta, statistics(p), p->channels);
 }

@@ -27,7 +27,7 @@ def compiler(*names: str) -> str:
 
 def flags(which: str) -> list[str]:
     """What `fastbn info` prints: --cflags or --libs."""
-    command = [sys.executable, "-m", "fastbn", "info", which]
+    command = [sys.executable, "-P", "-m", "fastbn", "info", which]
     return shlex.split(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 

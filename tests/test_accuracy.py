@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cache
 from itertools import product
@@ -302,6 +303,21 @@ def test_constant_channel_gives_beta(kernel: cases.Kernel, dtype: str, count: in
             differs = (as_rows(y, layout) != wanted).any(axis=0)
             wrong = [constant for constant, wrong in zip(CONSTANTS, differs, strict=True) if wrong]
             assert not wrong, f"for the constants {wrong}, gamma {gamma}, beta {beta}"
+
+
+@pytest.mark.parametrize("activation", ["silu", "sigmoid", "relu"])
+@pytest.mark.parametrize("shape", [(2, 3, 7), (5, 3), (3, 3, 35)], ids=str)
+def test_gradient_of_constant_channels_near_the_largest_float(
+    kernel: cases.Kernel, dtype: str, shape: tuple[int, ...], activation: str
+) -> None:
+    """Where what pads a vector, 0, is far from the mean."""
+    x = np.full(shape, np.finfo(dtype).max / 2, dtype)
+    y, cache = fastbn.forward(x, beta=np.ones(3, dtype), activation=activation)
+    dbeta = fastbn.backward(np.ones_like(x), cache).dbeta
+    sigmoid = 1 / (1 + math.exp(-1))
+    slope = {"silu": sigmoid * (2 - sigmoid), "sigmoid": sigmoid * (1 - sigmoid), "relu": 1}[activation]
+    np.testing.assert_allclose(dbeta, x[:, 0].size * slope, rtol=1e-6)
+    assert np.isfinite(y).all()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -14,7 +14,9 @@ from fastbn import cli, demo
 
 
 def test_version():
-    done = subprocess.run([sys.executable, "-m", "fastbn", "--version"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "fastbn", "--version"], capture_output=True, text=True, check=True
+    )
     assert done.stdout == f"fastbn {fastbn.__version__}\n"
 
 
@@ -30,7 +32,7 @@ def test_a_reader_that_stops_early_is_no_error():
     reader, writer = os.pipe()
     os.close(reader)
     try:
-        command = [sys.executable, "-m", "fastbn", "info"]
+        command = [sys.executable, "-P", "-m", "fastbn", "info"]
         done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
     finally:
         os.close(writer)

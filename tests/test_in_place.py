@@ -157,6 +157,18 @@ def test_a_beta_that_buries_xhat_is_refused(any_backend: cases.Kernel, dtype: st
         assert_refused(fastbn.forward, arguments, ValueError, "3", "out")
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("large", [1.01, np.inf, np.nan])
+def test_a_residual_that_buries_x_is_refused(any_backend: cases.Kernel, dtype: str, large: float) -> None:
+    """In units of the least |gamma| over the root of the dtype's eps."""
+    c = call((6, 5, 31), dtype)
+    eps = {"float16": 2.0**-10, "bfloat16": 2.0**-7}.get(dtype) or np.finfo(dtype).eps
+    residual = np.zeros_like(c.x)
+    residual[2, 3, 4] = -large * np.abs(c.gamma.astype(np.float64)).min() / np.sqrt(eps) * (1 + 2.0**-6)
+    arguments = {"x": c.x, "gamma": c.gamma, "residual": residual, "out": c.x}
+    assert_refused(fastbn.forward, arguments, ValueError, "residual", "out=x", "sqrt(eps)")
+
+
 @pytest.mark.parametrize(("dtype", "slope"), [("float32", 1e-40), ("float64", 1e-310), ("float16", 1e-7)])
 def test_a_slope_that_loses_digits_is_refused(any_backend: cases.Kernel, dtype: str, slope: float) -> None:
     """Times it, what is negative becomes a denormal number, or 0."""

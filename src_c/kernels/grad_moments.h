@@ -29,7 +29,9 @@ FBN_INLINE void NAME(grad_moments_at)(const elem *dy, const elem *x, const elem 
         prefetch((const char *)dy + FBN_AHEAD);
         prefetch((const char *)x + FBN_AHEAD);
     }
-    const wide g = widen(NAME(dz_at)(dy, x, residual, n, l, activation, has_residual));
+    const vec dz = NAME(dz_at)(dy, x, residual, n, l, activation, has_residual);
+    /* What fills the rest of x may be far from the mean, and have no slope. */
+    const wide g = widen(n == WIDTH ? dz : vjoin(dz, vset(0), n));
     const wide v = n == WIDTH && !(activation & FBN_FROM_Y)
                        ? wload(x)
                        : widen(NAME(x_at)(x, residual, n, l, activation, has_residual));
