@@ -134,7 +134,7 @@ fbn_status fbn_check_infer(const fbn_problem *p, const void *x, const void *resi
     if (!status) status = check_parameters(p, parameters);
     if (!status && mean) status = check_statistics(p, mean, var);
     if (!status) status = check_map(p, x, residual, y);
-    if (!status) status = check_array(saved, FBN_F64, mean ? 0 : p->channels);
+    if (!status) status = mean ? check_optional(saved, FBN_F64, p->channels) : check_array(saved, FBN_F64, p->channels);
     return status ? status : check_workspace(workspace);
 }
 

@@ -599,12 +599,12 @@ def _activated(q: _Task, z: Vector) -> Vector:
 
 @_inline
 def _differentiated(q: _Task, z: Vector, dy: Vector) -> Vector:
-    """The gradient of z. At kinks and where z is NaN the slope is PyTorch's."""
+    """The gradient of z. At a kink the slope is that of its left side; at a NaN dy passes, unless a formula has it."""
     zero, one, three = _all(0.0, z), _all(1.0, z), _all(3.0, z)
     if q.activation == RELU:
         return _where_at_most(z, zero, zero, dy)
     if q.activation == RELU6:
-        return _where_less(zero, z, _where_less(z, three + three, dy, zero), zero)
+        return _where_at_most(z, zero, zero, _where_at_most(three + three, z, zero, dy))
     if q.activation == LEAKY_RELU:
         return _where_less(zero, z, dy, dy * _all(q.slope, z))
     if q.activation == HARDSWISH:

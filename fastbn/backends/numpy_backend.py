@@ -48,7 +48,8 @@ def _centred(x: Array, mean: Array, low: Array) -> Array:
 def _moments(x: Array, mask: Array | None, into: Array) -> Array:
     """Fills the rows mean, mean_low and m2, and returns x centred."""
     count = x.shape[0] * x.shape[2] if mask is None else np.count_nonzero(mask)
-    first = x[0, :, 0].astype(np.float64)
+    n, i = (0, 0) if mask is None else divmod(int(mask.argmax()), mask.shape[1])
+    first = x[n, :, i].astype(np.float64)
     origin = np.where(np.isfinite(first), first, 0)  # sums about one of the values do not overflow where all are alike
     into[0] = origin + _sum(_centred(x, origin, np.zeros_like(origin)), mask) / count
     into[1] = 0
@@ -100,7 +101,7 @@ def _activate(z: Array, activation: int, slope: float, y: Array) -> None:
 def _dz(
     dy: Array, x: Array, residual: Array | None, saved: Array, activation: int, slope: float, from_y: bool
 ) -> Array:
-    """The gradient before the activation, whose slope at kinks and where z is NaN is PyTorch's."""
+    """The gradient before the activation, whose slope at kinks is PyTorch's."""
     if activation == Activation.IDENTITY:
         return dy.astype(np.float64)
     # Where y stands in for x it has the sign of z.
@@ -111,13 +112,11 @@ def _dz(
         return dz
     flat, slopes = z <= 0, None
     if activation == Activation.RELU6:
-        flat = ~((z > 0) & (z < 6))
-    elif activation == Activation.LEAKY_RELU:
-        flat = ~(z > 0)
+        flat |= z >= 6
     elif activation == Activation.HARDSWISH:
         flat, slopes = z <= -3, z / 3
         slopes += 0.5
-        np.copyto(slopes, 1, where=~(z < 3))
+        np.copyto(slopes, 1, where=z >= 3)
     dz = z
     np.copyto(dz, dy)
     if slopes is not None:

@@ -65,7 +65,7 @@ FBN_APART vec NAME(other_gradient)(vec dy, vec z, real slope, int activation) {
     case FBN_HARDSWISH: {
         const vec between = vmul(dy, vfma(z, vset((real)(1.0 / 3)), vset((real)0.5)));
         const vec below = vwhere_less(vset(-3), z, between, zero);
-        return vwhere_less(z, vset(3), below, dy);
+        return vwhere_less(z, vset(3), below, vmul(dy, vmin(vset(1), z))); /* NaN stays */
     }
     default:
         return dy;
