@@ -182,6 +182,7 @@ class Blocks:
                 self._read(dy, piece),
                 self._read(parts.x, piece),
                 self._take(parts.residual, piece),
+                self._positions(parts.mask, piece, self._read(parts.x, piece)),
                 saved,
                 activation,
                 slope,

@@ -165,10 +165,11 @@ def test_intrinsics_are_in_simd_alone() -> None:
 @pytest.mark.parametrize(
     ("pattern", "home"),
     [
-        (r"\bomp_|<omp\.h>|#\s*pragma\s+omp|_OPENMP", "batchnorm.c"),
-        (r"__builtin_cpu_supports|__cpuid|sysconf|sysctl", "dispatch.c"),
+        (r"\bomp_|<omp\.h>|#\s*pragma\s+omp|_OPENMP", "run.c"),
+        (r"sysconf|sysctl|/sys/", "machine.c"),
+        (r"__builtin_cpu_supports", "dispatch.c"),
     ],
-    ids=["omp", "processor"],
+    ids=["omp", "caches", "instruction sets"],
 )
 def test_one_home(pattern: str, home: str) -> None:
     assert where(pattern) == {home}
@@ -191,11 +192,20 @@ def test_macros_bind_names() -> None:
 ALLOWED_INCLUDES = {
     "fastbn.h": set(),
     "kernels.h": {"fastbn.h"},
+    "values.h": {"fastbn.h"},
+    "values.c": {"values.h"},
     "dispatch.h": {"kernels.h"},
     "dispatch.c": {"dispatch.h"},
+    "machine.h": {"fastbn.h"},
+    "machine.c": {"machine.h", "dispatch.h"},
     "check.h": {"fastbn.h"},
-    "check.c": {"check.h"},
-    "batchnorm.c": {"check.h", "kernels.h", "dispatch.h"},
+    "check.c": {"check.h", "values.h"},
+    "split.h": {"kernels.h"},
+    "split.c": {"split.h", "values.h"},
+    "job.h": {"split.h"},
+    "finish.c": {"job.h", "values.h"},
+    "run.c": {"job.h"},
+    "verbs.c": {"check.h", "job.h"},
 }
 
 
