@@ -53,7 +53,7 @@ int main(void) {
     const fbn_dtype wide = real == 8 ? FBN_F64 : FBN_F32;
     const fbn_parameters parameters = {next(C * real), next(C * real), wide};
     const fbn_running running = {next(C * real), next(C * real), wide, call->momentum, 1};
-    const fbn_statistics given = {running.mean, running.var, wide};
+    const fbn_statistics statistics = {running.mean, running.var, wide};
     void *y = memory(M * C * elem), *dresidual = memory(M * C * elem), *workspace = memory(fbn_workspace_bytes(&p));
     void *dgamma = memory(C * real), *dbeta = memory(C * real), *plan = memory(fbn_plan_bytes(p.channels));
     double *saved = memory(FBN_SAVED_ROWS * C * sizeof(double)), *rows = memory(3 * C * sizeof(double));
@@ -67,7 +67,7 @@ int main(void) {
                                   .y = y};
     expect(fbn_infer(&p, &infer, workspace));
     give(y, M * C * elem);
-    const fbn_plan_args set = {sizeof set, parameters, call->eps, given};
+    const fbn_plan_args set = {sizeof set, parameters, call->eps, statistics};
     const fbn_run_args run = {sizeof run, x, residual, y};
     expect(fbn_plan_set(&p, &set, plan));
     expect(fbn_plan_run(&p, &run, plan));
