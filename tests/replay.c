@@ -63,7 +63,7 @@ int main(void) {
                                   .residual = residual,
                                   .parameters = parameters,
                                   .eps = call->eps,
-                                  .statistics = given,
+                                  .statistics = statistics,
                                   .y = y};
     expect(fbn_infer(&p, &infer, workspace));
     give(y, M * C * elem);

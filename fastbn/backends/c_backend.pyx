@@ -332,9 +332,14 @@ def openmp():
     return c.fbn_openmp()
 
 
-def openmp_threads():
-    """How many threads OpenMP would use for a call from this thread that does not say; 1 without OpenMP."""
-    return c.fbn_openmp_threads()
+# How many threads OpenMP would use for a call that does not say, when this module was loaded.
+cdef int threads_at_load = c.fbn_openmp_threads()
+
+
+def most_threads():
+    """How many threads OpenMP leaves for a call from this thread: fewer than there can be where it was given a limit."""
+    cdef int now = c.fbn_openmp_threads()
+    return now if now < threads_at_load or not c.fbn_openmp() else c.FBN_MOST_THREADS
 
 
 def describe():

@@ -21,8 +21,8 @@ cdef bint is_plain(object value, int dtype) noexcept:
     )
 
 
-cdef bint set_problem(c.fbn_problem *p, object x, object axis, object activation, int threads) noexcept:
-    """Fills p for a plain x with values; False if it is not plain."""
+cdef int set_problem(c.fbn_problem *p, object x, object axis, object activation, object threads) except -1:
+    """Fills p for a plain x with values; False if it is not plain. threads() tells how many may work."""
     cdef cnp.ndarray array
     cdef long channel_axis
     cdef int i, dtype, ndim, overflow = 0
@@ -43,7 +43,8 @@ cdef bint set_problem(c.fbn_problem *p, object x, object axis, object activation
         p.dtype = c.FBN_BF16
     else:
         return False
-    p.machine, p.threads = &machine, threads
+    p.machine = &machine
+    p.threads = 1 if cnp.PyArray_SIZE(array) < 2 * c.FBN_WORK_PER_THREAD else threads()
     p.outer = p.inner = 1
     if channel_axis == 1:
         p.outer = cnp.PyArray_DIM(array, 0)
@@ -122,10 +123,10 @@ cdef struct Call:
     bint statistics
 
 
-cdef bint take(
+cdef int take(
     Call *call, object x, object gamma, object beta, object mean, object var, object eps, object axis,
-    object activation, object residual, object out, int threads,
-) noexcept:
+    object activation, object residual, object out, object threads,
+) except -1:
     """Fills `call` for a plain call whose out shares no memory with an input; False if it is not plain."""
     cdef int64_t channels
     if not set_problem(&call.problem, x, axis, activation, threads) or not is_number(eps, 0, 1e300):
@@ -180,7 +181,7 @@ cdef bint may_update(const Call *call, object mean, object var) noexcept:
 
 def express_infer(
     object x, object gamma, object beta, object mean, object var, object eps, object axis, object activation,
-    object residual, object out, int threads,
+    object residual, object out, object threads,
 ):
     """y, or None."""
     cdef Call call
@@ -208,7 +209,7 @@ cdef void fill_infer(c.fbn_infer_args *a, const Call *call) noexcept nogil:
 
 def express_forward(
     object x, object gamma, object beta, object mean, object var, object momentum, object correction, object eps,
-    object axis, object activation, object residual, object out, bint training, int threads,
+    object axis, object activation, object residual, object out, bint training, object threads,
 ):
     """(y, saved), or None."""
     cdef Call call
@@ -266,7 +267,7 @@ cdef bint is_saved(object value, int64_t channels) noexcept:
 
 def express_backward(
     object dy, object x, object residual, object saved, object axis, object frozen, object activation,
-    object has_gamma, object has_beta, object out, int threads,
+    object has_gamma, object has_beta, object out, object threads,
 ):
     """(dx, dgamma, dbeta, dresidual), or None."""
     cdef c.fbn_problem p
