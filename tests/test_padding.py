@@ -104,7 +104,7 @@ def test_padding_adds_nothing(
 def test_padding_of_frozen_statistics(
     kernel: cases.Kernel, shape: tuple[int, ...], axis: int, activation: str | None
 ) -> None:
-    """And statistics that are no numbers, where nothing counts."""
+    """And of statistics that are no numbers."""
     c, mask = cases.call(shape, axis=axis), cases.random_mask(shape, axis)
     dy = np.where(np.expand_dims(mask, axis), c.dy, 0).astype("f4")
     options = {"axis": axis, "activation": activation, "training": False}
@@ -114,10 +114,25 @@ def test_padding_of_frozen_statistics(
         found.append(tuple(fastbn.backward(dy, cache)))
     for one, other in zip(*found, strict=True):
         assert np.array_equal(one, other)
-    nothing, bad = np.zeros_like(mask), np.full_like(c.running_mean, np.nan)
-    cache = fastbn.forward(c.x, c.gamma, c.beta, bad, bad, mask=nothing, **options).cache
-    for gradient in fastbn.backward(np.zeros_like(c.dy), cache):
-        assert (gradient == 0).all()
+    bad = np.full_like(c.running_mean, np.nan)
+    cache = fastbn.forward(c.x, c.gamma, c.beta, bad, bad, mask=mask, residual=c.residual, **options).cache
+    got, outside = fastbn.backward(dy, cache), np.broadcast_to(~np.expand_dims(mask, axis), shape)
+    assert (got.dx[outside] == 0).all()
+    assert (got.dresidual[outside] == 0).all()
+
+
+def test_padding_of_a_channel_without_numbers(kernel: cases.Kernel) -> None:
+    """A NaN that counts is in all of its channel, but for dx in the padding."""
+    c, mask = cases.call((8, 6, 30)), cases.random_mask((8, 6, 30))
+    x, dy = c.x.copy(), np.where(mask[:, np.newaxis], c.dy, 0).astype("f4")
+    mask[3, 4] = True
+    x[3, 2, 4] = np.nan
+    dx, dgamma, dbeta = fastbn.backward(dy, fastbn.forward(x, c.gamma, c.beta, mask=mask).cache)
+    outside = np.broadcast_to(~mask[:, np.newaxis], x.shape)
+    assert (dx[outside] == 0).all()
+    assert np.isnan(dx[:, 2][mask]).all()
+    assert np.isfinite(np.delete(dx, 2, axis=1)).all()
+    assert np.isnan(dgamma[2])
 
 
 def test_padding_with_given_moments_and_sums(kernel: cases.Kernel) -> None:
