@@ -88,7 +88,9 @@ def test_padding_adds_nothing(
         return (*got, got.dresidual, sums.sum_dy, sums.sum_dy_xhat)
 
     for residual in (None, c.residual):
-        zeros = [None if a is None else np.where(np.expand_dims(mask, axis), a, 0).astype(dtype) for a in (c.x, residual)]
+        zeros = [
+            None if a is None else np.where(np.expand_dims(mask, axis), a, 0).astype(dtype) for a in (c.x, residual)
+        ]
         junk = [None if a is None else spoiled(a, ~mask, axis) for a in (c.x, residual)]
         wanted, got = gradients(*zeros), gradients(*junk)
         outside = np.broadcast_to(~np.expand_dims(mask, axis), shape)
