@@ -1,8 +1,7 @@
-/* values.c: how does a value of any dtype become a double, and how is a double rounded to it? */
+/* values.c: how does a value of 16 bits become a double, and how is a double rounded to it? */
 #include "values.h"
 
 #include <math.h>
-#include <string.h>
 
 /* A format of 16 bits. A number is 1.fraction * 2^exponent, or subnormal where the exponent would be below `lowest`. */
 typedef struct {
@@ -31,16 +30,6 @@ static uint16_t rounded(double v, const format *f) {
     return (uint16_t)(sign | (((unsigned)(exponent - f->lowest) << f->fraction) + steps));
 }
 
-size_t fbn_element(fbn_dtype dtype) { return dtype == FBN_F64 ? 8 : dtype == FBN_F32 ? 4 : 2; }
+double fbn_of_half(uint16_t bits, fbn_dtype dtype) { return exact(bits, dtype == FBN_F16 ? &HALF : &BFLOAT); }
 
-double fbn_get(const void *array, int64_t i, fbn_dtype dtype) {
-    if (dtype == FBN_F64) return ((const double *)array)[i];
-    if (dtype == FBN_F32) return ((const float *)array)[i];
-    return exact(((const uint16_t *)array)[i], dtype == FBN_F16 ? &HALF : &BFLOAT);
-}
-
-void fbn_put(void *array, int64_t i, double value, fbn_dtype dtype) {
-    if (dtype == FBN_F64) ((double *)array)[i] = value;
-    else if (dtype == FBN_F32) ((float *)array)[i] = (float)value;
-    else ((uint16_t *)array)[i] = rounded(value, dtype == FBN_F16 ? &HALF : &BFLOAT);
-}
+uint16_t fbn_half_of(double value, fbn_dtype dtype) { return rounded(value, dtype == FBN_F16 ? &HALF : &BFLOAT); }
