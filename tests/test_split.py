@@ -20,7 +20,24 @@ class Split(ct.Structure):
 
     _fields_ = tuple(
         (name, ct.c_int if name in ("rows", "threads", "by_channels", "shares_channels") else ct.c_int64)
-        for name in ["outer", "channels", "inner", "rows", "elem", "real", "cut", "cuts", "units", "segment", "segments", "padded", "block", "threads", "by_channels", "shares_channels"]
+        for name in [
+            "outer",
+            "channels",
+            "inner",
+            "rows",
+            "elem",
+            "real",
+            "cut",
+            "cuts",
+            "units",
+            "segment",
+            "segments",
+            "padded",
+            "block",
+            "threads",
+            "by_channels",
+            "shares_channels",
+        ]
     )
 
 
@@ -29,7 +46,19 @@ class Tile(ct.Structure):
 
     _fields_ = tuple(
         (name, ct.c_int if name == "counts" else ct.c_int64)
-        for name in ["unit", "start", "rows", "images", "apart", "channels", "step", "inner", "counts", "next_unit", "next_from"]
+        for name in [
+            "unit",
+            "start",
+            "rows",
+            "images",
+            "apart",
+            "channels",
+            "step",
+            "inner",
+            "counts",
+            "next_unit",
+            "next_from",
+        ]
     )
 
 
