@@ -100,8 +100,8 @@ def check(
         gamma=g,
         beta=b,
         running=running,
-        mean=None if mean is None else _contiguous(mean, statistics),
-        var=None if var is None else _contiguous(var, statistics),
+        mean=None if mean is None else contiguous(mean, statistics),
+        var=None if var is None else contiguous(var, statistics),
         eps=eps,
         activation=activation,
         code=code,
@@ -114,7 +114,7 @@ def check(
     )
 
 
-def _contiguous(array: Array, dtype: DType) -> Array:
+def contiguous(array: Array, dtype: DType) -> Array:
     """The array itself where backends can take it, else a copy that they can."""
     if array.dtype == dtype and array.flags.c_contiguous and array.flags.aligned:
         return array
@@ -125,8 +125,8 @@ def parameters(gamma: Array | None, beta: Array | None, statistics: DType) -> tu
     """Both in one dtype: the statistics dtype or, where that would round one of them, float64."""
     dtype = statistics if _is_exact(gamma, statistics) and _is_exact(beta, statistics) else FLOAT64
     return (
-        None if gamma is None else _contiguous(gamma, dtype),
-        None if beta is None else _contiguous(beta, dtype),
+        None if gamma is None else contiguous(gamma, dtype),
+        None if beta is None else contiguous(beta, dtype),
     )
 
 

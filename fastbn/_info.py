@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import platform
-from importlib.metadata import version
 
 import numpy as np
 
-from . import _config
+from . import _built, _config
 from .backends import backends, get_backend, select
 
-__version__ = version("fastbn")
+__version__ = _built.version_here()
 
 
 def show_config() -> None:
