@@ -96,8 +96,10 @@ def _array_of(name: str, flag: str) -> Callable[[Attributes, object], Array | No
             _refuse(ValueError, name, f"shape {array.shape}", f"{shape}, one value per channel of the layer")
         if updated:
             _writable(name, array)
-        others = {other: layer.get(other) for other in _ARRAYS}
-        _check.running_apart({**others, name: array})
+        for other in _ARRAYS if updated else _ARRAYS[2:]:
+            held = layer.get(other)
+            if held is not None and other != name and _check.overlap(array, held):
+                _refuse(ValueError, name, f"memory shared with {other}", "an array of its own")
         return value
 
     return check
@@ -121,7 +123,7 @@ def _activation(layer: Attributes, value: object) -> object:
     return value
 
 
-_ASSIGNED: dict[str, Callable[[Attributes, Any], object]] = {
+ASSIGNED: dict[str, Callable[[Attributes, Any], object]] = {
     "num_features": _features,
     "eps": lambda layer, value: _check.eps(value),
     "momentum": lambda layer, value: None if value is None else _check.momentum(value),
@@ -140,9 +142,8 @@ _ASSIGNED: dict[str, Callable[[Attributes, Any], object]] = {
     "running_var": _array_of("running_var", "track_running_stats"),
     "num_batches_tracked": lambda layer, value: _check.natural("num_batches_tracked", value),
 }
-"""By attribute, in an order in which all can be assigned: what is assigned for a value, with those that came before."""
+"""By attribute, in an order in which all can be assigned: what a layer with the given attributes takes for a value."""
 
-ATTRIBUTES = tuple(_ASSIGNED)
 _ARRAYS = ("weight", "bias", "running_mean", "running_var")
 
 ELSEWHERE = {
@@ -156,18 +157,13 @@ ELSEWHERE = {
 """What functions of fastbn, and other libraries, call attributes of a layer."""
 
 
-def assigned(layer: Attributes, name: str, value: object) -> object:
-    """What a layer that has the attributes `layer` takes for `value`."""
-    return _ASSIGNED[name](layer, value)
-
-
 def unlike_an_attribute(name: str) -> None:
     """A further attribute of a layer, whose name is none of its own with a slip."""
     lower = name.lower()
-    close = difflib.get_close_matches(lower, ATTRIBUTES, n=1, cutoff=0.75)
+    close = difflib.get_close_matches(lower, ASSIGNED, n=1, cutoff=0.75)
     meant = ELSEWHERE.get(lower) or (close[0] if close else None)
     if meant is not None:
-        _refuse(AttributeError, name, "an attribute that BatchNorm does not have", f"{meant}, or a name less like it")
+        raise AttributeError(f"BatchNorm has no attribute {shown(name)}; did you mean {meant!r}?")
 
 
 # States that are loaded ----------------------------------------------------------------------------------------------

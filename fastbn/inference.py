@@ -88,7 +88,7 @@ class InferencePlan:
             y = run(x, out, residual)
             if y is not None:
                 return y
-        _check_layer.planned(x, self._mean, self._axis)
+        _check_layer.planned(x, _check.given_statistics(self._mean, self._var)[0], self._axis)
         return infer(
             x,
             self._gamma,

@@ -73,6 +73,11 @@ class BatchNorm:
     (4, 3)
     """
 
+    _cache: Cache | None = None
+    _gradients: Gradients | None = None
+    _watch: Callable[[Cache], None] | None = None
+    """Called with the cache of each call in training, by `recalibrate`."""
+
     def __init__(
         self,
         num_features: int,
@@ -100,15 +105,13 @@ class BatchNorm:
         self.backend = backend
         self.virtual_batch_size = virtual_batch_size
         self.training = True
-        self._cache: Cache | None = None
-        self._gradients: Gradients | None = None
-        self._watch: Callable[[Cache], None] | None = None
         self.reset_parameters()
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Assigns what the layer can work with, or raises and changes nothing. Reading costs nothing."""
-        if name in _check_layer.ATTRIBUTES:
-            value = _check_layer.assigned(self.__dict__, name, value)
+        check = _check_layer.ASSIGNED.get(name)
+        if check is not None:
+            value = check(self.__dict__, value)
         elif type(self) is BatchNorm and name not in self.__dict__ and not hasattr(BatchNorm, name):
             _check_layer.unlike_an_attribute(name)
         super().__setattr__(name, value)
@@ -280,12 +283,13 @@ class BatchNorm:
 
     def __getstate__(self) -> object:
         """Copies and pickles carry the state of the layer, not what a pending `backward` needs."""
-        return packed({**self.__dict__, "_cache": None, "_gradients": None, "_watch": None})
+        pending = ("_cache", "_gradients", "_watch")
+        return packed({name: value for name, value in self.__dict__.items() if name not in pending})
 
     def __setstate__(self, state: object) -> None:
         with unpacked(type(self).__name__, state) as contents:
             others = dict(contents)
-            for name in _check_layer.ATTRIBUTES:
+            for name in _check_layer.ASSIGNED:
                 setattr(self, name, others.pop(name))
             self.__dict__.update(others)
 
