@@ -39,7 +39,7 @@ def shown(value: object) -> str:
 def kind(value: object) -> str:
     """What is said of a value of the wrong kind: its type, and a number, a string or None itself."""
     name = type(value).__name__
-    return f"{shown(value)} ({name})" if value is None or isinstance(value, str | Number | np.generic) else name
+    return f"{shown(value)} ({name})" if value is None or isinstance(value, str | bytes | Number | np.generic) else name
 
 
 def _array(name: str, value: object) -> Array:
@@ -77,7 +77,7 @@ def axis(value: object, x: Array) -> int:
         _refuse(ValueError, "x", f"shape {x.shape}", "at least 2 dimensions")
     index = integer("axis", value)
     if not -x.ndim <= index < x.ndim:
-        _refuse(ValueError, "axis", str(index), f"{-x.ndim} to {x.ndim - 1} for x of shape {x.shape}")
+        _refuse(ValueError, "axis", shown(index), f"{-x.ndim} to {x.ndim - 1} for x of shape {x.shape}")
     return index % x.ndim
 
 
@@ -147,7 +147,7 @@ def outputs(weight: Array, output_axis: object, mean: object) -> tuple[int, int,
     index = integer("output_axis", output_axis)
     if not -weight.ndim <= index < weight.ndim:
         allowed = f"{-weight.ndim} to {weight.ndim - 1} for weight of shape {weight.shape}" if weight.ndim else "none"
-        _refuse(ValueError, "output_axis", str(index), allowed)
+        _refuse(ValueError, "output_axis", shown(index), allowed)
     at = index % weight.ndim
     channels, found = weight.shape[at], 0 if mean is None else _array("running_mean", mean).size
     if at != 1 or weight.ndim < 3 or not channels or found <= channels or found % channels:
@@ -404,7 +404,9 @@ def virtual_batch(value: object, channel_axis: int) -> int | None:
     if value is None:
         return None
     if channel_axis == 0:
-        _refuse(ValueError, "virtual_batch_size", f"{value!r} with the channels on axis 0", "None, or another axis")
+        _refuse(
+            ValueError, "virtual_batch_size", f"{shown(value)} with the channels on axis 0", "None, or another axis"
+        )
     return count("virtual_batch_size", value)
 
 

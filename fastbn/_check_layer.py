@@ -60,7 +60,7 @@ def never_called(layer: str) -> NoReturn:
 def _features(layer: Attributes, value: object) -> int:
     count, made_with = _check.count("num_features", value), layer.get("num_features", value)
     if count != made_with:
-        _refuse(ValueError, "num_features", str(count), f"{made_with}, which the layer was made with")
+        _refuse(ValueError, "num_features", shown(count), f"{made_with}, which the layer was made with")
     return count
 
 

@@ -87,7 +87,7 @@ def moments(value: _Summed, channels: int, statistics: DType, training: bool, vi
     if not training:
         _refuse(ValueError, "moments", "moments with training=False", "None, since running statistics are used")
     if virtual is not None:
-        _refuse(ValueError, "moments", f"moments with virtual_batch_size={virtual}", "one of the two")
+        _refuse(ValueError, "moments", f"moments with virtual_batch_size={shown(virtual)}", "one of the two")
     if value.count < 2:
         _refuse(ValueError, "moments", f"count {value.count}", "2 or more to train")
 

@@ -141,8 +141,7 @@ def forward_as(
     chosen, threads = select(backend), _config.get_num_threads()
     express = getattr(chosen, "express_forward", None)
     plain = mask is None and moments is None and virtual_batch_size is None
-    plain = plain and type(training) is bool and type(correction) is int and 0 <= correction <= 1
-    if express is not None and plain:
+    if express is not None and plain and type(training) is bool:
         done = express(
             *(x, gamma, beta, running_mean, running_var, momentum, correction),
             *(eps, axis, activation, residual, out, training, threads),
