@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,6 +13,7 @@ UNKNOWN = "0+unknown"
 FOLDER = Path(__file__).resolve().parent
 
 
+@cache
 def is_built() -> bool:
     """Whether the compiled extension is there."""
     return find_spec(EXTENSION) is not None

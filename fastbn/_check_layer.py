@@ -107,7 +107,7 @@ def _array_of(name: str, flag: str) -> Callable[[Attributes, object], Array | No
 
 def _writable(name: str, array: Array) -> None:
     if not array.flags.writeable:
-        _refuse(ValueError, name, "a read-only array", "a writable one, since it is updated in place")
+        _refuse(ValueError, name, "a read-only array", "a writable one, since it is written to")
     if _overlaps_itself(array):
         _refuse(ValueError, name, f"strides {array.strides}", "an array whose elements do not overlap")
 
@@ -189,7 +189,7 @@ def state(value: Mapping[str, Any], prefix: str, arrays: Mapping[str, Array], op
 
 def _names_of_state(names: list[Any], prefix: str, arrays: Iterable[str], optional: str | None) -> None:
     wanted = [prefix + name for name in arrays]
-    if set(names) - {f"{prefix}{optional}"} == set(wanted):
+    if set(names) - ({prefix + optional} if optional else set()) == set(wanted):
         return
     given = f"the names {_names(names)}" if names else "no name"
     beside = f" with the prefix {prefix!r}" if prefix else ""

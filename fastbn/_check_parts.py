@@ -134,7 +134,7 @@ def cache(parts: tuple[Any, ...]) -> None:
         if type(flag) is not bool:
             _refuse_part(TypeError, name, flag, "True or False")
     _activated(activated, from_y, x.dtype)
-    _slices(virtual, axis % x.ndim, frozen)
+    _slices(virtual, len(x) if axis % x.ndim and not frozen else 0)
     positions, slices = positions_of(x.shape, axis % x.ndim), () if virtual is None else (-(-len(x) // virtual),)
     _fits("saved", saved, FLOAT64, (len(SAVED_ROWS), *slices, x.shape[axis]))
     if saved.dtype != FLOAT64 or not _is_ready(saved):
@@ -157,12 +157,12 @@ def _activated(value: object, from_y: bool, dtype: DType) -> None:
         _refuse(ValueError, "cache", given, "None or leaky_relu with a slope > 0")
 
 
-def _slices(virtual: object, axis: int, frozen: bool) -> None:
+def _slices(virtual: object, elements: int) -> None:
     if virtual is None:
         return
     if type(virtual) is not int:
         _refuse_part(TypeError, "virtual_batch_size", virtual, "a positive integer, or None")
-    if virtual < 1 or axis == 0 or frozen:
+    if virtual < 1 or not elements:
         _refuse_part(ValueError, "virtual_batch_size", virtual, "None; or, for batches along axis 0, 1 or more")
 
 

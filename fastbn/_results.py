@@ -71,11 +71,8 @@ class Parts(NamedTuple):
             residual, mask = (None if array is None else array[some] for array in (self.residual, self.mask))
             count = None if mask is None else int(np.count_nonzero(mask))
             mask, count = (None, None) if mask is None or count == mask.size else (mask, count)
-            saved = np.ascontiguousarray(self.saved[:, i])
-            yield (
-                some,
-                self._replace(x=self.x[some], residual=residual, saved=saved, mask=mask, counted=count, virtual=None),
-            )
+            own = self._replace(x=self.x[some], residual=residual, mask=mask, counted=count, virtual=None)
+            yield some, own._replace(saved=np.ascontiguousarray(self.saved[:, i]))
 
 
 class Cache:

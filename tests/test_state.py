@@ -200,6 +200,13 @@ def test_prefix(prefix: str) -> None:
     assert_refused(other, state, ValueError, "state", f"'{prefix}weight'", "'weight'")
 
 
+def test_a_state_without_a_counter() -> None:
+    """Has no name in its place."""
+    bn = fastbn.BatchNorm(5, track_running_stats=False)
+    for name in ("None", "num_batches_tracked"):
+        assert_refused(bn, {**bn.state_dict(), name: np.array(3)}, ValueError, "state", repr(name), "'weight'")
+
+
 def test_bad_prefixes() -> None:
     bn = trained()
     state = {f"bn.{name}": array for name, array in other_state().items()}

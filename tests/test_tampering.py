@@ -102,6 +102,8 @@ ONE = (  # of a cache of one batch; the words are what was found, and what is al
 )
 MANY = (  # of a cache of virtual batches: three of 2
     Bad("virtual", None, ValueError, ("saved", "(6, 3, 5)", "(6, 5)")),
+    Bad("axis", 0, ValueError, ("virtual_batch_size", "2")),
+    Bad("x", zeros((0, 5, 4)), ValueError, ("residual", "(6, 5, 4)", "(0, 5, 4)")),
     Bad("virtual", 1, ValueError, ("saved", "(6, 3, 5)", "(6, 6, 5)")),
     Bad("virtual", 10**30, ValueError, ("saved", "(6, 3, 5)", "(6, 1, 5)")),
     Bad("frozen", True, ValueError, ("virtual_batch_size", "2")),
@@ -141,6 +143,13 @@ def test_a_plain_cache_that_was_tampered_with(any_backend: cases.Kernel, bad: Ba
     cache._parts = cache._parts._replace(**{bad.field: bad.value})
     error, words = (bad.error, bad.words) if bad.words[0] != "residual" else (ValueError, ("saved", "(6, 9)"))
     assert_refused(fastbn.backward, {"dy": dy, "cache": cache}, error, "cache", *words)
+
+
+def test_no_virtual_batches(any_backend: cases.Kernel) -> None:
+    x = zeros((0, 5))
+    parts = Parts(x, None, np.ones((6, 0, 5)), 1, False, None, True, True, None, 7, virtual=2)
+    arguments = {"dy": x, "cache": fastbn.Cache(parts)}
+    assert_refused(fastbn.backward, arguments, ValueError, "cache", "virtual_batch_size", "2")
 
 
 def test_one_value_and_none(any_backend: cases.Kernel) -> None:
