@@ -16,7 +16,6 @@ from ._config import BACKENDS
 from ._dtypes import KINDS, DType, find, is_float, kind_of, native
 
 Array = np.ndarray[Any, Any]
-Attributes = Mapping[str, Any]
 
 # What they normalize -------------------------------------------------------------------------------------------------
 
@@ -57,19 +56,19 @@ def never_called(layer: str) -> NoReturn:
 # Attributes that are assigned ----------------------------------------------------------------------------------------
 
 
-def _features(layer: Attributes, value: object) -> int:
-    count, made_with = _check.count("num_features", value), layer.get("num_features", value)
+def _features(layer: Any, value: object) -> int:
+    count, made_with = _check.count("num_features", value), getattr(layer, "num_features", value)
     if count != made_with:
         _refuse(ValueError, "num_features", shown(count), f"{made_with}, which the layer was made with")
     return count
 
 
-def _kept(flag: str, names: tuple[str, str]) -> Callable[[Attributes, object], bool]:
+def _kept(flag: str, names: tuple[str, str]) -> Callable[[Any, object], bool]:
     """Of affine and track_running_stats: arrays may be missing where it is False."""
 
-    def check(layer: Attributes, value: object) -> bool:
+    def check(layer: Any, value: object) -> bool:
         result = _check.flag(flag, value)
-        missing = [name for name in names if name in layer and layer[name] is None]
+        missing = [name for name in names if getattr(layer, name, 0) is None]
         if result and missing:
             _refuse(ValueError, flag, f"True beside {missing[0]}=None", f"False, or True once {missing[0]} is an array")
         return result
@@ -77,17 +76,17 @@ def _kept(flag: str, names: tuple[str, str]) -> Callable[[Attributes, object], b
     return check
 
 
-def _array_of(name: str, flag: str) -> Callable[[Attributes, object], Array | None]:
+def _array_of(name: str, flag: str) -> Callable[[Any, object], Array | None]:
     """Of weight, bias and the running statistics, which calls update in place."""
     updated = name.startswith("running")
 
-    def check(layer: Attributes, value: object) -> Array | None:
-        shape = (layer["num_features"],)
+    def check(layer: Any, value: object) -> Array | None:
+        shape = (layer.num_features,)
         allowed = f"a NumPy array of shape {shape} and any float dtype"
-        if value is None and not layer[flag]:
+        if value is None and not getattr(layer, flag):
             return None
         if not isinstance(value, np.ndarray):
-            allowed += f", since {flag} is True" if value is None else "" if layer[flag] else ", or None"
+            allowed += f", since {flag} is True" if value is None else "" if getattr(layer, flag) else ", or None"
             _refuse(TypeError, name, kind(value), allowed)
         array = _array(name, value)
         if not (find(array.dtype) if updated else is_float(array.dtype)):
@@ -97,7 +96,7 @@ def _array_of(name: str, flag: str) -> Callable[[Attributes, object], Array | No
         if updated:
             _writable(name, array)
         for other in _ARRAYS if updated else _ARRAYS[2:]:
-            held = layer.get(other)
+            held = getattr(layer, other, None)
             if held is not None and other != name and _check.overlap(array, held):
                 _refuse(ValueError, name, f"memory shared with {other}", "an array of its own")
         return value
@@ -112,18 +111,18 @@ def _writable(name: str, array: Array) -> None:
         _refuse(ValueError, name, f"strides {array.strides}", "an array whose elements do not overlap")
 
 
-def _axis(layer: Attributes, value: object) -> int:
+def _axis(layer: Any, value: object) -> int:
     index = _check.integer("axis", value)
-    _check.virtual_batch(layer.get("virtual_batch_size"), index)
+    _check.virtual_batch(getattr(layer, "virtual_batch_size", None), index)
     return index
 
 
-def _activation(layer: Attributes, value: object) -> object:
+def _activation(layer: Any, value: object) -> object:
     _check.activation(value)
     return value
 
 
-ASSIGNED: dict[str, Callable[[Attributes, Any], object]] = {
+ASSIGNED: dict[str, Callable[[Any, Any], object]] = {
     "num_features": _features,
     "eps": lambda layer, value: _check.eps(value),
     "momentum": lambda layer, value: None if value is None else _check.momentum(value),
@@ -134,7 +133,7 @@ ASSIGNED: dict[str, Callable[[Attributes, Any], object]] = {
     "activation": _activation,
     "dtype": lambda layer, value: _check.dtype("dtype", value),
     "backend": lambda layer, value: None if value is None else _check.choice("backend", value, BACKENDS),
-    "virtual_batch_size": lambda layer, value: _check.virtual_batch(value, layer["axis"]),
+    "virtual_batch_size": lambda layer, value: _check.virtual_batch(value, layer.axis),
     "training": lambda layer, value: _check.flag("training", value),
     "weight": _array_of("weight", "affine"),
     "bias": _array_of("bias", "affine"),
@@ -142,7 +141,7 @@ ASSIGNED: dict[str, Callable[[Attributes, Any], object]] = {
     "running_var": _array_of("running_var", "track_running_stats"),
     "num_batches_tracked": lambda layer, value: _check.natural("num_batches_tracked", value),
 }
-"""By attribute, in an order in which all can be assigned: what a layer with the given attributes takes for a value."""
+"""By attribute, in an order in which all can be assigned: what a layer, with those that it has, takes for a value."""
 
 _ARRAYS = ("weight", "bias", "running_mean", "running_var")
 

@@ -17,6 +17,9 @@ from .ops import backward as backward_of
 
 Array = np.ndarray[Any, Any]
 
+_set = object.__setattr__
+"""For what is known to be right."""
+
 
 class BatchNorm:
     """Batch normalization with its parameters and running statistics, as PyTorch's BatchNorm1d/2d/3d.
@@ -111,10 +114,10 @@ class BatchNorm:
         """Assigns what the layer can work with, or raises and changes nothing. Reading costs nothing."""
         check = _check_layer.ASSIGNED.get(name)
         if check is not None:
-            value = check(self.__dict__, value)
-        elif type(self) is BatchNorm and name not in self.__dict__ and not hasattr(BatchNorm, name):
+            value = check(self, value)
+        elif type(self) is BatchNorm and not hasattr(self, name):
             _check_layer.unlike_an_attribute(name)
-        super().__setattr__(name, value)
+        _set(self, name, value)
 
     def reset_parameters(self) -> None:
         """Weight ones, bias zeros, and the running statistics as before any batch."""
@@ -195,11 +198,11 @@ class BatchNorm:
             *(self.eps, self.axis, mask, self.activation, residual, out, self.backend, None),
             self.virtual_batch_size if self.training else None,
         )
-        state = self.__dict__  # what is known to be right needs no check
-        state["_cache"] = cache
-        state["num_batches_tracked"] += tracks
-        if tracks and self._watch is not None:
-            self._watch(cache)
+        _set(self, "_cache", cache)
+        if tracks:
+            _set(self, "num_batches_tracked", self.num_batches_tracked + 1)
+            if self._watch is not None:
+                self._watch(cache)
         return y
 
     def backward(self, dy: Array, *, out: Array | None = None) -> Array:
