@@ -58,7 +58,7 @@ def freeze(call: Call, backend: Backend, threads: int) -> Parts:
     """Normalizes with the running statistics, which stay as they are."""
     saved = _saved(call)
     infer(call, backend, threads, saved)
-    return parts_of(call, saved, frozen=True)
+    return parts_of(call, saved, frozen=True, mask=call.mask)
 
 
 def infer(call: Call, backend: Backend, threads: int, saved: Array | None = None) -> None:
@@ -132,7 +132,7 @@ def backward_sums(dy: object, parts: Parts, backend: Backend, threads: int) -> S
     if gradient.size:
         blocks = Blocks(backend, threads, parts.channel_axis, parts.x, gradient, parts.residual)
         rows = blocks.backward_sums(gradient, parts, *_check.activation(parts.activation))
-    count = parts.values if parts.mask is None else int(np.count_nonzero(parts.mask))
+    count = parts.values if parts.mask is None or parts.frozen else int(np.count_nonzero(parts.mask))
     return Sums._of(count, rows, parts.statistics)
 
 

@@ -27,7 +27,7 @@ class Parts(NamedTuple):
     has_gamma: bool
     has_beta: bool
     mask: Array | None = None
-    """Of the positions' shape; None where all count."""
+    """Of the positions' shape; None where all count. With frozen statistics it tells which dx are 0 where dy is."""
     counted: int | None = None
     """Of the statistics, where they do not come from all values of x and from these alone."""
     from_y: bool = False
@@ -36,7 +36,7 @@ class Parts(NamedTuple):
     @property
     def plain(self) -> bool:
         """Whether the first eight tell everything."""
-        return self.counted is None and not self.from_y
+        return self.mask is None and self.counted is None and not self.from_y
 
     @property
     def channel_axis(self) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 
 from . import _check, _config
 from ._call import parameters
-from ._dtypes import FLOAT32, FLOAT64, DType, native
+from ._dtypes import FLOAT32, FLOAT64, DType, native, rounded
 from .backends import select
 from .ops import Activation, infer
 
@@ -230,8 +230,8 @@ def fold(
         wide = given.astype(FLOAT64)
         largest = _largest(wide, at, groups)
         wide *= _spread(slope, wide.shape, at, groups)
-        w = _rounded(wide, native(given.dtype))
-        b = _rounded((before - mean) * slope + after, native(given.dtype))
+        w = rounded(wide, native(given.dtype))
+        b = rounded((before - mean) * slope + after, native(given.dtype))
         distance = abs(mean - before) / std
         reasons = _losses(_largest(w.astype(FLOAT64), at, groups), b, largest, slope, var, eps, distance)
     if reasons:
@@ -257,16 +257,6 @@ def _largest(weight: Array, at: int, groups: int) -> Array:
         rows = rows.reshape(groups * size.shape[1], -1)
     largest: Array = rows.max(axis=tuple(range(1, rows.ndim)), initial=0)
     return largest
-
-
-def _rounded(values: Array, dtype: DType) -> Array:
-    """To the nearest numbers of a dtype; by way of float32 to odd, where NumPy would round twice (bfloat16)."""
-    if dtype.kind == "f":
-        return values.astype(dtype)
-    single = values.astype(FLOAT32)
-    bits = single.view(np.uint32)
-    inward = np.nextafter(single, np.where(values > single, np.inf, -np.inf).astype(FLOAT32))
-    return np.where((single != values) & (bits & 1 == 0) & np.isfinite(values), inward, single).astype(dtype)
 
 
 def _losses(

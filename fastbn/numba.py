@@ -43,6 +43,7 @@ from numba.core.errors import TypingError
 from numba.extending import overload
 
 from ._activations import BY_NAME, DEFAULT_SLOPE
+from ._jit import jit
 from .backends import SAVED_ROWS, select
 
 Array = np.ndarray[Any, Any]
@@ -267,13 +268,7 @@ def _code_and_slope(activation: Any) -> Any:
 # What is known when it runs ------------------------------------------------------------------------------------------
 
 
-def _jit(function: Callable[..., Any]) -> Any:
-    """Compiles on the first call, and keeps it on disk."""
-    njit: Any = numba.njit
-    try:
-        return njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # nowhere on disk may be written
-        return njit(nogil=True)(function)
+_jit = jit(nogil=True, cache=True)
 
 
 @_jit
