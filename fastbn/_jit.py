@@ -37,7 +37,7 @@ _listed = 0
 def jit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     """numba.njit with these options; with cache=True the code is kept on disk, where anything can be written."""
     njit: Any = numba.njit
-    config: Any = numba.config  # type: ignore[attr-defined]
+    config: Any = numba.config
 
     def compiled(function: Callable[..., Any]) -> Any:
         folder = _folder() if options.get("cache") else None

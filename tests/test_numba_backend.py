@@ -375,9 +375,7 @@ def test_from_y(activation: str, residual: bool, shape: tuple[int, int, int], dt
     wanted = backward(c, saved, activation_, slope, residual, dy=dy)
     got = backward(c, saved, activation_, slope, residual, from_y=y, dy=dy)
     sums = np.empty((2, shape[1]))
-    numba_backend.backward_sums(
-        dy, y, c.residual if residual else None, None, saved, activation_, slope, True, sums, 1
-    )
+    numba_backend.backward_sums(dy, y, c.residual if residual else None, None, saved, activation_, slope, True, sums, 1)
     cases.assert_same_bits(got["dgamma"], sums[1].astype(dtype))
     exact = exact_forward(c, activation_, slope, residual, None)
     parts = abs(exact.z) + abs(column(c.beta)) + (abs(c.residual) if residual else 0)

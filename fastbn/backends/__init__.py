@@ -27,8 +27,8 @@ class Backend(Protocol):
 
     Inputs arrive validated, outputs allocated. x, residual, y, dy, dx and dresidual are C-contiguous
     (outer, channels, inner) of one dtype; y may be x. gamma and beta are (channels,), in one dtype, float64 or the
-    statistics dtype. dgamma and dbeta are (channels,), contiguous, in the statistics dtype; running statistics, and mean
-    and var, likewise but in any float dtype each, native. mask is bool (outer, inner), contiguous, and any byte of it
+    statistics dtype. dgamma and dbeta are (channels,), contiguous, in the statistics dtype; so are running statistics,
+    mean and var, but each in a float dtype of its own, native. mask is bool (outer, inner), contiguous, and any byte
     but 0 is True: at least one, two for forward, any number for gradients. `activation` is a code of
     fastbn._activations, and slope is leaky_relu's. Any of the arrays annotated with None may be absent.
     """

@@ -382,7 +382,7 @@ def _set_constants(steps: int, q: _Task, a: _Arrays, c0: int, c1: int) -> None:
 
 @_kept
 def _share(steps: int, t: int, p: _Split, q: _Task, a: _Arrays) -> None:
-    """Thread t's share of the steps: some strips or, of one step alone, some segments of all strips or some channels."""
+    """Thread t's share of the steps: some strips; or, of one step, some segments of all strips, or some channels."""
     n = p.strips if q.by_strips else p.channels if steps & (PREPARE | FINISH) else p.strips * p.segments
     unit, last = n * t // q.threads, n * (t + 1) // q.threads
     if not q.by_strips and steps & (PREPARE | FINISH):

@@ -10,7 +10,6 @@ Loops may fuse a * b + c, and add up a plane in any order, but the same one each
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -29,7 +28,12 @@ ORIGIN, SUM, PRODUCT, SUM_ROWS = 0, 1, 2, 3  # rows of `sums`: what is subtracte
 NOTHING, COUNTS, MOVES_NO_OTHER = 0, 1, 2  # what a position is to the gradients, by the mask and dy
 IDENTITY, RELU, RELU6, LEAKY_RELU, SILU, HARDSWISH, SIGMOID = map(int, Activation)
 
-compiled: Any = functools.partial(jit, nogil=True, error_model="numpy")
+
+def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
+    """The decorator of every compiled function. Division by zero gives inf."""
+    return jit(nogil=True, error_model="numpy", **options)
+
+
 loop = compiled(fastmath={"contract"})
 sum_loop = compiled(fastmath={"contract", "reassoc"})
 inline = compiled(fastmath={"contract"}, forceinline=True)
@@ -110,7 +114,7 @@ add_gradient_row, add_four_of_gradients, add_gradient_plane = _adding(True)
 
 @inline
 def _centred(x: Any, line: Array, c: int) -> Any:
-    """x - mean_hi, prescaled: exact where x is near the mean, whatever the offset."""
+    """Prescaled x - mean_hi: exact where x is near the mean, whatever the offset."""
     return x * line[PRESCALE * STRIP + c] + line[NEG_MEAN * STRIP + c]
 
 
@@ -218,7 +222,7 @@ def _power_of_two(n: float) -> float:
 
 
 @inline
-def _exp(x: float) -> float:
+def _exp(x: float) -> Any:
     """The exponential of x <= 0 to an ulp: two to the n times the power series of what is left, |r| <= log(2) / 2.
 
     The power is applied in two steps, so that a denormal result is rounded once.
@@ -271,7 +275,7 @@ def _activation(activation: int) -> Any:
 
 
 def _derivative(activation: int) -> Any:
-    """The loop that fills dz. At a kink the slope is that of its left side; at a NaN dy passes, unless a formula has it."""
+    """The loop that fills dz. At a kink the slope is the left one; at a NaN dy passes, unless a formula has it."""
 
     @loop
     def fill(dy: Array, z_: Array, dz: Array, slope: Any) -> None:
