@@ -28,19 +28,19 @@ from .._jit import list_files
 from .._moments import blend
 from . import SAVED_ROWS
 from . import numba_loops as loops
-from .numba_loops import CONSTANTS, DZ, FORWARD_CONSTANTS, IDENTITY, ORIGIN, PRODUCT, STRIP, SUM, X, Z, compiled
+from .numba_loops import BETA, GAMMA, IDENTITY, INV_STD, MEAN, MEAN_LOW, STRIP, VAR, compiled, row_of
 
 DTYPES = frozenset({"float32", "float64"})
 
 Array = np.ndarray[Any, Any]
 Range = tuple[int, int]
-
 SEGMENT_ROWS, SEGMENTS_MOST = 64, 64  # rows that a segment has at least, and segments that a strip has at most
 STRIP_BYTES = 1 << 22  # of a strip that one thread takes by itself
 WORK_PER_THREAD = 32768  # values that are worth waking a thread for
 
+_MOST_THREADS = int(numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
+
 PREPARE, REDUCE, FINISH, MAP = 1, 2, 4, 8
-MEAN, MEAN_LOW, VAR, INV_STD, GAMMA, BETA = range(len(SAVED_ROWS))
 
 _jit = compiled()
 _inline = compiled(forceinline=True)
@@ -99,7 +99,7 @@ class _Arrays(NamedTuple):
     parts: Array  # (segments, 2, channels): the sums
     totals: Array  # (2, channels): sum and m2, or dbeta and dgamma
     saved: Array  # (6, channels)
-    constants: Array  # (CONSTANTS, channels), in the data's dtype
+    constants: Array  # (loops.CONSTANTS, channels), in the data's dtype
 
 
 def _up(a: int, b: int) -> int:
@@ -190,7 +190,7 @@ def _prepare_row(p: _Split, q: _Task, a: _Arrays, c0: int, c1: int, run: Range, 
     """Fills the rows of `line` from which both the sums and dx come: dz, and x or what stands for it."""
     start, end = run
     n, slope, x = end - start, line.dtype.type(q.slope), a.x[start:end]
-    seen, z, dz = line[X * STRIP : X * STRIP + n], line[Z * STRIP : Z * STRIP + n], line[DZ * STRIP : DZ * STRIP + n]
+    seen, z, dz = row_of(line, loops.X, n), row_of(line, loops.Z, n), row_of(line, loops.DZ, n)
     if q.masked:
         _keep(p, a.mask, c0, c1, start, kept[:n])
     loops.copy(x, seen)
@@ -217,37 +217,24 @@ def _reduce(
     """The sums of a segment."""
     x, dy, row, last = a.x, a.dy, segment * p.segment, min(p.rows, (segment + 1) * p.segment)
     for k in range(1 if p.plane else p.columns):
-        sums[SUM * STRIP + k] = sums[PRODUCT * STRIP + k] = 0.0
+        sums[loops.SUM * STRIP + k] = sums[loops.PRODUCT * STRIP + k] = 0.0
     as_it_is = not q.masked and (q.plain or not q.backward)
     while row < last:
         i, end = _run(p, c0, c1, row)
         n, j, k, m = end - i, i + p.stride, i + 2 * p.stride, i + 3 * p.stride
         if as_it_is and p.plane:
-            if q.backward:
-                loops.add_gradient_plane(dy[i:end], x[i:end], kept, sums)
-            else:
-                loops.add_plane(x[i:end], x[i:end], kept, sums)
+            loops.add(q.backward, True, dy[i:end], x[i:end], kept, sums)
         elif as_it_is and row + 4 <= last and m + n <= p.size:
-            four = x[i:end], x[j : j + n], x[k : k + n], x[m : m + n]
-            if q.backward:
-                loops.add_four_of_gradients((dy[i:end], dy[j : j + n], dy[k : k + n], dy[m : m + n]), four, sums)
-            else:
-                loops.add_four(four, four, sums)
+            dys = dy[i:end], dy[j : j + n], dy[k : k + n], dy[m : m + n]
+            xs = x[i:end], x[j : j + n], x[k : k + n], x[m : m + n]
+            loops.add_four(q.backward, dys, xs, sums)
             row += 3
         else:
             _prepare_row(p, q, a, c0, c1, (i, end), line, kept)
-            dz, seen = line[DZ * STRIP : DZ * STRIP + n], line[X * STRIP : X * STRIP + n]
-            if p.plane and q.backward:
-                loops.add_gradient_plane(dz, seen, kept, sums)
-            elif p.plane:
-                loops.add_plane(dz, seen, kept, sums)
-            elif q.backward:
-                loops.add_gradient_row(dz, seen, kept, sums)
-            else:
-                loops.add_row(dz, seen, kept, sums)
+            loops.add(q.backward, p.plane, row_of(line, loops.DZ, n), row_of(line, loops.X, n), kept, sums)
         row += 1
-    _fold(p, sums[SUM * STRIP :], c0, c1, a.parts[segment, 0])
-    _fold(p, sums[PRODUCT * STRIP :], c0, c1, a.parts[segment, 1])
+    _fold(p, sums[loops.SUM * STRIP :], c0, c1, a.parts[segment, 0])
+    _fold(p, sums[loops.PRODUCT * STRIP :], c0, c1, a.parts[segment, 1])
 
 
 @_inline
@@ -256,7 +243,7 @@ def _map(p: _Split, q: _Task, a: _Arrays, c0: int, c1: int, segment: int, line: 
     x, dy, out, plain = a.x, a.dy, a.out, q.plain and not q.in_place
     for row in range(segment * p.segment, min(p.rows, (segment + 1) * p.segment)):
         i, end = _run(p, c0, c1, row)
-        z, dz = line[Z * STRIP : Z * STRIP + end - i], line[DZ * STRIP : DZ * STRIP + end - i]
+        z, dz = row_of(line, loops.Z, end - i), row_of(line, loops.DZ, end - i)
         if plain and not q.backward:
             loops.normalize(p.plane, x[i:end], out[i:end], line)
         elif plain and q.frozen:
@@ -268,7 +255,7 @@ def _map(p: _Split, q: _Task, a: _Arrays, c0: int, c1: int, segment: int, line: 
             if q.frozen:
                 loops.differentiate_frozen(p.plane, dz, out[i:end], line)
             else:
-                loops.differentiate(p.plane, dz, line[X * STRIP : X * STRIP + end - i], out[i:end], line)
+                loops.differentiate(p.plane, dz, row_of(line, loops.X, end - i), out[i:end], line)
             if q.masked:
                 loops.leave_out(p.plane, kept, dz, out[i:end], line)
             if q.keeps:
@@ -281,100 +268,25 @@ def _map(p: _Split, q: _Task, a: _Arrays, c0: int, c1: int, segment: int, line: 
             loops.activate(q.activation, z, out[i:end], line.dtype.type(q.slope))
 
 
-# The constants of some channels --------------------------------------------------------------------------------------
-
-
-@_jit
-def _exponent(v: float) -> int:
-    return math.frexp(v)[1] - 1 if v != 0 and math.isfinite(v) else 0
-
-
-@_jit
-def _powers(mean: float, inv_std: float, slope: float, wide: bool) -> tuple[float, float]:
-    """Powers of two, 1 for usual channels, that keep x - mean, slope / prescale and dx / postscale in the range."""
-    most, usual, high = (1016, 500, 2.0**500) if wide else (120, 60, 2.0**60)
-    if 1 / high < abs(inv_std) < high and abs(mean) < high and (1 / high < abs(slope) < high or slope == 0):
-        return 1.0, 1.0
-    spread, steep = _exponent(inv_std), _exponent(slope)
-    e = 0 if -usual <= spread <= usual else spread
-    if slope != 0:
-        e = max(steep - most, min(e, steep + most))
-    if mean != 0:
-        e = min(e, most - _exponent(mean))
-    post = 0 if -usual <= steep <= usual else max(-most, min(steep, most))
-    return math.ldexp(1.0, max(-most, min(e, most))), math.ldexp(1.0, post)
-
-
-@_jit
-def _set_line(saved: Array, constants: Array, c0: int, c1: int) -> None:
-    """For y = ((x - mean_hi) - mean_lo) * inv_std * gamma + beta, where the term of mean_lo moves into the shift."""
-    wide, real = constants.itemsize == 8, constants.dtype.type
-    most = 1.7976931348623157e308 if wide else 3.4028234663852886e38
-    for c in range(c0, c1):
-        slope, beta = saved[INV_STD, c] * saved[GAMMA, c], saved[BETA, c]
-        prescale, postscale = _powers(saved[MEAN, c], saved[INV_STD, c], slope, wide)
-        mean_hi, scale = np.float64(real(saved[MEAN, c])), slope / prescale
-        moved = ((saved[MEAN, c] - mean_hi) + saved[MEAN_LOW, c]) * slope
-        shift = real(beta - moved)
-        lost = (beta - np.float64(shift)) - moved
-        constants[loops.PRESCALE, c], constants[loops.POSTSCALE, c] = prescale, postscale
-        constants[loops.NEG_MEAN, c] = -mean_hi * prescale
-        # Where the exponents cannot all fit in, x is the mean or the result overflows; an infinity would give NaN.
-        constants[loops.SCALE, c] = max(-most, min(scale, most)) if math.isfinite(scale) else scale
-        constants[loops.SHIFT, c], constants[loops.SHIFT_LOW, c] = shift, lost if lost == lost else 0.0
-
-
-@_jit
-def _finish_forward(q: _Task, a: _Arrays, c0: int, c1: int) -> None:
-    """Mean and variance of the batch, from sums about the origin; the mean in two pieces, by Knuth's two-sum."""
-    saved, totals = a.saved, a.totals
-    for c in range(c0, c1):
-        origin, offset = a.origin[c], totals[0, c] / q.count
-        mean = origin + offset
-        back = mean - origin
-        lost = (origin - (mean - back)) + (offset - back)
-        m2 = totals[1, c] - totals[0, c] * offset
-        totals[1, c] = 0.0 if m2 < 0 else m2
-        saved[MEAN, c], saved[MEAN_LOW, c], saved[VAR, c] = mean, lost if lost == lost else 0.0, totals[1, c] / q.count
-
-
-@_jit
-def _finish_backward(q: _Task, a: _Arrays, c0: int, c1: int) -> None:
-    """For dx = A dz + B (x - mean) + D: A = gamma/std, B = -A sum(dz xhat) / (M std), D = -A sum(dz) / M.
-
-    That is Ioffe & Szegedy 2015, section 3, gathered by input. The loops have x - mean_hi, prescaled.
-    """
-    saved, constants, totals = a.saved, a.constants, a.totals
-    for c in range(c0, c1):
-        mean, inv_std = saved[MEAN, c], saved[INV_STD, c]
-        mean_lo = (mean - np.float64(constants.dtype.type(mean))) + saved[MEAN_LOW, c]
-        if q.steps & REDUCE:
-            totals[1, c] = (totals[1, c] - totals[0, c] * saved[MEAN_LOW, c]) * inv_std
-        on_dy = inv_std * saved[GAMMA, c] / np.float64(constants[loops.POSTSCALE, c])
-        on_xhat = -totals[1, c] / q.count * on_dy
-        constants[loops.ON_DY, c] = on_dy
-        constants[loops.ON_X, c] = on_xhat * (inv_std / np.float64(constants[loops.PRESCALE, c]))
-        constants[loops.CONSTANT, c] = -on_dy * totals[0, c] / q.count - on_xhat * inv_std * mean_lo
-
-
 @_jit
 def _set_constants(steps: int, q: _Task, a: _Arrays, c0: int, c1: int) -> None:
-    """What the loops need of the channels: a backward call before its sums, others behind them."""
-    if steps & FINISH and q.steps & REDUCE:
-        for segment in range(a.parts.shape[0]):
-            for k in range(2):
-                for c in range(c0, c1):
-                    a.totals[k, c] = a.parts[segment, k, c] + (a.totals[k, c] if segment else 0.0)
-    if steps & FINISH and not q.backward and q.steps & REDUCE:
-        _finish_forward(q, a, c0, c1)
-    if not q.backward and steps & FINISH:
-        for c in range(c0, c1):
+    """What the loops need of the channels. A backward call has its line before the sums, others have it after them."""
+    for segment in range(a.parts.shape[0] if steps & FINISH else 0):
+        for k in range(2):
+            for c in range(c0, c1):
+                a.totals[k, c] = a.parts[segment, k, c] + (a.totals[k, c] if segment else 0.0)
+    for c in range(c0, c1):
+        if steps & FINISH and not q.backward:
+            if q.steps & REDUCE:
+                loops.set_moments(a.origin, a.totals, q.count, a.saved, c)
             var = a.saved[VAR, c] + q.eps
             a.saved[INV_STD, c] = 0.0 if var == 0 else 1 / math.sqrt(var)
-    if steps & (PREPARE if q.backward else FINISH):
-        _set_line(a.saved, a.constants, c0, c1)
-    if steps & FINISH and q.backward:
-        _finish_backward(q, a, c0, c1)
+        if steps & (PREPARE if q.backward else FINISH):
+            loops.set_line(a.saved, a.constants, c)
+        if steps & FINISH and q.backward:
+            if q.steps & REDUCE:
+                a.totals[1, c] = (a.totals[1, c] - a.totals[0, c] * a.saved[MEAN_LOW, c]) * a.saved[INV_STD, c]
+            loops.set_gradient(a.saved, a.totals, q.count, a.constants, c)
 
 
 # Threads -------------------------------------------------------------------------------------------------------------
@@ -399,15 +311,15 @@ def _share(steps: int, t: int, p: _Split, q: _Task, a: _Arrays) -> None:
         if steps & PREPARE:
             _set_constants(PREPARE, q, a, c0, c1)
         if steps & REDUCE:
-            _spread(p, a.origin, c0, c1, sums[ORIGIN * STRIP :])
-            for k in range(FORWARD_CONSTANTS if q.backward and not q.plain else 0):
+            _spread(p, a.origin, c0, c1, sums[loops.ORIGIN * STRIP :])
+            for k in range(loops.FORWARD_CONSTANTS if q.backward and not q.plain else 0):
                 _spread(p, a.constants[k], c0, c1, line[k * STRIP :])
             for segment in range(first, end):
                 _reduce(p, q, a, c0, c1, segment, line, kept, sums)
         if steps & FINISH:
             _set_constants(FINISH, q, a, c0, c1)
         if steps & MAP:
-            for k in range(CONSTANTS if q.backward else FORWARD_CONSTANTS):
+            for k in range(loops.CONSTANTS if q.backward else loops.FORWARD_CONSTANTS):
                 _spread(p, a.constants[k], c0, c1, line[k * STRIP :])
             for segment in range(end - 1, first - 1, -1):
                 _map(p, q, a, c0, c1, segment, line, kept)
@@ -429,10 +341,6 @@ def _layer() -> str | None:
         return str(numba.threading_layer())  # type: ignore[attr-defined]
     except ValueError:
         return None
-
-
-def _most_threads() -> int:
-    return int(numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
 
 
 def _in_parallel(steps: int, p: _Split, q: _Task, a: _Arrays) -> None:
@@ -469,7 +377,7 @@ def _calculate(
     """
     if not x.size:
         steps &= FINISH
-    threads = 1 if _config.in_forked_child() else max(1, min(threads, x.size // WORK_PER_THREAD, _most_threads()))
+    threads = 1 if _config.in_forked_child() else max(1, min(threads, x.size // WORK_PER_THREAD, _MOST_THREADS))
     p, channels, changed = _split(x.shape), x.shape[1], x if dy is None else dy
     balanced = 5 * _up(p.strips, threads) * threads <= 7 * p.strips
     q = _Task(
@@ -482,9 +390,7 @@ def _calculate(
     )  # fmt: skip
     flat, target = _input(x), np.empty(0, x.dtype) if out is None else out.reshape(-1)
     a = _Arrays(
-        x=flat,
-        residual=flat if residual is None else _input(residual),
-        dy=flat if dy is None else _input(dy),
+        *(flat, flat if residual is None else _input(residual), flat if dy is None else _input(dy)),
         mask=_input(np.empty(0, np.uint8) if mask is None else mask.view(np.uint8)),
         out=target,
         dresidual=target if dresidual is None else dresidual.reshape(-1),
@@ -492,7 +398,7 @@ def _calculate(
         parts=np.empty((p.segments if steps & REDUCE else 0, 2, channels)),
         totals=np.zeros((2, channels)) if sums is None else sums,
         saved=saved,
-        constants=np.empty((CONSTANTS, channels), x.dtype),
+        constants=np.empty((loops.CONSTANTS, channels), x.dtype),
     )
     for some in (steps,) if q.by_strips else (step for step in (PREPARE, REDUCE, FINISH, MAP) if step & steps):
         if threads > 1:
@@ -506,11 +412,11 @@ def _calculate(
 def _origin(x: Array, mask: Array | None) -> Array:
     """The origin of each channel's sums: the median of three of its values, so that one outlier does not matter."""
     outer, _, inner = x.shape
-    positions = outer * inner if mask is None else np.flatnonzero(mask)
-    if isinstance(positions, int):
-        three = [0, (outer // 2) * inner + inner // 2, positions - 1]
+    if mask is None:
+        three = [0, (outer // 2) * inner + inner // 2, outer * inner - 1]
     else:
-        three = [int(positions[k]) for k in (0, positions.size // 2, -1)]
+        true = np.flatnonzero(mask)
+        three = [int(true[k]) for k in (0, true.size // 2, -1)]
     a, b, d = (x[position // inner, :, position % inner] for position in three)
     with np.errstate(all="ignore"):
         median = np.fmax(np.fmin(a, b), np.fmin(np.fmax(a, b), d)).astype(np.float64)
@@ -519,11 +425,6 @@ def _origin(x: Array, mask: Array | None) -> Array:
 
 def _count(x: Array, mask: Array | None) -> int:
     return x.shape[0] * x.shape[2] if mask is None else int(np.count_nonzero(mask))
-
-
-def _save_parameters(saved: Array, gamma: Array | None, beta: Array | None) -> None:
-    saved[GAMMA] = 1 if gamma is None else gamma
-    saved[BETA] = 0 if beta is None else beta
 
 
 def forward(
@@ -536,7 +437,7 @@ def forward(
         return
     mask = None if mask is None else mask.view(np.uint8)
     count = _count(x, mask)
-    _save_parameters(saved, gamma, beta)
+    saved[GAMMA], saved[BETA] = 1 if gamma is None else gamma, 0 if beta is None else beta
     _, m2 = _calculate(
         REDUCE | FINISH | MAP, x, saved, threads, origin=_origin(x, mask), residual=residual, mask=mask, out=y,
         count=count, eps=eps, activation=activation, slope=slope,
@@ -552,7 +453,7 @@ def infer(
     known = np.empty((len(SAVED_ROWS), x.shape[1])) if saved is None else saved
     if mean is not None:
         known[MEAN], known[MEAN_LOW], known[VAR] = mean, 0, var
-    _save_parameters(known, gamma, beta)
+    known[GAMMA], known[BETA] = 1 if gamma is None else gamma, 0 if beta is None else beta
     steps = FINISH | MAP
     _calculate(steps, x, known, threads, residual=residual, out=y, eps=eps, activation=activation, slope=slope)
 
@@ -615,5 +516,5 @@ def describe() -> dict[str, str]:
     return {
         "version": numba.__version__,
         "threading layer": _layer() or "not started",
-        "most threads": str(_most_threads()),
+        "most threads": str(_MOST_THREADS),
     }

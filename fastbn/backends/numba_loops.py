@@ -1,4 +1,4 @@
-"""What does the Numba backend do with one run of memory? Its innermost loops, which LLVM turns into vector code.
+"""What does the Numba backend do with one channel, and with one run of memory, in loops that LLVM makes vector code?
 
 A run is at most STRIP elements that lie together: columns of one or more channels, or a piece of one channel's plane.
 The constants of the columns are rows of one array, `line`, each STRIP values long, and so are intermediate results;
@@ -10,6 +10,7 @@ Loops may fuse a * b + c, and add up a plane in any order, but the same one each
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,9 +18,11 @@ import numpy as np
 
 from .._activations import Activation
 from .._jit import jit
+from . import SAVED_ROWS
 
 Array = np.ndarray[Any, Any]
 
+MEAN, MEAN_LOW, VAR, INV_STD, GAMMA, BETA = range(len(SAVED_ROWS))
 STRIP = 1024  # the most columns of a run
 PRESCALE, NEG_MEAN, SCALE, SHIFT, SHIFT_LOW, ON_DY, ON_X, CONSTANT, POSTSCALE = range(9)  # the constants of a column,
 CONSTANTS, FORWARD_CONSTANTS = 9, 5  # and how many of them there are
@@ -34,9 +37,16 @@ def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     return jit(nogil=True, error_model="numpy", **options)
 
 
+scalar = compiled()
 loop = compiled(fastmath={"contract"})
 sum_loop = compiled(fastmath={"contract", "reassoc"})
 inline = compiled(fastmath={"contract"}, forceinline=True)
+
+
+@inline
+def row_of(line: Array, k: int, n: int) -> Array:
+    """The first n columns of row k."""
+    return line[k * STRIP : k * STRIP + n]
 
 
 @inline
@@ -61,6 +71,74 @@ def for_columns_and_planes(make: Callable[[Any], Any]) -> Any:
             in_columns(*arrays)
 
     return either
+
+
+# Constants ----------------------------------------------------------------------------------------------------------
+
+
+@scalar
+def _exponent(v: float) -> int:
+    return math.frexp(v)[1] - 1 if v != 0 and math.isfinite(v) else 0
+
+
+@scalar
+def _powers(mean: float, inv_std: float, slope: float, wide: bool) -> tuple[float, float]:
+    """Powers of two, 1 for usual channels, that keep x - mean, slope / prescale and dx / postscale in the range."""
+    most, usual, high = (1016, 500, 2.0**500) if wide else (120, 60, 2.0**60)
+    if 1 / high < abs(inv_std) < high and abs(mean) < high and (1 / high < abs(slope) < high or slope == 0):
+        return 1.0, 1.0
+    spread, steep = _exponent(inv_std), _exponent(slope)
+    e = 0 if -usual <= spread <= usual else spread
+    if slope != 0:
+        e = max(steep - most, min(e, steep + most))
+    if mean != 0:
+        e = min(e, most - _exponent(mean))
+    post = 0 if -usual <= steep <= usual else max(-most, min(steep, most))
+    return math.ldexp(1.0, max(-most, min(e, most))), math.ldexp(1.0, post)
+
+
+@scalar
+def set_moments(origin: Array, totals: Array, count: float, saved: Array, c: int) -> None:
+    """Of the batch, from sums about the origin; m2 takes the place of the second. Knuth's two-sum splits the mean."""
+    offset = totals[0, c] / count
+    mean = origin[c] + offset
+    back = mean - origin[c]
+    lost = (origin[c] - (mean - back)) + (offset - back)
+    m2 = totals[1, c] - totals[0, c] * offset
+    totals[1, c] = 0.0 if m2 < 0 else m2
+    saved[MEAN, c], saved[MEAN_LOW, c], saved[VAR, c] = mean, lost if lost == lost else 0.0, totals[1, c] / count
+
+
+@scalar
+def set_line(saved: Array, constants: Array, c: int) -> None:
+    """For y = ((x - mean_hi) - mean_lo) * inv_std * gamma + beta, where the term of mean_lo moves into the shift."""
+    wide, real = constants.itemsize == 8, constants.dtype.type
+    most = 1.7976931348623157e308 if wide else 3.4028234663852886e38
+    slope, beta = saved[INV_STD, c] * saved[GAMMA, c], saved[BETA, c]
+    prescale, postscale = _powers(saved[MEAN, c], saved[INV_STD, c], slope, wide)
+    mean_hi, scale = np.float64(real(saved[MEAN, c])), slope / prescale
+    moved = ((saved[MEAN, c] - mean_hi) + saved[MEAN_LOW, c]) * slope
+    shift = real(beta - moved)
+    lost = (beta - np.float64(shift)) - moved
+    constants[PRESCALE, c], constants[POSTSCALE, c], constants[NEG_MEAN, c] = prescale, postscale, -mean_hi * prescale
+    # Where the exponents cannot all fit in, x is the mean or the result overflows; an infinity would give NaN.
+    constants[SCALE, c] = max(-most, min(scale, most)) if math.isfinite(scale) else scale
+    constants[SHIFT, c], constants[SHIFT_LOW, c] = shift, lost if lost == lost else 0.0  # beta may be infinite
+
+
+@scalar
+def set_gradient(saved: Array, totals: Array, count: float, constants: Array, c: int) -> None:
+    """For dx = A dz + B (x - mean) + D: A = gamma/std, B = -A sum(dz xhat) / (M std), D = -A sum(dz) / M.
+
+    That is Ioffe & Szegedy 2015, section 3, gathered by input. The loops have x - mean_hi, prescaled.
+    """
+    mean, inv_std = saved[MEAN, c], saved[INV_STD, c]
+    mean_lo = (mean - np.float64(constants.dtype.type(mean))) + saved[MEAN_LOW, c]
+    on_dy = inv_std * saved[GAMMA, c] / np.float64(constants[POSTSCALE, c])
+    on_xhat = -totals[1, c] / count * on_dy
+    constants[ON_DY, c] = on_dy
+    constants[ON_X, c] = on_xhat * (inv_std / np.float64(constants[PRESCALE, c]))
+    constants[CONSTANT, c] = -on_dy * totals[0, c] / count - on_xhat * inv_std * mean_lo
 
 
 # Sums ---------------------------------------------------------------------------------------------------------------
@@ -105,8 +183,30 @@ def _adding(gradients: bool) -> Any:
     return add_row, add_four, add_plane
 
 
-add_row, add_four, add_plane = _adding(False)
-add_gradient_row, add_four_of_gradients, add_gradient_plane = _adding(True)
+_add_row, _add_four, _add_plane = _adding(False)
+_add_gradient_row, _add_four_gradients, _add_gradient_plane = _adding(True)
+
+
+@inline
+def add(gradients: bool, plane: bool, dz: Array, x: Array, kept: Array, sums: Array) -> None:
+    """Adds a run to the sums."""
+    if gradients and plane:
+        _add_gradient_plane(dz, x, kept, sums)
+    elif gradients:
+        _add_gradient_row(dz, x, kept, sums)
+    elif plane:
+        _add_plane(dz, x, kept, sums)
+    else:
+        _add_row(dz, x, kept, sums)
+
+
+@inline
+def add_four(gradients: bool, dz: tuple[Array, ...], x: tuple[Array, ...], sums: Array) -> None:
+    """Adds four rows to the sums."""
+    if gradients:
+        _add_four_gradients(dz, x, sums)
+    else:
+        _add_four(dz, x, sums)
 
 
 # Maps ---------------------------------------------------------------------------------------------------------------
