@@ -383,7 +383,8 @@ def _calculate(
     q = _Task(
         steps=steps, threads=threads, by_strips=x.size > 0 and balanced and x.nbytes <= STRIP_BYTES * p.strips,
         backward=dy is not None,
-        plain=activation == IDENTITY and not from_y and mask is None and (residual is None or dy is not None),
+        plain=activation == IDENTITY and not from_y and mask is None and dresidual is None
+        and (residual is None or dy is not None),
         in_place=out is not None and out.ctypes.data == changed.ctypes.data,
         activation=int(activation), slope=float(slope), eps=float(eps), count=float(count), adds=residual is not None,
         keeps=dresidual is not None, masked=mask is not None, frozen=bool(frozen), from_y=bool(from_y),
