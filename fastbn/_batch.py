@@ -135,7 +135,7 @@ def backward_sums(dy: object, parts: Parts, backend: Backend, threads: int) -> S
     if gradient.size:
         blocks = Blocks(backend, threads, parts.channel_axis, parts.x, gradient, parts.residual)
         rows = blocks.backward_sums(gradient, parts, *_check.activation(parts.activation))
-    count = parts.values if parts.mask is None else int(np.count_nonzero(parts.mask))
+    count = parts.values if parts.mask is None or parts.frozen else int(np.count_nonzero(parts.mask))
     return Sums._of(count, rows, parts.statistics)
 
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from . import _check, _check_parts
-from ._dtypes import FLOAT64, DType
+from ._dtypes import FLOAT64, DType, rounded
 from ._format import packed, unpacked
 
 Array = np.ndarray[Any, Any]
@@ -236,9 +236,13 @@ def save(rows: Array, count: int, saved: Array) -> None:
 
 
 def blend(rows: Array, count: int, mean: Array | None, var: Array | None, momentum: float, correction: int) -> None:
-    """Into running statistics, where there are such, with the variance over count - correction."""
+    """Updates running statistics, where there are such: new = (1 - momentum) * old + momentum * batch.
+
+    The rows are mean, mean_low and m2 of the batch, whose variance is m2 / (count - correction). All is computed in
+    float64 and rounded once, to the dtype that each of the running statistics has: any float dtype, native.
+    """
     if mean is None or var is None:
         return
     with np.errstate(all="ignore"):
-        mean[...] = (1 - momentum) * mean.astype(FLOAT64) + momentum * (rows[0] + rows[1])
-        var[...] = (1 - momentum) * var.astype(FLOAT64) + momentum * (rows[2] / (count - correction))
+        for running, batch in ((mean, rows[0] + rows[1]), (var, rows[2] / (count - correction))):
+            running[...] = rounded((1 - momentum) * running.astype(FLOAT64) + momentum * batch, running.dtype)

@@ -30,7 +30,7 @@ class Parts(NamedTuple):
     has_gamma: bool
     has_beta: bool
     mask: Array | None = None
-    """Of the positions' shape; None where all count."""
+    """Of the positions' shape; None where all count. With frozen statistics it tells which dx are 0 where dy is."""
     counted: int | None = None
     """Of the statistics, where they do not come from all values of x and from these alone."""
     from_y: bool = False
