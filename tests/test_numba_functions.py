@@ -197,6 +197,52 @@ def test_wrong_training() -> None:
     _with_momentum(c.x, mean, c.running_var, 0.1, False)
 
 
+@jit
+def _statistics_in(x, gamma, beta, mean, var, residual, out):
+    return fbn.forward(x, gamma, beta, mean, var, residual=residual, out=out).y
+
+
+def test_running_statistics_have_memory_of_their_own() -> None:
+    """Else a ValueError that names the argument, with nothing written."""
+    rng = np.random.default_rng(0)
+    memory = rng.standard_normal(90).astype(np.float32)
+    x, residual, out = (memory[i : i + 20].reshape(4, 5) for i in (0, 20, 40))
+    gamma, beta, mean, var = (memory[i : i + 5] for i in (60, 65, 70, 75))
+    given = {"x": x, "residual": residual, "out": out, "gamma": gamma, "beta": beta, "running_mean": mean}
+    before = memory.tobytes()
+    for name in ("running_mean", "running_var"):
+        for other, array in given.items():
+            if other == name:
+                continue
+            for start in (0, array.size - 5):  # all of it, or a part
+                shared = array.reshape(-1)[start : start + 5]
+                statistics = (shared, var) if name == "running_mean" else (mean, shared)
+                first = "running_mean" if other == "running_mean" else name
+                with pytest.raises(ValueError, match=rf"^{first}: got memory shared with .*; allowed: an array of its"):
+                    _statistics_in(x, gamma, beta, *statistics, residual, out)
+                assert memory.tobytes() == before, f"{name} in {other}"
+    with pytest.raises(ValueError, match=r"^running_mean: got memory shared with running_var"):
+        _statistics_in(x, gamma, beta, mean, memory[72:77], residual, out)
+    _statistics_in(x, gamma, beta, mean, var, residual, out)
+    fbn.forward(x, None, None, mean, mean, training=False)  # which are only read
+
+
+@pytest.mark.parametrize("threads", [-1, 0, 1025, 2**40])
+def test_threads_beyond_reason(threads: int) -> None:
+    c = cases.call((6, 5))
+    statistics = c.running_mean, c.running_var
+    _, cache = fbn.forward(c.x)
+    for call in (
+        lambda: fbn.infer(c.x, None, None, *statistics, threads=threads),
+        lambda: fbn.forward(c.x, None, None, *statistics, threads=threads),
+        lambda: fbn.backward(c.dy, cache, threads=threads),
+    ):
+        before = c.running_mean.tobytes()
+        with pytest.raises(ValueError, match=rf"^threads: got {threads}; allowed: 1 to 1024"):
+            call()
+        assert c.running_mean.tobytes() == before
+
+
 def test_overlap() -> None:
     c = cases.call((6, 5))
     whole = np.zeros((7, 5), np.float32)
