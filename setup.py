@@ -57,13 +57,14 @@ FLAGS = (
 )
 if len(ISAS) == 1 and not MSVC:  # as in a universal build for macOS, which compiles each file for two processors
     FLAGS.append("-DFBN_BASELINE_ALONE")
-CORE = ["src_c/batchnorm.c", "src_c/check.c", "src_c/dispatch.c"]
+CORE = [f"src_c/{name}.c" for name in ("check", "dispatch", "finish", "machine", "run", "split", "values", "verbs")]
 FOR_EMBEDDERS = (
     "fastbn/include/fastbn.h",
     "fastbn/lib/fastbn.lib" if MSVC else "fastbn/lib/libfastbn.a",
     "fastbn/lib/link-flags.txt",
 )
 HEADERS = [str(path) for path in Path("src_c").rglob("*.h")]
+KERNEL_HEADERS = ["src_c/fastbn.h", "src_c/kernels.h", *(path for path in HEADERS if len(Path(path).parts) > 2)]
 
 # Tried in order: (compiler flags, linker flags).
 OPENMP = [(["/openmp"], [])] if MSVC else [(["-fopenmp"], ["-fopenmp"]), (["-Xpreprocessor", "-fopenmp"], ["-lomp"])]
@@ -99,7 +100,7 @@ class BuildExt(build_ext):
             source, flags = unit
             made = self.compiler.object_filenames([source], output_dir=self.build_temp)
             # The kernels take a minute, and always the same flags.
-            if source not in CORE and not self.force and not newer_group([source, __file__, *HEADERS], made[0]):
+            if source not in CORE and not self.force and not newer_group([source, __file__, *KERNEL_HEADERS], made[0]):
                 return made
             return self.compiler.compile([source], output_dir=self.build_temp, extra_postargs=flags)
 
@@ -111,8 +112,9 @@ class BuildExt(build_ext):
 
     def build_for_embedders(self, objects, link_flags):
         """The static library, the header, and the flags that link them, where fastbn/_embed.py looks for them."""
-        self.compiler.create_static_lib(objects, "fastbn", output_dir=self.build_temp)
         library = Path(self.build_temp, self.compiler.library_filename("fastbn"))
+        library.unlink(missing_ok=True)  # or it would keep objects of sources that are no more
+        self.compiler.create_static_lib(objects, "fastbn", output_dir=self.build_temp)
         flags = Path(self.build_temp, "link-flags.txt")
         flags.write_text(" ".join(link_flags + ([] if MSVC else ["-lm"])) + "\n", encoding="utf-8")
         copy_files([Path("src_c/fastbn.h"), library, flags], self.for_embedders())

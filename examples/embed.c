@@ -43,11 +43,23 @@ static void print_channel(const char *name, const float *array, int channel) {
 /* Forward, backward, and a step of gradient descent on gamma and beta. */
 static void train(const fbn_problem *problem) {
     void *workspace = memory(fbn_workspace_bytes(problem));
-    const fbn_parameters parameters = {gamma_, beta, FBN_F32};
-    const fbn_running running = {running_mean, running_var, 0.1, 1};
-    const fbn_called called = {.count = (double)problem->outer * (double)problem->inner};
-    expect(fbn_forward(problem, x, NULL, NULL, &parameters, 1e-5, &running, y, saved, workspace));
-    expect(fbn_backward(problem, dy, x, NULL, saved, &called, dx, NULL, dgamma, dbeta, workspace));
+    const fbn_forward_args forward = {.size = sizeof forward,
+                                      .x = x,
+                                      .parameters = {gamma_, beta, FBN_F32},
+                                      .eps = 1e-5,
+                                      .running = {running_mean, running_var, FBN_F32, .momentum = 0.1, .correction = 1},
+                                      .y = y,
+                                      .saved = saved};
+    const fbn_backward_args backward = {.size = sizeof backward,
+                                        .dy = dy,
+                                        .x = x,
+                                        .saved = saved,
+                                        .count = (double)problem->outer * (double)problem->inner,
+                                        .dx = dx,
+                                        .dgamma = dgamma,
+                                        .dbeta = dbeta};
+    expect(fbn_forward(problem, &forward, workspace));
+    expect(fbn_backward(problem, &backward, workspace));
     for (int c = 0; c < CHANNELS; c++) {
         gamma_[c] -= 1e-6f * dgamma[c];
         beta[c] -= 1e-6f * dbeta[c];
@@ -58,9 +70,10 @@ static void train(const fbn_problem *problem) {
 /* The constants are computed once; then every call, from any thread, does nothing but map x to y. */
 static void infer(const fbn_problem *problem) {
     void *plan = memory(fbn_plan_bytes(problem->channels));
-    const fbn_parameters parameters = {gamma_, beta, FBN_F32};
-    expect(fbn_plan_set(problem, &parameters, 1e-5, running_mean, running_var, plan));
-    expect(fbn_plan_run(problem, x, NULL, y, plan));
+    const fbn_plan_args set = {sizeof set, {gamma_, beta, FBN_F32}, 1e-5, {running_mean, running_var, FBN_F32}};
+    const fbn_run_args run = {.size = sizeof run, .x = x, .y = y};
+    expect(fbn_plan_set(problem, &set, plan));
+    expect(fbn_plan_run(problem, &run, plan));
     free(plan);
 }
 

@@ -22,36 +22,52 @@ class BatchNorm {
 
     std::vector<float> forward(const std::vector<float> &x) {
         const fbn_problem p = problem(x);
-        const fbn_parameters parameters = {gamma.data(), beta.data(), FBN_F32};
-        const fbn_running running = {running_mean.data(), running_var.data(), 0.1, 1};
         std::vector<float> y(x.size());
-        expect(fbn_forward(&p, x.data(), nullptr, nullptr, &parameters, eps, &running, y.data(), saved_.data(),
-                           workspace(p)));
+        fbn_forward_args args = {};
+        args.size = sizeof args;
+        args.x = x.data();
+        args.parameters = {gamma.data(), beta.data(), FBN_F32};
+        args.eps = eps;
+        args.running = {running_mean.data(), running_var.data(), FBN_F32, 0.1, 1};
+        args.y = y.data();
+        args.saved = saved_.data();
+        expect(fbn_forward(&p, &args, workspace(p)));
         return y;
     }
 
     std::vector<float> backward(const std::vector<float> &dy, const std::vector<float> &x) {
         const fbn_problem p = problem(x);
-        fbn_called called = {};
-        called.count = static_cast<double>(p.outer);
         std::vector<float> dx(x.size());
-        expect(fbn_backward(&p, dy.data(), x.data(), nullptr, saved_.data(), &called, dx.data(), nullptr, dgamma.data(),
-                            dbeta.data(), workspace(p)));
+        fbn_backward_args args = {};
+        args.size = sizeof args;
+        args.dy = dy.data();
+        args.x = x.data();
+        args.saved = saved_.data();
+        args.count = static_cast<double>(p.outer);
+        args.dx = dx.data();
+        args.dgamma = dgamma.data();
+        args.dbeta = dbeta.data();
+        expect(fbn_backward(&p, &args, workspace(p)));
         return dx;
     }
 
     // The layer as it is now, for inference from any number of threads. A vector's memory stays where it is when moved.
     std::vector<char> plan() const {
         const fbn_problem p = problem({});
-        const fbn_parameters parameters = {gamma.data(), beta.data(), FBN_F32};
         std::vector<char> memory(fbn_plan_bytes(p.channels));
-        expect(fbn_plan_set(&p, &parameters, eps, running_mean.data(), running_var.data(), memory.data()));
+        fbn_plan_args args = {};
+        args.size = sizeof args;
+        args.parameters = {gamma.data(), beta.data(), FBN_F32};
+        args.eps = eps;
+        args.statistics = {running_mean.data(), running_var.data(), FBN_F32};
+        expect(fbn_plan_set(&p, &args, memory.data()));
         return memory;
     }
 
     void infer(const std::vector<char> &plan, std::vector<float> &x) const {
         const fbn_problem p = problem(x);
-        expect(fbn_plan_run(&p, x.data(), nullptr, x.data(), plan.data())); // in place
+        const fbn_run_args args = {sizeof args, x.data(), nullptr, x.data()}; // in place
+        expect(fbn_plan_run(&p, &args, plan.data()));
     }
 
     std::vector<float> gamma, beta, running_mean, running_var, dgamma, dbeta;

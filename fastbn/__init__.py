@@ -1,12 +1,12 @@
 """Batch normalization for CPUs: fast, exact at any offset, the same bits for any number of threads."""
 
-from ._config import get_num_threads, set_num_threads, use_num_threads
 from ._embed import get_include, get_library
 from ._info import __version__, show_config
 from ._moments import Moments, Sums
 from ._recalibrate import recalibrate
 from ._results import Cache, Forward, Gradients
-from .backends import backends, get_backend, set_backend, use_backend
+from ._threads import set_num_threads, use_num_threads
+from .backends import backends, get_backend, get_num_threads, set_backend, use_backend
 from .inference import FoldWarning, InferencePlan, fold
 from .layer import BatchNorm
 from .ops import backward, backward_sums, forward, infer, moments

@@ -58,7 +58,7 @@ def freeze(call: Call, backend: Backend, threads: int) -> Parts:
     """Normalizes with the running statistics, which stay as they are."""
     saved = _saved(call)
     infer(call, backend, threads, saved)
-    return parts_of(call, saved, frozen=True)
+    return parts_of(call, saved, frozen=True, mask=call.mask)
 
 
 def infer(call: Call, backend: Backend, threads: int, saved: Array | None = None) -> None:
@@ -100,29 +100,30 @@ class Wanted(NamedTuple):
     """The same memory, as a plain array."""
     dresidual: Array | None
     """None without a residual, and where its gradient is dy."""
+    residual_gradient: Array | None
+    """What the caller gets of it."""
 
     def rows(self, some: slice) -> Wanted:
         """For some of the elements of axis 0."""
         dresidual = None if self.dresidual is None else self.dresidual[some]
-        return Wanted(self.dy[some], self.dx[some], self.dx[some], dresidual)
-
-    def residual_gradient(self, parts: Parts) -> Array | None:
-        """What backward gives as dresidual."""
-        if parts.residual is None or self.dresidual is not None:
-            return self.dresidual
-        return self.dy.astype(native(self.dy.dtype), copy=False)
+        return Wanted(self.dy[some], self.dx[some], self.dx[some], dresidual, None)
 
 
 def wanted(dy: object, parts: Parts, out: object) -> Wanted:
-    """Checks dy and out."""
+    """Checks dy and out, which may be dy itself."""
     x, dtype = parts.x, native(parts.x.dtype)
     gradient = _check.like("dy", dy, x)
-    target = _check.out(out, x, {"dy": gradient, "x": x, "residual": parts.residual, "mask": parts.mask})
+    inputs = {"dy": gradient, "x": x, "residual": parts.residual, "mask": parts.mask}
+    target = _check.out(out, x, inputs, may_be="dy")
+    dresidual = returned = None
+    if parts.residual is not None and _check.activation(parts.activation)[0] is not Activation.IDENTITY:
+        dresidual = returned = np.empty_like(x, dtype, subok=False)
+    elif parts.residual is not None:
+        overwritten = target is not None and _check.same_memory(target, gradient)
+        returned = gradient.astype(dtype, copy=overwritten)
     if target is None:
         target = np.empty_like(x, dtype, subok=False)
-    activates = _check.activation(parts.activation)[0] is not Activation.IDENTITY
-    dresidual = np.empty_like(x, dtype, subok=False) if activates and parts.residual is not None else None
-    return Wanted(gradient, target, np.asarray(target), dresidual)
+    return Wanted(gradient, target, np.asarray(target), dresidual, returned)
 
 
 def backward_sums(dy: object, parts: Parts, backend: Backend, threads: int) -> Sums:

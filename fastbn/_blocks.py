@@ -56,9 +56,12 @@ class Blocks:
         self.positions = tuple(i - (i > axis) for i in self.order if i != axis)
         arrays = [x, *(array for array in others if array is not None)]
         shape = tuple(x.shape[i] for i in self.order)
-        self.shape = three_of(shape, self.at)
+        self.shape = three_of(shape, self.at) if x.size else (0, x.shape[axis], 1)
         direct = all(self._is_ready(array.transpose(self.order)) for array in arrays)
-        self.blocks = DIRECT if direct else _cut(shape, self.at, min(_run(array, axis) for array in arrays))
+        if not x.shape[axis]:
+            self.blocks = []
+        else:
+            self.blocks = DIRECT if direct else _cut(shape, self.at, min(_run(array, axis) for array in arrays))
         self._buffers: dict[int, Array] = {}
 
     # The verbs -------------------------------------------------------------------------------------------------------
@@ -182,6 +185,7 @@ class Blocks:
                 self._read(dy, piece),
                 self._read(parts.x, piece),
                 self._take(parts.residual, piece),
+                self._positions(parts.mask, piece, self._read(parts.x, piece)),
                 saved,
                 activation,
                 slope,

@@ -8,7 +8,7 @@ import numpy as np
 
 from . import _check
 from ._activations import Activation
-from ._dtypes import FLOAT64, DType, kind_of, native
+from ._dtypes import FLOAT64, DType, kind_of, native, rounded
 from ._shape import positions_of
 
 Array = np.ndarray[Any, Any]
@@ -50,7 +50,8 @@ class Call(NamedTuple):
         """Into the caller's running statistics, where backends could not take these and a copy was updated."""
         for given, updated in zip(self.running, (self.mean, self.var), strict=True):
             if given is not None and updated is not None and given is not updated:
-                given[...] = updated
+                with np.errstate(all="ignore"):
+                    given[...] = rounded(updated, native(given.dtype))
 
 
 def check(
@@ -76,7 +77,7 @@ def check(
     code, slope = _check.activation(activation)
     eps = _check.eps(eps)
     g, b = _check.parameter("gamma", gamma, channels), _check.parameter("beta", beta, channels)
-    running = _check.running(running_mean, running_var, channels, statistics, written=updates)
+    running = _check.running(running_mean, running_var, channels, written=updates)
     added = None if residual is None else _check.like("residual", residual, data)
     counted = _check.mask(mask, data, axis)
     inputs = {"x": data, "residual": added, "gamma": g, "beta": b, "mask": counted}
@@ -92,7 +93,7 @@ def check(
         counted = np.broadcast_to(counted, positions_of(data.shape, axis))
     if target is None:
         target = np.empty_like(data, native(data.dtype), subok=False)
-    mean, var = running
+    mean, var = _statistics(*running)
     return Call(
         x=data,
         axis=axis,
@@ -100,8 +101,8 @@ def check(
         gamma=g,
         beta=b,
         running=running,
-        mean=None if mean is None else _contiguous(mean, statistics),
-        var=None if var is None else _contiguous(var, statistics),
+        mean=mean,
+        var=var,
         eps=eps,
         activation=activation,
         code=code,
@@ -119,6 +120,14 @@ def _contiguous(array: Array, dtype: DType) -> Array:
     if array.dtype == dtype and array.flags.c_contiguous and array.flags.aligned:
         return array
     return array.astype(dtype, order="C")
+
+
+def _statistics(mean: Array | None, var: Array | None) -> tuple[Array | None, Array | None]:
+    """Running statistics in one dtype: their own or, where each has another, float64, which has all their numbers."""
+    if mean is None or var is None:
+        return None, None
+    dtype = native(mean.dtype) if native(mean.dtype) == native(var.dtype) else FLOAT64
+    return _contiguous(mean, dtype), _contiguous(var, dtype)
 
 
 def parameters(gamma: Array | None, beta: Array | None, statistics: DType) -> tuple[Array | None, Array | None]:

@@ -82,16 +82,14 @@ def parameter(name: str, value: object, channels: int, each: str = "channel of x
     return array
 
 
-def running(
-    mean: object, var: object, channels: int, statistics: DType, *, written: bool
-) -> tuple[Array | None, Array | None]:
+def running(mean: object, var: object, channels: int, *, written: bool) -> tuple[Array | None, Array | None]:
     """The running statistics: both or neither, and writable where they will be written."""
     if mean is None and var is None:
         return None, None
     _both(mean, var)
     return (
-        _statistic("running_mean", mean, channels, statistics, written),
-        _statistic("running_var", var, channels, statistics, written),
+        _statistic("running_mean", mean, channels, written),
+        _statistic("running_var", var, channels, written),
     )
 
 
@@ -109,19 +107,17 @@ def both_statistics(mean: object, var: object) -> None:
 
 
 def given_statistics(mean: object, var: object) -> tuple[Array, Array]:
-    """Running statistics whose dtype tells that of the data, and whose shape the channels."""
+    """Running statistics whose dtypes tell that of the data, and whose shapes the channels."""
     both_statistics(mean, var)
     if not isinstance(mean, np.ndarray):
         _refuse(TypeError, "running_mean", type(mean).__name__, "a NumPy array")
-    if native(mean.dtype) not in (FLOAT32, FLOAT64):
-        _refuse(TypeError, "running_mean", f"dtype {mean.dtype}", "'float32', 'float64'")
     if mean.ndim != 1:
         _refuse(ValueError, "running_mean", f"shape {mean.shape}", "(C,), one value per channel")
-    statistics = native(mean.dtype)
-    return (
-        _statistic("running_mean", mean, mean.size, statistics, written=False),
-        _statistic("running_var", var, mean.size, statistics, written=False),
-    )
+    first = _statistic("running_mean", mean, mean.size, written=False)
+    second = _statistic("running_var", var, mean.size, written=False)
+    if kind_of(first.dtype).statistics != kind_of(second.dtype).statistics:
+        _refuse(TypeError, "running_var", f"dtype {second.dtype}", f"running_mean's dtype {first.dtype}")
+    return first, second
 
 
 def outputs(weight: Array, output_axis: object, mean: object) -> tuple[int, int, int]:
@@ -144,12 +140,10 @@ def outputs(weight: Array, output_axis: object, mean: object) -> tuple[int, int,
     return at, groups, found
 
 
-def _statistic(name: str, value: object, channels: int, statistics: DType, written: bool) -> Array:
+def _statistic(name: str, value: object, channels: int, written: bool) -> Array:
     if not isinstance(value, np.ndarray):
-        _refuse(TypeError, name, type(value).__name__, f"a NumPy array of {statistics}")
-    array = _array(name, value)
-    if (array.dtype if written else native(array.dtype)) != statistics:
-        _refuse(TypeError, name, f"dtype {array.dtype}", f"the statistics dtype {statistics}")
+        _refuse(TypeError, name, type(value).__name__, "a NumPy array")
+    array = data(name, value)
     _shape(name, array, channels)
     if written and not array.flags.writeable:
         _refuse(ValueError, name, "a read-only array", "a writable one, since it is updated in place")
@@ -185,19 +179,20 @@ def overlap(a: Array, b: Array) -> bool:
 
 
 def same_memory(a: Array, b: Array) -> bool:
-    """Whether a and b, of one shape and dtype, are the same elements in the same places."""
-    return a.__array_interface__["data"][0] == b.__array_interface__["data"][0] and a.strides == b.strides
+    """Whether a and b, of one shape, are the same elements in the same places."""
+    places = (array.__array_interface__["data"][0] for array in (a, b))
+    return next(places) == next(places) and a.strides == b.strides and a.dtype == b.dtype
 
 
 def out(value: object, x: Array, inputs: Mapping[str, Array | None], *, may_be: str | None = None) -> Array | None:
-    """`out`: x's shape and dtype, writable, apart from every input but, exactly, the one named by `may_be`."""
+    """`out`: x's shape and dtype, in any byte order; writable; apart from all inputs but, exactly, the one `may_be`."""
     if value is None:
         return None
     if not isinstance(value, np.ndarray):
         _refuse(TypeError, "out", type(value).__name__, f"a NumPy array of x's shape {x.shape} and dtype {x.dtype}")
     array = _array("out", value)
-    if array.dtype != native(x.dtype):
-        _refuse(TypeError, "out", f"dtype {array.dtype}", f"x's dtype {native(x.dtype)}")
+    if native(array.dtype) != native(x.dtype):
+        _refuse(TypeError, "out", f"dtype {array.dtype}", f"x's dtype {x.dtype}")
     if array.shape != x.shape:
         _refuse(ValueError, "out", f"shape {array.shape}", f"x's shape {x.shape}")
     if not array.flags.writeable:
@@ -277,7 +272,7 @@ _ACTIVATIONS = f"{_names(BY_NAME)}, ('leaky_relu', slope)"
 
 
 def mask(value: object, x: Array, channel_axis: int) -> Array | None:
-    """A mask as given; it fits x's positions."""
+    """A mask of x's positions, or None."""
     if value is None:
         return None
     array = _array("mask", value)
@@ -289,7 +284,13 @@ def mask(value: object, x: Array, channel_axis: int) -> Array | None:
     except ValueError:
         allowed = f"one that broadcasts to {positions}, x's shape {x.shape} without its channel axis"
         _refuse(ValueError, "mask", f"shape {array.shape}", allowed)
-    return array
+    return booleans(array)
+
+
+def booleans(array: Array) -> Array:
+    """An array of bool as NumPy makes them. In a view of other bytes any but 0 is True, which not all of NumPy sees."""
+    octets = array.view(np.uint8)
+    return array if octets.max(initial=0) <= 1 else octets != 0
 
 
 def enough(x: Array, channel_axis: int, mask: Array | None, where: str = "") -> int:
@@ -492,6 +493,15 @@ def count(name: str, value: object) -> int:
     result = integer(name, value)
     if result < 1:
         _refuse(ValueError, name, repr(value), "a positive integer")
+    return result
+
+
+def between(name: str, value: object, low: int, high: int) -> int:
+    """An integer from low to high."""
+    result = integer(name, value)
+    if not low <= result <= high:
+        positive = "a positive integer up to" if low == 1 else f"an integer from {low} to"
+        _refuse(ValueError, name, repr(value), f"{positive} {high}")
     return result
 
 

@@ -50,6 +50,16 @@ def native(dtype: DType) -> DType:
     return dtype if dtype.isnative else dtype.newbyteorder("=")
 
 
+def rounded(values: np.ndarray[Any, Any], dtype: DType) -> np.ndarray[Any, Any]:
+    """Float64 values to the nearest numbers of a dtype; by way of float32 to odd where NumPy would round twice."""
+    if dtype.kind == "f":
+        return values.astype(dtype, copy=False)
+    single = values.astype(FLOAT32)
+    bits = single.view(np.uint32)
+    inward = np.nextafter(single, np.where(values > single, np.inf, -np.inf).astype(FLOAT32))
+    return np.where((single != values) & (bits & 1 == 0) & np.isfinite(values), inward, single).astype(dtype)
+
+
 def is_float(dtype: DType) -> bool:
     """Whether a parameter (gamma, beta) may have this dtype: any floating point, bfloat16 included."""
     return dtype.kind == "f" or dtype.name == "bfloat16"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from importlib.metadata import version
 
 import numpy as np
 
-from . import _config
-from .backends import backends, get_backend, select
+from . import _config, _threads
+from .backends import backends, get_backend, get_num_threads, select
 
 __version__ = version("fastbn")
 
@@ -25,7 +26,8 @@ def show_config() -> None:
         "NumPy": np.__version__,
         "backends": ", ".join(backends()),
         "backend": f"{get_backend()} ({_why_backend()})",
-        "threads": f"{_config.get_num_threads()}{' (forked child)' if _config.in_forked_child() else ''}",
+        "threads": f"{get_num_threads()} ({'a forked child' if _threads.in_forked_child() else _threads.why()})",
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", _WAIT_POLICY),
     }
     for name in backends():
         lines.update({f"{name}: {key}": value for key, value in select(name).describe().items()})
@@ -33,6 +35,11 @@ def show_config() -> None:
     print(f"fastbn {__version__}")
     for key, value in lines.items():
         print(f"  {key:<{width}}  {value}")
+
+
+_WAIT_POLICY = "not set (passive, set before Python starts, is better where other programs keep the processors busy)"
+"""GNU OpenMP's threads spin while they wait for each other. Where another program has their processor, they spin until
+the system takes it from them."""
 
 
 def _why_backend() -> str:

@@ -36,7 +36,7 @@ class Parts(NamedTuple):
     @property
     def plain(self) -> bool:
         """Whether the first eight tell everything."""
-        return self.counted is None and not self.from_y
+        return self.mask is None and self.counted is None and not self.from_y
 
     @property
     def channel_axis(self) -> int:

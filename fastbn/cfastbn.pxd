@@ -21,6 +21,7 @@ cdef extern from "fastbn.h" nogil:
         FBN_BAD_MOMENTUM
         FBN_TOO_FEW_VALUES
         FBN_BAD_PLAN
+        FBN_BAD_SIZE
 
     ctypedef enum fbn_dtype:
         FBN_F32
@@ -48,6 +49,9 @@ cdef extern from "fastbn.h" nogil:
     enum:
         FBN_WORK_PER_THREAD
 
+    enum:
+        FBN_MOST_THREADS
+
     const int64_t FBN_MOST_VALUES
 
     ctypedef struct fbn_problem:
@@ -65,9 +69,15 @@ cdef extern from "fastbn.h" nogil:
         const void *beta
         fbn_dtype dtype
 
+    ctypedef struct fbn_statistics:
+        const void *mean
+        const void *var
+        fbn_dtype dtype
+
     ctypedef struct fbn_running:
         void *mean
         void *var
+        fbn_dtype dtype
         double momentum
         double correction
 
@@ -83,34 +93,100 @@ cdef extern from "fastbn.h" nogil:
     int fbn_abi_version()
     const char *fbn_status_text(fbn_status status)
     size_t fbn_workspace_bytes(const fbn_problem *problem)
-    fbn_status fbn_forward(const fbn_problem *problem, const void *x, const void *residual,
-                           const unsigned char *mask, const fbn_parameters *parameters, double eps,
-                           const fbn_running *running, void *y, double *saved, void *workspace)
-    fbn_status fbn_infer(const fbn_problem *problem, const void *x, const void *residual,
-                         const fbn_parameters *parameters, double eps, const void *mean, const void *var, void *y,
-                         double *saved, void *workspace)
-    size_t fbn_plan_bytes(int64_t channels)
-    fbn_status fbn_plan_set(const fbn_problem *problem, const fbn_parameters *parameters, double eps,
-                            const void *mean, const void *var, void *plan)
-    fbn_status fbn_plan_run(const fbn_problem *problem, const void *x, const void *residual, void *y,
-                            const void *plan)
-    fbn_status fbn_moments(const fbn_problem *problem, const void *x, const unsigned char *mask, double *moments,
-                           void *workspace)
 
-    ctypedef struct fbn_called:
+    ctypedef struct fbn_forward_args:
+        size_t size
+        const void *x
+        const void *residual
         const unsigned char *mask
+        fbn_parameters parameters
+        double eps
+        fbn_running running
+        void *y
+        double *saved
+
+    fbn_status fbn_forward(const fbn_problem *problem, const fbn_forward_args *args, void *workspace)
+
+    ctypedef struct fbn_infer_args:
+        size_t size
+        const void *x
+        const void *residual
+        fbn_parameters parameters
+        double eps
+        fbn_statistics statistics
+        void *y
+        double *saved
+
+    fbn_status fbn_infer(const fbn_problem *problem, const fbn_infer_args *args, void *workspace)
+
+    ctypedef struct fbn_apply_args:
+        size_t size
+        const void *x
+        const void *residual
+        fbn_parameters parameters
+        double eps
+        void *y
+        double *saved
+
+    fbn_status fbn_apply(const fbn_problem *problem, const fbn_apply_args *args, void *workspace)
+    size_t fbn_plan_bytes(int64_t channels)
+
+    ctypedef struct fbn_plan_args:
+        size_t size
+        fbn_parameters parameters
+        double eps
+        fbn_statistics statistics
+
+    fbn_status fbn_plan_set(const fbn_problem *problem, const fbn_plan_args *args, void *plan)
+
+    ctypedef struct fbn_run_args:
+        size_t size
+        const void *x
+        const void *residual
+        void *y
+
+    fbn_status fbn_plan_run(const fbn_problem *problem, const fbn_run_args *args, const void *plan)
+
+    ctypedef struct fbn_moments_args:
+        size_t size
+        const void *x
+        const unsigned char *mask
+        double *moments
+
+    fbn_status fbn_moments(const fbn_problem *problem, const fbn_moments_args *args, void *workspace)
+
+    ctypedef struct fbn_sums_args:
+        size_t size
+        const void *dy
+        const void *x
+        const void *residual
+        const unsigned char *mask
+        const double *saved
+        int from_y
+        double *sums
+
+    fbn_status fbn_backward_sums(const fbn_problem *problem, const fbn_sums_args *args, void *workspace)
+
+    ctypedef struct fbn_backward_args:
+        size_t size
+        const void *dy
+        const void *x
+        const void *residual
+        const unsigned char *mask
+        const double *saved
         double count
         int frozen
         int from_y
         const double *sums
+        void *dx
+        void *dresidual
+        void *dgamma
+        void *dbeta
 
-    fbn_status fbn_backward_sums(const fbn_problem *problem, const void *dy, const void *x, const void *residual,
-                                 const double *saved, int from_y, double *sums, void *workspace)
-    fbn_status fbn_backward(const fbn_problem *problem, const void *dy, const void *x, const void *residual,
-                            const double *saved, const fbn_called *called, void *dx, void *dresidual, void *dgamma,
-                            void *dbeta, void *workspace)
+    fbn_status fbn_backward(const fbn_problem *problem, const fbn_backward_args *args, void *workspace)
     fbn_machine fbn_this_machine()
     const fbn_kernels *fbn_kernels_at(int index)
     const char *fbn_kernels_name(const fbn_kernels *kernels)
     int fbn_openmp()
+    int fbn_openmp_threads()
     int64_t fbn_cache_bytes(int level)

@@ -10,8 +10,8 @@ import numpy as np
 
 from . import _check, _config
 from ._call import parameters
-from ._dtypes import FLOAT32, FLOAT64, DType, native
-from .backends import select
+from ._dtypes import FLOAT32, FLOAT64, DType, kind_of, native, rounded
+from .backends import get_num_threads, select
 from .ops import Activation, infer
 
 Array = np.ndarray[Any, Any]
@@ -72,7 +72,7 @@ class InferencePlan:
     ) -> None:
         mean, var = _check.given_statistics(running_mean, running_var)
         g, b = (_check.parameter(name, p, mean.size) for name, p in (("gamma", gamma), ("beta", beta)))
-        statistics = native(mean.dtype)
+        statistics = kind_of(mean.dtype).statistics
         g, b = parameters(g, b, statistics)
         self._gamma, self._beta = (None if p is None else _own(p, p.dtype) for p in (g, b))
         self._mean, self._var = _own(mean, statistics), _own(var, statistics)
@@ -109,7 +109,7 @@ class InferencePlan:
         run: _Run | None = None
         if plan is not None and abs(self._axis) < _MOST_AXES:
             constants = self._gamma, self._beta, self._mean, self._var, self._eps
-            run = plan(*constants, self._axis, self._code, self._slope, _config.get_num_threads).run
+            run = plan(*constants, self._axis, self._code, self._slope, get_num_threads).run
         self._prepared = backend, run
         return run
 
@@ -230,8 +230,8 @@ def fold(
         wide = given.astype(FLOAT64)
         largest = _largest(wide, at, groups)
         wide *= _spread(slope, wide.shape, at, groups)
-        w = _rounded(wide, native(given.dtype))
-        b = _rounded((before - mean) * slope + after, native(given.dtype))
+        w = rounded(wide, native(given.dtype))
+        b = rounded((before - mean) * slope + after, native(given.dtype))
         distance = abs(mean - before) / std
         reasons = _losses(_largest(w.astype(FLOAT64), at, groups), b, largest, slope, var, eps, distance)
     if reasons:
@@ -257,16 +257,6 @@ def _largest(weight: Array, at: int, groups: int) -> Array:
         rows = rows.reshape(groups * size.shape[1], -1)
     largest: Array = rows.max(axis=tuple(range(1, rows.ndim)), initial=0)
     return largest
-
-
-def _rounded(values: Array, dtype: DType) -> Array:
-    """To the nearest numbers of a dtype; by way of float32 to odd, where NumPy would round twice (bfloat16)."""
-    if dtype.kind == "f":
-        return values.astype(dtype)
-    single = values.astype(FLOAT32)
-    bits = single.view(np.uint32)
-    inward = np.nextafter(single, np.where(values > single, np.inf, -np.inf).astype(FLOAT32))
-    return np.where((single != values) & (bits & 1 == 0) & np.isfinite(values), inward, single).astype(dtype)
 
 
 def _losses(

@@ -99,7 +99,7 @@ _forward = _external("forward", *[_address] * 4, _real, *[_address] * 2, _real, 
 _backward = _external("backward", *[_address] * 4, types.int64, *[_address] * 4)
 
 if hasattr(os, "register_at_fork"):  # GNU OpenMP would wait for the parent's threads for ever
-    os.register_at_fork(after_in_child=lambda: _BRIDGE.limit_threads(1))
+    os.register_at_fork(after_in_child=_BRIDGE.stay_alone)
 
 # What is known when a function is compiled ---------------------------------------------------------------------------
 

@@ -6,12 +6,12 @@ from typing import Any, cast
 
 import numpy as np
 
-from . import _batch, _check, _config, _ghost
+from . import _batch, _check, _ghost
 from ._call import check
 from ._ghost import GhostCache
 from ._moments import Moments, Sums
 from ._results import Cache, Forward, Gradients, Parts
-from .backends import select
+from .backends import get_num_threads, select, threads_of
 
 Array = np.ndarray[Any, Any]
 Activation = str | tuple[str, float] | None
@@ -48,7 +48,7 @@ def forward(
         The statistics dtype is float64 for float64, else float32.
     gamma, beta : arrays of shape (C,), any float dtype, or None
         Scale and shift; None means ones and zeros.
-    running_mean, running_var : arrays of shape (C,) in the statistics dtype, both or neither
+    running_mean, running_var : arrays of shape (C,), each of any float dtype, both or neither
         In training, updated in place: (1 - momentum) * old + momentum * batch, with the unbiased batch variance.
     training : bool
         False normalizes with the running statistics, which are then required and left alone.
@@ -135,13 +135,13 @@ def forward_as(
     The running variance is the sum of squares over M - correction (0 is Keras's convention). With `batches`, running
     statistics are the average over that many calls, and momentum is 1 / (batches + 1).
     """
-    chosen, threads = select(backend), _config.get_num_threads()
+    chosen = select(backend)
     express = getattr(chosen, "express_forward", None)
     plain = mask is None and moments is None and virtual_batch_size is None
     if express is not None and plain and type(training) is bool:
         done = express(
             *(x, gamma, beta, running_mean, running_var, momentum, correction),
-            *(eps, axis, activation, residual, out, training, threads),
+            *(eps, axis, activation, residual, out, training, get_num_threads),
         )
         if done is not None:
             y, saved = done
@@ -159,14 +159,14 @@ def forward_as(
         moments = _check.instance("moments", moments, Moments, "Moments, or None")
         _check.moments(moments, call.x.shape[call.axis], call.statistics, training, size)
     if not training:
-        return Forward(call.out, Cache(_batch.freeze(call, chosen, threads)))
+        return Forward(call.out, Cache(_batch.freeze(call, chosen, threads_of(chosen))))
     cache: Cache
     if size is None:
-        cache = Cache(_batch.train(call, momentum, correction, moments, chosen, threads))
+        cache = Cache(_batch.train(call, momentum, correction, moments, chosen, threads_of(chosen)))
     else:
         slices = _ghost.slices_of(call, size)
         momenta = _ghost.momenta(momentum, batches, len(slices))
-        cache = _ghost.train(call, slices, momenta, correction, chosen, threads)
+        cache = _ghost.train(call, slices, momenta, correction, chosen, threads_of(chosen))
     call.put_running_back()
     return Forward(call.out, cache)
 
@@ -197,10 +197,10 @@ def infer(
     array([[-1., -1.],
            [ 1.,  1.]])
     """
-    chosen, threads = select(backend), _config.get_num_threads()
+    chosen = select(backend)
     express = getattr(chosen, "express_infer", None)
     if express is not None:
-        y = express(x, gamma, beta, running_mean, running_var, eps, axis, activation, residual, out, threads)
+        y = express(x, gamma, beta, running_mean, running_var, eps, axis, activation, residual, out, get_num_threads)
         if y is not None:
             return cast(Array, y)
     call = check(
@@ -208,7 +208,7 @@ def infer(
         updates=False,
         keeps=False,
     )
-    _batch.infer(call, chosen, threads)
+    _batch.infer(call, chosen, threads_of(chosen))
     return call.out
 
 
@@ -232,7 +232,8 @@ def backward(
     cache : Cache
         It may be used more than once.
     out : array of x's shape and dtype, or None
-        Where dx goes. It may not share memory with dy, x, the residual or the mask.
+        Where dx goes, with any strides. It may be dy itself (the same memory, shape and strides), and may share no
+        memory with dy, x, the residual or the mask otherwise.
     backend : "c", "numba", "numpy" or None
     sums : Sums or None
         Those of all the batches whose moments the forward call was given, this one's included: sums of
@@ -242,7 +243,8 @@ def backward(
     -------
     Gradients
         Unpacks as (dx, dgamma, dbeta); dgamma and dbeta are in the statistics dtype, and None where gamma and beta
-        were. `.dresidual` is the residual's gradient, or None; without an activation it is dy itself.
+        were. `.dresidual` is the residual's gradient, or None; without an activation it is dy itself, or with out=dy a
+        copy of it.
 
     Raises
     ------
@@ -255,11 +257,11 @@ def backward(
     >>> bool(abs(dx.sum()) < 1e-12), dbeta is None
     (True, True)
     """
-    chosen, threads = select(backend), _config.get_num_threads()
+    chosen = select(backend)
     parts = _check.instance("cache", cache, Cache, "the cache that fastbn.forward returned")._parts
     express = getattr(chosen, "express_backward", None)
     if express is not None and sums is None and parts.plain and type(cache) is Cache:
-        gradients = express(dy, *parts[:8], out, threads)
+        gradients = express(dy, *parts[:8], out, get_num_threads)
         if gradients is not None:
             return Gradients(*gradients)
     if sums is not None:
@@ -268,10 +270,10 @@ def backward(
         _check.sums(sums, parts.saved.shape[1], parts.statistics, None if parts.frozen else parts.total)
     asked = _batch.wanted(dy, parts, out)
     if isinstance(cache, GhostCache):
-        dgamma, dbeta = _ghost.backward(asked, cache, chosen, threads)
+        dgamma, dbeta = _ghost.backward(asked, cache, chosen, threads_of(chosen))
     else:
-        dgamma, dbeta = _batch.backward(asked, parts, sums, chosen, threads)
-    return Gradients(asked.out, dgamma, dbeta, asked.residual_gradient(parts))
+        dgamma, dbeta = _batch.backward(asked, parts, sums, chosen, threads_of(chosen))
+    return Gradients(asked.out, dgamma, dbeta, asked.residual_gradient)
 
 
 def moments(x: Array, *, axis: int = 1, mask: Array | None = None, backend: str | None = None) -> Moments:
@@ -287,7 +289,8 @@ def moments(x: Array, *, axis: int = 1, mask: Array | None = None, backend: str 
     >>> bool(abs(y - fastbn.forward(x).y[:1]) < 1e-15)
     True
     """
-    return _batch.moments(x, axis, mask, select(backend), _config.get_num_threads())
+    chosen = select(backend)
+    return _batch.moments(x, axis, mask, chosen, threads_of(chosen))
 
 
 def backward_sums(dy: Array, cache: Cache, *, backend: str | None = None) -> Sums:
@@ -307,7 +310,7 @@ def backward_sums(dy: Array, cache: Cache, *, backend: str | None = None) -> Sum
     >>> bool(np.allclose(dx, fastbn.backward(dy, fastbn.forward(x).cache).dx))
     True
     """
-    chosen, threads = select(backend), _config.get_num_threads()
+    chosen = select(backend)
     parts = _check.instance("cache", cache, Cache, "the cache that fastbn.forward returned")._parts
     _check.whole("cache", isinstance(cache, GhostCache))
-    return _batch.backward_sums(dy, parts, chosen, threads)
+    return _batch.backward_sums(dy, parts, chosen, threads_of(chosen))

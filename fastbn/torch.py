@@ -14,9 +14,9 @@ import numpy as np
 
 from . import _check
 from ._activations import DEFAULT_SLOPE
-from ._config import get_num_threads, use_num_threads
+from ._threads import use_num_threads
 from ._results import Cache, Parts
-from .backends import SAVED_ROWS
+from .backends import SAVED_ROWS, get_num_threads
 from .ops import backward, backward_sums, forward, infer
 
 try:

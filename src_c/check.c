@@ -1,7 +1,9 @@
-/* check.c: is this call valid? Every status but those of too few values and of plans, which the foreman sees. */
+/* check.c: is this call valid? Every status but those of too few values and of plans, which the verbs see. */
 #include "check.h"
 
 #include <math.h>
+
+#include "values.h"
 
 const char *fbn_status_text(fbn_status status) {
     static const char *const texts[] = {
@@ -9,16 +11,17 @@ const char *fbn_status_text(fbn_status status) {
         [FBN_NULL_POINTER] = "a pointer that must be given is NULL",
         [FBN_MISALIGNED] = "a pointer is no multiple of its element's size",
         [FBN_OVERLAP] = "a result shares memory with an input or another result",
-        [FBN_BAD_DTYPE] = "no such dtype, or not one that gamma and beta may have",
+        [FBN_BAD_DTYPE] = "no such dtype",
         [FBN_BAD_ACTIVATION] = "no such activation, a slope that is not finite, or one that cannot be inverted",
         [FBN_BAD_SHAPE] = "a size is negative, or all together are too large",
-        [FBN_BAD_THREADS] = "threads is below 1",
+        [FBN_BAD_THREADS] = "threads is below 1 or above FBN_MOST_THREADS",
         [FBN_BAD_EPS] = "eps is negative or not finite",
         [FBN_BAD_MOMENTUM] = "momentum is outside 0 to 1, or correction negative or not finite",
         [FBN_TOO_FEW_VALUES] = "too few values per channel for statistics",
         [FBN_BAD_PLAN] = "no plan, one that was moved, or one of another machine, dtype or number of channels",
+        [FBN_BAD_SIZE] = "size is not that of the struct of arguments",
     };
-    const int known = (int)status >= 0 && (int)status <= FBN_BAD_PLAN;
+    const int known = (int)status >= 0 && (int)status <= FBN_BAD_SIZE;
     return known ? texts[status] : "no such status";
 }
 
@@ -46,26 +49,33 @@ static fbn_status check_machine(const fbn_problem *p) {
     return (int)p->dtype >= FBN_F32 && (int)p->dtype <= FBN_BF16 ? FBN_OK : FBN_BAD_DTYPE;
 }
 
+static int64_t values(const fbn_problem *p) { return p->outer * p->channels * p->inner; }
+
 fbn_status fbn_check_problem(const fbn_problem *p) {
     fbn_status status = check_machine(p);
     if (!status) status = check_activation(p);
     if (!status) status = check_sizes(p->outer, p->channels, p->inner);
-    return status || p->threads >= 1 ? status : FBN_BAD_THREADS;
+    if (!status && (p->threads < 1 || p->threads > FBN_MOST_THREADS)) status = FBN_BAD_THREADS;
+    return status || (uint64_t)values(p) <= SIZE_MAX / fbn_element(p->dtype) ? status : FBN_BAD_SHAPE;
 }
 
 static fbn_status check_eps(double eps) { return isfinite(eps) && eps >= 0 ? FBN_OK : FBN_BAD_EPS; }
 
-/* ---- pointers ---- */
+static int is_dtype(fbn_dtype dtype) { return (int)dtype >= FBN_F32 && (int)dtype <= FBN_BF16; }
 
-static size_t element(fbn_dtype dtype) { return dtype == FBN_F64 ? 8 : dtype == FBN_F32 ? 4 : 2; }
+/* A struct of arguments, by its size. */
+static fbn_status check_args(const size_t *args, size_t size) {
+    if (!args) return FBN_NULL_POINTER;
+    return *args == size ? FBN_OK : FBN_BAD_SIZE;
+}
+
+/* ---- pointers ---- */
 
 static fbn_dtype statistics(const fbn_problem *p) { return p->dtype == FBN_F64 ? FBN_F64 : FBN_F32; }
 
-static int64_t values(const fbn_problem *p) { return p->outer * p->channels * p->inner; }
-
 /* Where there are no values, any pointer will do. */
 static fbn_status check_optional(const void *array, fbn_dtype dtype, int64_t size) {
-    return size && (uintptr_t)array % element(dtype) ? FBN_MISALIGNED : FBN_OK;
+    return size && (uintptr_t)array % fbn_element(dtype) ? FBN_MISALIGNED : FBN_OK;
 }
 
 static fbn_status check_array(const void *array, fbn_dtype dtype, int64_t size) {
@@ -81,27 +91,28 @@ static fbn_status check_data(const fbn_problem *p, const void *array) {
 
 /* A result shares no memory with another large array. */
 static fbn_status check_apart(const fbn_problem *p, const void *result, const void *other) {
-    const uintptr_t a = (uintptr_t)result, b = (uintptr_t)other, bytes = (uintptr_t)values(p) * element(p->dtype);
+    const uintptr_t a = (uintptr_t)result, b = (uintptr_t)other, bytes = (uintptr_t)values(p) * fbn_element(p->dtype);
     return !a || !b || (a > b ? a - b : b - a) >= bytes ? FBN_OK : FBN_OVERLAP;
 }
 
 static fbn_status check_parameters(const fbn_problem *p, const fbn_parameters *given) {
-    if (!given || (!given->gamma && !given->beta) || !p->channels) return FBN_OK;
-    if (given->dtype != FBN_F32 && given->dtype != FBN_F64) return FBN_BAD_DTYPE;
+    if ((!given->gamma && !given->beta) || !p->channels) return FBN_OK;
+    if (!is_dtype(given->dtype)) return FBN_BAD_DTYPE;
     const fbn_status status = check_optional(given->gamma, given->dtype, p->channels);
     return status ? status : check_optional(given->beta, given->dtype, p->channels);
 }
 
-static fbn_status check_statistics(const fbn_problem *p, const void *mean, const void *var) {
-    const fbn_status status = check_array(mean, statistics(p), p->channels);
-    return status ? status : check_array(var, statistics(p), p->channels);
+static fbn_status check_both(const fbn_problem *p, const void *mean, const void *var, fbn_dtype dtype) {
+    if (!is_dtype(dtype)) return FBN_BAD_DTYPE;
+    const fbn_status status = check_array(mean, dtype, p->channels);
+    return status ? status : check_array(var, dtype, p->channels);
 }
 
 static fbn_status check_running(const fbn_problem *p, const fbn_running *given) {
-    if (!given || (!given->mean && !given->var)) return FBN_OK;
+    if (!given->mean && !given->var) return FBN_OK;
     if (!(given->momentum >= 0 && given->momentum <= 1)) return FBN_BAD_MOMENTUM;
     if (!(given->correction >= 0 && isfinite(given->correction))) return FBN_BAD_MOMENTUM;
-    return check_statistics(p, given->mean, given->var);
+    return check_both(p, given->mean, given->var, given->dtype);
 }
 
 /* ---- the verbs ---- */
@@ -114,91 +125,104 @@ static fbn_status check_map(const fbn_problem *p, const void *x, const void *res
     return status ? status : check_apart(p, y, residual);
 }
 
-fbn_status fbn_check_forward(const fbn_problem *p, const void *x, const void *residual,
-                             const fbn_parameters *parameters, double eps, const fbn_running *running, const void *y,
-                             const double *saved, const void *workspace) {
+/* What all verbs that normalize have. */
+static fbn_status check_normal(const fbn_problem *p, const fbn_parameters *parameters, double eps) {
     fbn_status status = fbn_check_problem(p);
     if (!status) status = check_eps(eps);
-    if (!status) status = check_parameters(p, parameters);
-    if (!status) status = check_running(p, running);
-    if (!status) status = check_map(p, x, residual, y);
-    if (!status) status = check_array(saved, FBN_F64, p->channels);
+    return status ? status : check_parameters(p, parameters);
+}
+
+fbn_status fbn_check_forward(const fbn_problem *p, const fbn_forward_args *a, const void *workspace) {
+    fbn_status status = check_args(&a->size, sizeof *a);
+    if (!status) status = check_normal(p, &a->parameters, a->eps);
+    if (!status) status = check_running(p, &a->running);
+    if (!status) status = check_map(p, a->x, a->residual, a->y);
+    if (!status) status = check_array(a->saved, FBN_F64, p->channels);
     return status ? status : check_workspace(workspace);
 }
 
-fbn_status fbn_check_infer(const fbn_problem *p, const void *x, const void *residual, const fbn_parameters *parameters,
-                           double eps, const void *mean, const void *var, const void *y, const double *saved,
-                           const void *workspace) {
-    fbn_status status = fbn_check_problem(p);
-    if (!status) status = check_eps(eps);
-    if (!status) status = check_parameters(p, parameters);
-    if (!status && mean) status = check_statistics(p, mean, var);
-    if (!status) status = check_map(p, x, residual, y);
-    if (!status) status = mean ? check_optional(saved, FBN_F64, p->channels) : check_array(saved, FBN_F64, p->channels);
+fbn_status fbn_check_infer(const fbn_problem *p, const fbn_infer_args *a, const void *workspace) {
+    fbn_status status = check_args(&a->size, sizeof *a);
+    if (!status) status = check_normal(p, &a->parameters, a->eps);
+    if (!status) status = check_both(p, a->statistics.mean, a->statistics.var, a->statistics.dtype);
+    if (!status) status = check_map(p, a->x, a->residual, a->y);
+    if (!status) status = check_optional(a->saved, FBN_F64, p->channels);
     return status ? status : check_workspace(workspace);
 }
 
-fbn_status fbn_check_plan_set(const fbn_problem *p, const fbn_parameters *parameters, double eps, const void *mean,
-                              const void *var, const void *plan) {
-    fbn_status status = check_machine(p);
-    if (!status) status = check_sizes(1, p->channels, 1);
-    if (!status) status = check_eps(eps);
-    if (!status) status = check_parameters(p, parameters);
-    if (!status) status = check_statistics(p, mean, var);
+fbn_status fbn_check_apply(const fbn_problem *p, const fbn_apply_args *a, const void *workspace) {
+    fbn_status status = check_args(&a->size, sizeof *a);
+    if (!status) status = check_normal(p, &a->parameters, a->eps);
+    if (!status) status = check_map(p, a->x, a->residual, a->y);
+    if (!status) status = check_array(a->saved, FBN_F64, p->channels);
+    return status ? status : check_workspace(workspace);
+}
+
+fbn_status fbn_check_plan_set(const fbn_problem *p, const fbn_plan_args *a, const void *plan) {
+    fbn_status status = check_args(&a->size, sizeof *a);
+    if (!status) status = check_machine(p);
+    if (!status) status = fbn_plan_bytes(p->channels) ? FBN_OK : FBN_BAD_SHAPE;
+    if (!status) status = check_eps(a->eps);
+    if (!status) status = check_parameters(p, &a->parameters);
+    if (!status) status = check_both(p, a->statistics.mean, a->statistics.var, a->statistics.dtype);
     return status ? status : check_workspace(plan);
 }
 
-fbn_status fbn_check_plan_run(const fbn_problem *p, const void *x, const void *residual, const void *y,
-                              const void *plan) {
-    fbn_status status = fbn_check_problem(p);
-    if (!status) status = check_map(p, x, residual, y);
+fbn_status fbn_check_plan_run(const fbn_problem *p, const fbn_run_args *a, const void *plan) {
+    fbn_status status = check_args(&a->size, sizeof *a);
+    if (!status) status = fbn_check_problem(p);
+    if (!status) status = check_map(p, a->x, a->residual, a->y);
     return status ? status : check_workspace(plan);
 }
 
-fbn_status fbn_check_moments(const fbn_problem *p, const void *x, const double *moments, const void *workspace) {
-    fbn_status status = fbn_check_problem(p);
-    if (!status) status = check_data(p, x);
-    if (!status) status = check_array(moments, FBN_F64, p->channels);
+fbn_status fbn_check_moments(const fbn_problem *p, const fbn_moments_args *a, const void *workspace) {
+    fbn_status status = check_args(&a->size, sizeof *a);
+    if (!status) status = fbn_check_problem(p);
+    if (!status) status = check_data(p, a->x);
+    if (!status) status = check_array(a->moments, FBN_F64, p->channels);
     return status ? status : check_workspace(workspace);
+}
+
+fbn_sums_args fbn_inputs_of(const fbn_backward_args *a) {
+    return (fbn_sums_args){sizeof(fbn_sums_args), a->dy, a->x, a->residual, a->mask, a->saved, a->from_y, NULL};
 }
 
 /* What the gradient and its sums share. */
-static fbn_status check_gradient(const fbn_problem *p, const void *dy, const void *x, const void *residual,
-                                 const double *saved, int from_y, const void *workspace) {
+static fbn_status check_gradient(const fbn_problem *p, const fbn_sums_args *a, const void *workspace) {
     fbn_status status = fbn_check_problem(p);
-    if (!status && from_y && p->activation != FBN_IDENTITY)
+    if (!status && a->from_y && p->activation != FBN_IDENTITY)
         status = p->activation == FBN_LEAKY_RELU && p->slope > 0 ? FBN_OK : FBN_BAD_ACTIVATION;
-    if (!status) status = check_data(p, dy);
-    if (!status) status = check_data(p, x);
-    if (!status) status = check_optional(residual, p->dtype, values(p));
-    if (!status) status = check_array(saved, FBN_F64, p->channels);
+    if (!status) status = check_data(p, a->dy);
+    if (!status) status = check_data(p, a->x);
+    if (!status) status = check_optional(a->residual, p->dtype, values(p));
+    if (!status) status = check_array(a->saved, FBN_F64, p->channels);
     return status ? status : check_workspace(workspace);
 }
 
-fbn_status fbn_check_backward_sums(const fbn_problem *p, const void *dy, const void *x, const void *residual,
-                                   const double *saved, int from_y, const double *sums, const void *workspace) {
-    const fbn_status status = check_gradient(p, dy, x, residual, saved, from_y, workspace);
-    return status ? status : check_array(sums, FBN_F64, p->channels);
+fbn_status fbn_check_backward_sums(const fbn_problem *p, const fbn_sums_args *a, const void *workspace) {
+    fbn_status status = check_args(&a->size, sizeof *a);
+    if (!status) status = check_gradient(p, a, workspace);
+    return status ? status : check_array(a->sums, FBN_F64, p->channels);
 }
 
-static fbn_status check_result(const fbn_problem *p, const void *result, const void *dy, const void *x,
-                               const void *residual) {
+/* dx may be dy; dresidual may not. */
+static fbn_status check_result(const fbn_problem *p, const void *result, const fbn_backward_args *a, int may_be_dy) {
     fbn_status status = check_data(p, result);
-    if (!status) status = check_apart(p, result, dy);
-    if (!status) status = check_apart(p, result, x);
-    return status ? status : check_apart(p, result, residual);
+    if (!status && !(may_be_dy && result == a->dy)) status = check_apart(p, result, a->dy);
+    if (!status) status = check_apart(p, result, a->x);
+    return status ? status : check_apart(p, result, a->residual);
 }
 
-fbn_status fbn_check_backward(const fbn_problem *p, const void *dy, const void *x, const void *residual,
-                              const double *saved, const fbn_called *called, const void *dx, const void *dresidual,
-                              const void *dgamma, const void *dbeta, const void *workspace) {
-    fbn_status status =
-        called ? check_gradient(p, dy, x, residual, saved, called->from_y, workspace) : FBN_NULL_POINTER;
-    if (!status && !called->frozen && !(called->count >= 1 && isfinite(called->count))) status = FBN_TOO_FEW_VALUES;
-    if (!status) status = check_optional(called->sums, FBN_F64, p->channels);
-    if (!status) status = check_result(p, dx, dy, x, residual);
-    if (!status && residual && p->activation) status = check_result(p, dresidual, dy, x, residual);
-    if (!status && residual && p->activation) status = check_apart(p, dresidual, dx);
-    if (!status) status = check_optional(dgamma, statistics(p), p->channels);
-    return status ? status : check_optional(dbeta, statistics(p), p->channels);
+fbn_status fbn_check_backward(const fbn_problem *p, const fbn_backward_args *a, const void *workspace) {
+    fbn_status status = check_args(&a->size, sizeof *a);
+    if (status) return status;
+    const fbn_sums_args inputs = fbn_inputs_of(a);
+    status = check_gradient(p, &inputs, workspace);
+    if (!status && !a->frozen && !(a->count >= 1 && isfinite(a->count))) status = FBN_TOO_FEW_VALUES;
+    if (!status) status = check_optional(a->sums, FBN_F64, p->channels);
+    if (!status) status = check_result(p, a->dx, a, 1);
+    if (!status && a->residual && p->activation) status = check_result(p, a->dresidual, a, 0);
+    if (!status && a->residual && p->activation) status = check_apart(p, a->dresidual, a->dx);
+    if (!status) status = check_optional(a->dgamma, statistics(p), p->channels);
+    return status ? status : check_optional(a->dbeta, statistics(p), p->channels);
 }

@@ -8,21 +8,16 @@
 
 int fbn_valid_channels(int64_t channels);
 fbn_status fbn_check_problem(const fbn_problem *problem);
-fbn_status fbn_check_forward(const fbn_problem *problem, const void *x, const void *residual,
-                             const fbn_parameters *parameters, double eps, const fbn_running *running, const void *y,
-                             const double *saved, const void *workspace);
-fbn_status fbn_check_infer(const fbn_problem *problem, const void *x, const void *residual,
-                           const fbn_parameters *parameters, double eps, const void *mean, const void *var,
-                           const void *y, const double *saved, const void *workspace);
-fbn_status fbn_check_plan_set(const fbn_problem *problem, const fbn_parameters *parameters, double eps,
-                              const void *mean, const void *var, const void *plan);
-fbn_status fbn_check_plan_run(const fbn_problem *problem, const void *x, const void *residual, const void *y,
-                              const void *plan);
-fbn_status fbn_check_moments(const fbn_problem *problem, const void *x, const double *moments, const void *workspace);
-fbn_status fbn_check_backward_sums(const fbn_problem *problem, const void *dy, const void *x, const void *residual,
-                                   const double *saved, int from_y, const double *sums, const void *workspace);
-fbn_status fbn_check_backward(const fbn_problem *problem, const void *dy, const void *x, const void *residual,
-                              const double *saved, const fbn_called *called, const void *dx, const void *dresidual,
-                              const void *dgamma, const void *dbeta, const void *workspace);
+fbn_status fbn_check_forward(const fbn_problem *problem, const fbn_forward_args *args, const void *workspace);
+fbn_status fbn_check_infer(const fbn_problem *problem, const fbn_infer_args *args, const void *workspace);
+fbn_status fbn_check_apply(const fbn_problem *problem, const fbn_apply_args *args, const void *workspace);
+fbn_status fbn_check_plan_set(const fbn_problem *problem, const fbn_plan_args *args, const void *plan);
+fbn_status fbn_check_plan_run(const fbn_problem *problem, const fbn_run_args *args, const void *plan);
+fbn_status fbn_check_moments(const fbn_problem *problem, const fbn_moments_args *args, const void *workspace);
+fbn_status fbn_check_backward_sums(const fbn_problem *problem, const fbn_sums_args *args, const void *workspace);
+fbn_status fbn_check_backward(const fbn_problem *problem, const fbn_backward_args *args, const void *workspace);
+
+/* The arguments that a gradient shares with its sums. */
+fbn_sums_args fbn_inputs_of(const fbn_backward_args *args);
 
 #endif

@@ -1,11 +1,5 @@
-/* dispatch.c: what can this processor do? The only place that asks it. */
+/* dispatch.c: which kernel tables does this processor run? */
 #include "dispatch.h"
-
-#if defined(__linux__)
-#include <unistd.h>
-#elif defined(__APPLE__)
-#include <sys/sysctl.h>
-#endif
 
 #if defined(FBN_X86) && defined(_MSC_VER)
 #include <immintrin.h>
@@ -65,25 +59,3 @@ const fbn_kernels *fbn_kernels_at(int index) {
 }
 
 const char *fbn_kernels_name(const fbn_kernels *kernels) { return kernels ? kernels->name : NULL; }
-
-fbn_machine fbn_this_machine(void) {
-    const int64_t core = fbn_cache_bytes(2), shared = fbn_cache_bytes(3);
-    return (fbn_machine){fbn_kernels_at(0), core ? core : 1 << 20, shared ? shared : 8 << 20};
-}
-
-int64_t fbn_cache_bytes(int level) {
-#if defined(__linux__) && defined(_SC_LEVEL1_DCACHE_SIZE)
-    const int names[] = {_SC_LEVEL1_DCACHE_SIZE, _SC_LEVEL2_CACHE_SIZE, _SC_LEVEL3_CACHE_SIZE};
-    const long bytes = level >= 1 && level <= 3 ? sysconf(names[level - 1]) : 0;
-    return bytes > 0 ? bytes : 0;
-#elif defined(__APPLE__)
-    const char *names[] = {"hw.l1dcachesize", "hw.l2cachesize", "hw.l3cachesize"};
-    int64_t bytes = 0;
-    size_t size = sizeof bytes;
-    if (level < 1 || level > 3 || sysctlbyname(names[level - 1], &bytes, &size, NULL, 0)) return 0;
-    return bytes;
-#else
-    (void)level;
-    return 0;
-#endif
-}

@@ -34,6 +34,10 @@ enum { FBN_CHANNEL_PAD = 16 };
  * xhat + beta + residual), and gamma * xhat + beta stands for x. */
 enum { FBN_FROM_Y = 8 };
 
+/* Or'ed to the activation of a gradient's kernel for positions that do not count towards the statistics: where dy is 0
+ * they add nothing and their results are 0, whatever x, the residual and the constants are. */
+enum { FBN_OUTSIDE = 32, FBN_WHICH = 7 }; /* FBN_WHICH leaves the fbn_activation */
+
 /* y = ((x * prescale + neg_mean) * scale + shift) + shift_low, per channel, in the compute type (float or double) of
  * the dtype. shift_low is what shift lost to rounding. prescale is a power of two, 1 but for channels whose spread or
  * slope is near the ends of the exponent range; see kernels/constants.h. `slope` is leaky_relu's, of what comes out. */

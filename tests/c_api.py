@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 OK, NULL_POINTER, MISALIGNED, OVERLAP, BAD_DTYPE, BAD_ACTIVATION, BAD_SHAPE, BAD_THREADS = range(8)
-BAD_EPS, BAD_MOMENTUM, TOO_FEW_VALUES, BAD_PLAN = range(8, 12)
+BAD_EPS, BAD_MOMENTUM, TOO_FEW_VALUES, BAD_PLAN, BAD_SIZE = range(8, 13)
 
 
 def compiler(*names: str) -> str:
@@ -68,38 +68,54 @@ class Parameters(ct.Structure):
     _fields_ = (("gamma", ct.c_void_p), ("beta", ct.c_void_p), ("dtype", ct.c_int))
 
 
+class Statistics(ct.Structure):
+    _fields_ = (("mean", ct.c_void_p), ("var", ct.c_void_p), ("dtype", ct.c_int))
+
+
 class Running(ct.Structure):
-    _fields_ = (("mean", ct.c_void_p), ("var", ct.c_void_p), ("momentum", ct.c_double), ("correction", ct.c_double))
-
-
-class Called(ct.Structure):
     _fields_ = (
-        ("mask", ct.c_void_p), ("count", ct.c_double), ("frozen", ct.c_int), ("from_y", ct.c_int),
-        ("sums", ct.c_void_p),
+        ("mean", ct.c_void_p), ("var", ct.c_void_p), ("dtype", ct.c_int), ("momentum", ct.c_double),
+        ("correction", ct.c_double),
     )  # fmt: skip
 
 
-_POINTER, _PROBLEM, _REAL = ct.c_void_p, ct.POINTER(Problem), ct.c_double
-_PARAMETERS = ct.POINTER(Parameters)
+_KINDS: dict[str, Any] = {
+    "parameters": Parameters, "statistics": Statistics, "running": Running, "eps": ct.c_double, "count": ct.c_double,
+    "frozen": ct.c_int, "from_y": ct.c_int,
+}  # fmt: skip
+FIELDS = {
+    "forward": "x residual mask parameters eps running y saved",
+    "infer": "x residual parameters eps statistics y saved",
+    "apply": "x residual parameters eps y saved",
+    "plan_set": "parameters eps statistics",
+    "plan_run": "x residual y",
+    "moments": "x mask moments",
+    "backward_sums": "dy x residual mask saved from_y sums",
+    "backward": "dy x residual mask saved count frozen from_y given_sums dx dresidual dgamma dbeta",
+}
+"""The structs of arguments, by verb, without their size. What is of no kind above is a pointer."""
+
+
+def _struct(verb: str) -> type[ct.Structure]:
+    fields = (("size", ct.c_size_t), *((name, _KINDS.get(name, ct.c_void_p)) for name in FIELDS[verb].split()))
+    return type(f"Args_{verb}", (ct.Structure,), {"_fields_": fields})
+
+
+ARGS = {verb: _struct(verb) for verb in FIELDS}
+
+_POINTER, _PROBLEM = ct.c_void_p, ct.POINTER(Problem)
+_VERBS = {verb: (ct.c_int, [_PROBLEM, ct.POINTER(struct), _POINTER]) for verb, struct in ARGS.items()}
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
+    **_VERBS,
     "abi_version": (ct.c_int, []),
     "status_text": (ct.c_char_p, [ct.c_int]),
     "workspace_bytes": (ct.c_size_t, [_PROBLEM]),
-    "forward": (
-        ct.c_int,
-        [_PROBLEM, *[_POINTER] * 3, _PARAMETERS, _REAL, ct.POINTER(Running), *[_POINTER] * 3],
-    ),
-    "infer": (ct.c_int, [_PROBLEM, *[_POINTER] * 2, _PARAMETERS, _REAL, *[_POINTER] * 5]),
     "plan_bytes": (ct.c_size_t, [ct.c_int64]),
-    "plan_set": (ct.c_int, [_PROBLEM, _PARAMETERS, _REAL, *[_POINTER] * 3]),
-    "plan_run": (ct.c_int, [_PROBLEM, *[_POINTER] * 4]),
-    "moments": (ct.c_int, [_PROBLEM, *[_POINTER] * 4]),
-    "backward_sums": (ct.c_int, [_PROBLEM, *[_POINTER] * 4, ct.c_int, *[_POINTER] * 2]),
-    "backward": (ct.c_int, [_PROBLEM, *[_POINTER] * 4, ct.POINTER(Called), *[_POINTER] * 5]),
     "this_machine": (Machine, []),
     "kernels_at": (ct.c_void_p, [ct.c_int]),
     "kernels_name": (ct.c_char_p, [ct.c_void_p]),
     "openmp": (ct.c_int, []),
+    "openmp_threads": (ct.c_int, []),
     "cache_bytes": (ct.c_int64, [ct.c_int]),
 }
 

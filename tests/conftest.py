@@ -74,8 +74,8 @@ def dtype(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def settings() -> Iterator[None]:
     """Puts the process's backend and thread count back."""
-    from fastbn import _config
+    from fastbn import _config, _threads
 
-    before = _config._backend, _config._threads
+    before = _config._backend, _threads._threads
     yield
-    _config._backend, _config._threads = before
+    _config._backend, _threads._threads = before

@@ -50,27 +50,58 @@ int main(void) {
     const size_t real = p.dtype == FBN_F64 ? 8 : 4, elem = p.dtype == FBN_F64 ? 8 : p.dtype == FBN_F32 ? 4 : 2;
     const void *x = next(M * C * elem), *dy = next(M * C * elem), *given = next(M * C * elem);
     const void *residual = call->has_residual ? given : NULL;
-    const fbn_parameters parameters = {next(C * real), next(C * real), real == 8 ? FBN_F64 : FBN_F32};
-    const fbn_running running = {next(C * real), next(C * real), call->momentum, 1};
+    const fbn_dtype wide = real == 8 ? FBN_F64 : FBN_F32;
+    const fbn_parameters parameters = {next(C * real), next(C * real), wide};
+    const fbn_running running = {next(C * real), next(C * real), wide, call->momentum, 1};
+    const fbn_statistics statistics = {running.mean, running.var, wide};
     void *y = memory(M * C * elem), *dresidual = memory(M * C * elem), *workspace = memory(fbn_workspace_bytes(&p));
     void *dgamma = memory(C * real), *dbeta = memory(C * real), *plan = memory(fbn_plan_bytes(p.channels));
     double *saved = memory(FBN_SAVED_ROWS * C * sizeof(double)), *rows = memory(3 * C * sizeof(double));
 
-    expect(fbn_infer(&p, x, residual, &parameters, call->eps, running.mean, running.var, y, NULL, workspace));
+    const fbn_infer_args infer = {.size = sizeof infer,
+                                  .x = x,
+                                  .residual = residual,
+                                  .parameters = parameters,
+                                  .eps = call->eps,
+                                  .statistics = statistics,
+                                  .y = y};
+    expect(fbn_infer(&p, &infer, workspace));
     give(y, M * C * elem);
-    expect(fbn_plan_set(&p, &parameters, call->eps, running.mean, running.var, plan));
-    expect(fbn_plan_run(&p, x, residual, y, plan));
+    const fbn_plan_args set = {sizeof set, parameters, call->eps, statistics};
+    const fbn_run_args run = {sizeof run, x, residual, y};
+    expect(fbn_plan_set(&p, &set, plan));
+    expect(fbn_plan_run(&p, &run, plan));
     give(y, M * C * elem);
-    expect(fbn_forward(&p, x, residual, NULL, &parameters, call->eps, &running, y, saved, workspace));
+    const fbn_forward_args forward = {.size = sizeof forward,
+                                      .x = x,
+                                      .residual = residual,
+                                      .parameters = parameters,
+                                      .eps = call->eps,
+                                      .running = running,
+                                      .y = y,
+                                      .saved = saved};
+    expect(fbn_forward(&p, &forward, workspace));
     give(y, M * C * elem);
     give(running.mean, C * real);
     give(running.var, C * real);
-    expect(fbn_moments(&p, x, NULL, rows, workspace));
+    const fbn_moments_args moments = {.size = sizeof moments, .x = x, .moments = rows};
+    expect(fbn_moments(&p, &moments, workspace));
     give(rows, 3 * C * sizeof(double));
-    expect(fbn_backward_sums(&p, dy, x, residual, saved, 0, rows, workspace));
+    const fbn_sums_args sums = {
+        .size = sizeof sums, .dy = dy, .x = x, .residual = residual, .saved = saved, .sums = rows};
+    expect(fbn_backward_sums(&p, &sums, workspace));
     give(rows, 2 * C * sizeof(double));
-    const fbn_called called = {.count = (double)M};
-    expect(fbn_backward(&p, dy, x, residual, saved, &called, y, dresidual, dgamma, dbeta, workspace));
+    const fbn_backward_args backward = {.size = sizeof backward,
+                                        .dy = dy,
+                                        .x = x,
+                                        .residual = residual,
+                                        .saved = saved,
+                                        .count = (double)M,
+                                        .dx = y,
+                                        .dresidual = dresidual,
+                                        .dgamma = dgamma,
+                                        .dbeta = dbeta};
+    expect(fbn_backward(&p, &backward, workspace));
     give(y, M * C * elem);
     if (residual && p.activation != FBN_IDENTITY) give(dresidual, M * C * elem);
     give(dgamma, C * real);

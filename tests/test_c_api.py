@@ -19,6 +19,7 @@ from c_api import (
     BAD_MOMENTUM,
     BAD_PLAN,
     BAD_SHAPE,
+    BAD_SIZE,
     BAD_THREADS,
     MISALIGNED,
     NULL_POINTER,
@@ -54,22 +55,30 @@ class Memory:
         self.machine = api.this_machine()
         self.problem = c_api.Problem(ct.pointer(self.machine), 0, activation, 0.1, OUTER, CHANNELS, INNER, threads)
         self.parameters = c_api.Parameters(self.gamma.ctypes.data, self.beta.ctypes.data, 0)
-        self.running = c_api.Running(self.mean.ctypes.data, self.var.ctypes.data, 0.1, 1)
-        self.called = c_api.Called(None, OUTER * INNER, 0, 0, None)
+        self.statistics = c_api.Statistics(self.mean.ctypes.data, self.var.ctypes.data, 0)
+        self.running = c_api.Running(self.mean.ctypes.data, self.var.ctypes.data, 0, 0.1, 1)
         self.workspace = np.zeros(api.workspace_bytes(ct.byref(self.problem)), np.uint8)
         self.plan = np.zeros(api.plan_bytes(CHANNELS), np.uint8)
         self.arguments: dict[str, Any] = {
-            "problem": ct.byref(self.problem), "parameters": ct.byref(self.parameters), "eps": 1e-5,
-            "running": ct.byref(self.running), "called": ct.byref(self.called), "from_y": 0,
+            "problem": ct.byref(self.problem), "eps": 1e-5, "count": OUTER * INNER, "frozen": 0, "from_y": 0,
+            "given_sums": None,
         }  # fmt: skip
-        for name in ("x", "dy", "residual", "y", "dx", "dresidual", "gamma", "mean", "var", "dgamma", "dbeta"):
+        for name in ("x", "dy", "residual", "y", "dx", "dresidual", "dgamma", "dbeta"):
             self.arguments[name] = getattr(self, name).ctypes.data
         for name in ("saved", "moments", "sums", "mask", "workspace", "plan"):
             self.arguments[name] = getattr(self, name).ctypes.data
 
     def call(self, verb: str, **changed: Any) -> int:
-        arguments = {**self.arguments, **changed}
-        status: int = getattr(self.api, verb)(*(arguments[name] for name in ARGUMENTS[verb].split()))
+        """The verb with these arguments; structures are those of this object as they are now."""
+        structs = {"parameters": self.parameters, "statistics": self.statistics, "running": self.running}
+        arguments = {**self.arguments, **structs, **changed}
+        for name, absent in (("parameters", c_api.Parameters()), ("running", c_api.Running())):
+            arguments[name] = absent if arguments[name] is None else arguments[name]
+        args = c_api.ARGS[verb](**{name: arguments[name] for name in c_api.FIELDS[verb].split()})
+        args.size = changed.get("size", ct.sizeof(args))
+        room = arguments["plan" if verb.startswith("plan") else "workspace"]
+        pointer = ct.byref(args) if changed.get("args", True) else None
+        status: int = getattr(self.api, verb)(arguments["problem"], pointer, room)
         return status
 
     def contents(self) -> bytes:
@@ -79,26 +88,22 @@ class Memory:
 
 
 ARGUMENTS = {
-    "forward": "problem x residual mask parameters eps running y saved workspace",
-    "infer": "problem x residual parameters eps mean var y saved workspace",
-    "plan_set": "problem parameters eps mean var plan",
-    "plan_run": "problem x residual y plan",
-    "moments": "problem x mask moments workspace",
-    "backward_sums": "problem dy x residual saved from_y sums workspace",
-    "backward": "problem dy x residual saved called dx dresidual dgamma dbeta workspace",
+    verb: f"problem args {fields} {'plan' if verb.startswith('plan') else 'workspace'}"
+    for verb, fields in c_api.FIELDS.items()
 }
-OPTIONAL = {"residual", "mask", "parameters", "running", "dgamma", "dbeta"}
+OPTIONAL = {"residual", "mask", "parameters", "running", "dgamma", "dbeta", "given_sums"}
+VALUES = {"eps", "from_y", "count", "frozen", "statistics"}
 
 
 def needed(verb: str) -> list[str]:
-    names = [name for name in ARGUMENTS[verb].split() if name not in OPTIONAL | {"eps", "from_y"}]
-    return [name for name in names if (verb, name) != ("infer", "mean") and (verb, name) != ("infer", "saved")]
+    names = [name for name in ARGUMENTS[verb].split() if name not in OPTIONAL | VALUES]
+    return [name for name in names if (verb, name) != ("infer", "saved")]
 
 
 def pointers(verb: str) -> list[str]:
     """Those to arrays of more than bytes."""
-    bytes_or_structures = {"problem", "parameters", "running", "called", "mask", "workspace", "plan", "eps", "from_y"}
-    return [name for name in ARGUMENTS[verb].split() if name not in bytes_or_structures]
+    others = {"problem", "args", "parameters", "running", "mask", "workspace", "plan"} | VALUES
+    return [name for name in ARGUMENTS[verb].split() if name not in others]
 
 
 @pytest.mark.parametrize("verb", ARGUMENTS)
@@ -128,7 +133,17 @@ def test_null(api: c_api.Api, verb: str, name: str) -> None:
 def test_misaligned(api: c_api.Api, verb: str, name: str) -> None:
     memory = Memory(api)
     before = memory.contents()
-    assert memory.call(verb, **{name: memory.arguments[name] + 1}) == MISALIGNED
+    address = memory.arguments[name] or memory.arguments["sums"]
+    assert memory.call(verb, **{name: address + 1}) == MISALIGNED
+    assert memory.contents() == before
+
+
+@pytest.mark.parametrize("verb", ARGUMENTS)
+def test_size(api: c_api.Api, verb: str) -> None:
+    """A struct of another size is of another version, or its size was forgotten."""
+    memory = Memory(api)
+    before = memory.contents()
+    assert memory.call(verb, size=0) == memory.call(verb, size=ct.sizeof(c_api.ARGS[verb]) + 8) == BAD_SIZE
     assert memory.contents() == before
 
 
@@ -143,6 +158,7 @@ BAD_PROBLEMS: list[tuple[str, Any, int]] = [
     ("activation", 7, BAD_ACTIVATION), ("outer", -1, BAD_SHAPE), ("channels", -1, BAD_SHAPE),
     ("inner", -1, BAD_SHAPE), ("outer", 2**62, BAD_SHAPE), ("channels", 2**63 - 1, BAD_SHAPE),
     ("inner", 2**48, BAD_SHAPE), ("threads", 0, BAD_THREADS), ("threads", -2, BAD_THREADS),
+    ("threads", 1025, BAD_THREADS),
 ]  # fmt: skip
 
 
@@ -198,7 +214,7 @@ def test_eps(api: c_api.Api, verb: str, eps: float) -> None:
 
 
 @pytest.mark.parametrize("verb", ["forward", "infer", "plan_set"])
-@pytest.mark.parametrize("dtype", [-1, 2, 3, 9])
+@pytest.mark.parametrize("dtype", [-1, 4, 9])
 def test_dtype_of_parameters(api: c_api.Api, verb: str, dtype: int) -> None:
     memory = Memory(api)
     memory.parameters.dtype = dtype
@@ -231,8 +247,7 @@ def test_statistics_of_no_values(api: c_api.Api) -> None:
     assert memory.call("forward") == memory.call("moments") == TOO_FEW_VALUES
     memory.mask[...] = 1
     memory.problem.outer = 0
-    memory.called.count = 0
-    assert memory.call("forward") == memory.call("moments") == memory.call("backward") == TOO_FEW_VALUES
+    assert memory.call("forward") == memory.call("moments") == memory.call("backward", count=0) == TOO_FEW_VALUES
     assert memory.contents() == before
 
 
@@ -241,8 +256,7 @@ def test_no_values_in_inference(api: c_api.Api) -> None:
     memory = Memory(api)
     memory.problem.outer = 0
     assert memory.call("infer", x=None, y=None, residual=None) == OK
-    memory.called.frozen = 1
-    assert memory.call("backward", dy=None, x=None, dx=None, residual=None) == OK
+    assert memory.call("backward", dy=None, x=None, dx=None, residual=None, frozen=1) == OK
     assert not memory.dgamma.any()
 
 
@@ -254,8 +268,7 @@ def test_one_value(api: c_api.Api) -> None:
     memory.running.correction = 0
     assert memory.call("forward", residual=None, mask=None) == OK
     assert memory.y.ravel()[:CHANNELS].tolist() == memory.beta.tolist()
-    memory.called.count = 1
-    assert memory.call("backward", residual=None) == OK
+    assert memory.call("backward", residual=None, count=1) == OK
     terms = memory.gamma * memory.dy.ravel()[:CHANNELS] / np.sqrt(1e-5)
     assert (abs(memory.dx.ravel()[:CHANNELS]) <= 2 * np.finfo(np.float32).eps * abs(terms)).all()
 
@@ -263,14 +276,14 @@ def test_one_value(api: c_api.Api) -> None:
 def test_no_channels(api: c_api.Api) -> None:
     memory = Memory(api)
     memory.problem.channels = 0
-    nothing = dict.fromkeys([*OPTIONAL, "x", "dy", "y", "dx", "dresidual", "mean", "var", "saved", "moments", "sums"])
-    for verb in ("forward", "infer", "plan_set", "plan_run", "moments", "backward_sums", "backward"):
-        assert memory.call(verb, **nothing) == OK, verb
+    nothing = dict.fromkeys([*OPTIONAL, "x", "dy", "y", "dx", "dresidual", "saved", "moments", "sums"])
+    for verb in ("forward", "infer", "apply", "plan_set", "plan_run", "moments", "backward_sums", "backward"):
+        assert memory.call(verb, statistics=c_api.Statistics(), **nothing) == OK, verb
 
 
 OVERLAPS: list[tuple[str, str, str, int]] = [
     ("forward", "y", "x", 4), ("forward", "y", "residual", 0), ("infer", "y", "x", -4), ("infer", "y", "residual", 8),
-    ("plan_run", "y", "x", 4), ("backward", "dx", "dy", 0), ("backward", "dx", "x", 0),
+    ("plan_run", "y", "x", 4), ("backward", "dx", "dy", 4), ("backward", "dx", "x", 0),
     ("backward", "dx", "residual", 4), ("backward", "dresidual", "dy", -8), ("backward", "dresidual", "dx", 0),
     ("backward", "dx", "dresidual", 4),
 ]  # fmt: skip
@@ -308,16 +321,14 @@ def test_inputs_may_be_one_array(api: c_api.Api) -> None:
 )
 def test_from_y(api: c_api.Api, verb: str, activation: int, slope: float, status: int) -> None:
     memory = Memory(api, activation)
-    memory.problem.slope, memory.called.from_y = slope, 1
+    memory.problem.slope = slope
     assert memory.call("forward", y=memory.arguments["x"]) == OK
     assert memory.call(verb, from_y=1) == status
 
 
 @pytest.mark.parametrize("count", [0, -1, 0.5, math.nan, math.inf])
 def test_count(api: c_api.Api, count: float) -> None:
-    memory = Memory(api)
-    memory.called.count = count
-    assert memory.call("backward") == TOO_FEW_VALUES
+    assert Memory(api).call("backward", count=count) == TOO_FEW_VALUES
 
 
 def _never_set(memory: Memory) -> None:
@@ -358,10 +369,10 @@ def test_plan(api: c_api.Api, mistake: Callable[[Memory], None]) -> None:
 
 def test_status_texts(api: c_api.Api) -> None:
     """Each has its own, and other numbers have one, too."""
-    texts = [api.status_text(status) for status in range(BAD_PLAN + 1)]
+    texts = [api.status_text(status) for status in range(BAD_SIZE + 1)]
     assert all(texts)
     assert len(set(texts)) == len(texts)
-    assert api.status_text(-1) == api.status_text(BAD_PLAN + 1) == b"no such status"
+    assert api.status_text(-1) == api.status_text(BAD_SIZE + 1) == b"no such status"
 
 
 def test_this_machine(api: c_api.Api) -> None:
@@ -380,7 +391,7 @@ def test_header(api: c_api.Api) -> None:
     text = HEADER.read_text(encoding="utf-8")
     statuses = {name: int(value) for name, value in re.findall(r"FBN_(\w+) = (\d+),? +/\*", text)}
     assert statuses == {name: getattr(c_api, name) for name in statuses}
-    assert len(statuses) == BAD_PLAN
+    assert len(statuses) == BAD_SIZE
     declared = set(re.findall(r"\bfbn_(\w+)\([^)]*\)[^;{]*;", re.sub(r"/\*.*?\*/", "", text, flags=re.DOTALL)))
     assert declared == set(c_api._SIGNATURES)
     assert f"#define FBN_ABI_VERSION {api.abi_version()}\n" in text

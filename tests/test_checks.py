@@ -151,11 +151,11 @@ COMMON = (
     Bad("running_mean", None, ValueError, ("None", "running_var", "both")),
     Bad("running_var", None, ValueError, ("None", "running_mean", "both")),
     Bad("running_mean", [0.0, 0.0, 0.0], TypeError, ("list", "NumPy array")),
-    Bad("running_mean", zeros(CHANNELS, np.float64), TypeError, ("float64", "float32")),
+    Bad("running_mean", zeros(CHANNELS, np.longdouble), TypeError, (np.dtype(np.longdouble).name, *FLOATS)),
     Bad("running_mean", zeros(CHANNELS, int), TypeError, ("int64", "float32")),
     Bad("running_mean", masked(CHANNELS), TypeError, ("masked",)),
     Bad("running_mean", zeros(4), ValueError, ("(4,)", "(3,)")),
-    Bad("running_var", zeros(CHANNELS, np.float16), TypeError, ("float16", "float32")),
+    Bad("running_var", zeros(CHANNELS, np.complex64), TypeError, ("complex64", *FLOATS)),
     Bad("running_var", zeros((1, 3)), ValueError, ("(1, 3)", "(3,)")),
 )
 
@@ -263,7 +263,7 @@ BACKWARD = (
     Bad("cache", fastbn.forward(zeros((2, 1))), TypeError, ("Forward", "cache", "forward")),
     Bad("backend", "cuda", ValueError, ("'cuda'", "'numpy'")),
     *OUT,
-    Bad("out", lambda arguments: arguments["dy"], ValueError, ("dy", "shared")),
+    Bad("out", lambda arguments: arguments["dy"].view(">f4"), ValueError, ("dy", "shared", "dy itself")),
     Bad("out", lambda arguments: arguments["dy"][::-1], ValueError, ("dy", "shared")),
     Bad("out", lambda arguments: arguments["x"], ValueError, ("x", "shared")),
     Bad("out", lambda arguments: arguments["residual"], ValueError, ("residual", "shared")),

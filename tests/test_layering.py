@@ -24,7 +24,8 @@ in_checkout = pytest.mark.skipif(not SRC_C.is_dir(), reason="src_c is not beside
 FLOORS = (
     {"_activations", "_dtypes", "_shape"},
     {"_check"},
-    {"_config"},
+    {"_config", "_cgroup"},
+    {"_threads"},
     {"backends"},
     {"backends.c_backend", "backends.numba_backend", "backends.numpy_backend"},
     {"_moments", "_call", "_info", "_embed", "numba"},
@@ -97,7 +98,7 @@ def test_imports_go_down(name: str) -> None:
 
 def test_imports_are_seen() -> None:
     """The test above would pass if nothing were found."""
-    assert {"_check", "_config", "_batch", "_ghost", "backends"} <= imports("ops", MODULES["ops"])
+    assert {"_check", "_batch", "_ghost", "backends"} <= imports("ops", MODULES["ops"])
     assert {"_check", "_config"} <= imports("backends", MODULES["backends"])
     assert "_activations" in imports("backends.numpy_backend", MODULES["backends.numpy_backend"])
     assert {"layer", "ops"} <= imports("", MODULES[""])
@@ -131,9 +132,10 @@ def test_import_is_light(use: str, tmp_path: Path) -> None:
     assert done.stdout.split() == []
 
 
-def test_c_backend_is_imported_on_first_use_alone(tmp_path: Path) -> None:
+def test_c_backend_is_imported_with_fastbn(tmp_path: Path) -> None:
+    """So that it knows what OpenMP's own number of threads was then."""
     script = "import sys, fastbn; print('fastbn.backends.c_backend' in sys.modules)"
-    assert cases.run_python(script, tmp_path).stdout.strip() == "False"
+    assert cases.run_python(script, tmp_path).stdout.strip() == str("c" in fastbn.backends())
 
 
 # C -------------------------------------------------------------------------------------------------------------------
@@ -165,10 +167,11 @@ def test_intrinsics_are_in_simd_alone() -> None:
 @pytest.mark.parametrize(
     ("pattern", "home"),
     [
-        (r"\bomp_|<omp\.h>|#\s*pragma\s+omp|_OPENMP", "batchnorm.c"),
-        (r"__builtin_cpu_supports|__cpuid|sysconf|sysctl", "dispatch.c"),
+        (r"\bomp_|<omp\.h>|#\s*pragma\s+omp|_OPENMP", "run.c"),
+        (r"sysconf|sysctl|/sys/", "machine.c"),
+        (r"__builtin_cpu_supports", "dispatch.c"),
     ],
-    ids=["omp", "processor"],
+    ids=["omp", "caches", "instruction sets"],
 )
 def test_one_home(pattern: str, home: str) -> None:
     assert where(pattern) == {home}
@@ -191,11 +194,20 @@ def test_macros_bind_names() -> None:
 ALLOWED_INCLUDES = {
     "fastbn.h": set(),
     "kernels.h": {"fastbn.h"},
+    "values.h": {"fastbn.h"},
+    "values.c": {"values.h"},
     "dispatch.h": {"kernels.h"},
     "dispatch.c": {"dispatch.h"},
+    "machine.h": {"fastbn.h"},
+    "machine.c": {"machine.h", "dispatch.h"},
     "check.h": {"fastbn.h"},
-    "check.c": {"check.h"},
-    "batchnorm.c": {"check.h", "kernels.h", "dispatch.h"},
+    "check.c": {"check.h", "values.h"},
+    "split.h": {"kernels.h"},
+    "split.c": {"split.h", "values.h"},
+    "job.h": {"split.h"},
+    "finish.c": {"job.h", "values.h"},
+    "run.c": {"job.h"},
+    "verbs.c": {"check.h", "job.h"},
 }
 
 

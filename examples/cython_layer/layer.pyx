@@ -2,6 +2,7 @@
 """How does Cython code normalize, on fastbn's C kernels and without the GIL? A layer for rows of float32."""
 
 from libc.stdlib cimport free, malloc
+from libc.string cimport memset
 
 import numpy as np
 
@@ -44,16 +45,19 @@ cdef class Layer:
         cdef c.fbn_problem problem = self.problem_of(x)
         cdef float[::1] gamma = self.gamma, beta = self.beta
         cdef float[::1] mean = self.running_mean, var = self.running_var
-        cdef c.fbn_parameters parameters = c.fbn_parameters(&gamma[0], &beta[0], c.FBN_F32)
-        cdef c.fbn_running running = c.fbn_running(&mean[0], &var[0], 0.1, 1)
         cdef float[:, ::1] y = np.empty_like(x)
         cdef void *workspace = malloc(c.fbn_workspace_bytes(&problem))
+        cdef c.fbn_forward_args args
         cdef c.fbn_status status
         if workspace == NULL:
             raise MemoryError
+        memset(&args, 0, sizeof(args))
+        args.size, args.x, args.eps = sizeof(args), &x[0, 0], 1e-5
+        args.parameters = c.fbn_parameters(&gamma[0], &beta[0], c.FBN_F32)
+        args.running = c.fbn_running(&mean[0], &var[0], c.FBN_F32, 0.1, 1)
+        args.y, args.saved = &y[0, 0], &self.saved[0, 0]
         with nogil:
-            status = c.fbn_forward(&problem, &x[0, 0], NULL, NULL, &parameters, 1e-5, &running, &y[0, 0],
-                                   &self.saved[0, 0], workspace)
+            status = c.fbn_forward(&problem, &args, workspace)
             free(workspace)
         expect(status)
         return np.asarray(y)
@@ -63,16 +67,16 @@ cdef class Layer:
         cdef c.fbn_problem problem = self.problem_of(x)
         cdef float[::1] dgamma = self.dgamma, dbeta = self.dbeta
         cdef float[:, ::1] dx = np.empty_like(x)
-        cdef c.fbn_called called
         cdef void *workspace = malloc(c.fbn_workspace_bytes(&problem))
+        cdef c.fbn_backward_args args
         cdef c.fbn_status status
         if workspace == NULL:
             raise MemoryError
-        called.mask, called.sums, called.frozen, called.from_y = NULL, NULL, False, False
-        called.count = problem.outer
+        memset(&args, 0, sizeof(args))
+        args.size, args.dy, args.x, args.saved = sizeof(args), &dy[0, 0], &x[0, 0], &self.saved[0, 0]
+        args.count, args.dx, args.dgamma, args.dbeta = problem.outer, &dx[0, 0], &dgamma[0], &dbeta[0]
         with nogil:
-            status = c.fbn_backward(&problem, &dy[0, 0], &x[0, 0], NULL, &self.saved[0, 0], &called, &dx[0, 0], NULL,
-                                    &dgamma[0], &dbeta[0], workspace)
+            status = c.fbn_backward(&problem, &args, workspace)
             free(workspace)
         expect(status)
         return np.asarray(dx)
@@ -82,15 +86,21 @@ cdef class Layer:
         cdef c.fbn_problem problem = self.problem_of(batches[0])
         cdef float[::1] gamma = self.gamma, beta = self.beta
         cdef float[::1] mean = self.running_mean, var = self.running_var
-        cdef c.fbn_parameters parameters = c.fbn_parameters(&gamma[0], &beta[0], c.FBN_F32)
         cdef void *plan = malloc(c.fbn_plan_bytes(problem.channels))
+        cdef c.fbn_plan_args args
+        cdef c.fbn_run_args run
         cdef Py_ssize_t i
         if plan == NULL:
             raise MemoryError
+        args.size, args.eps = sizeof(args), 1e-5
+        args.parameters = c.fbn_parameters(&gamma[0], &beta[0], c.FBN_F32)
+        args.statistics = c.fbn_statistics(&mean[0], &var[0], c.FBN_F32)
+        run.size, run.residual = sizeof(run), NULL
         try:
-            expect(c.fbn_plan_set(&problem, &parameters, 1e-5, &mean[0], &var[0], plan))
+            expect(c.fbn_plan_set(&problem, &args, plan))
             with nogil:
                 for i in range(batches.shape[0]):
-                    expect(c.fbn_plan_run(&problem, &batches[i, 0, 0], NULL, &batches[i, 0, 0], plan))
+                    run.x, run.y = &batches[i, 0, 0], &batches[i, 0, 0]
+                    expect(c.fbn_plan_run(&problem, &run, plan))
         finally:
             free(plan)

@@ -11,7 +11,7 @@ from typing import Any, Protocol, cast
 
 import numpy as np
 
-from .. import _check, _config
+from .. import _check, _config, _threads
 
 Array = np.ndarray[Any, Any]
 
@@ -167,6 +167,45 @@ def get_backend() -> str:
     'numpy'
     """
     return _config.backend_name() or _best()
+
+
+def _bridge() -> Any:
+    """The extension, where it is built."""
+    return importlib.import_module(f".{_MODULES['c']}", __name__) if _is_usable("c") else None
+
+
+_extension = _bridge()
+"""Loaded with fastbn, so that it knows how many threads OpenMP had then."""
+
+
+def threads_of(backend: Backend) -> int:
+    """The most threads that a call made here and now may use on a backend."""
+    if _threads.in_forked_child():
+        return 1
+    asked = _threads.asked()
+    if _extension is None or (backend is not _extension and not _extension.openmp()):
+        return asked
+    return min(asked, int(_extension.most_threads()))
+
+
+def get_num_threads() -> int:
+    """The most threads that a call made here and now may use, with the backend that it uses when it names none.
+
+    The block of `use_num_threads` counts first, then `set_num_threads`, then the environment (FASTBN_NUM_THREADS,
+    else OMP_NUM_THREADS), then the processors that the process may use: its affinity, and its container's quota when
+    fastbn was imported. An OpenMP limit (threadpoolctl, omp_set_num_threads), in the OpenMP that fastbn links to,
+    counts where it is lower than OpenMP's own number was when fastbn was imported.
+
+    It is 1 in a process that was forked after fastbn was imported, and with the C backend in a build without OpenMP.
+    Small calls use fewer, and Numba has no more than its own NUMBA_NUM_THREADS. The bits of results depend on none of
+    this.
+
+    >>> import fastbn
+    >>> with fastbn.use_num_threads(1):
+    ...     fastbn.get_num_threads()
+    1
+    """
+    return threads_of(select(None))
 
 
 def select(name: str | None) -> Backend:

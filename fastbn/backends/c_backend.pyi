@@ -43,6 +43,7 @@ def backward_sums(
     dy: Array,
     x: Array,
     residual: Array | None,
+    mask: Array | None,
     saved: Array,
     activation: int,
     slope: float,
@@ -71,9 +72,11 @@ def backward(
 def isas() -> tuple[str, ...]: ...
 def isa() -> str: ...
 def select_isa(name: str) -> None: ...
+def openmp() -> int: ...
+def most_threads() -> int: ...
 def describe() -> dict[str, str]: ...
 def flat() -> dict[str, int]: ...
-def limit_threads(most: int) -> None: ...
+def stay_alone() -> None: ...
 def express_infer(
     x: object,
     gamma: object,
@@ -85,7 +88,7 @@ def express_infer(
     activation: object,
     residual: object,
     out: object,
-    threads: int,
+    threads: Callable[[], int],
 ) -> Array | None: ...
 def express_forward(
     x: object,
@@ -94,27 +97,27 @@ def express_forward(
     mean: object,
     var: object,
     momentum: object,
-    correction: int,
+    correction: object,
     eps: object,
     axis: object,
     activation: object,
     residual: object,
     out: object,
     training: bool,
-    threads: int,
+    threads: Callable[[], int],
 ) -> tuple[Array, Array] | None: ...
 def express_backward(
     dy: object,
-    x: Array,
-    residual: Array | None,
-    saved: Array,
-    axis: int,
-    frozen: bool,
-    activation: str | None,
-    has_gamma: bool,
-    has_beta: bool,
+    x: object,
+    residual: object,
+    saved: object,
+    axis: object,
+    frozen: object,
+    activation: object,
+    has_gamma: object,
+    has_beta: object,
     out: object,
-    threads: int,
+    threads: Callable[[], int],
 ) -> tuple[Array, Array | None, Array | None, Array | None] | None: ...
 
 class Plan:

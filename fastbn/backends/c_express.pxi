@@ -21,8 +21,8 @@ cdef bint is_plain(object value, int dtype) noexcept:
     )
 
 
-cdef bint set_problem(c.fbn_problem *p, object x, object axis, object activation, int threads) noexcept:
-    """Fills p for a plain x with values; False if it is not plain."""
+cdef int set_problem(c.fbn_problem *p, object x, object axis, object activation, object threads) except -1:
+    """Fills p for a plain x with values; False if it is not plain. threads() tells how many may work."""
     cdef cnp.ndarray array
     cdef long channel_axis
     cdef int i, dtype, ndim, overflow = 0
@@ -43,7 +43,8 @@ cdef bint set_problem(c.fbn_problem *p, object x, object axis, object activation
         p.dtype = c.FBN_BF16
     else:
         return False
-    p.machine, p.threads = &machine, threads
+    p.machine = &machine
+    p.threads = 1 if cnp.PyArray_SIZE(array) < 2 * c.FBN_WORK_PER_THREAD else threads()
     p.outer = p.inner = 1
     if channel_axis == 1:
         p.outer = cnp.PyArray_DIM(array, 0)
@@ -68,10 +69,6 @@ cdef bint set_problem(c.fbn_problem *p, object x, object axis, object activation
     else:
         return False
     return p.channels > 1 and p.outer * p.inner > 0
-
-
-cdef inline int statistics_of(int dtype) noexcept:
-    return cnp.NPY_FLOAT64 if dtype == cnp.NPY_FLOAT64 else cnp.NPY_FLOAT32
 
 
 cdef bint take_channels(object value, cnp.ndarray x, int64_t channels, void **data) noexcept:
@@ -126,10 +123,10 @@ cdef struct Call:
     bint statistics
 
 
-cdef bint take(
+cdef int take(
     Call *call, object x, object gamma, object beta, object mean, object var, object eps, object axis,
-    object activation, object residual, object out, int threads,
-) noexcept:
+    object activation, object residual, object out, object threads,
+) except -1:
     """Fills `call` for a plain call whose out shares no memory with an input; False if it is not plain."""
     cdef int64_t channels
     if not set_problem(&call.problem, x, axis, activation, threads) or not is_number(eps, 0, 1e300):
@@ -184,13 +181,12 @@ cdef bint may_update(const Call *call, object mean, object var) noexcept:
 
 def express_infer(
     object x, object gamma, object beta, object mean, object var, object eps, object axis, object activation,
-    object residual, object out, int threads,
+    object residual, object out, object threads,
 ):
     """y, or None."""
-    cdef c.fbn_status status
-    cdef char small[SMALL]
     cdef Call call
-    cdef void *workspace
+    cdef c.fbn_infer_args a
+    cdef int status
     if not take(&call, x, gamma, beta, mean, var, eps, axis, activation, residual, out, threads):
         return None
     if not call.statistics or not (call.y == call.x or call.y == NULL or apart(call.y, call.bytes, call.x, call.bytes)):
@@ -198,32 +194,34 @@ def express_infer(
     if out is None:
         out = empty_like(x)
         call.y = cnp.PyArray_DATA(<cnp.ndarray> out)
-    workspace = workspace_for(&call.problem, small)
+    fill_infer(&a, &call)
     with nogil:
-        status = c.fbn_infer(&call.problem, call.x, call.residual, &call.parameters, call.eps, call.mean, call.var,
-                             call.y, NULL, workspace)
-        release(workspace, small)
+        status = call_infer(&call.problem, &a)
     expect(status)
     return out
 
 
+cdef void fill_infer(c.fbn_infer_args *a, const Call *call) noexcept nogil:
+    a.x, a.residual, a.parameters, a.eps = call.x, call.residual, call.parameters, call.eps
+    a.statistics.mean, a.statistics.var, a.statistics.dtype = call.mean, call.var, call.parameters.dtype
+    a.y, a.saved = call.y, NULL
+
+
 def express_forward(
-    object x, object gamma, object beta, object mean, object var, object momentum, int correction, object eps,
-    object axis, object activation, object residual, object out, bint training, int threads,
+    object x, object gamma, object beta, object mean, object var, object momentum, object correction, object eps,
+    object axis, object activation, object residual, object out, bint training, object threads,
 ):
     """(y, saved), or None."""
-    cdef c.fbn_status status
-    cdef char small[SMALL]
     cdef Call call
-    cdef c.fbn_running running
+    cdef c.fbn_forward_args a
+    cdef c.fbn_infer_args b
     cdef cnp.ndarray saved
-    cdef void *workspace
-    cdef double *rows
+    cdef int status
     if not take(&call, x, gamma, beta, mean, var, eps, axis, activation, residual, out, threads):
         return None
     if not is_number(momentum, 0, 1) or not (may_update(&call, mean, var) if training else call.statistics):
         return None
-    if training and call.problem.outer * call.problem.inner < 2:
+    if not is_correction(correction, call.problem.outer * call.problem.inner if training else 1 << 62):
         return None
     if call.y != NULL and not apart(call.y, call.bytes, call.x, call.bytes):
         return None
@@ -231,65 +229,88 @@ def express_forward(
         out = empty_like(x)
         call.y = cnp.PyArray_DATA(<cnp.ndarray> out)
     saved = empty(c.FBN_SAVED_ROWS, call.problem.channels, cnp.NPY_FLOAT64)
-    rows = <double *> cnp.PyArray_DATA(saved)
-    running.mean, running.var = call.mean, call.var
-    running.momentum, running.correction = PyFloat_AS_DOUBLE(momentum), correction
-    workspace = workspace_for(&call.problem, small)
-    with nogil:
-        if training:
-            status = c.fbn_forward(&call.problem, call.x, call.residual, NULL, &call.parameters, call.eps, &running,
-                                   call.y, rows, workspace)
-        else:
-            status = c.fbn_infer(&call.problem, call.x, call.residual, &call.parameters, call.eps, call.mean, call.var,
-                                 call.y, rows, workspace)
-        release(workspace, small)
+    if training:
+        a.x, a.residual, a.mask = call.x, call.residual, NULL
+        a.parameters, a.eps, a.y = call.parameters, call.eps, call.y
+        a.saved = <double *> cnp.PyArray_DATA(saved)
+        a.running.mean, a.running.var, a.running.dtype = call.mean, call.var, call.parameters.dtype
+        a.running.momentum, a.running.correction = PyFloat_AS_DOUBLE(momentum), <long> correction
+        with nogil:
+            status = call_forward(&call.problem, &a)
+    else:
+        fill_infer(&b, &call)
+        b.saved = <double *> cnp.PyArray_DATA(saved)
+        with nogil:
+            status = call_infer(&call.problem, &b)
     expect(status)
     return out, saved
 
 
+cdef bint is_correction(object value, int64_t count) noexcept:
+    """An integer from 0 to count - 1, where there are 2 values or more."""
+    cdef int overflow = 0
+    cdef long number
+    if type(value) is not int or count < 2:
+        return False
+    number = PyLong_AsLongAndOverflow(value, &overflow)
+    return not overflow and 0 <= number < count
+
+
+cdef bint is_saved(object value, int64_t channels) noexcept:
+    """What a forward call on so many channels left."""
+    return (
+        is_plain(value, cnp.NPY_FLOAT64) and cnp.PyArray_NDIM(<cnp.ndarray> value) == 2
+        and cnp.PyArray_DIM(<cnp.ndarray> value, 0) == c.FBN_SAVED_ROWS
+        and cnp.PyArray_DIM(<cnp.ndarray> value, 1) == channels
+    )
+
+
 def express_backward(
-    object dy, object x, object residual, cnp.ndarray saved, object axis, bint frozen, object activation,
-    bint has_gamma, bint has_beta, object out, int threads,
+    object dy, object x, object residual, object saved, object axis, object frozen, object activation,
+    object has_gamma, object has_beta, object out, object threads,
 ):
     """(dx, dgamma, dbeta, dresidual), or None."""
-    cdef c.fbn_status status
-    cdef char small[SMALL]
     cdef c.fbn_problem p
-    cdef void *x_, *dy_, *residual_, *dx_, *workspace
-    cdef void *dresidual_ = NULL, *dgamma_ = NULL, *dbeta_ = NULL
-    cdef double *rows = <double *> cnp.PyArray_DATA(saved)
-    cdef c.fbn_called called
+    cdef c.fbn_backward_args a
+    cdef void *dy_ = NULL
+    cdef void *residual_ = NULL
     cdef int64_t bytes
-    cdef int statistics
-    if not set_problem(&p, x, axis, activation, threads) or dy is None:
+    cdef int statistics, status
+    if not set_problem(&p, x, axis, activation, threads) or dy is None or not is_saved(saved, p.channels):
         return None
-    if not (take_like(dy, x, &dy_) and take_like(residual, x, &residual_) and take_like(out, x, &dx_)):
+    if type(frozen) is not bool or type(has_gamma) is not bool or type(has_beta) is not bool:
         return None
-    x_, bytes = cnp.PyArray_DATA(<cnp.ndarray> x), cnp.PyArray_NBYTES(<cnp.ndarray> x)
-    if dx_ != NULL and not (
-        cnp.PyArray_ISWRITEABLE(<cnp.ndarray> out) and apart(dx_, bytes, x_, bytes)
-        and apart(dx_, bytes, dy_, bytes) and apart(dx_, bytes, residual_, bytes)
+    if not (take_like(dy, x, &dy_) and take_like(residual, x, &residual_) and take_like(out, x, &a.dx)):
+        return None
+    if not frozen and p.outer * p.inner < 2:
+        return None
+    a.x, a.dy, a.residual, a.mask = cnp.PyArray_DATA(<cnp.ndarray> x), dy_, residual_, NULL
+    bytes = cnp.PyArray_NBYTES(<cnp.ndarray> x)
+    if a.dx != NULL and not (
+        cnp.PyArray_ISWRITEABLE(<cnp.ndarray> out) and apart(a.dx, bytes, a.x, bytes)
+        and (a.dx == dy_ or apart(a.dx, bytes, dy_, bytes)) and apart(a.dx, bytes, residual_, bytes)
     ):
         return None
+    dresidual = dgamma = dbeta = None
+    if residual is not None:
+        if p.activation != c.FBN_IDENTITY:
+            dresidual = empty_like(x)
+        else:
+            dresidual = dy if a.dx != dy_ else cnp.PyArray_NewCopy(<cnp.ndarray> dy, cnp.NPY_CORDER)
+    a.dresidual = NULL if dresidual is None else cnp.PyArray_DATA(<cnp.ndarray> dresidual)
     if out is None:
         out = empty_like(x)
-        dx_ = cnp.PyArray_DATA(<cnp.ndarray> out)
-    dresidual = dgamma = dbeta = None
+        a.dx = cnp.PyArray_DATA(<cnp.ndarray> out)
     statistics = statistics_of(cnp.PyArray_TYPE(<cnp.ndarray> x))
     if has_gamma:
         dgamma = empty(0, p.channels, statistics)
-        dgamma_ = cnp.PyArray_DATA(<cnp.ndarray> dgamma)
     if has_beta:
         dbeta = empty(0, p.channels, statistics)
-        dbeta_ = cnp.PyArray_DATA(<cnp.ndarray> dbeta)
-    if residual is not None:
-        dresidual = dy if p.activation == c.FBN_IDENTITY else empty_like(x)
-        dresidual_ = NULL if p.activation == c.FBN_IDENTITY else cnp.PyArray_DATA(<cnp.ndarray> dresidual)
-    called.mask, called.sums, called.from_y = NULL, NULL, False
-    called.count, called.frozen = <double> p.outer * <double> p.inner, frozen
-    workspace = workspace_for(&p, small)
+    a.dgamma = NULL if dgamma is None else cnp.PyArray_DATA(<cnp.ndarray> dgamma)
+    a.dbeta = NULL if dbeta is None else cnp.PyArray_DATA(<cnp.ndarray> dbeta)
+    a.saved, a.sums, a.from_y = <double *> cnp.PyArray_DATA(<cnp.ndarray> saved), NULL, False
+    a.count, a.frozen = <double> p.outer * <double> p.inner, frozen
     with nogil:
-        status = c.fbn_backward(&p, dy_, x_, residual_, rows, &called, dx_, dresidual_, dgamma_, dbeta_, workspace)
-        release(workspace, small)
+        status = call_backward(&p, &a)
     expect(status)
     return out, dgamma, dbeta, dresidual

@@ -1,13 +1,10 @@
 # The bridge for jitted code, which has numbers and addresses: flat functions, called by their own address.
 #
-# Each finds its workspace and returns a status of fastbn.h, or NO_MEMORY. An array that is absent has the address 0.
+# Each returns a status of fastbn.h, or NO_MEMORY. An array that is absent has the address 0.
 # fastbn/numba.py declares them once more, and gives them names that change where these signatures do.
 
-cdef enum:
-    NO_MEMORY = -1
-
-# The most threads that a call may have, whatever it asks for.
-cdef int most_threads = 2147483647
+# Whether this process was forked from one that had OpenMP's threads: jitted code cannot see that.
+cdef bint alone = False
 
 
 cdef c.fbn_problem flat_problem(
@@ -17,7 +14,9 @@ cdef c.fbn_problem flat_problem(
     p.machine = &machine
     p.dtype, p.activation, p.slope = <c.fbn_dtype> dtype, <c.fbn_activation> activation, slope
     p.outer, p.channels, p.inner = outer, channels, inner
-    p.threads = <int> max(0, min(threads, most_threads))
+    p.threads = <int> threads if 1 <= threads <= c.FBN_MOST_THREADS else 0  # which is refused
+    if alone and p.threads:
+        p.threads = 1
     return p
 
 
@@ -32,17 +31,12 @@ cdef int64_t flat_infer(
     int64_t dtype, int64_t activation, double slope, int64_t outer, int64_t channels, int64_t inner, int64_t threads,
     size_t x, size_t residual, size_t gamma, size_t beta, double eps, size_t mean, size_t var, size_t y, size_t saved,
 ) noexcept nogil:
-    cdef char small[SMALL]
     cdef c.fbn_problem p = flat_problem(dtype, activation, slope, outer, channels, inner, threads)
-    cdef c.fbn_parameters parameters = flat_parameters(&p, gamma, beta)
-    cdef void *workspace = any_workspace(&p, small)
-    cdef c.fbn_status status
-    if workspace == NULL:
-        return NO_MEMORY
-    status = c.fbn_infer(&p, <void *> x, <void *> residual, &parameters, eps, <void *> mean, <void *> var, <void *> y,
-                         <double *> saved, workspace)
-    release(workspace, small)
-    return status
+    cdef c.fbn_infer_args a
+    a.x, a.residual, a.parameters, a.eps = <void *> x, <void *> residual, flat_parameters(&p, gamma, beta), eps
+    a.statistics.mean, a.statistics.var, a.statistics.dtype = <void *> mean, <void *> var, a.parameters.dtype
+    a.y, a.saved = <void *> y, <double *> saved
+    return call_infer(&p, &a)
 
 
 cdef int64_t flat_forward(
@@ -50,19 +44,14 @@ cdef int64_t flat_forward(
     size_t x, size_t residual, size_t gamma, size_t beta, double eps, size_t mean, size_t var, double momentum,
     size_t y, size_t saved,
 ) noexcept nogil:
-    cdef char small[SMALL]
     cdef c.fbn_problem p = flat_problem(dtype, activation, slope, outer, channels, inner, threads)
-    cdef c.fbn_parameters parameters = flat_parameters(&p, gamma, beta)
-    cdef c.fbn_running running
-    cdef void *workspace = any_workspace(&p, small)
-    cdef c.fbn_status status
-    if workspace == NULL:
-        return NO_MEMORY
-    running.mean, running.var, running.momentum, running.correction = <void *> mean, <void *> var, momentum, 1
-    status = c.fbn_forward(&p, <void *> x, <void *> residual, NULL, &parameters, eps, &running, <void *> y,
-                           <double *> saved, workspace)
-    release(workspace, small)
-    return status
+    cdef c.fbn_forward_args a
+    a.x, a.residual, a.mask = <void *> x, <void *> residual, NULL
+    a.parameters, a.eps = flat_parameters(&p, gamma, beta), eps
+    a.running.mean, a.running.var, a.running.dtype = <void *> mean, <void *> var, a.parameters.dtype
+    a.running.momentum, a.running.correction = momentum, 1
+    a.y, a.saved = <void *> y, <double *> saved
+    return call_forward(&p, &a)
 
 
 cdef int64_t flat_backward(
@@ -70,19 +59,12 @@ cdef int64_t flat_backward(
     size_t dy, size_t x, size_t residual, size_t saved, int64_t frozen, size_t dx, size_t dresidual, size_t dgamma,
     size_t dbeta,
 ) noexcept nogil:
-    cdef char small[SMALL]
     cdef c.fbn_problem p = flat_problem(dtype, activation, slope, outer, channels, inner, threads)
-    cdef c.fbn_called called
-    cdef void *workspace = any_workspace(&p, small)
-    cdef c.fbn_status status
-    if workspace == NULL:
-        return NO_MEMORY
-    called.mask, called.sums, called.from_y = NULL, NULL, False
-    called.count, called.frozen = <double> outer * <double> inner, frozen != 0
-    status = c.fbn_backward(&p, <void *> dy, <void *> x, <void *> residual, <double *> saved, &called, <void *> dx,
-                            <void *> dresidual, <void *> dgamma, <void *> dbeta, workspace)
-    release(workspace, small)
-    return status
+    cdef c.fbn_backward_args a
+    a.dy, a.x, a.residual, a.mask, a.saved = <void *> dy, <void *> x, <void *> residual, NULL, <double *> saved
+    a.count, a.frozen, a.from_y, a.sums = <double> outer * <double> inner, frozen != 0, False, NULL
+    a.dx, a.dresidual, a.dgamma, a.dbeta = <void *> dx, <void *> dresidual, <void *> dgamma, <void *> dbeta
+    return call_backward(&p, &a)
 
 
 def flat():
@@ -92,7 +74,7 @@ def flat():
     }
 
 
-def limit_threads(int most):
-    """Jitted code uses no more, whatever it asks for: it cannot see whether this process was forked."""
-    global most_threads
-    most_threads = most
+def stay_alone():
+    """Jitted code uses one thread from now on, whatever it asks for."""
+    global alone
+    alone = True

@@ -54,16 +54,23 @@ cdef class Plan:
         int axis, int activation, double slope, object threads,
     ):
         """The parameters are as `infer` takes them; the axis may be negative; threads() tells how many may work."""
-        cdef c.fbn_parameters parameters = parameters_of(gamma, beta)
+        cdef c.fbn_plan_args a
+        cdef Sizes sizes
+        memset(&sizes, 0, sizeof(sizes))
+        sizes.channels = mean.shape[0]
         self.machine = machine
         self.axis, self.threads = axis, threads
-        self.problem.machine, self.problem.dtype = &self.machine, dtype_of(mean)
+        self.problem.machine = &self.machine
         self.problem.activation, self.problem.slope = <c.fbn_activation> activation, slope
-        self.problem.channels = mean.shape[0]
+        self.problem.channels = sizes.channels
+        a.size, a.eps = sizeof(a), eps
+        a.parameters.dtype = set_pair(gamma, beta, sizes, <void **> &a.parameters.gamma, <void **> &a.parameters.beta)
+        a.statistics.dtype = set_pair(mean, var, sizes, <void **> &a.statistics.mean, <void **> &a.statistics.var)
+        self.problem.dtype = a.statistics.dtype
         self.constants = malloc(c.fbn_plan_bytes(self.problem.channels))
         if self.constants == NULL:
             raise MemoryError(f"no {c.fbn_plan_bytes(self.problem.channels)} bytes for the plan")
-        expect(c.fbn_plan_set(&self.problem, &parameters, eps, pointer(mean), pointer(var), self.constants))
+        expect(c.fbn_plan_set(&self.problem, &a, self.constants))
 
     def __dealloc__(self):
         free(self.constants)
@@ -102,31 +109,30 @@ cdef class Plan:
     def run(self, object x, object out, object residual):
         """y, or None."""
         cdef c.fbn_problem p
-        cdef const void *x_
-        cdef const void *residual_ = NULL
-        cdef void *y_
+        cdef c.fbn_run_args a
         cdef int64_t bytes
-        cdef c.fbn_status status
+        cdef int status
         if type(x) is not cnp.ndarray or not self.fit(&p, x):
             return None
-        x_, bytes = cnp.PyArray_DATA(<cnp.ndarray> x), cnp.PyArray_NBYTES(<cnp.ndarray> x)
+        a.size, a.residual = sizeof(a), NULL
+        a.x, bytes = cnp.PyArray_DATA(<cnp.ndarray> x), cnp.PyArray_NBYTES(<cnp.ndarray> x)
         if residual is not None:
             if not is_like(residual, x):
                 return None
-            residual_ = cnp.PyArray_DATA(<cnp.ndarray> residual)
+            a.residual = cnp.PyArray_DATA(<cnp.ndarray> residual)
         if out is None:
             if not cnp.PyArray_IS_C_CONTIGUOUS(<cnp.ndarray> x):
                 return None
             out = empty_like(x)
-            y_ = cnp.PyArray_DATA(<cnp.ndarray> out)
+            a.y = cnp.PyArray_DATA(<cnp.ndarray> out)
         else:
             if not is_like(out, x) or not cnp.PyArray_ISWRITEABLE(<cnp.ndarray> out):
                 return None
-            y_ = cnp.PyArray_DATA(<cnp.ndarray> out)
-            if not (y_ == x_ or apart(y_, bytes, x_, bytes)) or not apart(y_, bytes, residual_, bytes):
+            a.y = cnp.PyArray_DATA(<cnp.ndarray> out)
+            if not (a.y == a.x or apart(a.y, bytes, a.x, bytes)) or not apart(a.y, bytes, a.residual, bytes):
                 return None
         p.threads = 1 if cnp.PyArray_SIZE(<cnp.ndarray> x) < 2 * c.FBN_WORK_PER_THREAD else self.threads()
         with nogil:
-            status = c.fbn_plan_run(&p, x_, residual_, y_, self.constants)
+            status = c.fbn_plan_run(&p, &a, self.constants)
         expect(status)
         return out

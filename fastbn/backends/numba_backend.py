@@ -31,7 +31,7 @@ from numba import prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic, lower_builtin, models, register_model, type_callable
 
-from .. import _config
+from .. import _threads
 from . import SAVED_ROWS
 
 DTYPES = frozenset({"float32", "float64"})
@@ -951,7 +951,7 @@ def _calculate(
 
     Returns `sums`, (2, channels), or those that it takes itself.
     """
-    threads = 1 if _config.in_forked_child() else max(1, min(threads, x.size // WORK_PER_THREAD, _most_threads()))
+    threads = 1 if _threads.in_forked_child() else max(1, min(threads, x.size // WORK_PER_THREAD, _most_threads()))
     p = _plan(x.shape, x.itemsize, threads)
     q = _Task(
         activation=int(activation),

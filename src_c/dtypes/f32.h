@@ -32,6 +32,7 @@
 #define wadd f32_wide_add
 #define wsub f32_wide_sub
 #define wfma f32_wide_fma
+#define wkeep_if_positive f32_wide_keep_if_positive
 #define widen f32_widen
 #define wload f32_wide_load
 #define wget f32_wide_get

@@ -31,6 +31,7 @@
 #define wadd f64_add
 #define wsub f64_sub
 #define wfma f64_fma
+#define wkeep_if_positive f64_keep_if_positive
 #define widen
 #define wload f64_load
 #define wget f64_load

@@ -31,6 +31,7 @@
 #undef wadd
 #undef wsub
 #undef wfma
+#undef wkeep_if_positive
 #undef widen
 #undef wload
 #undef wget

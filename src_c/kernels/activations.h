@@ -73,7 +73,7 @@ FBN_APART vec NAME(other_gradient)(vec dy, vec z, real slope, int activation) {
 }
 
 FBN_INLINE vec NAME(activate)(vec z, const NAME(line) * l, int activation) {
-    const int which = activation & ~NAME(ANY);
+    const int which = activation & FBN_WHICH;
     if (which == FBN_IDENTITY) return z;
     if (which == FBN_RELU) return vrelu(z);
     if (activation == FBN_SILU) return NAME(sigmoid)(z, 1);
@@ -83,7 +83,7 @@ FBN_INLINE vec NAME(activate)(vec z, const NAME(line) * l, int activation) {
 
 /* dy times the activation's slope at z. */
 FBN_INLINE vec NAME(activation_gradient)(vec dy, vec z, const NAME(line) * l, int activation) {
-    const int which = activation & ~NAME(ANY);
+    const int which = activation & FBN_WHICH;
     if (which == FBN_IDENTITY) return dy;
     if (which == FBN_RELU) return vkeep_if_positive(z, dy);
     if (activation == FBN_SILU) return vmul(dy, NAME(sigmoid_slope)(z, 1));
@@ -93,6 +93,6 @@ FBN_INLINE vec NAME(activation_gradient)(vec dy, vec z, const NAME(line) * l, in
 
 /* z from y = activation(z), for the two that may be called in place. */
 FBN_INLINE vec NAME(inverse)(vec y, const NAME(line) * l, int activation) {
-    if ((activation & ~NAME(ANY)) != (FBN_LEAKY_RELU | FBN_FROM_Y)) return y;
+    if ((activation & FBN_WHICH) != FBN_LEAKY_RELU) return y;
     return vwhere_less(vset(0), y, y, vdiv(y, vset(l->slope)));
 }

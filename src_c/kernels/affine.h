@@ -47,7 +47,7 @@ FBN_INLINE void NAME(affine_joined)(const fbn_affine *a, NAME(runs) r, int64_t a
                                     int activation, int has_residual) {
     int64_t c = i / r.length, left = (c + 1) * r.length - i, n = NAME(first)((elem *)a->y + at, end - at);
     while (at < end) {
-        const NAME(line) l = NAME(line_over)(&a->line, c, left, r.length);
+        const NAME(line) l = NAME(line_over)(&a->line, c, left, r);
         do {
             NAME(affine_put)((elem *)a->y + at, NAME(affine_at)(a, at, n, &l, activation, has_residual), n, a->stream);
             at += n;
@@ -73,7 +73,6 @@ FBN_INLINE void NAME(affine_turns)(const fbn_affine *a, NAME(runs) r, int joined
 }
 
 FBN_INLINE void NAME(affine_runs)(fbn_affine a, NAME(runs) r, int64_t period, int activation, int has_residual) {
-
     if (!period && NAME(joins)(r, a.stream)) NAME(affine_turns)(&a, r, 1, 0, 0, activation, has_residual);
     else
         for (int64_t c = 0; c < r.count; c++) NAME(affine_turns)(&a, r, 0, c, period, activation, has_residual);

@@ -13,11 +13,11 @@ FBN_INLINE NAME(slopes) NAME(slopes_at)(const fbn_grad_affine *g, int64_t c, int
                           NAME(constant_at)(g->slopes.postscale, c, period)};
 }
 
-FBN_INLINE NAME(slopes) NAME(slopes_over)(const fbn_grad_affine *g, int64_t c, int64_t left, int64_t inner) {
-    return (NAME(slopes)){
-        NAME(line_over)(&g->line, c, left, inner), NAME(constant_over)(g->slopes.on_dy, c, left, inner),
-        NAME(constant_over)(g->slopes.on_x, c, left, inner), NAME(constant_over)(g->slopes.constant, c, left, inner),
-        NAME(constant_over)(g->slopes.postscale, c, left, inner)};
+FBN_INLINE NAME(slopes) NAME(slopes_over)(const fbn_grad_affine *g, int64_t c, int64_t left, NAME(runs) r) {
+    return (NAME(slopes)){NAME(line_over)(&g->line, c, left, r), NAME(constant_over)(g->slopes.on_dy, c, left, r),
+                          NAME(constant_over)(g->slopes.on_x, c, left, r),
+                          NAME(constant_over)(g->slopes.constant, c, left, r),
+                          NAME(constant_over)(g->slopes.postscale, c, left, r)};
 }
 
 /* Which of the kernel's parts a call has; every field is a constant where the loops are instantiated for identity
@@ -34,8 +34,7 @@ FBN_INLINE void NAME(grad_affine_at)(const fbn_grad_affine *g, int64_t i, int64_
         prefetch((const char *)((const elem *)g->dy + i) + FBN_AHEAD);
     }
     const elem *residual = parts.has_residual ? (const elem *)g->residual + i : x;
-    const vec dz = NAME(dz_at)((const elem *)g->dy + i, x, residual, n, &s->line, parts.activation, parts.has_residual);
-    elem *dx = (elem *)g->dx + i;
+    vec dz = NAME(dz_at)((const elem *)g->dy + i, x, residual, n, &s->line, parts.activation, parts.has_residual);
     vec d;
     if (parts.frozen) d = vmul(s->on_dy, dz);
     else {
@@ -43,8 +42,14 @@ FBN_INLINE void NAME(grad_affine_at)(const fbn_grad_affine *g, int64_t i, int64_
         d = vfma(s->on_x, NAME(centre)(v, &s->line), vfma(s->on_dy, dz, s->constant));
     }
     d = vmul(d, s->postscale);
-    NAME(affine_put)(dx, d, n, g->stream);
-    if (!parts.has_residual || !(parts.activation & ~(FBN_FROM_Y | NAME(ANY)))) return;
+    if (parts.activation & FBN_OUTSIDE) {
+        const vec size = NAME(size_at)((const elem *)g->dy + i, n);
+        dz = vkeep_if_positive(size, dz);
+        d = vkeep_if_positive(size, d);
+    }
+    /* dx may be dy, which nobody reads from here on. */
+    NAME(affine_put)((elem *)g->dx + i, d, n, g->stream);
+    if (!parts.has_residual || !(parts.activation & FBN_WHICH)) return;
     NAME(affine_put)((elem *)g->dresidual + i, dz, n, 0);
 }
 
@@ -75,7 +80,7 @@ FBN_INLINE void NAME(grad_affine_joined)(const fbn_grad_affine *g, NAME(runs) r,
                                          NAME(grad_parts) parts) {
     int64_t c = i / r.length, left = (c + 1) * r.length - i, n = NAME(first)((elem *)g->dx + at, end - at);
     while (at < end) {
-        const NAME(slopes) s = NAME(slopes_over)(g, c, left, r.length);
+        const NAME(slopes) s = NAME(slopes_over)(g, c, left, r);
         do {
             NAME(grad_affine_at)(g, at, n, &s, parts);
             at += n;

@@ -10,11 +10,16 @@ FBN_INLINE vec NAME(x_at)(const elem *x, const elem *residual, int64_t n, const 
     return vsub(z, n == WIDTH ? vload(residual) : vload_n(residual, n, vset(0)));
 }
 
+/* |dy|, by which positions that do not count are kept or left out. */
+FBN_INLINE vec NAME(size_at)(const elem *dy, int64_t n) {
+    return vsub(vset(0), vminus_abs(n == WIDTH ? vload(dy) : vload_n(dy, n, vset(0))));
+}
+
 FBN_INLINE vec NAME(dz_at)(const elem *dy, const elem *x, const elem *residual, int64_t n, const NAME(line) * l,
                            int activation, int has_residual) {
     const vec zero = vset(0);
     const vec g = n == WIDTH ? vload(dy) : vload_n(dy, n, zero);
-    if ((activation & ~NAME(ANY)) == FBN_IDENTITY) return g;
+    if ((activation & FBN_WHICH) == FBN_IDENTITY) return g;
     const vec v = n == WIDTH ? vload(x) : vload_n(x, n, zero);
     /* The inverse keeps the sign. */
     if (activation & FBN_FROM_Y) return NAME(activation_gradient)(g, v, l, activation & ~FBN_FROM_Y);
@@ -31,12 +36,18 @@ FBN_INLINE void NAME(grad_moments_at)(const elem *dy, const elem *x, const elem 
     }
     const vec dz = NAME(dz_at)(dy, x, residual, n, l, activation, has_residual);
     /* What fills the rest of x may be far from the mean, and have no slope. */
-    const wide g = widen(n == WIDTH ? dz : vjoin(dz, vset(0), n));
+    wide g = widen(n == WIDTH ? dz : vjoin(dz, vset(0), n));
     const wide v = n == WIDTH && !(activation & FBN_FROM_Y)
                        ? wload(x)
                        : widen(NAME(x_at)(x, residual, n, l, activation, has_residual));
+    wide d = wsub(v, mean);
+    if (activation & FBN_OUTSIDE) {
+        const wide size = widen(NAME(size_at)(dy, n));
+        g = wkeep_if_positive(size, g);
+        d = wkeep_if_positive(size, d);
+    }
     *sum = wadd(*sum, g);
-    *product = wfma(g, wsub(v, mean), *product);
+    *product = wfma(g, d, *product);
 }
 
 /* Elements [i, end) of a channel's plane, WIDTH lanes each for sum[j] and product[j]. */

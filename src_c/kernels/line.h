@@ -18,21 +18,6 @@ FBN_INLINE NAME(line) NAME(line_at)(const fbn_line *l, int64_t c, int64_t period
                         NAME(constant_at)(l->shift_low, c, period), (real)l->slope};
 }
 
-/* Constants where a vector runs from channel c, of which it holds `left` elements, into the next ones of `inner` each.
- */
-FBN_INLINE vec NAME(constant_over)(const void *constants, int64_t c, int64_t left, int64_t inner) {
-    vec v = NAME(constant_at)(constants, c, 0);
-    for (; left < WIDTH; left += inner) v = vjoin(v, NAME(constant_at)(constants, ++c, 0), left);
-    return v;
-}
-
-FBN_INLINE NAME(line) NAME(line_over)(const fbn_line *l, int64_t c, int64_t left, int64_t inner) {
-    return (NAME(line)){
-        NAME(constant_over)(l->prescale, c, left, inner),  NAME(constant_over)(l->neg_mean, c, left, inner),
-        NAME(constant_over)(l->scale, c, left, inner),     NAME(constant_over)(l->shift, c, left, inner),
-        NAME(constant_over)(l->shift_low, c, left, inner), (real)l->slope};
-}
-
 /* The channel that is n elements on. */
 FBN_INLINE int64_t NAME(onward)(int64_t c, int64_t n, int64_t period) {
     const int64_t on = c + n;
@@ -75,6 +60,20 @@ FBN_INLINE NAME(runs) NAME(runs_of_planes)(fbn_planes p) {
 FBN_INLINE NAME(runs) NAME(runs_of_rows)(int64_t rows, int64_t channels) {
     const int64_t streams = rows % FBN_STREAMS ? 1 : FBN_STREAMS, length = rows / streams * channels;
     return (NAME(runs)){1, length, length, streams, length};
+}
+
+/* Constants where a vector runs from channel c, of which it holds `left` elements, into the next ones of the same runs.
+ * The channels of other runs are not looked at: another thread may be writing their constants. */
+FBN_INLINE vec NAME(constant_over)(const void *constants, int64_t c, int64_t left, NAME(runs) r) {
+    vec v = NAME(constant_at)(constants, c, 0);
+    for (; left < WIDTH && c + 1 < r.count; left += r.length) v = vjoin(v, NAME(constant_at)(constants, ++c, 0), left);
+    return v;
+}
+
+FBN_INLINE NAME(line) NAME(line_over)(const fbn_line *l, int64_t c, int64_t left, NAME(runs) r) {
+    return (NAME(line)){NAME(constant_over)(l->prescale, c, left, r),  NAME(constant_over)(l->neg_mean, c, left, r),
+                        NAME(constant_over)(l->scale, c, left, r),     NAME(constant_over)(l->shift, c, left, r),
+                        NAME(constant_over)(l->shift_low, c, left, r), (real)l->slope};
 }
 
 /* Elements of a cache line. What is streamed should be whole ones: memory takes a part of one much more slowly. */

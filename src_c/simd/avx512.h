@@ -98,6 +98,9 @@ FBN_INLINE f32_wide f32_wide_sub(f32_wide a, f32_wide b) {
 FBN_INLINE f32_wide f32_wide_fma(f32_wide a, f32_wide b, f32_wide c) {
     return (f32_wide){f64_fma(a.lo, b.lo, c.lo), f64_fma(a.hi, b.hi, c.hi)};
 }
+FBN_INLINE f32_wide f32_wide_keep_if_positive(f32_wide z, f32_wide a) {
+    return (f32_wide){f64_keep_if_positive(z.lo, a.lo), f64_keep_if_positive(z.hi, a.hi)};
+}
 
 /* 16-bit elements, computed with in float32 */
 FBN_INLINE __m256i half_load(const uint16_t *p) { return _mm256_loadu_si256((const __m256i *)p); }

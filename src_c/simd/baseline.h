@@ -196,6 +196,7 @@ FBN_INLINE void f32_wide_put(double *p, f32_wide a) { f64_store(p, a); }
 FBN_INLINE f32_wide f32_wide_add(f32_wide a, f32_wide b) { return f64_add(a, b); }
 FBN_INLINE f32_wide f32_wide_sub(f32_wide a, f32_wide b) { return f64_sub(a, b); }
 FBN_INLINE f32_wide f32_wide_fma(f32_wide a, f32_wide b, f32_wide c) { return f64_fma(a, b, c); }
+FBN_INLINE f32_wide f32_wide_keep_if_positive(f32_wide z, f32_wide a) { return f64_keep_if_positive(z, a); }
 
 /* float32 as its bits */
 static inline uint32_t f32_bits(float a) {

@@ -1,0 +1,116 @@
+"""How many threads are asked for? By the block of use_num_threads, by set_num_threads, by the environment, or by none.
+
+What a call may use of these is decided where the backend is known: in `backends`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+from . import _check, _cgroup
+
+MOST_THREADS = 1024
+"""FBN_MOST_THREADS of fastbn.h. GNU OpenMP ends the process when the system gives it no more threads."""
+
+_threads: int | None = None
+_threads_here: ContextVar[int | None] = ContextVar("fastbn_num_threads", default=None)
+_forked = False
+
+
+def _after_fork() -> None:
+    """A forked child has none of its parent's OpenMP threads, and GNU OpenMP would wait for them for ever."""
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def in_forked_child() -> bool:
+    """Whether this process was forked after fastbn was imported; such a process runs on one thread."""
+    return _forked
+
+
+def asked() -> int:
+    """The number that counts first."""
+    return _threads_here.get() or _threads or _default
+
+
+def _of_environment() -> int:
+    """FASTBN_NUM_THREADS, else OMP_NUM_THREADS (whose first number counts), else the processors that we may use."""
+    value = os.environ.get("FASTBN_NUM_THREADS")
+    if value:
+        number = int(value) if value.strip().isdecimal() else 0
+        if not 1 <= number <= MOST_THREADS:
+            raise ValueError(f"FASTBN_NUM_THREADS: got {value!r}; allowed: {_ALLOWED}")
+        return number
+    value = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    if value.isdecimal() and int(value):
+        return min(int(value), MOST_THREADS)
+    return _processors()
+
+
+def _processors() -> int:
+    """Those that the process may use: its affinity, and the quota of its container."""
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(affinity, _quota or affinity, MOST_THREADS)
+
+
+_ALLOWED = f"a positive integer up to {MOST_THREADS}"
+_quota = _cgroup.quota()
+_default = _of_environment()
+
+
+def why() -> str:
+    """Where the number comes from, for show_config()."""
+    if _threads_here.get() or _threads:
+        return "asked for"
+    for name in ("FASTBN_NUM_THREADS", "OMP_NUM_THREADS"):
+        if os.environ.get(name):
+            return name
+    quota = "" if _quota is None else f", of whose time a quota leaves {_quota}"
+    return f"the processors that this process may use{quota}"
+
+
+def _number(n: object) -> int:
+    return _check.between("n", n, 1, MOST_THREADS)
+
+
+def set_num_threads(n: int) -> None:
+    """Sets the most threads that a call may use, for the process; calls that run already go on with theirs.
+
+    n may exceed the number of processors. See `get_num_threads` for what else counts.
+
+    Raises TypeError if `n` is no integer, ValueError if it is not from 1 to 1024.
+
+    >>> import fastbn
+    >>> before = fastbn.get_num_threads()
+    >>> fastbn.set_num_threads(1)
+    >>> fastbn.get_num_threads()
+    1
+    >>> fastbn.set_num_threads(before)
+    """
+    global _threads
+    _threads = _number(n)
+
+
+@contextmanager
+def use_num_threads(n: int) -> Iterator[None]:
+    """Within the block, and in this thread or task only, calls use at most `n` threads.
+
+    Raises TypeError if `n` is no integer, ValueError if it is not from 1 to 1024.
+
+    >>> import fastbn
+    >>> with fastbn.use_num_threads(1):
+    ...     fastbn.get_num_threads()
+    1
+    """
+    token = _threads_here.set(_number(n))
+    try:
+        yield
+    finally:
+        _threads_here.reset(token)

@@ -1,0 +1,151 @@
+/* run.c: in which order, and by which threads, is an operation carried out? The only OpenMP.
+ *
+ * Where a block of channels fits in a core's cache, one thread does all steps on it, and memory sees one read and one
+ * write. Otherwise all threads reduce, then finish, then map, from the end backwards: the end is what the cache still
+ * holds. Threads wait for each other only between steps that need what others computed, since a barrier is where a
+ * busy machine loses its time.
+ *
+ * Neither the blocking nor the number of threads changes a bit of the result: see split.h.
+ */
+#include <string.h>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "job.h"
+
+static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+static int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+/* Adds a channel's lanes, in one order everywhere. */
+static double fold(double *lanes) {
+    for (int n = FBN_LANES / 2; n; n /= 2)
+        for (int i = 0; i < n; i++) lanes[i] += lanes[i + n];
+    return lanes[0];
+}
+
+static void clear(const fbn_job *j, int64_t channels, double *sums, double *others, double *lanes) {
+    const size_t bytes = (size_t)divide_up(channels, FBN_CHANNEL_PAD) * FBN_CHANNEL_PAD * sizeof(double);
+    if (j->split.rows) {
+        memset(sums, 0, bytes);
+        memset(others, 0, bytes);
+    } else memset(lanes, 0, (size_t)channels * 2 * FBN_LANES * sizeof(double));
+}
+
+/* The sums of one segment. Those of planes are gathered in lanes. */
+static void reduce_segment(fbn_job *j, int64_t segment, int64_t c0, int64_t c1, double *lanes) {
+    const int64_t first = segment * j->split.segment, last = smaller(first + j->split.segment, j->split.units);
+    double *sums = j->partial + 2 * segment * j->split.padded + c0, *others = sums + j->split.padded;
+    clear(j, c1 - c0, sums, others, lanes);
+    for (int64_t unit = first, from = 0; unit < last;) {
+        const fbn_tile t = fbn_tile_at(&j->split, unit, from, last, j->reduce_mask);
+        j->operation->reduce(j, &t, c0, c1, j->split.rows ? sums : lanes, others);
+        unit = t.next_unit;
+        from = t.next_from;
+    }
+    for (int64_t c = 0; c < c1 - c0 && !j->split.rows; c++, lanes += 2 * FBN_LANES) {
+        sums[c] = fold(lanes);
+        others[c] = fold(lanes + FBN_LANES);
+    }
+}
+
+static void reduce(fbn_job *j, int64_t s0, int64_t s1, int64_t c0, int64_t c1, int thread) {
+    for (int64_t s = s0; s < s1; s++)
+        for (int64_t c = c0; c < c1; c += j->split.block)
+            reduce_segment(j, s, c, smaller(c + j->split.block, c1), j->lanes + thread * fbn_lane_doubles(&j->split));
+}
+
+static void map_units(const fbn_job *j, int64_t first, int64_t last, int64_t c0, int64_t c1) {
+    for (int64_t unit = first, from = 0; unit < last;) {
+        const fbn_tile t = fbn_tile_at(&j->split, unit, from, last, j->map_mask);
+        for (int64_t c = c0; c < c1; c += j->split.block) j->operation->map(j, &t, c, smaller(c + j->split.block, c1));
+        unit = t.next_unit;
+        from = t.next_from;
+    }
+}
+
+/* After a reduction from the end backwards, which begins with what it has just left in the cache. */
+static void map(const fbn_job *j, int64_t u0, int64_t u1, int64_t c0, int64_t c1) {
+    const int64_t chunk = fbn_chunk(&j->split, c1 - c0), chunks = divide_up(u1 - u0, chunk);
+    for (int64_t k = 0; k < chunks; k++) {
+        const int64_t first = u0 + (j->operation->reduce ? chunks - 1 - k : k) * chunk;
+        map_units(j, first, smaller(first + chunk, u1), c0, c1);
+    }
+}
+
+/* What comes before the values are looked at: all of an operation that does not reduce, but for the map. */
+static void begin(fbn_job *j, int64_t c0, int64_t c1) {
+    const fbn_operation *o = j->operation;
+    if (o->prepare) o->prepare(j, c0, c1);
+    if (!o->reduce && o->finish) o->finish(j, c0, c1);
+}
+
+/* A thread's blocks of channels, one after the other, each through all steps. */
+static void work_by_channels(fbn_job *j, int64_t t, int threads) {
+    const fbn_operation *o = j->operation;
+    const int64_t C = j->split.channels, block = j->split.block, blocks = divide_up(C, block);
+    for (int64_t b = blocks * t / threads; b < blocks * (t + 1) / threads; b++) {
+        const int64_t c0 = b * block, c1 = smaller(c0 + block, C);
+        o->prepare(j, c0, c1);
+        reduce(j, 0, j->split.segments, c0, c1, (int)t);
+        o->finish(j, c0, c1);
+        if (o->map) map(j, 0, j->split.units, c0, c1);
+    }
+}
+
+static void barrier(int threads) {
+    if (threads == 1) return;
+#ifdef _OPENMP
+#pragma omp barrier
+#endif
+}
+
+/* A thread's share of each step in turn. A share is [n * t / threads, n * (t + 1) / threads). */
+static void work_by_steps(fbn_job *j, int64_t t, int threads) {
+    const fbn_operation *o = j->operation;
+    const int64_t C = j->split.channels, pad = FBN_CHANNEL_PAD, groups = divide_up(C, pad);
+    const int64_t c0 = groups * t / threads * pad, c1 = smaller(groups * (t + 1) / threads * pad, C);
+    if (j->split.shares_channels) {
+        begin(j, c0, c1);
+        barrier(threads);
+    }
+    if (o->reduce) {
+        reduce(j, j->split.segments * t / threads, j->split.segments * (t + 1) / threads, 0, C, (int)t);
+        barrier(threads);
+        o->finish(j, c0, c1);
+        if (o->map) barrier(threads);
+    }
+    if (o->map) map(j, j->split.units * t / threads, j->split.units * (t + 1) / threads, 0, C);
+}
+
+void fbn_run(fbn_job *j) {
+    const int by_channels = j->split.by_channels && j->operation->reduce;
+    if (j->split.channels == 0) return;
+    if (!by_channels && !j->split.shares_channels) begin(j, 0, j->split.channels);
+    void (*const work)(fbn_job *, int64_t, int) = by_channels ? work_by_channels : work_by_steps;
+#ifdef _OPENMP
+    if (j->split.threads > 1) {
+#pragma omp parallel num_threads(j->split.threads)
+        work(j, omp_get_thread_num(), omp_get_num_threads());
+        return;
+    }
+#endif
+    work(j, 0, 1);
+}
+
+int fbn_openmp(void) {
+#ifdef _OPENMP
+    return _OPENMP;
+#else
+    return 0;
+#endif
+}
+
+int fbn_openmp_threads(void) {
+#ifdef _OPENMP
+    return omp_get_max_threads();
+#else
+    return 1;
+#endif
+}

@@ -1,0 +1,111 @@
+/* split.c: segments, blocks and tiles, from the shape, the caches and the number of threads. */
+#include "split.h"
+
+#include "values.h"
+
+enum {
+    SEGMENT = 32768,          /* values of a channel that a channels-first segment has at least, and a cut of a plane */
+    SEGMENT_ROWS = 128,       /* rows that a channels-last segment has at least, */
+    SEGMENTS_MOST = 64,       /* and how many of these there are at most */
+    BLOCK_CHANNELS = 64,      /* channels that a channels-first block has at most */
+    IMAGES = 8,               /* planes of a channel that are summed or mapped in turns */
+    CHUNK_BYTES = 262144,     /* of the rows that are mapped at a time */
+    CHANNELS_TO_SHARE = 16384 /* channels for which threads share what is done once a channel */
+};
+
+static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+static int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+static int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
+
+/* Channels in a block, so that what the block's channels hold takes a third of a core's cache: there is room for
+ * what is fetched ahead, and for the results on their way. */
+static int64_t block_of(const fbn_split *s, int64_t core_cache, int arrays) {
+    const int64_t channel = s->outer * s->inner * s->elem * arrays, fit = core_cache / 3 / larger(channel, 1);
+    if (s->rows) return s->channels;
+    if (s->cuts > 1) return 1;
+    const int64_t most = smaller(smaller(divide_up(s->channels, s->threads), fit), BLOCK_CHANNELS);
+    return most >= FBN_CHANNEL_PAD ? most / FBN_CHANNEL_PAD * FBN_CHANNEL_PAD : larger(1, most);
+}
+
+/* By channels wastes no memory traffic, but needs blocks that are worth it and enough of them for every thread. */
+static int by_channels(const fbn_split *s) {
+    const int64_t blocks = divide_up(s->channels, s->block);
+    return !s->rows && 5 * divide_up(blocks, s->threads) * s->threads <= 7 * blocks;
+}
+
+/* On the left there is room for the constants of rows, which begin where their memory does in a cache line. */
+int64_t fbn_padded(int64_t channels) { return round_up(channels, FBN_CHANNEL_PAD) + 2 * FBN_CHANNEL_PAD; }
+
+fbn_split fbn_split_of(const fbn_problem *p, int arrays) {
+    fbn_split s = {.outer = p->outer, .channels = p->channels, .inner = p->inner};
+    const int64_t values = p->outer * p->channels * p->inner;
+    s.rows = p->inner == 1;
+    s.real = p->dtype == FBN_F64 ? 8 : 4;
+    s.elem = (int64_t)fbn_element(p->dtype);
+    s.cut = p->inner <= 2 * SEGMENT ? p->inner : SEGMENT;
+    s.cuts = s.rows ? 1 : divide_up(p->inner, larger(s.cut, 1));
+    s.units = p->outer * s.cuts;
+    s.segment =
+        s.rows ? larger(SEGMENT_ROWS, divide_up(s.units, SEGMENTS_MOST)) : larger(IMAGES, SEGMENT / larger(s.cut, 1));
+    s.segments = larger(1, divide_up(s.units, s.segment));
+    s.padded = fbn_padded(p->channels);
+    s.threads = (int)larger(1, smaller(p->threads, values / FBN_WORK_PER_THREAD));
+    s.block = block_of(&s, p->machine->core_cache, arrays);
+    s.by_channels = by_channels(&s);
+    s.shares_channels = p->channels >= CHANNELS_TO_SHARE;
+    return s;
+}
+
+int64_t fbn_lane_doubles(const fbn_split *s) { return s->rows ? 0 : s->block * 2 * FBN_LANES; }
+
+int64_t fbn_start(const fbn_split *s, int64_t unit, int64_t c) {
+    const int64_t plane = unit / s->cuts, cut = unit % s->cuts;
+    return (plane * s->channels + c) * s->inner + cut * s->cut;
+}
+
+int64_t fbn_chunk(const fbn_split *s, int64_t n) {
+    return s->rows ? round_up(divide_up(CHUNK_BYTES, n * s->elem), FBN_STREAMS) : IMAGES;
+}
+
+/* The elements in a unit, of one channel. */
+static int64_t length_of(const fbn_split *s, int64_t unit) {
+    return smaller(s->cut, s->inner - unit % s->cuts * s->cut);
+}
+
+static fbn_tile rows_at(int64_t unit, int64_t last, const unsigned char *mask) {
+    int64_t next = last;
+    if (mask)
+        for (next = unit + 1; next < last && !mask[next] == !mask[unit];) next++;
+    return (fbn_tile){.unit = unit, .rows = next - unit, .counts = !mask || mask[unit], .next_unit = next};
+}
+
+/* A run of positions of one plane. */
+static fbn_tile positions_at(const fbn_split *s, int64_t unit, int64_t from, const unsigned char *mask) {
+    const int64_t length = length_of(s, unit);
+    const unsigned char *of_unit = mask + unit / s->cuts * s->inner + unit % s->cuts * s->cut;
+    int64_t to = from + 1;
+    while (to < length && !of_unit[to] == !of_unit[from]) to++;
+    const int ends = to == length;
+    return (fbn_tile){.unit = unit,
+                      .from = from,
+                      .planes = {1, 0, 0, s->inner, to - from},
+                      .counts = of_unit[from] != 0,
+                      .next_unit = unit + ends,
+                      .next_from = ends ? 0 : to};
+}
+
+static fbn_tile planes_at(const fbn_split *s, int64_t unit, int64_t last) {
+    const int64_t start = fbn_start(s, unit, 0), length = length_of(s, unit);
+    const int64_t apart = unit + 1 < last ? fbn_start(s, unit + 1, 0) - start : 0;
+    int64_t n = 1;
+    while (n < IMAGES && unit + n < last && length_of(s, unit + n) == length &&
+           fbn_start(s, unit + n, 0) == start + n * apart)
+        n++;
+    return (fbn_tile){.unit = unit, .planes = {n, apart, 0, s->inner, length}, .counts = 1, .next_unit = unit + n};
+}
+
+fbn_tile fbn_tile_at(const fbn_split *s, int64_t unit, int64_t from, int64_t last, const unsigned char *mask) {
+    if (s->rows) return rows_at(unit, last, mask);
+    return mask ? positions_at(s, unit, from, mask) : planes_at(s, unit, last);
+}

@@ -1,0 +1,28 @@
+/* values.h: one value of an array of any dtype, as a double, and back with one rounding. For what is O(channels); the
+ * kernels have vectors for the rest.
+ */
+#ifndef FBN_VALUES_H
+#define FBN_VALUES_H
+
+#include "fastbn.h"
+
+static inline size_t fbn_element(fbn_dtype dtype) { return dtype == FBN_F64 ? 8 : dtype == FBN_F32 ? 4 : 2; }
+
+/* Of FBN_F16 and FBN_BF16. */
+double fbn_of_half(uint16_t bits, fbn_dtype dtype);
+uint16_t fbn_half_of(double value, fbn_dtype dtype);
+
+/* Inlined, so that a compiler can ask for the dtype once a loop. */
+static inline double fbn_get(const void *array, int64_t i, fbn_dtype dtype) {
+    if (dtype == FBN_F64) return ((const double *)array)[i];
+    if (dtype == FBN_F32) return ((const float *)array)[i];
+    return fbn_of_half(((const uint16_t *)array)[i], dtype);
+}
+
+static inline void fbn_put(void *array, int64_t i, double value, fbn_dtype dtype) {
+    if (dtype == FBN_F64) ((double *)array)[i] = value;
+    else if (dtype == FBN_F32) ((float *)array)[i] = (float)value;
+    else ((uint16_t *)array)[i] = fbn_half_of(value, dtype);
+}
+
+#endif

@@ -1,0 +1,343 @@
+/* verbs.c: how does a call of the API become a job? The operations, as tables of steps, and what each verb fills in. */
+#include <string.h>
+
+#include "check.h"
+#include "job.h"
+
+enum { ALIGNMENT = 64 };
+
+/* ---- steps that hand a tile to a kernel ---- */
+
+static const char *at(const char *array, int64_t bytes) { return array ? array + bytes : NULL; }
+
+static int64_t bytes_to(const fbn_job *j, const fbn_tile *t, int64_t c) {
+    return (fbn_start(&j->split, t->unit, c) + t->from) * j->split.elem;
+}
+
+static fbn_planes planes_of(const fbn_tile *t, int64_t channels) {
+    fbn_planes planes = t->planes;
+    planes.channels = channels;
+    return planes;
+}
+
+/* Positions that do not count are told to the gradient's kernels by this flag: dy may be 0 there and x not a number. */
+static int activation_of(const fbn_job *j, const fbn_tile *t) { return j->activation | (t->counts ? 0 : FBN_OUTSIDE); }
+
+static void reduce_moments(const fbn_job *j, const fbn_tile *t, int64_t c0, int64_t c1, double *sums, double *others) {
+    const char *x = j->x + bytes_to(j, t, c0);
+    if (!t->counts) return;
+    if (j->split.rows) j->kernels->moments_cl(x, t->rows, c1 - c0, j->origin + c0, sums, others);
+    else j->kernels->moments_cf(x, planes_of(t, c1 - c0), j->origin + c0, sums);
+}
+
+static void reduce_gradient(const fbn_job *j, const fbn_tile *t, int64_t c0, int64_t c1, double *sums, double *others) {
+    const int64_t skip = bytes_to(j, t, c0);
+    const fbn_grad_moments g = {.dy = j->dy + skip,
+                                .x = j->x + skip,
+                                .residual = at(j->residual, skip),
+                                .line = fbn_line_at(j, c0),
+                                .activation = activation_of(j, t),
+                                .mean = j->origin + c0};
+    if (j->split.rows) j->kernels->grad_moments_cl(&g, t->rows, c1 - c0, sums, others);
+    else j->kernels->grad_moments_cf(&g, planes_of(t, c1 - c0), sums);
+}
+
+static void map_affine(const fbn_job *j, const fbn_tile *t, int64_t c0, int64_t c1) {
+    const int64_t skip = bytes_to(j, t, c0);
+    const fbn_affine a = {.x = j->x + skip,
+                          .residual = at(j->residual, skip),
+                          .y = j->result + skip,
+                          .line = fbn_line_at(j, c0),
+                          .activation = j->p->activation,
+                          .stream = j->stream};
+    if (j->split.rows) j->kernels->affine_cl(&a, t->rows, c1 - c0);
+    else j->kernels->affine_cf(&a, planes_of(t, c1 - c0));
+}
+
+/* Positions that do not count are mapped as if the statistics were frozen: those do not depend on them. */
+static void map_gradient_as(const fbn_job *j, const fbn_tile *t, int64_t c0, int64_t c1, int frozen) {
+    const int64_t skip = bytes_to(j, t, c0);
+    const fbn_grad_affine g = {.dy = j->dy + skip,
+                               .x = j->x + skip,
+                               .residual = at(j->residual, skip),
+                               .dx = j->result + skip,
+                               .dresidual = j->dresidual ? j->dresidual + skip : NULL,
+                               .line = fbn_line_at(j, c0),
+                               .activation = activation_of(j, t),
+                               .slopes = fbn_slopes_at(j, c0),
+                               .frozen = frozen,
+                               .stream = j->stream};
+    if (j->split.rows) j->kernels->grad_affine_cl(&g, t->rows, c1 - c0);
+    else j->kernels->grad_affine_cf(&g, planes_of(t, c1 - c0));
+}
+
+static void map_gradient(const fbn_job *j, const fbn_tile *t, int64_t c0, int64_t c1) {
+    map_gradient_as(j, t, c0, c1, !t->counts);
+}
+
+static void map_frozen_gradient(const fbn_job *j, const fbn_tile *t, int64_t c0, int64_t c1) {
+    map_gradient_as(j, t, c0, c1, 1);
+}
+
+/* ---- the operations: prepare, reduce, finish, map ---- */
+
+static const fbn_operation FORWARD = {fbn_set_origins, reduce_moments, fbn_finish_batch, map_affine};
+static const fbn_operation INFER = {NULL, NULL, fbn_finish_statistics, map_affine};
+static const fbn_operation APPLY = {NULL, NULL, fbn_finish_applied, map_affine};
+static const fbn_operation PLAN_RUN = {NULL, NULL, NULL, map_affine};
+static const fbn_operation MOMENTS = {fbn_set_origins, reduce_moments, fbn_finish_moments, NULL};
+
+/* Of the gradient, by how its sums come about (of its own, given, or of no use), and by whether `x` holds y. */
+enum { OWN_SUMS, GIVEN_SUMS, NO_SUMS };
+static const fbn_operation BACKWARD[3][2] = {
+    [OWN_SUMS] = {{fbn_set_lines_known, reduce_gradient, fbn_finish_gradient, map_gradient},
+                  {fbn_set_lines_from_y, reduce_gradient, fbn_finish_gradient, map_gradient}},
+    [GIVEN_SUMS] = {{fbn_set_lines_known, NULL, fbn_finish_given_sums, map_gradient},
+                    {fbn_set_lines_from_y, NULL, fbn_finish_given_sums, map_gradient}},
+};
+static const fbn_operation FROZEN_BACKWARD[3][2] = {
+    [OWN_SUMS] = {{fbn_set_lines_known, reduce_gradient, fbn_finish_gradient, map_frozen_gradient},
+                  {fbn_set_lines_from_y, reduce_gradient, fbn_finish_gradient, map_frozen_gradient}},
+    [GIVEN_SUMS] = {{fbn_set_lines_known, NULL, fbn_finish_given_sums, map_frozen_gradient},
+                    {fbn_set_lines_from_y, NULL, fbn_finish_given_sums, map_frozen_gradient}},
+    [NO_SUMS] = {{fbn_set_lines_known, NULL, fbn_finish_no_sums, map_frozen_gradient},
+                 {fbn_set_lines_from_y, NULL, fbn_finish_no_sums, map_frozen_gradient}},
+};
+static const fbn_operation BACKWARD_SUMS[2] = {
+    {fbn_set_lines_known, reduce_gradient, fbn_finish_sums, NULL},
+    {fbn_set_lines_from_y, reduce_gradient, fbn_finish_sums, NULL},
+};
+
+/* ---- a job, and how its workspace is cut ---- */
+
+/* Float64 numbers that a job's workspace has, but for the alignment. Arrays of the compute type have as much room. */
+static int64_t doubles_of(const fbn_split *s) {
+    const int64_t rows = FBN_CONSTANTS + FBN_SAVED_ROWS + 1 + 2 * s->segments;
+    return rows * s->padded + s->threads * fbn_lane_doubles(s);
+}
+
+/* `doubles` as bytes, with `more`; 0 where that is beyond a size_t. */
+static size_t bytes_of(int64_t doubles, size_t more) {
+    return (uint64_t)doubles > (SIZE_MAX - more) / sizeof(double) ? 0 : (size_t)doubles * sizeof(double) + more;
+}
+
+size_t fbn_workspace_bytes(const fbn_problem *p) {
+    if (fbn_check_problem(p)) return 0;
+    const fbn_split s = fbn_split_of(p, 1);
+    return bytes_of(doubles_of(&s), ALIGNMENT);
+}
+
+/* Only a size_t of fewer than 64 bits can be too small. */
+static fbn_status check_fits(const fbn_problem *p) {
+    return sizeof(size_t) >= sizeof(int64_t) || fbn_workspace_bytes(p) ? FBN_OK : FBN_BAD_SHAPE;
+}
+
+/* `out` is what a map will write; NULL where there is none or calls share the constants. A map of rows goes by `out`'s
+ * vectors, and the constants of a vector should not lie across two cache lines. */
+static fbn_job job_of(const fbn_problem *p, const fbn_operation *operation, int arrays, void *out, void *workspace) {
+    fbn_job j;
+    memset(&j, 0, sizeof j);
+    j.p = p;
+    j.operation = operation;
+    j.kernels = p->machine->kernels->of[p->dtype];
+    j.split = fbn_split_of(p, arrays);
+    j.activation = (int)p->activation;
+    j.result = out;
+    const int64_t values = ALIGNMENT / j.split.real, elem = j.split.elem;
+    const int64_t lead = j.split.rows ? (int64_t)((uintptr_t)out / (uintptr_t)elem % (uintptr_t)values) : 0;
+    double *next = (double *)(((uintptr_t)workspace + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);
+    for (int i = 0; i < FBN_CONSTANTS; i++, next += j.split.padded) j.arrays[i] = (char *)next + lead * j.split.real;
+    j.line = (fbn_line){j.arrays[0], j.arrays[1], j.arrays[2], j.arrays[3], j.arrays[4], p->slope};
+    j.slopes = (fbn_slopes){j.arrays[5], j.arrays[6], j.arrays[7], j.arrays[8]};
+    j.saved = next;
+    j.known = j.saved;
+    j.origin = next + FBN_SAVED_ROWS * j.split.padded;
+    j.partial = j.origin + j.split.padded;
+    j.lanes = j.partial + 2 * j.split.segments * j.split.padded;
+    return j;
+}
+
+/* Streaming saves the read that a store into memory costs, but sends what would have stayed in cache away. */
+static int streams(const fbn_job *j) {
+    const int64_t bytes = j->p->outer * j->p->channels * j->p->inner * j->split.elem;
+    return bytes > j->p->machine->shared_cache / 8 && (uintptr_t)j->result % (size_t)j->split.elem == 0;
+}
+
+/* A job that maps x to y. `saved` is where its rows go, if the caller wants them. */
+static fbn_job job_of_x(const fbn_problem *p, const fbn_operation *operation, const void *x, const void *residual,
+                        void *y, double *saved, void *workspace) {
+    fbn_job j = job_of(p, operation, residual ? 2 : 1, y, workspace);
+    j.x = x;
+    j.residual = residual;
+    if (saved) j.known = j.saved = saved;
+    j.stream = streams(&j);
+    return j;
+}
+
+/* A job on dy. Where `x` holds y, what is known of it goes into rows of the workspace. */
+static fbn_job job_of_dy(const fbn_problem *p, const fbn_operation *operation, const fbn_sums_args *a, void *dx,
+                         void *workspace) {
+    fbn_job j = job_of(p, operation, a->residual && p->activation ? 3 : 2, dx, workspace);
+    j.dy = a->dy;
+    j.x = a->x;
+    j.residual = a->residual;
+    j.reduce_mask = j.map_mask = a->mask;
+    j.of_x = a->saved;
+    j.known = a->from_y ? j.saved : a->saved;
+    j.activation |= a->from_y ? FBN_FROM_Y : 0;
+    j.stream = streams(&j);
+    return j;
+}
+
+/* Which positions count: how many, and where the first, a middle and the last of them are. */
+static void set_mask(fbn_job *j, const unsigned char *mask) {
+    const int64_t positions = j->p->outer * j->p->inner, inner = j->p->inner;
+    int64_t first = 0, middle = j->p->outer / 2 * inner + inner / 2, last = positions - 1, count = 0;
+    j->reduce_mask = mask;
+    for (int64_t i = 0; mask && i < positions; i++) count += mask[i] != 0;
+    if (count) {
+        while (!mask[first]) first++;
+        while (!mask[last]) last--;
+        while (middle < last && !mask[middle]) middle++;
+        middle = middle < last ? middle : last;
+    }
+    j->origins[0] = first;
+    j->origins[1] = middle;
+    j->origins[2] = last;
+    j->count = mask ? (double)count : (double)positions;
+}
+
+static fbn_status run(fbn_job *j) {
+    fbn_run(j);
+    return FBN_OK;
+}
+
+/* ---- forward ---- */
+
+fbn_status fbn_forward(const fbn_problem *p, const fbn_forward_args *a, void *workspace) {
+    fbn_status status = fbn_check_forward(p, a, workspace);
+    if (!status) status = check_fits(p);
+    if (status) return status;
+    fbn_job j = job_of_x(p, &FORWARD, a->x, a->residual, a->y, a->saved, workspace);
+    j.parameters = a->parameters;
+    j.running = a->running;
+    j.eps = a->eps;
+    set_mask(&j, a->mask);
+    if (j.count < 1 || (j.running.mean && j.count <= j.running.correction)) return FBN_TOO_FEW_VALUES;
+    return run(&j);
+}
+
+fbn_status fbn_infer(const fbn_problem *p, const fbn_infer_args *a, void *workspace) {
+    fbn_status status = fbn_check_infer(p, a, workspace);
+    if (!status) status = check_fits(p);
+    if (status) return status;
+    fbn_job j = job_of_x(p, &INFER, a->x, a->residual, a->y, a->saved, workspace);
+    j.parameters = a->parameters;
+    j.statistics = a->statistics;
+    j.eps = a->eps;
+    return run(&j);
+}
+
+fbn_status fbn_apply(const fbn_problem *p, const fbn_apply_args *a, void *workspace) {
+    fbn_status status = fbn_check_apply(p, a, workspace);
+    if (!status) status = check_fits(p);
+    if (status) return status;
+    fbn_job j = job_of_x(p, &APPLY, a->x, a->residual, a->y, a->saved, workspace);
+    j.parameters = a->parameters;
+    j.eps = a->eps;
+    return run(&j);
+}
+
+fbn_status fbn_moments(const fbn_problem *p, const fbn_moments_args *a, void *workspace) {
+    fbn_status status = fbn_check_moments(p, a, workspace);
+    if (!status) status = check_fits(p);
+    if (status) return status;
+    fbn_job j = job_of(p, &MOMENTS, 1, NULL, workspace);
+    j.x = a->x;
+    j.moments_out = a->moments;
+    set_mask(&j, a->mask);
+    return j.count < 1 ? FBN_TOO_FEW_VALUES : run(&j);
+}
+
+/* ---- plans: a label, and then the start of a workspace, with its lines set ---- */
+
+typedef struct {
+    const void *at;
+    const fbn_kernels *kernels;
+    int64_t channels, real;
+} label;
+
+static label label_of(const fbn_problem *p, const void *plan) {
+    label l;
+    memset(&l, 0, sizeof l); /* padding too, since labels are compared byte by byte */
+    l.at = plan;
+    l.kernels = p->machine->kernels;
+    l.channels = p->channels;
+    l.real = p->dtype == FBN_F64 ? 8 : 4;
+    return l;
+}
+
+size_t fbn_plan_bytes(int64_t channels) {
+    if (!fbn_valid_channels(channels)) return 0;
+    return bytes_of((FBN_CONSTANTS + FBN_SAVED_ROWS) * fbn_padded(channels), ALIGNMENT + sizeof(label));
+}
+
+fbn_status fbn_plan_set(const fbn_problem *p, const fbn_plan_args *a, void *plan) {
+    const fbn_status status = fbn_check_plan_set(p, a, plan);
+    if (status) return status;
+    const label labelled = label_of(p, plan);
+    fbn_problem rows = *p;
+    rows.outer = 2; /* so that the constants are repeated */
+    rows.inner = 1;
+    fbn_job j = job_of_x(&rows, &INFER, NULL, NULL, NULL, NULL, (char *)plan + sizeof(label));
+    j.parameters = a->parameters;
+    j.statistics = a->statistics;
+    j.eps = a->eps;
+    fbn_finish_statistics(&j, 0, rows.channels);
+    memcpy(plan, &labelled, sizeof labelled);
+    return FBN_OK;
+}
+
+fbn_status fbn_plan_run(const fbn_problem *p, const fbn_run_args *a, const void *plan) {
+    const fbn_status status = fbn_check_plan_run(p, a, plan);
+    if (status) return status;
+    const label expected = label_of(p, plan);
+    if (memcmp(&expected, plan, sizeof expected) != 0) return FBN_BAD_PLAN;
+    /* The constants are where plan_set left them, which knew no y. They are only read. */
+    fbn_job j = job_of_x(p, &PLAN_RUN, a->x, a->residual, NULL, NULL, (char *)(uintptr_t)plan + sizeof(label));
+    j.result = a->y;
+    j.stream = streams(&j);
+    return run(&j);
+}
+
+/* ---- backward ---- */
+
+fbn_status fbn_backward_sums(const fbn_problem *p, const fbn_sums_args *a, void *workspace) {
+    fbn_status status = fbn_check_backward_sums(p, a, workspace);
+    if (!status) status = check_fits(p);
+    if (status) return status;
+    fbn_job j = job_of_dy(p, &BACKWARD_SUMS[a->from_y != 0], a, NULL, workspace);
+    j.sums_out = a->sums;
+    return run(&j);
+}
+
+static const fbn_operation *gradient_of(const fbn_backward_args *a) {
+    const int own = !a->frozen || a->dgamma || a->dbeta, sums = a->sums ? GIVEN_SUMS : own ? OWN_SUMS : NO_SUMS;
+    return a->frozen ? &FROZEN_BACKWARD[sums][a->from_y != 0] : &BACKWARD[sums][a->from_y != 0];
+}
+
+fbn_status fbn_backward(const fbn_problem *p, const fbn_backward_args *a, void *workspace) {
+    fbn_status status = fbn_check_backward(p, a, workspace);
+    if (!status) status = check_fits(p);
+    if (status) return status;
+    const fbn_sums_args inputs = fbn_inputs_of(a);
+    fbn_job j = job_of_dy(p, gradient_of(a), &inputs, a->dx, workspace);
+    j.dresidual = a->dresidual;
+    j.count = a->count;
+    j.given_sums = a->sums;
+    j.dgamma = a->dgamma;
+    j.dbeta = a->dbeta;
+    return run(&j);
+}
+
+int fbn_abi_version(void) { return FBN_ABI_VERSION; }
