@@ -1,4 +1,4 @@
-"""How many processors does a container's quota leave this process? The files of Linux control groups, versions 1 and 2."""
+"""How many processors does a container's quota leave this process? Linux control groups, versions 1 and 2."""
 
 from __future__ import annotations
 

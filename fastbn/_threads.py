@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-from . import _check, _cgroup
+from . import _cgroup, _check
 
 MOST_THREADS = 1024
 """FBN_MOST_THREADS of fastbn.h. GNU OpenMP ends the process when the system gives it no more threads."""

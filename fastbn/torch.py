@@ -14,8 +14,8 @@ import numpy as np
 
 from . import _check
 from ._activations import DEFAULT_SLOPE
-from ._threads import use_num_threads
 from ._results import Cache, Parts
+from ._threads import use_num_threads
 from .backends import SAVED_ROWS, get_num_threads
 from .ops import backward, backward_sums, forward, infer
 

@@ -1,0 +1,159 @@
+"""How is a call cut? split.c by itself: integers in, integers out."""
+
+from __future__ import annotations
+
+import ctypes as ct
+from collections.abc import Iterator
+from typing import Any
+
+import c_api
+import cases
+import numpy as np
+import pytest
+
+SRC_C = cases.CHECKOUT / "src_c"
+pytestmark = pytest.mark.skipif(not SRC_C.is_dir(), reason="src_c is not beside the tests: no checkout")
+
+
+class Split(ct.Structure):
+    """fbn_split of split.h."""
+
+    _fields_ = tuple(
+        (name, ct.c_int if name in ("rows", "threads", "by_channels", "shares_channels") else ct.c_int64)
+        for name in [
+            "outer",
+            "channels",
+            "inner",
+            "rows",
+            "elem",
+            "real",
+            "cut",
+            "cuts",
+            "units",
+            "segment",
+            "segments",
+            "padded",
+            "block",
+            "threads",
+            "by_channels",
+            "shares_channels",
+        ]
+    )
+
+
+class Tile(ct.Structure):
+    """fbn_tile, with its fbn_planes."""
+
+    _fields_ = tuple(
+        (name, ct.c_int if name == "counts" else ct.c_int64)
+        for name in [
+            "unit",
+            "start",
+            "rows",
+            "images",
+            "apart",
+            "channels",
+            "step",
+            "inner",
+            "counts",
+            "next_unit",
+            "next_from",
+        ]
+    )
+
+
+@pytest.fixture(scope="module")
+def split_c(tmp_path_factory: pytest.TempPathFactory) -> ct.CDLL:
+    library = tmp_path_factory.mktemp("split") / "split.so"
+    sources = [SRC_C / "split.c", SRC_C / "values.c"]
+    c_api.run([c_api.compiler("cc", "gcc", "clang"), "-shared", "-fPIC", *sources, "-lm", "-o", library])
+    loaded = ct.CDLL(str(library))
+    loaded.fbn_split_of.restype, loaded.fbn_tile_at.restype = Split, Tile
+    loaded.fbn_start.restype = ct.c_int64
+    loaded.fbn_start.argtypes = [ct.POINTER(Split), ct.c_int64, ct.c_int64]
+    loaded.fbn_tile_at.argtypes = [ct.POINTER(Split), ct.c_int64, ct.c_int64, ct.c_int64, ct.c_void_p]
+    return loaded
+
+
+def split_of(split_c: ct.CDLL, shape: tuple[int, int, int], threads: int, core: int, arrays: int = 1) -> Any:
+    machine = c_api.Machine(None, core, 8 << 20)
+    problem = c_api.Problem(ct.pointer(machine), 0, 0, 0.0, *shape, threads)
+    return split_c.fbn_split_of(ct.byref(problem), arrays)
+
+
+def tiles(split_c: ct.CDLL, split: Any, mask: np.ndarray[Any, Any] | None = None) -> Iterator[Any]:
+    unit = start = 0
+    address = None if mask is None else mask.ctypes.data
+    while unit < split.units:
+        tile = split_c.fbn_tile_at(ct.byref(split), unit, start, split.units, address)
+        assert (tile.next_unit, tile.next_from) > (unit, start), "a tile that is empty"
+        yield tile
+        unit, start = tile.next_unit, tile.next_from
+
+
+SHAPES = [
+    (1, 1, 2),
+    (8, 64, 3136),
+    (32, 2048, 49),
+    (3, 5, 200_000),
+    (100_000, 64, 1),
+    (7, 3, 1),
+    (2, 1, 65_537),
+    (9, 30, 1),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_sums_are_cut_by_the_shape_alone(split_c: ct.CDLL, shape: tuple[int, int, int]) -> None:
+    """Their order must not depend on threads and caches."""
+    cuts = {
+        (s.cut, s.cuts, s.units, s.segment, s.segments)
+        for threads in (1, 2, 7, 1024)
+        for core in (-1, 0, 1 << 16, 1 << 20, 1 << 40)
+        for arrays in (1, 2, 3)
+        for s in [split_of(split_c, shape, threads, core, arrays)]
+    }
+    assert len(cuts) == 1
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("threads", [1, 2, 1024])
+def test_blocks(split_c: ct.CDLL, shape: tuple[int, int, int], threads: int) -> None:
+    """At least one channel, and no more than a core's cache holds; threads are worth their work."""
+    split, values = split_of(split_c, shape, threads, 1 << 20), int(np.prod(shape))
+    assert 1 <= split.threads <= max(1, min(threads, values // 32768))
+    assert 1 <= split.block <= shape[1]
+    if not split.rows and split.block > 1:
+        assert split.block * values // shape[1] * 4 <= 1 << 20
+    assert split.segment * split.segments >= split.units
+    assert split.padded >= shape[1] + 16
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+def test_tiles_cover_each_value_once(split_c: ct.CDLL, shape: tuple[int, int, int], masked: bool) -> None:
+    split = split_of(split_c, shape, 1, 1 << 20)
+    outer, channels, inner = shape
+    if outer * channels * inner > 700_000:
+        pytest.skip("counted on smaller shapes")
+    mask = np.random.default_rng(5).choice(np.array([0, 0, 1, 255], np.uint8), (outer, inner)) if masked else None
+    seen = np.zeros(outer * channels * inner, np.int8)
+    for tile in tiles(split_c, split, mask):
+        for c in (0, channels - 1) if channels > 1 else (0,):
+            start = split_c.fbn_start(ct.byref(split), tile.unit, c) + tile.start
+            if split.rows:
+                where = start + np.arange(tile.rows) * channels
+            else:
+                where = (start + np.arange(tile.images)[:, None] * tile.apart + np.arange(tile.inner)).ravel()
+            seen[where] += 1
+            if mask is not None:
+                assert (mask.ravel()[_position(where, shape)] != 0).all() == bool(tile.counts)
+    image = seen.reshape(shape)
+    assert (image[:, 0] == 1).all()
+    assert (image[:, -1] == 1).all()
+
+
+def _position(where: np.ndarray[Any, Any], shape: tuple[int, int, int]) -> np.ndarray[Any, Any]:
+    """The position, in (outer, inner), of elements."""
+    _, channels, inner = shape
+    return where // (channels * inner) * inner + where % inner
