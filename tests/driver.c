@@ -135,7 +135,7 @@ static fbn_status misaligned(call *c) {
 
 static fbn_status overlap(call *c) {
     const int result = one_in(2) ? Y : one_in(2) ? DX : DRESIDUAL, other = (int)below(DRESIDUAL + 1);
-    const int64_t n = (int64_t)elements(c, X);
+    const int64_t n = (int64_t)(c->memory[X].bytes / element(c, X));
     if (!writes(c, result) || !uses(c, other) || !c->at[other] || result == other || n < 1) return FBN_OK;
     const int same = (result == Y && other == X) || (result == DX && other == DY);
     if (other == DRESIDUAL && !writes(c, other)) return FBN_OK;
