@@ -1,5 +1,6 @@
 """Batch normalization for CPUs: fast, exact at any offset, the same bits for any number of threads."""
 
+from . import _built
 from ._embed import get_include, get_library
 from ._info import __version__, show_config
 from ._moments import Moments, Sums
@@ -10,6 +11,8 @@ from .backends import backends, get_backend, get_num_threads, set_backend, use_b
 from .inference import FoldWarning, InferencePlan, fold
 from .layer import BatchNorm
 from .ops import backward, backward_sums, forward, infer, moments
+
+_built.require()
 
 __all__ = [
     "BatchNorm",
@@ -39,3 +42,6 @@ __all__ = [
     "use_backend",
     "use_num_threads",
 ]
+
+for _public in (BatchNorm, Cache, Forward, Gradients, InferencePlan, Moments, Sums):
+    _public.__module__ = __name__  # the name in pickles, wherever the class is kept

@@ -38,18 +38,20 @@ def train(call: Call, momentum: float, correction: int, given: Moments | None, b
     """Normalizes with the batch's own statistics, or with given moments; updates the running statistics."""
     saved, blocks = _saved(call), _blocks(call, backend, threads)
     if given is None:
-        mask, count = counted(call)
+        mask, count = counted(call, correction)
         blocks.forward(call, mask, count, momentum, correction, saved)
         return parts_of(call, saved, mask=mask, count=None if mask is None else count)
+    _check.correctable(correction, given.count, " in the moments")
     save(given._rows, given.count, saved)
     blend(given._rows, given.count, call.mean, call.var, momentum, correction)
     blocks.infer(call, None, None, saved)
     return parts_of(call, saved, mask=call.mask, count=given.count)
 
 
-def counted(call: Call, where: str = "") -> tuple[Array | None, int]:
-    """The mask, None where it leaves all values, and how many it leaves: 2 per channel or more."""
+def counted(call: Call, correction: int, where: str = "") -> tuple[Array | None, int]:
+    """The mask, None where it leaves all values, and how many it leaves: 2 per channel or more, and > correction."""
     count = _check.enough(call.x, call.axis, call.mask, where)
+    _check.correctable(correction, count, where)
     everything = call.mask is None or count == call.mask.size
     return None if everything else call.mask, count
 
@@ -133,7 +135,7 @@ def backward_sums(dy: object, parts: Parts, backend: Backend, threads: int) -> S
     if gradient.size:
         blocks = Blocks(backend, threads, parts.channel_axis, parts.x, gradient, parts.residual)
         rows = blocks.backward_sums(gradient, parts, *_check.activation(parts.activation))
-    count = parts.values if parts.mask is None else int(np.count_nonzero(parts.mask))
+    count = parts.values if parts.mask is None or parts.frozen else int(np.count_nonzero(parts.mask))
     return Sums._of(count, rows, parts.statistics)
 
 

@@ -181,17 +181,11 @@ class Blocks:
     ) -> Array:
         total, rows = np.zeros((2, saved.shape[1])), np.empty((2, saved.shape[1]))
         for piece in pieces:
+            x = self._read(parts.x, piece)
+            residual, mask = self._take(parts.residual, piece), self._positions(parts.mask, piece, x)
             self.backend.backward_sums(
-                self._read(dy, piece),
-                self._read(parts.x, piece),
-                self._take(parts.residual, piece),
-                self._positions(parts.mask, piece, self._read(parts.x, piece)),
-                saved,
-                activation,
-                slope,
-                parts.from_y,
-                rows,
-                self.threads,
+                *(self._read(dy, piece), x, residual, mask, saved),
+                *(activation, slope, parts.from_y, rows, self.threads),
             )
             with np.errstate(all="ignore"):
                 total += rows

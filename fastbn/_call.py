@@ -115,7 +115,7 @@ def check(
     )
 
 
-def _contiguous(array: Array, dtype: DType) -> Array:
+def contiguous(array: Array, dtype: DType) -> Array:
     """The array itself where backends can take it, else a copy that they can."""
     if array.dtype == dtype and array.flags.c_contiguous and array.flags.aligned:
         return array
@@ -127,15 +127,15 @@ def _statistics(mean: Array | None, var: Array | None) -> tuple[Array | None, Ar
     if mean is None or var is None:
         return None, None
     dtype = native(mean.dtype) if native(mean.dtype) == native(var.dtype) else FLOAT64
-    return _contiguous(mean, dtype), _contiguous(var, dtype)
+    return contiguous(mean, dtype), contiguous(var, dtype)
 
 
 def parameters(gamma: Array | None, beta: Array | None, statistics: DType) -> tuple[Array | None, Array | None]:
     """Both in one dtype: the statistics dtype or, where that would round one of them, float64."""
     dtype = statistics if _is_exact(gamma, statistics) and _is_exact(beta, statistics) else FLOAT64
     return (
-        None if gamma is None else _contiguous(gamma, dtype),
-        None if beta is None else _contiguous(beta, dtype),
+        None if gamma is None else contiguous(gamma, dtype),
+        None if beta is None else contiguous(beta, dtype),
     )
 
 

@@ -1,4 +1,4 @@
-"""Is the input valid? Every validation and every error message; nothing here changes anything."""
+"""Is the input valid? The checks that all calls share, and how every message reads; nothing here changes anything."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import math
 import operator
 from collections.abc import Iterable, Mapping
 from importlib import import_module
-from numbers import Real
-from typing import Any, NoReturn, Protocol, TypeVar
+from numbers import Number, Real
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 
 from ._activations import BY_NAME, DEFAULT_SLOPE, Activation
-from ._dtypes import FLOAT32, FLOAT64, KINDS, DType, find, is_float, kind_of, native
+from ._dtypes import KINDS, DType, find, is_float, kind_of, native
 from ._shape import positions_of
 
 Array = np.ndarray[Any, Any]
@@ -25,6 +25,21 @@ def _names(choices: Iterable[object]) -> str:
 
 def _refuse(error: type[Exception], name: str, given: str, allowed: str) -> NoReturn:
     raise error(f"{name}: got {given}; allowed: {allowed}")
+
+
+def shown(value: object) -> str:
+    """The repr of a value, or its type where that would fail or be long."""
+    try:
+        text = repr(value)
+    except Exception:  # whatever its __repr__ raises; that of an integer with more than 4300 digits does
+        text = ""
+    return text if 0 < len(text) <= 300 else f"{type(value).__name__} too long to show"
+
+
+def kind(value: object) -> str:
+    """What is said of a value of the wrong kind: its type, and a number, a string or None itself."""
+    name = type(value).__name__
+    return f"{shown(value)} ({name})" if value is None or isinstance(value, str | bytes | Number | np.generic) else name
 
 
 def _array(name: str, value: object) -> Array:
@@ -62,7 +77,7 @@ def axis(value: object, x: Array) -> int:
         _refuse(ValueError, "x", f"shape {x.shape}", "at least 2 dimensions")
     index = integer("axis", value)
     if not -x.ndim <= index < x.ndim:
-        _refuse(ValueError, "axis", str(index), f"{-x.ndim} to {x.ndim - 1} for x of shape {x.shape}")
+        _refuse(ValueError, "axis", shown(index), f"{-x.ndim} to {x.ndim - 1} for x of shape {x.shape}")
     return index % x.ndim
 
 
@@ -128,7 +143,7 @@ def outputs(weight: Array, output_axis: object, mean: object) -> tuple[int, int,
     index = integer("output_axis", output_axis)
     if not -weight.ndim <= index < weight.ndim:
         allowed = f"{-weight.ndim} to {weight.ndim - 1} for weight of shape {weight.shape}" if weight.ndim else "none"
-        _refuse(ValueError, "output_axis", str(index), allowed)
+        _refuse(ValueError, "output_axis", shown(index), allowed)
     at = index % weight.ndim
     channels, found = weight.shape[at], 0 if mean is None else _array("running_mean", mean).size
     if at != 1 or weight.ndim < 3 or not channels or found <= channels or found % channels:
@@ -226,14 +241,14 @@ def _apart(may_be: str | None) -> str:
 def number(name: str, value: object, low: float, high: float) -> float:
     """A real number with low <= value <= high."""
     if not isinstance(value, Real | np.floating) or isinstance(value, bool):
-        _refuse(TypeError, name, repr(value), "a real number")
+        _refuse(TypeError, name, shown(value), "a real number")
     try:
         result = float(value)
     except OverflowError:
         result = math.inf
     if not low <= result <= high or math.isinf(result):
         finite = "a finite number" if low == -math.inf else f"finite and >= {low:g}"
-        _refuse(ValueError, name, repr(value), f"{low:g} to {high:g}" if high < math.inf else finite)
+        _refuse(ValueError, name, shown(value), f"{low:g} to {high:g}" if high < math.inf else finite)
     return result
 
 
@@ -247,10 +262,25 @@ def momentum(value: object) -> float:
     return number("momentum", value, 0, 1)
 
 
+def correction(value: object) -> int:
+    """What a running variance is corrected by; `correctable` tells whether it is below the count."""
+    result = integer("correction", value)
+    if result < 0:
+        _refuse(ValueError, "correction", shown(value), "an integer from 0 to M - 1, M being the values per channel")
+    return result
+
+
+def correctable(correction: int, counted: int, where: str = "") -> None:
+    """Whether a variance of so many values can be corrected by this."""
+    if correction >= counted:
+        given = f"{shown(correction)} with M = {counted} values per channel that count{where}"
+        _refuse(ValueError, "correction", given, f"an integer from 0 to M - 1, here {counted - 1}")
+
+
 def flag(name: str, value: object) -> bool:
     """True or False."""
     if not isinstance(value, bool | np.bool_):
-        _refuse(TypeError, name, repr(value), "True or False")
+        _refuse(TypeError, name, shown(value), "True or False")
     return bool(value)
 
 
@@ -258,13 +288,13 @@ def activation(value: object) -> tuple[Activation, float]:
     """The activation's code, and leaky_relu's slope (0 for others)."""
     if isinstance(value, str) or value is None:
         if value not in BY_NAME:
-            _refuse(ValueError, "activation", repr(value), _ACTIVATIONS)
+            _refuse(ValueError, "activation", shown(value), _ACTIVATIONS)
         code = BY_NAME[value]
         return code, DEFAULT_SLOPE if code is Activation.LEAKY_RELU else 0.0
     if not isinstance(value, tuple) or len(value) != 2 or not isinstance(value[0], str):
-        _refuse(TypeError, "activation", repr(value), _ACTIVATIONS)
+        _refuse(TypeError, "activation", shown(value), _ACTIVATIONS)
     if value[0] != "leaky_relu":
-        _refuse(ValueError, "activation", repr(value), _ACTIVATIONS)
+        _refuse(ValueError, "activation", shown(value), _ACTIVATIONS)
     return Activation.LEAKY_RELU, number("activation's slope", value[1], -math.inf, math.inf)
 
 
@@ -350,105 +380,24 @@ def _magnitude(array: Array) -> float:
 _FROM_Y = ", since backward gets x from y"
 
 
-class _Summed(Protocol):
-    """Moments or Sums."""
-
-    @property
-    def count(self) -> int: ...
-    @property
-    def channels(self) -> int: ...
-    @property
-    def dtype(self) -> DType: ...
-
-
-def summed(name: str, value: _Summed, channels: int, statistics: DType, whose: str = "x's") -> None:
-    """Moments or sums that fit x, or others of their kind."""
-    if value.channels != channels:
-        _refuse(ValueError, name, f"{value.channels} channels", f"{whose} {channels} channels")
-    if value.dtype != statistics:
-        _refuse(TypeError, name, f"dtype {value.dtype}", f"{whose} statistics dtype {statistics}")
-
-
-def rows(given: Mapping[str, object]) -> tuple[Array, DType]:
-    """Arrays of one value per channel as rows of float64, and the statistics dtype that all of them have."""
-    arrays = {name: _array(name, value) for name, value in given.items()}
-    first, *_ = arrays.values()
-    for name, array in arrays.items():
-        if native(array.dtype) not in (FLOAT32, FLOAT64):
-            _refuse(TypeError, name, f"dtype {array.dtype}", "'float32', 'float64'")
-        if array.ndim != 1 or array.shape != first.shape:
-            _refuse(ValueError, name, f"shape {array.shape}", "(C,), one value per channel, for all")
-        if native(array.dtype) != native(first.dtype):
-            _refuse(TypeError, name, f"dtype {array.dtype}", f"one dtype for all, here {first.dtype}")
-    return np.array(list(arrays.values()), FLOAT64), native(first.dtype)
-
-
-def not_negative(name: str, values: Array) -> None:
-    """No value below 0; NaN is none."""
-    if (values < 0).any():
-        _refuse(ValueError, name, f"{values.min()}", "values >= 0")
-
-
-def correction(value: object, counted: int) -> float:
-    """What a variance is corrected by, below the count."""
-    result = number("correction", value, 0, math.inf)
-    if result >= counted:
-        _refuse(ValueError, "correction", f"{value!r} with count {counted}", "one below the count")
-    return result
-
-
-def moments(value: _Summed, channels: int, statistics: DType, training: bool, virtual: int | None) -> None:
-    """Moments to normalize x with."""
-    summed("moments", value, channels, statistics)
-    if not training:
-        _refuse(ValueError, "moments", "moments with training=False", "None, since running statistics are used")
-    if virtual is not None:
-        _refuse(ValueError, "moments", f"moments with virtual_batch_size={virtual}", "one of the two")
-    if value.count < 2:
-        _refuse(ValueError, "moments", f"count {value.count}", "2 or more to train")
-
-
-def sums(value: _Summed, channels: int, statistics: DType, most: int | None) -> None:
-    """Sums for the gradients of x, whose statistics come from `most` values per channel (None: from elsewhere)."""
-    summed("sums", value, channels, statistics)
-    if most is not None and value.count > most:
-        _refuse(ValueError, "sums", f"count {value.count}", f"the count of the cache's statistics, {most}, at most")
-
-
-def whole(name: str, ghost: bool) -> None:
-    """Not for a cache of virtual batches, whose statistics are of no larger batch."""
-    if ghost:
-        _refuse(ValueError, name, "a cache of virtual batches", "one that forward returned without virtual_batch_size")
-
-
-def instance(name: str, value: object, kind: type[T], allowed: str) -> T:
-    """An object of the class `kind`."""
-    if not isinstance(value, kind):
-        _refuse(TypeError, name, type(value).__name__, allowed)
+def instance(name: str, value: object, of: type[T], allowed: str) -> T:
+    """An object of the class `of`."""
+    if not isinstance(value, of):
+        _refuse(TypeError, name, kind(value), allowed)
     return value
 
 
 def iterable(name: str, value: Iterable[T], of: str) -> Iterable[T]:
     """Something to go through."""
     if not isinstance(value, Iterable):
-        _refuse(TypeError, name, type(value).__name__, f"an iterable of {of}")
+        _refuse(TypeError, name, kind(value), f"an iterable of {of}")
     return value
 
 
 def function(name: str, value: object) -> None:
     """Something to call."""
     if not callable(value):
-        _refuse(TypeError, name, type(value).__name__, "a callable")
-
-
-def planned(value: object, mean: Array, channel_axis: int) -> None:
-    """An x for a plan: with its channels, and of its statistics dtype."""
-    x = data("x", value)
-    found = x.shape[axis(channel_axis, x)]
-    if found != mean.size:
-        _refuse(ValueError, "x", f"shape {x.shape} with {found} channels", f"the plan's {mean.size} channels")
-    if kind_of(x.dtype).statistics != mean.dtype:
-        _refuse(TypeError, "x", f"dtype {x.dtype}", f"one whose statistics dtype is the plan's, {mean.dtype}")
+        _refuse(TypeError, name, kind(value), "a callable")
 
 
 def virtual_batch(value: object, channel_axis: int) -> int | None:
@@ -456,30 +405,20 @@ def virtual_batch(value: object, channel_axis: int) -> int | None:
     if value is None:
         return None
     if channel_axis == 0:
-        _refuse(ValueError, "virtual_batch_size", f"{value!r} with the channels on axis 0", "None, or another axis")
+        _refuse(
+            ValueError, "virtual_batch_size", f"{shown(value)} with the channels on axis 0", "None, or another axis"
+        )
     return count("virtual_batch_size", value)
-
-
-def tracked(mean: Array | None, var: Array | None) -> tuple[Array, Array]:
-    """The running statistics of a layer that has them."""
-    if mean is None or var is None:
-        _refuse(ValueError, "layers", "one without running statistics", "layers with track_running_stats=True")
-    return mean, var
-
-
-def never_called(layer: str) -> NoReturn:
-    """A layer that is to be recalibrated sees a batch."""
-    _refuse(ValueError, "layers", f"{layer}, which forward(batch) never called", "layers that see a batch")
 
 
 def integer(name: str, value: object) -> int:
     """An integer; True and False are none."""
     if isinstance(value, bool | np.bool_):
-        _refuse(TypeError, name, repr(value), "an integer")
+        _refuse(TypeError, name, shown(value), "an integer")
     try:
         return operator.index(value)  # type: ignore[arg-type]
     except TypeError:
-        _refuse(TypeError, name, repr(value), "an integer")
+        _refuse(TypeError, name, shown(value), "an integer")
 
 
 def opset(operator: str, version: int, oldest: int) -> None:
@@ -492,7 +431,7 @@ def count(name: str, value: object) -> int:
     """A positive integer."""
     result = integer(name, value)
     if result < 1:
-        _refuse(ValueError, name, repr(value), "a positive integer")
+        _refuse(ValueError, name, shown(value), "a positive integer")
     return result
 
 
@@ -509,16 +448,16 @@ def natural(name: str, value: object) -> int:
     """An integer that is not negative, nor beyond an array's."""
     result = integer(name, value)
     if not 0 <= result < 2**63:
-        _refuse(ValueError, name, repr(value), "an integer from 0 to 2**63 - 1")
+        _refuse(ValueError, name, shown(value), "an integer from 0 to 2**63 - 1")
     return result
 
 
 def choice(name: str, value: object, choices: Iterable[str]) -> str:
     """One of `choices`."""
     if not isinstance(value, str):
-        _refuse(TypeError, name, repr(value), _names(choices))
+        _refuse(TypeError, name, shown(value), _names(choices))
     if value not in choices:
-        _refuse(ValueError, name, repr(value), _names(choices))
+        _refuse(ValueError, name, shown(value), _names(choices))
     return value
 
 
@@ -534,47 +473,5 @@ def dtype(name: str, value: object) -> DType:
     try:
         found = np.dtype(value)  # type: ignore[call-overload]
     except TypeError:
-        _refuse(TypeError, name, repr(value), _names(KINDS))
+        _refuse(TypeError, name, shown(value), _names(KINDS))
     return native(data(name, np.empty(0, found)).dtype)
-
-
-def of_layer(value: object, channels: int, channel_axis: int, layer_dtype: DType) -> Array:
-    """An x for a layer: of its dtype, with its channels."""
-    x = data("x", value)
-    if native(x.dtype) != layer_dtype:
-        _refuse(TypeError, "x", f"dtype {x.dtype}", f"the layer's dtype {layer_dtype}")
-    found = x.shape[axis(channel_axis, x)]
-    if found != channels:
-        _refuse(ValueError, "x", f"shape {x.shape} with {found} channels", f"the layer's {channels} channels")
-    return x
-
-
-def state(name: str, value: Mapping[str, Any], arrays: Mapping[str, Array], optional: str | None) -> dict[str, Array]:
-    """`value` as arrays that fit `arrays`, name by name; `optional` is an integer that may be missing."""
-    if not isinstance(value, Mapping):
-        _refuse(TypeError, name, type(value).__name__, "a mapping from names to arrays")
-    if set(value) - {optional} != set(arrays):
-        may_be = f"; {optional} may be there, too" if optional else ""
-        _refuse(ValueError, name, f"the names {_names(value)}", f"{_names(arrays)}{may_be}")
-    found = {key: _array(f"{name}[{key!r}]", value[key]) for key in value}
-    for key, array in arrays.items():
-        found[key] = _state_array(f"{name}[{key!r}]", found[key], array)
-    if optional in found:
-        counted = found[optional]
-        if counted.size != 1 or type(counted.item()) is not int:
-            _refuse(TypeError, f"{name}[{optional!r}]", repr(value[optional]), "one integer >= 0")
-        if not 0 <= counted.item() <= np.iinfo(np.int64).max:
-            _refuse(ValueError, f"{name}[{optional!r}]", repr(value[optional]), "one integer from 0 to 2**63 - 1")
-    return found
-
-
-def _state_array(name: str, value: Array, like: Array) -> Array:
-    if not is_float(value.dtype):
-        _refuse(TypeError, name, f"dtype {value.dtype}", "any float dtype")
-    if value.shape != like.shape:
-        _refuse(ValueError, name, f"shape {value.shape}", f"shape {like.shape}")
-    with np.errstate(all="ignore"):
-        cast = value.astype(like.dtype)
-    if (np.isinf(cast) & ~np.isinf(value)).any():
-        _refuse(ValueError, name, f"values up to {abs(value).max()}", f"what {like.dtype} can hold")
-    return cast

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+Array = np.ndarray[Any, Any]
 DType = np.dtype[Any]
 
 FLOAT32: DType = np.dtype(np.float32)
@@ -50,16 +51,20 @@ def native(dtype: DType) -> DType:
     return dtype if dtype.isnative else dtype.newbyteorder("=")
 
 
-def rounded(values: np.ndarray[Any, Any], dtype: DType) -> np.ndarray[Any, Any]:
-    """Float64 values to the nearest numbers of a dtype; by way of float32 to odd where NumPy would round twice."""
+def is_float(dtype: DType) -> bool:
+    """Whether a parameter (gamma, beta) may have this dtype: any floating point, bfloat16 included."""
+    return dtype.kind == "f" or dtype.name == "bfloat16"
+
+
+def rounded(values: Array, dtype: DType) -> Array:
+    """Float64 values, to the nearest numbers of a dtype that `is_float`.
+
+    NumPy would round twice to a dtype of ml_dtypes, by way of float32; here float32 is rounded to odd, so that the last
+    rounding sees on which side of a midpoint the value was.
+    """
     if dtype.kind == "f":
         return values.astype(dtype, copy=False)
     single = values.astype(FLOAT32)
     bits = single.view(np.uint32)
     inward = np.nextafter(single, np.where(values > single, np.inf, -np.inf).astype(FLOAT32))
     return np.where((single != values) & (bits & 1 == 0) & np.isfinite(values), inward, single).astype(dtype)
-
-
-def is_float(dtype: DType) -> bool:
-    """Whether a parameter (gamma, beta) may have this dtype: any floating point, bfloat16 included."""
-    return dtype.kind == "f" or dtype.name == "bfloat16"

@@ -10,42 +10,23 @@ from typing import Any
 
 import numpy as np
 
-from . import _batch, _check
+from . import _batch, _check, _check_parts
 from ._batch import Wanted
 from ._call import Call
 from ._dtypes import FLOAT64
-from ._moments import Moments
-from ._results import Cache, Parts
+from ._results import Parts
 from .backends import Backend
 
 Array = np.ndarray[Any, Any]
 
 
-class GhostCache(Cache):
-    """The parts of each slice, and those of the whole, whose `saved` has a row per slice."""
-
-    __slots__ = ("_slices",)
-
-    def __init__(self, parts: Parts, slices: Sequence[tuple[slice, Parts]]) -> None:
-        super().__init__(parts)
-        self._slices = slices
-
-    @property
-    def count(self) -> Any:
-        return np.array([parts.total for _, parts in self._slices])
-
-    def _moments(self) -> Moments:
-        first, *others = (Cache(parts)._moments() for _, parts in self._slices)
-        return sum(others, first)
-
-
-def slices_of(call: Call, size: int) -> list[slice]:
-    """Of axis 0; the last may be smaller. All have 2 values per channel or more."""
+def slices_of(call: Call, size: int, correction: int) -> list[slice]:
+    """Of axis 0; the last may be smaller. All have 2 values per channel or more, and more than `correction`."""
     length = call.x.shape[0]
     _check.enough(call.x, call.axis, call.mask)
     slices = [slice(start, min(start + size, length)) for start in range(0, length, size)]
     for some in slices:
-        _batch.counted(call.rows(some), f" in the virtual batch {some.start}:{some.stop}")
+        _batch.counted(call.rows(some), correction, f" in the virtual batch {some.start}:{some.stop}")
     return slices
 
 
@@ -57,20 +38,25 @@ def momenta(momentum: float, batches: int | None, slices: int) -> list[float]:
 
 
 def train(
-    call: Call, slices: Sequence[slice], momenta: Sequence[float], correction: int, backend: Backend, threads: int
-) -> GhostCache:
+    call: Call, size: int, batches: int | None, momentum: float, correction: int, backend: Backend, threads: int
+) -> Parts:
     """Normalizes each slice with its own statistics, and blends them into the running ones slice after slice."""
+    slices = slices_of(call, size, correction)
     done = [
-        (some, _batch.train(call.rows(some), momentum, correction, None, backend, threads))
-        for some, momentum in zip(slices, momenta, strict=True)
+        _batch.train(call.rows(some), weight, correction, None, backend, threads).saved
+        for some, weight in zip(slices, momenta(momentum, batches, len(slices)), strict=True)
     ]
-    saved = np.stack([parts.saved for _, parts in done], axis=1)
-    return GhostCache(_batch.parts_of(call, saved, mask=call.mask), done)
+    count = None if call.mask is None else int(np.count_nonzero(call.mask))
+    parts = _batch.parts_of(call, np.stack(done, axis=1), mask=call.mask, count=count)
+    return parts._replace(virtual=size)
 
 
-def backward(asked: Wanted, cache: GhostCache, backend: Backend, threads: int) -> tuple[Array | None, Array | None]:
+def backward(asked: Wanted, whole: Parts, backend: Backend, threads: int) -> tuple[Array | None, Array | None]:
     """Fills dx and dresidual; gives dgamma and dbeta, added up in float64."""
-    found = [_batch.backward(asked.rows(some), parts, None, backend, threads) for some, parts in cache._slices]
+    slices = list(whole.slices())
+    for _, parts in slices:  # of which a mask may have become another since the call
+        _check_parts.cache(parts)
+    found = [_batch.backward(asked.rows(some), parts, None, backend, threads) for some, parts in slices]
     dgammas, dbetas = zip(*found, strict=True)
     return _total(dgammas), _total(dbetas)
 

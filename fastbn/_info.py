@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import platform
-from importlib.metadata import version
 
 import numpy as np
 
-from . import _config, _threads
+from . import _built, _config, _threads
 from .backends import backends, get_backend, get_num_threads, select
 
-__version__ = version("fastbn")
+__version__ = _built.version_here()
 
 
 def show_config() -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from . import _check
-from ._dtypes import FLOAT64, DType
+from . import _check, _check_parts
+from ._dtypes import FLOAT64, DType, rounded
+from ._format import packed, unpacked
 
 Array = np.ndarray[Any, Any]
 
@@ -34,9 +35,13 @@ def _two_sum(a: Array, b: Array) -> tuple[Array, Array]:
 
 
 class _Summed:
-    """A count, and rows of float64 with a column per channel. Nothing changes them."""
+    """A count, and rows of float64 with a column per channel. Nothing changes them, so that they have a hash."""
 
     __slots__ = ("_count", "_dtype", "_rows")
+
+    NAME: ClassVar[str]
+    """Of the argument that takes them."""
+    ROWS: ClassVar[int]
 
     _count: int
     _dtype: DType
@@ -47,6 +52,33 @@ class _Summed:
         self = cls.__new__(cls)
         self._count, self._rows, self._dtype = count, rows, dtype
         return self
+
+    def _check(self) -> Self:
+        """Itself, if it holds what it should: copies, pickles and assignments can make anything of it."""
+        count, dtype, rows = (getattr(self, name, None) for name in ("_count", "_dtype", "_rows"))
+        _check_parts.contents(self.NAME, count, dtype, rows, self.ROWS)
+        return self
+
+    def __getstate__(self) -> object:
+        return packed((self._count, self._dtype.name, self._rows))
+
+    def __setstate__(self, state: object) -> None:
+        with unpacked(type(self).__name__, state) as contents:
+            self._count, name, self._rows = contents
+            self._dtype = np.dtype(name)
+            self._check()
+
+    def __eq__(self, other: object) -> bool:
+        """Whether all is the same inside, bit for bit: a NaN is equal to itself, and 0.0 not to -0.0."""
+        if not isinstance(other, _Summed) or type(other) is not type(self):
+            return NotImplemented
+        return self._bits() == other._bits()
+
+    def __hash__(self) -> int:
+        return hash(self._bits())
+
+    def _bits(self) -> tuple[Any, ...]:
+        return self._count, self._dtype.name, self._rows.shape, self._rows.tobytes()
 
     @property
     def count(self) -> int:
@@ -79,7 +111,7 @@ class Moments(_Summed):
 
     The merge is that of Chan, Golub & LeVeque 1983, "Algorithms for computing the sample variance". Inside, all is
     kept in float64 and the mean in two pieces, which copies and pickles keep: merged in any order, moments give what
-    the whole batch gives, to rounding. Count 0 is the neutral element.
+    the whole batch gives, to rounding. Count 0 is the neutral element. `==` compares all that is inside, bit for bit.
 
     Parameters
     ----------
@@ -104,10 +136,12 @@ class Moments(_Summed):
 
     __slots__ = ()
 
+    NAME, ROWS = "moments", 3
+
     def __init__(self, count: int, mean: Array, m2: Array) -> None:
         self._count = _check.natural("count", count)
-        (first, second), self._dtype = _check.rows({"mean": mean, "m2": m2})
-        _check.not_negative("m2", second)
+        (first, second), self._dtype = _check_parts.rows({"mean": mean, "m2": m2})
+        _check_parts.not_negative("m2", second)
         rows = np.stack((first, np.zeros_like(first), second))
         self._rows = rows if self._count else np.zeros_like(rows)
 
@@ -124,12 +158,12 @@ class Moments(_Summed):
 
         Raises ValueError unless 0 <= correction < count.
         """
-        return self._rounded(self._rows[2:], self._count - _check.correction(correction, self._count))
+        return self._rounded(self._rows[2:], self._count - _check_parts.below(correction, self._count))
 
     def __add__(self, other: object) -> Moments:
         if not isinstance(other, Moments):
             return NotImplemented
-        _check.summed("moments", other, self.channels, self.dtype, "the other's")
+        _check_parts.summed("moments", other._check(), self._check().channels, self.dtype, "the other's")
         if not self._count or not other._count:
             return self if self._count else other
         rows = merged(self._rows, self._count, other._rows, other._count)
@@ -141,6 +175,8 @@ class Moments(_Summed):
 
 class Sums(_Summed):
     """What the gradients of a batch's statistics add up to; `+` and sum() give those of all its parts.
+
+    `==` compares all that is inside, bit for bit.
 
     Parameters
     ----------
@@ -164,9 +200,11 @@ class Sums(_Summed):
 
     __slots__ = ()
 
+    NAME, ROWS = "sums", 2
+
     def __init__(self, count: int, sum_dy: Array, sum_dy_xhat: Array) -> None:
         self._count = _check.natural("count", count)
-        self._rows, self._dtype = _check.rows({"sum_dy": sum_dy, "sum_dy_xhat": sum_dy_xhat})
+        self._rows, self._dtype = _check_parts.rows({"sum_dy": sum_dy, "sum_dy_xhat": sum_dy_xhat})
 
     @property
     def sum_dy(self) -> Array:
@@ -179,7 +217,7 @@ class Sums(_Summed):
     def __add__(self, other: object) -> Sums:
         if not isinstance(other, Sums):
             return NotImplemented
-        _check.summed("sums", other, self.channels, self.dtype, "the other's")
+        _check_parts.summed("sums", other._check(), self._check().channels, self.dtype, "the other's")
         with np.errstate(all="ignore"):
             return self._of(self._count + other._count, self._rows + other._rows, self._dtype)
 
@@ -198,9 +236,13 @@ def save(rows: Array, count: int, saved: Array) -> None:
 
 
 def blend(rows: Array, count: int, mean: Array | None, var: Array | None, momentum: float, correction: int) -> None:
-    """Into running statistics, where there are such, with the variance over count - correction."""
+    """Updates running statistics, where there are such: new = (1 - momentum) * old + momentum * batch.
+
+    The rows are mean, mean_low and m2 of the batch, whose variance is m2 / (count - correction). All is computed in
+    float64 and rounded once, to the dtype that each of the running statistics has: any float dtype, native.
+    """
     if mean is None or var is None:
         return
     with np.errstate(all="ignore"):
-        mean[...] = (1 - momentum) * mean.astype(FLOAT64) + momentum * (rows[0] + rows[1])
-        var[...] = (1 - momentum) * var.astype(FLOAT64) + momentum * (rows[2] / (count - correction))
+        for running, batch in ((mean, rows[0] + rows[1]), (var, rows[2] / (count - correction))):
+            running[...] = rounded((1 - momentum) * running.astype(FLOAT64) + momentum * batch, running.dtype)

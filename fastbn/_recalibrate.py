@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from . import _check
+from . import _check, _check_layer
 from ._moments import Moments
 from ._results import Cache
 from .layer import BatchNorm
@@ -26,7 +26,7 @@ class _Watched:
 
     def __init__(self, layer: BatchNorm) -> None:
         self.layer = layer
-        self.running = _check.tracked(layer.running_mean, layer.running_var)
+        self.running = _check_layer.tracked(layer.running_mean, layer.running_var)
         self.before = tuple(array.copy() for array in self.running)
         self.state = {name: getattr(layer, name) for name in self.RESTORED}
         self.seen: Moments | None = None
@@ -42,8 +42,8 @@ class _Watched:
     def statistics(self) -> tuple[Array, Array]:
         """The running statistics of all that was seen."""
         if self.seen is None:
-            _check.never_called(repr(self.layer))
-        return self.seen.mean, self.seen.var(self.layer._correction)
+            _check_layer.never_called(repr(self.layer))
+        return self.seen.mean, self.seen.var(self.layer.correction)
 
     def put_back(self) -> None:
         for name, value in self.state.items():
@@ -59,8 +59,8 @@ def recalibrate(layers: Iterable[BatchNorm], batches: Iterable[T], forward: Call
     """Sets running statistics to those of all values that the layers see, exactly, instead of a moving average.
 
     Calls forward(batch) for each batch, with the layers in training mode, and merges the moments of all their calls:
-    the variance between batches is in. The running variance is the unbiased one, or the biased one for the conventions
-    of Keras and ONNX. Everything else about the layers is afterwards as it was: their mode, num_batches_tracked, and
+    the variance between batches is in. The running variance is over M - correction, for the layer's correction and M
+    values in all. Everything else about the layers is afterwards as it was: their mode, num_batches_tracked, and
     what a pending `backward` needs.
 
     Parameters

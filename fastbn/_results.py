@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from . import _check, _check_parts
 from ._dtypes import DType, kind_of
+from ._format import packed, unpacked
 from ._moments import Moments
 from ._shape import positions_of
 from .backends import SAVED_ROWS
@@ -27,16 +30,18 @@ class Parts(NamedTuple):
     has_gamma: bool
     has_beta: bool
     mask: Array | None = None
-    """Of the positions' shape; None where all count."""
+    """Of the positions' shape; None where all count. With frozen statistics it tells which dx are 0 where dy is."""
     counted: int | None = None
     """Of the statistics, where they do not come from all values of x and from these alone."""
     from_y: bool = False
     """Whether x is y: the call was in place."""
+    virtual: int | None = None
+    """How many elements of axis 0 share their statistics; `saved` then has a row per slice: (rows, slices, C)."""
 
     @property
     def plain(self) -> bool:
         """Whether the first eight tell everything."""
-        return self.mask is None and self.counted is None and not self.from_y
+        return self.counted is None and self.mask is None and self.virtual is None and not self.from_y
 
     @property
     def channel_axis(self) -> int:
@@ -57,6 +62,17 @@ class Parts(NamedTuple):
     def statistics(self) -> DType:
         """The statistics dtype."""
         return kind_of(self.x.dtype).statistics
+
+    def slices(self) -> Iterator[tuple[slice, Parts]]:
+        """Of axis 0, those that share their statistics, each with parts of its own."""
+        size = len(self.x) if self.virtual is None else self.virtual
+        for i, start in enumerate(range(0, len(self.x), size)):
+            some = slice(start, start + size)
+            residual, mask = (None if array is None else array[some] for array in (self.residual, self.mask))
+            count = None if mask is None else int(np.count_nonzero(mask))
+            mask, count = (None, None) if mask is None or count == mask.size else (mask, count)
+            own = self._replace(x=self.x[some], residual=residual, mask=mask, counted=count, virtual=None)
+            yield some, own._replace(saved=np.ascontiguousarray(self.saved[:, i]))
 
 
 class Cache:
@@ -84,6 +100,15 @@ class Cache:
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
 
+    def __getstate__(self) -> object:
+        return packed(tuple(self._parts))
+
+    def __setstate__(self, state: object) -> None:
+        with unpacked("Cache", state) as contents:
+            parts = Parts(*contents)
+            _check_parts.cache(parts)
+            self._parts = parts
+
     def _row(self, name: str) -> Array:
         with np.errstate(all="ignore"):
             row: Array = self._parts.saved[SAVED_ROWS.index(name)].astype(self._parts.statistics)
@@ -103,13 +128,27 @@ class Cache:
 
     @property
     def count(self) -> Any:
-        return self._parts.total
+        if self._parts.virtual is None:
+            return self._parts.total
+        return np.array([parts.total for _, parts in self._parts.slices()])
 
     def _moments(self) -> Moments:
-        """Those that the call normalized with."""
+        """Those that the call normalized with; of virtual batches, those of all together."""
         saved = self._parts.saved
+        if self._parts.virtual is not None:
+            first, *others = (Cache(parts)._moments() for _, parts in self._parts.slices())
+            return sum(others, first)
         rows = np.stack((saved[0], saved[1], saved[2] * self.count))
         return Moments._of(self.count, rows, self._parts.statistics)
+
+
+def parts_of(cache: object) -> Parts:
+    """What a cache holds, checked, since pickles, copies and assignments can make anything of it."""
+    parts = getattr(_check.instance("cache", cache, Cache, _check_parts.FROM_FORWARD), "_parts", None)
+    if not isinstance(parts, Parts) or len(parts) != len(Parts._fields):
+        _check_parts.no_parts(parts)
+    _check_parts.cache(parts)
+    return parts
 
 
 class Forward(NamedTuple):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import _check, _config
-from ._call import parameters
+from . import _check, _check_layer, _config
+from ._call import contiguous, parameters
 from ._dtypes import FLOAT32, FLOAT64, DType, kind_of, native, rounded
+from ._format import packed, unpacked
 from .backends import get_num_threads, select
 from .ops import Activation, infer
 
@@ -70,14 +71,11 @@ class InferencePlan:
         axis: int = 1,
         activation: Activation = None,
     ) -> None:
-        mean, var = _check.given_statistics(running_mean, running_var)
-        g, b = (_check.parameter(name, p, mean.size) for name, p in (("gamma", gamma), ("beta", beta)))
-        statistics = kind_of(mean.dtype).statistics
-        g, b = parameters(g, b, statistics)
+        g, b, mean, var = _arrays(gamma, beta, running_mean, running_var)
         self._gamma, self._beta = (None if p is None else _own(p, p.dtype) for p in (g, b))
-        self._mean, self._var = _own(mean, statistics), _own(var, statistics)
+        self._mean, self._var = _own(mean, mean.dtype), _own(var, var.dtype)
         self._eps, self._axis = _check.eps(eps), _check.integer("axis", axis)
-        self._code, self._slope = _check.activation(activation)
+        _check.activation(activation)
         self._activation = activation
 
     def __call__(self, x: Array, out: Array | None = None, residual: Array | None = None) -> Array:
@@ -90,7 +88,7 @@ class InferencePlan:
             y = run(x, out, residual)
             if y is not None:
                 return y
-        _check.planned(x, self._mean, self._axis)
+        _check_layer.planned(x, _check.given_statistics(self._mean, self._var)[0], self._axis)
         return infer(
             x,
             self._gamma,
@@ -107,15 +105,26 @@ class InferencePlan:
     def _prepare(self, backend: str | None) -> _Run | None:
         plan = getattr(select(backend), "Plan", None)
         run: _Run | None = None
-        if plan is not None and abs(self._axis) < _MOST_AXES:
-            constants = self._gamma, self._beta, self._mean, self._var, self._eps
-            run = plan(*constants, self._axis, self._code, self._slope, get_num_threads).run
+        axis = _check.integer("axis", self._axis)
+        if plan is not None and abs(axis) < _MOST_AXES:
+            constants = *_arrays(self._gamma, self._beta, self._mean, self._var), _check.eps(self._eps)
+            run = plan(*constants, axis, *_check.activation(self._activation), get_num_threads).run
         self._prepared = backend, run
         return run
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> object:
         """Without what a backend prepared."""
-        return {name: value for name, value in self.__dict__.items() if name != "_prepared"}
+        return packed(
+            (self._gamma, self._beta, self._mean, self._var, self._eps, self._axis, self._activation),
+        )
+
+    def __setstate__(self, state: object) -> None:
+        with unpacked("InferencePlan", state) as contents:
+            *arrays, eps, axis, activation = contents
+            self._gamma, self._beta, self._mean, self._var = _arrays(*arrays)
+            self._eps, self._axis = _check.eps(eps), _check.integer("axis", axis)
+            _check.activation(activation)
+            self._activation = activation
 
     def __repr__(self) -> str:
         return (
@@ -126,6 +135,23 @@ class InferencePlan:
 
 _MOST_AXES = 64
 """Those of a NumPy array. A plan for an axis beyond refuses every x, in `infer`."""
+
+
+class _Arrays(NamedTuple):
+    """As backends take them."""
+
+    gamma: Array | None
+    beta: Array | None
+    mean: Array
+    var: Array
+
+
+def _arrays(gamma: object, beta: object, mean: object, var: object) -> _Arrays:
+    """Checked, since what was assigned or unpickled can be anything, too."""
+    m, v = _check.given_statistics(mean, var)
+    g, b = (_check.parameter(name, p, m.size) for name, p in (("gamma", gamma), ("beta", beta)))
+    statistics = kind_of(m.dtype).statistics
+    return _Arrays(*parameters(g, b, statistics), contiguous(m, statistics), contiguous(v, statistics))
 
 
 def _own(array: Array, dtype: DType) -> Array:

@@ -8,14 +8,17 @@ from typing import Any
 
 import numpy as np
 
-from . import _check
-from ._config import BACKENDS
-from ._dtypes import kind_of
+from . import _check, _check_layer
+from ._dtypes import DType, kind_of
+from ._format import packed, unpacked
 from ._results import Cache, Gradients
 from .ops import Activation, forward_as
 from .ops import backward as backward_of
 
 Array = np.ndarray[Any, Any]
+
+_set = object.__setattr__
+"""For what is known to be right."""
 
 
 class BatchNorm:
@@ -31,6 +34,8 @@ class BatchNorm:
     eps : float, finite and >= 0
     momentum : float from 0 to 1, or None
         The weight of the new value in the running statistics; None is the average over all batches so far.
+    correction : int >= 0
+        The running variance is over M - correction, M being the values per channel of a batch: unbiased by default.
     affine : bool
         Whether to have weight (gamma, which starts as ones) and bias (beta, zeros).
     track_running_stats : bool
@@ -47,11 +52,17 @@ class BatchNorm:
 
     Attributes
     ----------
-    weight, bias : arrays of shape (C,), or None
-    running_mean, running_var : arrays of shape (C,), or None
+    weight, bias : arrays of shape (C,), any float dtype
+        None only while `affine` is False.
+    running_mean, running_var : arrays of shape (C,), any float dtype
+        None only while `track_running_stats` is False.
     num_batches_tracked : int
         Calls in training; virtual batches of one call count as one.
     training : bool
+
+    All parameters are attributes, too, and what is assigned to an attribute is checked as the argument is, with the
+    same errors; num_features stays as it is. A name with a slip in it (`wieght`) raises AttributeError, but in
+    subclasses, which may have attributes of any name.
 
     >>> import numpy as np, fastbn
     >>> bn = fastbn.BatchNorm(3, dtype="float64")
@@ -65,12 +76,18 @@ class BatchNorm:
     (4, 3)
     """
 
+    _cache: Cache | None = None
+    _gradients: Gradients | None = None
+    _watch: Callable[[Cache], None] | None = None
+    """Called with the cache of each call in training, by `recalibrate`."""
+
     def __init__(
         self,
         num_features: int,
         *,
         eps: float = 1e-5,
         momentum: float | None = 0.1,
+        correction: int = 1,
         affine: bool = True,
         track_running_stats: bool = True,
         axis: int = 1,
@@ -79,23 +96,28 @@ class BatchNorm:
         backend: str | None = None,
         virtual_batch_size: int | None = None,
     ) -> None:
-        self.num_features = _check.count("num_features", num_features)
-        self.eps = _check.eps(eps)
-        self.momentum = None if momentum is None else _check.momentum(momentum)
-        self.affine = _check.flag("affine", affine)
-        self.track_running_stats = _check.flag("track_running_stats", track_running_stats)
-        self.axis = _check.integer("axis", axis)
-        _check.activation(activation)
+        self.num_features = num_features
+        self.eps = eps
+        self.momentum = momentum
+        self.correction = correction
+        self.affine = affine
+        self.track_running_stats = track_running_stats
+        self.axis = axis
         self.activation = activation
-        self.dtype = _check.dtype("dtype", dtype)
-        self.backend = backend if backend is None else _check.choice("backend", backend, BACKENDS)
-        self.virtual_batch_size = _check.virtual_batch(virtual_batch_size, self.axis)
+        self.dtype: DType = dtype
+        self.backend = backend
+        self.virtual_batch_size = virtual_batch_size
         self.training = True
-        self._correction = 1
-        self._cache: Cache | None = None
-        self._gradients: Gradients | None = None
-        self._watch: Callable[[Cache], None] | None = None
         self.reset_parameters()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Assigns what the layer can work with, or raises and changes nothing. Reading costs nothing."""
+        check = _check_layer.ASSIGNED.get(name)
+        if check is not None:
+            value = check(self, value)
+        elif type(self) is BatchNorm and not hasattr(self, name):
+            _check_layer.unlike_an_attribute(name)
+        _set(self, name, value)
 
     def reset_parameters(self) -> None:
         """Weight ones, bias zeros, and the running statistics as before any batch."""
@@ -108,12 +130,20 @@ class BatchNorm:
 
     @classmethod
     def keras(
-        cls, num_features: int, *, momentum: float = 0.99, epsilon: float = 1e-3, axis: int = -1, **kwargs: Any
+        cls,
+        num_features: int,
+        *,
+        momentum: float = 0.99,
+        epsilon: float = 1e-3,
+        axis: int = -1,
+        correction: int = 0,
+        **kwargs: Any,
     ) -> BatchNorm:
         """A layer with the conventions of keras.layers.BatchNormalization.
 
-        `momentum` multiplies the OLD value, the running variance is the biased one, channels come last, and
-        epsilon is 1e-3. Other arguments are those of BatchNorm.
+        `momentum` multiplies the OLD value, the running variance is the biased one (correction=1 is for the fused
+        kernels of TensorFlow, which have the unbiased one), channels come last, and epsilon is 1e-3. Other arguments
+        are those of BatchNorm.
 
         >>> import fastbn
         >>> bn = fastbn.BatchNorm.keras(8)
@@ -121,18 +151,24 @@ class BatchNorm:
         (-1, 0.001, 0.01)
         """
         eps = _check.eps(epsilon, "epsilon")
-        bn = cls(num_features, momentum=1 - _check.momentum(momentum), eps=eps, axis=axis, **kwargs)
-        bn._correction = 0
-        return bn
+        new = 1 - _check.momentum(momentum)
+        return cls(num_features, momentum=new, eps=eps, axis=axis, correction=correction, **kwargs)
 
     @classmethod
     def onnx(
-        cls, num_features: int, *, momentum: float = 0.9, epsilon: float = 1e-5, axis: int = 1, **kwargs: Any
+        cls,
+        num_features: int,
+        *,
+        momentum: float = 0.9,
+        epsilon: float = 1e-5,
+        axis: int = 1,
+        correction: int = 0,
+        **kwargs: Any,
     ) -> BatchNorm:
         """A layer with the conventions of ONNX's BatchNormalization (opset 15).
 
-        `momentum` multiplies the OLD value and the running variance is the biased one. Other arguments are those of
-        BatchNorm.
+        `momentum` multiplies the OLD value and the running variance is the biased one (opsets before 14 leave that
+        open: correction=1 is the unbiased one). Other arguments are those of BatchNorm.
 
         >>> import fastbn
         >>> bn = fastbn.BatchNorm.onnx(8)
@@ -140,9 +176,8 @@ class BatchNorm:
         (1, 1e-05, 0.1)
         """
         eps = _check.eps(epsilon, "epsilon")
-        bn = cls(num_features, momentum=1 - _check.momentum(momentum), eps=eps, axis=axis, **kwargs)
-        bn._correction = 0
-        return bn
+        new = 1 - _check.momentum(momentum)
+        return cls(num_features, momentum=new, eps=eps, axis=axis, correction=correction, **kwargs)
 
     def __call__(
         self, x: Array, *, residual: Array | None = None, out: Array | None = None, mask: Array | None = None
@@ -152,20 +187,22 @@ class BatchNorm:
         Raises TypeError if x has not the layer's dtype, ValueError if it has not its channels, and whatever
         `forward` and `infer` raise; then nothing has been changed.
         """
-        x = _check.of_layer(x, self.num_features, self.axis, self.dtype)
+        x = _check_layer.of_layer(x, self.num_features, self.axis, self.dtype)
         batch = self.training or not self.track_running_stats
         tracks = self.training and self.track_running_stats
         statistics = (self.running_mean, self.running_var) if tracks or not batch else (None, None)
         batches = self.num_batches_tracked if self.momentum is None else None
-        y, self._cache = forward_as(
-            *(self._correction, batches, x, self.weight, self.bias, *statistics, batch),
-            1 / (self.num_batches_tracked + 1) if self.momentum is None else self.momentum,
+        momentum = 1 / (self.num_batches_tracked + 1) if self.momentum is None else self.momentum
+        y, cache = forward_as(
+            *(batches, x, self.weight, self.bias, *statistics, batch, momentum, self.correction),
             *(self.eps, self.axis, mask, self.activation, residual, out, self.backend, None),
             self.virtual_batch_size if self.training else None,
         )
-        self.num_batches_tracked += tracks
-        if tracks and self._watch is not None:
-            self._watch(self._cache)
+        _set(self, "_cache", cache)
+        if tracks:
+            _set(self, "num_batches_tracked", self.num_batches_tracked + 1)
+            if self._watch is not None:
+                self._watch(cache)
         return y
 
     def backward(self, dy: Array, *, out: Array | None = None) -> Array:
@@ -194,54 +231,80 @@ class BatchNorm:
 
     def parameters(self) -> dict[str, Array]:
         """The arrays to train, by name: "weight" and "bias", themselves and not copies. Empty without affine."""
-        if self.weight is None or self.bias is None:
-            return {}
-        return {"weight": self.weight, "bias": self.bias}
+        return {name: array for name, array in self._state().items() if name in ("weight", "bias")}
 
     def gradients(self) -> dict[str, Array]:
         """The gradients of `parameters()` from the last `backward`, by the same names."""
-        if self._gradients is None or self._gradients.dgamma is None or self._gradients.dbeta is None:
+        if self._gradients is None:
             return {}
-        return {"weight": self._gradients.dgamma, "bias": self._gradients.dbeta}
+        found = {"weight": self._gradients.dgamma, "bias": self._gradients.dbeta}
+        return {name: gradient for name, gradient in found.items() if gradient is not None}
 
-    def state_dict(self) -> dict[str, Array]:
-        """Copies of all arrays, under the names and in the dtypes of torch's BatchNorm1d/2d/3d."""
-        state = {name: array.copy() for name, array in self._state().items()}
-        if self.track_running_stats:
-            state["num_batches_tracked"] = np.array(self.num_batches_tracked, np.int64)
+    def state_dict(self, prefix: str = "") -> dict[str, Array]:
+        """Copies of all arrays, under the names of torch's BatchNorm1d/2d/3d behind the prefix.
+
+        >>> import fastbn
+        >>> list(fastbn.BatchNorm(3, track_running_stats=False).state_dict("layer1.bn."))
+        ['layer1.bn.weight', 'layer1.bn.bias']
+        """
+        prefix = _check_layer.prefixed(prefix)
+        state = {prefix + name: array.copy() for name, array in self._state().items()}
+        if self._counter() is not None:
+            state[f"{prefix}{self._counter()}"] = np.array(self.num_batches_tracked, np.int64)
         return state
+
+    def _counter(self) -> str | None:
+        """The name of the counter in a state that has one: beside running statistics, as in torch."""
+        return None if self.running_mean is None and self.running_var is None else "num_batches_tracked"
 
     def _state(self) -> dict[str, Array]:
         names = ("weight", "bias", "running_mean", "running_var")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes over a state of the same layer, or of torch's, whose values may be tensors.
+    def load_state_dict(self, state: Mapping[str, Any], prefix: str = "") -> None:
+        """Takes over a state of the same layer, or of torch's, whose values may be tensors of any float dtype.
 
-        Raises ValueError or TypeError, with nothing changed, if a name is missing or unknown or a shape or kind is
-        another. As in torch, num_batches_tracked may be missing.
+        With a prefix such as "layer1.bn.", the state of a whole network, of which the names behind the prefix count.
+        As in torch, num_batches_tracked may be missing, and may have shape (1,); it may be a float that is whole.
+
+        Raises ValueError or TypeError, with nothing changed, if a name is missing or unknown, a shape or kind is
+        another, a value too large for the layer's dtype, or an array of the layer read-only.
+
+        >>> import numpy as np, fastbn
+        >>> network = {"bn.weight": np.full(3, 2.0), "bn.bias": np.zeros(3), "linear.weight": np.ones((3, 3))}
+        >>> bn = fastbn.BatchNorm(3, track_running_stats=False)
+        >>> bn.load_state_dict(network, prefix="bn.")
+        >>> bn.weight
+        array([2., 2., 2.], dtype=float32)
         """
         arrays = self._state()
-        tracked = "num_batches_tracked" if self.track_running_stats else None
-        found = _check.state("state", state, arrays, optional=tracked)
-        batches = found.pop("num_batches_tracked", None)
+        found = _check_layer.state(state, _check_layer.prefixed(prefix), arrays, self._counter())
+        batches = found.pop("num_batches_tracked", self.num_batches_tracked)
         for name, array in found.items():
-            arrays[name][...] = array
-        if batches is not None:
-            self.num_batches_tracked = int(batches)
+            np.copyto(np.asarray(arrays[name]), array)
+        self.num_batches_tracked = batches
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> object:
         """Copies and pickles carry the state of the layer, not what a pending `backward` needs."""
-        return {**self.__dict__, "_cache": None, "_gradients": None, "_watch": None}
+        pending = ("_cache", "_gradients", "_watch")
+        return packed({name: value for name, value in self.__dict__.items() if name not in pending})
+
+    def __setstate__(self, state: object) -> None:
+        with unpacked(type(self).__name__, state) as contents:
+            others = dict(contents)
+            for name in _check_layer.ASSIGNED:
+                setattr(self, name, others.pop(name))
+            self.__dict__.update(others)
 
     def __copy__(self) -> BatchNorm:
         """A layer with arrays of its own: two that train must not share them."""
         return copy.deepcopy(self)
 
     def __repr__(self) -> str:
+        correction = "" if self.correction == 1 else f", correction={self.correction}"
         virtual = "" if self.virtual_batch_size is None else f", virtual_batch_size={self.virtual_batch_size}"
         return (
-            f"BatchNorm({self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, "
-            f"track_running_stats={self.track_running_stats}, axis={self.axis}, activation={self.activation!r}, "
-            f"dtype={str(self.dtype)!r}{virtual})"
+            f"BatchNorm({self.num_features}, eps={self.eps}, momentum={self.momentum}{correction}, "
+            f"affine={self.affine}, track_running_stats={self.track_running_stats}, axis={self.axis}, "
+            f"activation={self.activation!r}, dtype={str(self.dtype)!r}{virtual})"
         )

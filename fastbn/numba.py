@@ -34,15 +34,15 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 
 try:
-    import numba
+    from numba import types
 except ImportError as error:
     raise ImportError('fastbn.numba needs Numba: pip install "fastbn[numba]"') from error
 from llvmlite import binding  # type: ignore[import-untyped]
-from numba import types
 from numba.core.errors import TypingError
 from numba.extending import overload
 
 from ._activations import BY_NAME, DEFAULT_SLOPE
+from ._jit import jit
 from .backends import SAVED_ROWS, select
 
 Array = np.ndarray[Any, Any]
@@ -159,6 +159,14 @@ def _address_of(array: Any) -> Any:
 
 
 @_by_type
+def _extent(array: Any) -> Any:
+    """The addresses between which its elements lie; none for None."""
+    if _is_none(array):
+        return lambda array: (np.uint64(0), np.uint64(0))
+    return lambda array: (np.uint64(array.ctypes.data), np.uint64(array.ctypes.data + array.nbytes))
+
+
+@_by_type
 def _or_none(array: Any) -> Any:
     """The array itself, whose default was None."""
     return (lambda array: None) if _is_none(array) else (lambda array: array)
@@ -267,13 +275,7 @@ def _code_and_slope(activation: Any) -> Any:
 # What is known when it runs ------------------------------------------------------------------------------------------
 
 
-def _jit(function: Callable[..., Any]) -> Any:
-    """Compiles on the first call, and keeps it on disk."""
-    njit: Any = numba.njit
-    try:
-        return njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # nowhere on disk may be written
-        return njit(nogil=True)(function)
+_jit = jit(nogil=True, cache=True)
 
 
 @_jit
@@ -289,6 +291,23 @@ def _wrong_axis(axis: int, dimensions: int) -> None:
 @_jit
 def _too_few(values: int) -> None:
     raise ValueError(f"x: got {values} values per channel; allowed: 2 or more to train")
+
+
+@_jit
+def _expect_threads(threads: int) -> None:
+    if not 1 <= threads <= _MOST_THREADS:
+        raise ValueError(f"threads: got {threads}; allowed: 1 to {_MOST_THREADS}")
+
+
+_MOST_THREADS = 1024
+
+
+@_jit
+def _expect_apart(name: str, written: Any, others: Any) -> None:
+    """Memory that is written, shared with none of the others: pairs of a name and an extent."""
+    for other, extent in others:
+        if written[0] < extent[1] and extent[0] < written[1]:
+            raise ValueError(f"{name}: got memory shared with {other}; allowed: an array of its own")
 
 
 @_jit
@@ -325,8 +344,6 @@ def _expect(status: int) -> None:
         raise ValueError("out: got memory shared with an input; allowed: an array of its own, or x itself for infer")
     if status == _BAD_ACTIVATION:
         raise ValueError("activation: got a slope that is not finite; allowed: a finite number")
-    if status == _BAD_THREADS:
-        raise ValueError("threads: got a number below 1; allowed: a positive integer")
     if status == _BAD_EPS:
         raise ValueError("eps: got a number that is negative or not finite; allowed: finite and >= 0")
     if status == _BAD_MOMENTUM:
@@ -335,7 +352,7 @@ def _expect(status: int) -> None:
         raise RuntimeError("fastbn.h refuses the call")
 
 
-_NO_MEMORY, _OVERLAP, _BAD_ACTIVATION, _BAD_THREADS, _BAD_EPS, _BAD_MOMENTUM = -1, 3, 5, 7, 8, 9
+_NO_MEMORY, _OVERLAP, _BAD_ACTIVATION, _BAD_EPS, _BAD_MOMENTUM = -1, 3, 5, 8, 9
 
 
 @_jit
@@ -355,6 +372,7 @@ def infer(
     """`fastbn.infer` in jitted code; out may be x itself."""
     dtype = _dtype_code(x)
     outer, channels, inner = _three_of(x, axis)
+    _expect_threads(threads)
     code, slope = _code_and_slope(activation)
     g, b = _gamma(gamma, x, channels), _beta(beta, x, channels)
     mean, var = _mean(running_mean, x, channels), _var(running_var, x, channels)
@@ -386,6 +404,7 @@ def forward(
     """`fastbn.forward` in jitted code: (y, cache)."""
     dtype = _dtype_code(x)
     outer, channels, inner = _three_of(x, axis)
+    _expect_threads(threads)
     code, slope = _code_and_slope(activation)
     g, b = _gamma(gamma, x, channels), _beta(beta, x, channels)
     mean, var = _mean(running_mean, x, channels), _var(running_var, x, channels)
@@ -397,6 +416,10 @@ def forward(
             _too_few(outer * inner)
         if not (_is_writable(running_mean) and _is_writable(running_var)):
             raise ValueError("running_mean, running_var: got a read-only array; allowed: writable ones")
+        inputs = ("x", _extent(x)), ("residual", _extent(residual)), ("gamma", _extent(gamma)), ("beta", _extent(beta))
+        results = ("out", _extent(out)), ("running_var", _extent(running_var))
+        _expect_apart("running_mean", _extent(running_mean), inputs + results)
+        _expect_apart("running_var", _extent(running_var), inputs + results[:1])
     elif running_mean is None:
         raise ValueError("running_mean, running_var: got None; allowed: arrays where training is not True")
     y: Array = _result(out, x)
@@ -418,6 +441,7 @@ def backward(dy: Array, cache: Cache, out: Array | None = None, threads: int = 1
     """`fastbn.backward` in jitted code: (dx, dgamma, dbeta, dresidual)."""
     x = cache.x
     outer, channels, inner = _three_of(x, cache.axis)
+    _expect_threads(threads)
     upstream, added = _dy(dy, x), _residual(cache.residual, x)
     dx = _result(out, x)
     dgamma, dbeta = _statistics_like(x, channels), _statistics_like(x, channels)

@@ -6,11 +6,10 @@ from typing import Any, cast
 
 import numpy as np
 
-from . import _batch, _check, _ghost
+from . import _batch, _check, _check_parts, _ghost
 from ._call import check
-from ._ghost import GhostCache
 from ._moments import Moments, Sums
-from ._results import Cache, Forward, Gradients, Parts
+from ._results import Cache, Forward, Gradients, Parts, parts_of
 from .backends import get_num_threads, select, threads_of
 
 Array = np.ndarray[Any, Any]
@@ -26,6 +25,7 @@ def forward(
     *,
     training: bool = True,
     momentum: float = 0.1,
+    correction: int = 1,
     eps: float = 1e-5,
     axis: int = 1,
     mask: Array | None = None,
@@ -49,10 +49,14 @@ def forward(
     gamma, beta : arrays of shape (C,), any float dtype, or None
         Scale and shift; None means ones and zeros.
     running_mean, running_var : arrays of shape (C,), each of any float dtype, both or neither
-        In training, updated in place: (1 - momentum) * old + momentum * batch, with the unbiased batch variance.
+        In training, updated in place: (1 - momentum) * old + momentum * batch.
     training : bool
         False normalizes with the running statistics, which are then required and left alone.
     momentum : float, 0 to 1
+    correction : int, 0 to M - 1
+        The running variance gets the sum of squares over M - correction, for the M values per channel that count (of
+        the moments, if given; of each virtual batch): the unbiased variance by default, as in PyTorch, and the biased
+        one with 0, as in Keras, ONNX and Flax. With training=False it is not used.
     eps : float, finite and >= 0
         With eps == 0 a constant channel still gives beta exactly.
     axis : int
@@ -105,13 +109,12 @@ def forward(
            [ 1.,  1.]])
     """
     return forward_as(
-        *(1, None, x, gamma, beta, running_mean, running_var, training, momentum, eps, axis, mask, activation),
-        *(residual, out, backend, moments, virtual_batch_size),
+        *(None, x, gamma, beta, running_mean, running_var, training, momentum, correction, eps, axis, mask),
+        *(activation, residual, out, backend, moments, virtual_batch_size),
     )
 
 
 def forward_as(
-    correction: int,
     batches: int | None,
     x: Array,
     gamma: Array | None,
@@ -120,6 +123,7 @@ def forward_as(
     running_var: Array | None,
     training: bool,
     momentum: float,
+    correction: int,
     eps: float,
     axis: int,
     mask: Array | None,
@@ -130,10 +134,9 @@ def forward_as(
     moments: Moments | None,
     virtual_batch_size: int | None,
 ) -> Forward:
-    """`forward` in a layer's convention.
+    """`forward`; with `batches`, running statistics are the average over that many calls and this one.
 
-    The running variance is the sum of squares over M - correction (0 is Keras's convention). With `batches`, running
-    statistics are the average over that many calls, and momentum is 1 / (batches + 1).
+    Momentum is then 1 / (batches + 1).
     """
     chosen = select(backend)
     express = getattr(chosen, "express_forward", None)
@@ -148,7 +151,7 @@ def forward_as(
             given = gamma is not None, beta is not None
             return Forward(y, Cache(Parts(*_batch.own(x, residual), saved, axis, not training, activation, *given)))
     training = _check.flag("training", training)
-    momentum = _check.momentum(momentum)
+    momentum, correction = _check.momentum(momentum), _check.correction(correction)
     call = check(
         *(x, gamma, beta, running_mean, running_var, eps, axis, mask, activation, residual, out),
         updates=training,
@@ -156,19 +159,16 @@ def forward_as(
     )
     size = _check.virtual_batch(virtual_batch_size, call.axis)
     if moments is not None:
-        moments = _check.instance("moments", moments, Moments, "Moments, or None")
-        _check.moments(moments, call.x.shape[call.axis], call.statistics, training, size)
+        moments = _check.instance("moments", moments, Moments, "Moments, or None")._check()
+        _check_parts.moments(moments, call.x.shape[call.axis], call.statistics, training, size)
     if not training:
         return Forward(call.out, Cache(_batch.freeze(call, chosen, threads_of(chosen))))
-    cache: Cache
     if size is None:
-        cache = Cache(_batch.train(call, momentum, correction, moments, chosen, threads_of(chosen)))
+        parts = _batch.train(call, momentum, correction, moments, chosen, threads_of(chosen))
     else:
-        slices = _ghost.slices_of(call, size)
-        momenta = _ghost.momenta(momentum, batches, len(slices))
-        cache = _ghost.train(call, slices, momenta, correction, chosen, threads_of(chosen))
+        parts = _ghost.train(call, size, batches, momentum, correction, chosen, threads_of(chosen))
     call.put_running_back()
-    return Forward(call.out, cache)
+    return Forward(call.out, Cache(parts))
 
 
 def infer(
@@ -258,19 +258,20 @@ def backward(
     (True, True)
     """
     chosen = select(backend)
-    parts = _check.instance("cache", cache, Cache, "the cache that fastbn.forward returned")._parts
+    parts = getattr(cache, "_parts", None)
     express = getattr(chosen, "express_backward", None)
-    if express is not None and sums is None and parts.plain and type(cache) is Cache:
+    if express is not None and sums is None and type(cache) is Cache and type(parts) is Parts and parts.plain:
         gradients = express(dy, *parts[:8], out, get_num_threads)
         if gradients is not None:
             return Gradients(*gradients)
+    parts = parts_of(cache)
     if sums is not None:
-        _check.whole("sums", isinstance(cache, GhostCache))
-        sums = _check.instance("sums", sums, Sums, "Sums, or None")
-        _check.sums(sums, parts.saved.shape[1], parts.statistics, None if parts.frozen else parts.total)
+        _check_parts.whole("sums", parts.virtual)
+        sums = _check.instance("sums", sums, Sums, "Sums, or None")._check()
+        _check_parts.sums(sums, parts.saved.shape[1], parts.statistics, None if parts.frozen else parts.total)
     asked = _batch.wanted(dy, parts, out)
-    if isinstance(cache, GhostCache):
-        dgamma, dbeta = _ghost.backward(asked, cache, chosen, threads_of(chosen))
+    if parts.virtual is not None:
+        dgamma, dbeta = _ghost.backward(asked, parts, chosen, threads_of(chosen))
     else:
         dgamma, dbeta = _batch.backward(asked, parts, sums, chosen, threads_of(chosen))
     return Gradients(asked.out, dgamma, dbeta, asked.residual_gradient)
@@ -311,6 +312,6 @@ def backward_sums(dy: Array, cache: Cache, *, backend: str | None = None) -> Sum
     True
     """
     chosen = select(backend)
-    parts = _check.instance("cache", cache, Cache, "the cache that fastbn.forward returned")._parts
-    _check.whole("cache", isinstance(cache, GhostCache))
+    parts = parts_of(cache)
+    _check_parts.whole("cache", parts.virtual)
     return _batch.backward_sums(dy, parts, chosen, threads_of(chosen))

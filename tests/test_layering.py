@@ -22,13 +22,17 @@ in_checkout = pytest.mark.skipif(not SRC_C.is_dir(), reason="src_c is not beside
 # Python --------------------------------------------------------------------------------------------------------------
 
 FLOORS = (
-    {"_activations", "_dtypes", "_shape"},
+    {"_activations", "_built", "_dtypes", "_shape"},
     {"_check"},
-    {"_config", "_cgroup"},
+    {"_config", "_cgroup", "_format"},
     {"_threads"},
-    {"backends"},
+    {"backends", "_check_layer"},
+    {"_check_parts"},
+    {"_cache_dir", "_moments"},
+    {"_jit"},
+    {"backends.numba_loops"},
     {"backends.c_backend", "backends.numba_backend", "backends.numpy_backend"},
-    {"_moments", "_call", "_info", "_embed", "numba"},
+    {"_call", "_info", "_embed", "numba"},
     {"_results"},
     {"_blocks"},
     {"_batch"},

@@ -246,7 +246,11 @@ def _moments(shape: tuple[int, ...] = (24, 5, 3), dtype: str = "float32") -> Any
 BAD_MOMENTS: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] = {
     "channels": (lambda: _moments((24, 4, 3)), ValueError, ("moments", "4", "5")),
     "dtype": (lambda: _moments(dtype="float64"), TypeError, ("moments", "float64", "float32")),
-    "a number": (lambda: 0, TypeError, ("moments", "int")),
+    "a sum of nothing": (lambda: sum([]), TypeError, ("moments", "0 (int)", "Moments, or None")),
+    "a number": (lambda: np.float32(1), TypeError, ("moments", "1.0", "float32", "Moments, or None")),
+    "a string": (lambda: "m", TypeError, ("moments", "'m' (str)", "Moments, or None")),
+    "a class": (lambda: fastbn.Moments, TypeError, ("moments", "type", "Moments, or None")),
+    "sums": (lambda: fastbn.Sums(72, np.zeros(5), np.zeros(5)), TypeError, ("moments", "Sums", "Moments, or None")),
     "a tuple": (lambda: (np.zeros(5), np.ones(5)), TypeError, ("moments", "tuple")),
     "one value": (lambda: fastbn.moments(cases.call((1, 5)).x), ValueError, ("moments", "1", "2 or more")),
     "no value": (lambda: fastbn.moments(cases.call((0, 5)).x), ValueError, ("moments", "0", "2 or more")),
@@ -357,3 +361,85 @@ def test_bad_correction() -> None:
     for wrong in ("1", None, [1]):
         with pytest.raises(TypeError, match="correction"):
             m.var(correction=wrong)
+
+
+@pytest.mark.parametrize("given", [sum([]), 1.5, "s", b"s", np.int64(3), False], ids=repr)
+def test_bad_sums_are_shown(any_backend: cases.Kernel, given: Any) -> None:
+    """0 is what sum() gives for no sums at all."""
+    c = cases.call((24, 5, 3))
+    arguments = {"dy": c.dy, "cache": fastbn.forward(c.x).cache, "sums": given}
+    assert_refused(fastbn.backward, arguments, TypeError, "sums", repr(given), type(given).__name__, "Sums, or None")
+
+
+def test_a_number_that_python_does_not_print() -> None:
+    """Of more than 4300 digits: the message is still about the argument."""
+    x = np.ones((4, 5))
+    for name in ("moments", "eps", "momentum", "axis", "correction", "training", "activation", "mask", "backend"):
+        with pytest.raises((TypeError, ValueError), match=f"{name}.*allowed"):
+            fastbn.forward(x, **{name: 10**5000})
+    with pytest.raises(ValueError, match=r"virtual_batch_size.*allowed"):
+        fastbn.forward(x, virtual_batch_size=10**5000, moments=fastbn.moments(x))
+    for name in ("num_features", "num_batches_tracked"):
+        with pytest.raises(ValueError, match=f"{name}.*allowed"):
+            setattr(fastbn.BatchNorm(5), name, 10**5000)
+
+
+# Equality ------------------------------------------------------------------------------------------------------------
+
+
+def _pair(kind: type[Any], count: int = 3, first: Any = (1.0, 2.0), second: Any = (3.0, 4.0), dtype: Any = "f8") -> Any:
+    return kind(count, np.array(first, dtype), np.array(second, dtype))
+
+
+@pytest.mark.parametrize("kind", [fastbn.Moments, fastbn.Sums])
+def test_equal(kind: Any) -> None:
+    """To what has all the same inside, as its hash is."""
+    one = _pair(kind)
+    for other in (_pair(kind), copy.copy(one), copy.deepcopy(one), pickle.loads(pickle.dumps(one))):
+        assert one == other
+        assert (one != other) is False
+        assert hash(one) == hash(other)
+        assert {one: "found"}[other] == "found"
+    nan = _pair(kind, first=(np.nan, 2.0))
+    assert nan == _pair(kind, first=(np.nan, 2.0))
+    assert hash(nan) == hash(_pair(kind, first=(np.nan, 2.0)))
+
+
+@pytest.mark.parametrize("kind", [fastbn.Moments, fastbn.Sums])
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"count": 4},
+        {"first": (1.0, np.nextafter(2.0, 3))},
+        {"second": (3.0, 5.0)},
+        {"first": (np.nan, 2.0)},
+        {"first": (1.0,), "second": (3.0,)},
+        {"dtype": "f4"},
+    ],
+    ids=str,
+)
+def test_not_equal(kind: Any, changed: dict[str, Any]) -> None:
+    one, other = _pair(kind), _pair(kind, **changed)
+    assert one != other
+    assert (one == other) is False
+    assert hash(one) != hash(other)
+
+
+def test_equal_to_the_last_digit(any_backend: cases.Kernel) -> None:
+    """What is kept beside the mean counts, too; the same batch in the same parts gives the same."""
+    x = cases.call((24, 5, 3), offset=1e6).x
+    parts = [fastbn.moments(part) for part in np.split(x, 4)]
+    assert sum(parts) == sum(fastbn.moments(part) for part in np.split(x.copy(), 4))
+    total = fastbn.moments(x)
+    rounded = fastbn.Moments(total.count, total.mean, total.m2)
+    assert rounded.mean.tolist() == total.mean.tolist()
+    assert rounded != total
+    assert _pair(fastbn.Sums, first=(0.0, 1.0)) != _pair(fastbn.Sums, first=(-0.0, 1.0))
+
+
+def test_equal_to_nothing_else() -> None:
+    moments, sums = _pair(fastbn.Moments), _pair(fastbn.Sums)
+    for one, other in ((moments, sums), (sums, moments), (moments, 0), (moments, None), (sums, "x"), (moments, (3, 1))):
+        assert one != other
+        assert (one == other) is False
+        assert type(one).__eq__(one, other) is NotImplemented

@@ -324,7 +324,7 @@ def test_sums(activation: str, shape: tuple[int, int, int], dtype: str) -> None:
     activation_, slope = ACTIVATIONS[activation]
     saved = forward(c, activation_, slope, residual=True).saved
     sums = np.empty((2, shape[1]))
-    numba_backend.backward_sums(c.dy, c.x, c.residual, saved, activation_, slope, False, sums, 1)
+    numba_backend.backward_sums(c.dy, c.x, c.residual, None, saved, activation_, slope, False, sums, 1)
     alone = backward(c, saved, activation_, slope, residual=True)
     given = backward(c, saved, activation_, slope, residual=True, sums=sums)
     for name in alone:
@@ -346,7 +346,7 @@ def test_parts_of_a_batch(dtype: str) -> None:
     for part in parts:
         y.append(infer(part, None, None, saved, SILU))
         some = np.empty((2, 20))
-        numba_backend.backward_sums(part.dy, part.x, None, saved, SILU, 0, False, some, 1)
+        numba_backend.backward_sums(part.dy, part.x, None, None, saved, SILU, 0, False, some, 1)
         sums += some
     cases.assert_same_bits(np.concatenate(y), whole.y)
     wanted = backward(c, whole.saved, SILU)
@@ -375,7 +375,7 @@ def test_from_y(activation: str, residual: bool, shape: tuple[int, int, int], dt
     wanted = backward(c, saved, activation_, slope, residual, dy=dy)
     got = backward(c, saved, activation_, slope, residual, from_y=y, dy=dy)
     sums = np.empty((2, shape[1]))
-    numba_backend.backward_sums(dy, y, c.residual if residual else None, saved, activation_, slope, True, sums, 1)
+    numba_backend.backward_sums(dy, y, c.residual if residual else None, None, saved, activation_, slope, True, sums, 1)
     cases.assert_same_bits(got["dgamma"], sums[1].astype(dtype))
     exact = exact_forward(c, activation_, slope, residual, None)
     parts = abs(exact.z) + abs(column(c.beta)) + (abs(c.residual) if residual else 0)
@@ -422,7 +422,7 @@ def test_empty(shape: tuple[int, int, int], dtype: str) -> None:
     infer(c, c.beta, c.gamma, saved)
     np.testing.assert_allclose(saved[3], 1 / np.sqrt(1 + EPS))
     assert (backward(c, saved, frozen=True)["dgamma"] == 0).all()
-    numba_backend.backward_sums(x, x, None, saved, IDENTITY, 0.0, False, sums, 1)
+    numba_backend.backward_sums(x, x, None, None, saved, IDENTITY, 0.0, False, sums, 1)
     assert (sums == 0).all()
 
 
@@ -479,7 +479,7 @@ def everything(c: Call, threads: int) -> tuple[Array, ...]:
     y, saved, *running = forward(c, SILU, residual=True, mask=c.mask, threads=threads)
     into, sums = np.empty((3, c.x.shape[1])), np.empty((2, c.x.shape[1]))
     numba_backend.moments(c.x, None, into, threads)
-    numba_backend.backward_sums(c.dy, c.x, None, saved, RELU, 0.0, False, sums, threads)
+    numba_backend.backward_sums(c.dy, c.x, None, None, saved, RELU, 0.0, False, sums, threads)
     gradients = backward(c, saved, SILU, residual=True, mask=c.mask, threads=threads)
     inverted = backward(c, saved, IDENTITY, from_y=c.x, threads=threads)
     inferred = infer(c, saved[0], saved[2], None, RELU, threads=threads)
@@ -666,7 +666,7 @@ def test_layer(layer: str, script: str, tmp_path: Path, cache_folder: Path) -> N
     environment = {
         "NUMBA_THREADING_LAYER": layer,
         "NUMBA_NUM_THREADS": "4",
-        "NUMBA_CACHE_DIR": str(cache_folder),
+        "FASTBN_CACHE_DIR": str(cache_folder),
     }
     done = cases.run_python(START + SCRIPTS[script], tmp_path, timeout=240, **environment)
     if "No threading layer could be loaded" in done.stderr:
@@ -688,7 +688,7 @@ def test_a_second_process_compiles_nothing(tmp_path: Path) -> None:
     """It writes nothing new into the cache, and Numba's own events tell of no compilation."""
     script = "from numba.core import event\n" + "with event.install_recorder('numba:compile') as compiled:\n"
     script += "".join(f"    {line}\n" for line in CACHED.splitlines()) + "print(len(compiled.buffer))"
-    environment = {"NUMBA_CACHE_DIR": str(tmp_path / "cache"), "NUMBA_NUM_THREADS": "2"}
+    environment = {"FASTBN_CACHE_DIR": str(tmp_path / "cache"), "NUMBA_NUM_THREADS": "2"}
     seen = []
     for _ in range(2):
         done = cases.run_python(script, tmp_path, timeout=240, **environment)

@@ -27,8 +27,9 @@ class Backend(Protocol):
 
     Inputs arrive validated, outputs allocated. x, residual, y, dy, dx and dresidual are C-contiguous
     (outer, channels, inner) of one dtype; y may be x. gamma and beta are (channels,), in one dtype, float64 or the
-    statistics dtype. Running statistics, dgamma and dbeta are (channels,), contiguous, in the statistics dtype. mask
-    is bool (outer, inner), contiguous: at least one True, two for forward. `activation` is a code of
+    statistics dtype. dgamma and dbeta are (channels,), contiguous, in the statistics dtype; so are running statistics,
+    mean and var, but each in a float dtype of its own, native. mask is bool (outer, inner), contiguous, and any byte
+    but 0 is True: at least one, two for forward, any number for gradients. `activation` is a code of
     fastbn._activations, and slope is leaky_relu's. Any of the arrays annotated with None may be absent.
     """
 
@@ -80,6 +81,7 @@ class Backend(Protocol):
         dy: Array,
         x: Array,
         residual: Array | None,
+        mask: Array | None,
         saved: Array,
         activation: int,
         slope: float,
@@ -87,7 +89,10 @@ class Backend(Protocol):
         sums: Array,
         threads: int,
     ) -> None:
-        """Fills sums, float64 (2, channels): the sums over all positions of dz and of dz * xhat."""
+        """Fills sums, float64 (2, channels): the sums of dz and of dz * xhat.
+
+        They are over all positions, but for those where mask is False and dy is 0, which add nothing.
+        """
 
     def backward(
         self,
@@ -110,8 +115,9 @@ class Backend(Protocol):
     ) -> None:
         """The gradient of forward (not frozen) or infer (frozen), with `sums` or else those of its own positions.
 
-        `count` values per channel made the statistics, and mask tells which of x's were among them. from_y: x holds
-        y, of no activation or of leaky_relu with slope > 0.
+        `count` values per channel made the statistics, and mask tells which of x's were among them. Where it is False
+        and dy is 0, dx and dresidual are 0, whatever x, the residual and the statistics are. from_y: x holds y, of no
+        activation or of leaky_relu with slope > 0. dx may be dy.
         """
 
     def describe(self) -> dict[str, str]:

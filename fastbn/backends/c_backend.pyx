@@ -206,7 +206,7 @@ cdef double *saved_of(cnp.ndarray saved, Sizes sizes) except? NULL:
 
 def forward(
     cnp.ndarray x not None, cnp.ndarray residual, cnp.ndarray mask, cnp.ndarray gamma, cnp.ndarray beta,
-    cnp.ndarray running_mean, cnp.ndarray running_var, double momentum, int correction, double eps, int activation,
+    cnp.ndarray running_mean, cnp.ndarray running_var, double momentum, double correction, double eps, int activation,
     double slope, cnp.ndarray y not None, cnp.ndarray saved not None, int threads,
 ):
     cdef c.fbn_problem p

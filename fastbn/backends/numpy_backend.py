@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from .._activations import Activation
+from .._moments import blend
 
 Array = np.ndarray[Any, Any]
 
@@ -16,6 +17,11 @@ DTYPES = frozenset({"float16", "bfloat16", "float32", "float64"})
 def _column(per_channel: Array) -> Array:
     """(channels,) -> (channels, 1), which broadcasts over (outer, channels, inner)."""
     return per_channel[:, np.newaxis]
+
+
+def _truth(mask: Array | None) -> Array | None:
+    """A mask of which any byte but 0 is True, as one of True and False."""
+    return None if mask is None else mask.view(np.uint8) != 0
 
 
 def _where(mask: Array | None) -> Any:
@@ -179,16 +185,15 @@ def forward(
     threads: int,
 ) -> None:
     """Ioffe & Szegedy 2015, algorithm 1."""
-    count = x.shape[0] * x.shape[2] if mask is None else np.count_nonzero(mask)
+    mask = _truth(mask)
+    count = x.shape[0] * x.shape[2] if mask is None else int(np.count_nonzero(mask))
     rows = np.empty((3, x.shape[1]))
     with np.errstate(all="ignore"):
         centred = _moments(x, mask, rows)
         mean, low, m2 = rows
         _save(saved, mean, low, m2 / count, eps, gamma, beta)
         _activate(_preactivation(centred, residual, saved), activation, slope, y)
-        if running_mean is not None and running_var is not None:
-            running_mean[...] = (1 - momentum) * running_mean.astype(np.float64) + momentum * (mean + low)
-            running_var[...] = (1 - momentum) * running_var.astype(np.float64) + momentum * m2 / (count - correction)
+    blend(rows, count, running_mean, running_var, momentum, correction)
 
 
 def infer(
@@ -218,13 +223,14 @@ def infer(
 def moments(x: Array, mask: Array | None, into: Array, threads: int) -> None:
     """Of the values where mask is True; the mean in two pieces."""
     with np.errstate(all="ignore"):
-        _moments(x, mask, into)
+        _moments(x, _truth(mask), into)
 
 
 def backward_sums(
     dy: Array,
     x: Array,
     residual: Array | None,
+    mask: Array | None,
     saved: Array,
     activation: int,
     slope: float,
@@ -234,8 +240,28 @@ def backward_sums(
 ) -> None:
     """Of dz, dbeta, and of dz * xhat, dgamma: Ioffe & Szegedy 2015, section 3."""
     with np.errstate(all="ignore"):
-        dz = _dz(dy, x, residual, saved, activation, slope, from_y)
-        _add_up(dz, _xhat(x, residual, saved, activation, slope, from_y), sums)
+        dz, xhat = _dz_and_xhat(dy, x, residual, _truth(mask), saved, activation, slope, from_y)
+        _add_up(dz, xhat, sums)
+
+
+def _dz_and_xhat(
+    dy: Array,
+    x: Array,
+    residual: Array | None,
+    mask: Array | None,
+    saved: Array,
+    activation: int,
+    slope: float,
+    from_y: bool,
+) -> tuple[Array, Array]:
+    """Both are 0 where the mask is False and dy is 0: such a position is nothing to any gradient, whatever x may be."""
+    dz = _dz(dy, x, residual, saved, activation, slope, from_y)
+    xhat = _xhat(x, residual, saved, activation, slope, from_y)
+    if mask is not None:
+        nothing = (dy == 0) & ~_where(mask)
+        np.copyto(dz, 0, where=nothing)
+        np.copyto(xhat, 0, where=nothing)
+    return dz, xhat
 
 
 def _add_up(dz: Array, xhat: Array, sums: Array) -> None:
@@ -263,10 +289,11 @@ def backward(
 ) -> None:
     """Ioffe & Szegedy 2015, section 3, the gradients gathered by input; values that mask leaves out move no other."""
     with np.errstate(all="ignore"):
-        dz = _dz(dy, x, residual, saved, activation, slope, from_y)
+        mask = _truth(mask)
+        dz, xhat = _dz_and_xhat(dy, x, residual, mask, saved, activation, slope, from_y)
+        nothing = None if mask is None else (dy == 0) & ~_where(mask)
         if dresidual is not None:
             dresidual[...] = dz
-        xhat = _xhat(x, residual, saved, activation, slope, from_y)
         if sums is None:
             sums = np.empty((2, x.shape[1]))
             _add_up(dz, xhat, sums)
@@ -281,6 +308,8 @@ def backward(
                 np.copyto(xhat, 0, where=~_where(mask))
             dz -= xhat
         dz *= _column(saved[4] * saved[3])
+        if nothing is not None:
+            np.copyto(dz, 0, where=nothing)
         dx[...] = dz
 
 

@@ -1,0 +1,47 @@
+"""Is this fastbn built? In a checkout that is not, `import fastbn` says so, rather than use a slower backend."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+
+EXTENSION = "fastbn.backends.c_backend"
+UNKNOWN = "0+unknown"
+FOLDER = Path(__file__).resolve().parent
+
+
+@cache
+def is_built() -> bool:
+    """Whether the compiled extension is there."""
+    return find_spec(EXTENSION) is not None
+
+
+def version_here() -> str:
+    """The version that is installed; unknown where this folder is not what was installed, or nothing was."""
+    try:
+        return version("fastbn") if is_built() else UNKNOWN
+    except PackageNotFoundError:
+        return UNKNOWN
+
+
+def require() -> None:
+    """Raises ImportError unless the extension is there, or FASTBN_BACKEND names a backend that does not need it."""
+    if is_built() or os.environ.get("FASTBN_BACKEND") in ("numba", "numpy"):
+        return
+    checkout = FOLDER.parent
+    if (checkout / "setup.py").is_file():
+        why = (
+            "It is a source checkout that was not built. Python finds it before an installed fastbn if it was started "
+            "in that folder; then start it in another one"
+        )
+        command = f'python -m pip install -e "{checkout}"'
+    else:
+        why, command = "The installation is not complete", "python -m pip install --force-reinstall fastbn"
+    raise ImportError(
+        f"fastbn was imported from {FOLDER}, where its compiled extension, {EXTENSION}, is missing. {why}, or run:\n\n"
+        f"    {command}\n\n"
+        "FASTBN_BACKEND=numpy or FASTBN_BACKEND=numba uses that backend, which does not need the extension."
+    )

@@ -1,0 +1,249 @@
+"""Is what layers and plans are given valid? Their x, attributes that are assigned, and states that are loaded."""
+
+from __future__ import annotations
+
+import difflib
+import operator
+from collections.abc import Callable, Iterable, Mapping
+from itertools import combinations
+from typing import Any, NoReturn
+
+import numpy as np
+
+from . import _check
+from ._check import _array, _names, _overlaps_itself, _refuse, kind, shown
+from ._config import BACKENDS
+from ._dtypes import KINDS, DType, find, is_float, kind_of, native
+
+Array = np.ndarray[Any, Any]
+
+# What they normalize -------------------------------------------------------------------------------------------------
+
+
+def of_layer(value: object, channels: int, channel_axis: int, layer_dtype: DType) -> Array:
+    """An x for a layer: of its dtype, with its channels."""
+    x = _check.data("x", value)
+    if native(x.dtype) != layer_dtype:
+        _refuse(TypeError, "x", f"dtype {x.dtype}", f"the layer's dtype {layer_dtype}")
+    found = x.shape[_check.axis(channel_axis, x)]
+    if found != channels:
+        _refuse(ValueError, "x", f"shape {x.shape} with {found} channels", f"the layer's {channels} channels")
+    return x
+
+
+def planned(value: object, mean: Array, channel_axis: int) -> None:
+    """An x for a plan: with its channels, and of its statistics dtype."""
+    x = _check.data("x", value)
+    found = x.shape[_check.axis(channel_axis, x)]
+    if found != mean.size:
+        _refuse(ValueError, "x", f"shape {x.shape} with {found} channels", f"the plan's {mean.size} channels")
+    if kind_of(x.dtype).statistics != mean.dtype:
+        _refuse(TypeError, "x", f"dtype {x.dtype}", f"one whose statistics dtype is the plan's, {mean.dtype}")
+
+
+def tracked(mean: Array | None, var: Array | None) -> tuple[Array, Array]:
+    """The running statistics of a layer that has them."""
+    if mean is None or var is None:
+        _refuse(ValueError, "layers", "one without running statistics", "layers with track_running_stats=True")
+    return mean, var
+
+
+def never_called(layer: str) -> NoReturn:
+    """A layer that is to be recalibrated sees a batch."""
+    _refuse(ValueError, "layers", f"{layer}, which forward(batch) never called", "layers that see a batch")
+
+
+# Attributes that are assigned ----------------------------------------------------------------------------------------
+
+
+def _features(layer: Any, value: object) -> int:
+    count, made_with = _check.count("num_features", value), getattr(layer, "num_features", value)
+    if count != made_with:
+        _refuse(ValueError, "num_features", shown(count), f"{made_with}, which the layer was made with")
+    return count
+
+
+def _kept(flag: str, names: tuple[str, str]) -> Callable[[Any, object], bool]:
+    """Of affine and track_running_stats: arrays may be missing where it is False."""
+
+    def check(layer: Any, value: object) -> bool:
+        result = _check.flag(flag, value)
+        missing = [name for name in names if getattr(layer, name, 0) is None]
+        if result and missing:
+            _refuse(ValueError, flag, f"True beside {missing[0]}=None", f"False, or True once {missing[0]} is an array")
+        return result
+
+    return check
+
+
+def _array_of(name: str, flag: str) -> Callable[[Any, object], Array | None]:
+    """Of weight, bias and the running statistics, which calls update in place."""
+    updated = name.startswith("running")
+
+    def check(layer: Any, value: object) -> Array | None:
+        shape = (layer.num_features,)
+        allowed = f"a NumPy array of shape {shape} and any float dtype"
+        if value is None and not getattr(layer, flag):
+            return None
+        if not isinstance(value, np.ndarray):
+            allowed += f", since {flag} is True" if value is None else "" if getattr(layer, flag) else ", or None"
+            _refuse(TypeError, name, kind(value), allowed)
+        array = _array(name, value)
+        if not (find(array.dtype) if updated else is_float(array.dtype)):
+            _refuse(TypeError, name, f"dtype {array.dtype}", _names(KINDS) if updated else "any float dtype")
+        if array.shape != shape:
+            _refuse(ValueError, name, f"shape {array.shape}", f"{shape}, one value per channel of the layer")
+        if updated:
+            _writable(name, array)
+        for other in _ARRAYS if updated else _ARRAYS[2:]:
+            held = getattr(layer, other, None)
+            if held is not None and other != name and _check.overlap(array, held):
+                _refuse(ValueError, name, f"memory shared with {other}", "an array of its own")
+        return value
+
+    return check
+
+
+def _writable(name: str, array: Array) -> None:
+    if not array.flags.writeable:
+        _refuse(ValueError, name, "a read-only array", "a writable one, since it is written to")
+    if _overlaps_itself(array):
+        _refuse(ValueError, name, f"strides {array.strides}", "an array whose elements do not overlap")
+
+
+def _axis(layer: Any, value: object) -> int:
+    index = _check.integer("axis", value)
+    _check.virtual_batch(getattr(layer, "virtual_batch_size", None), index)
+    return index
+
+
+def _activation(layer: Any, value: object) -> object:
+    _check.activation(value)
+    return value
+
+
+ASSIGNED: dict[str, Callable[[Any, Any], object]] = {
+    "num_features": _features,
+    "eps": lambda layer, value: _check.eps(value),
+    "momentum": lambda layer, value: None if value is None else _check.momentum(value),
+    "correction": lambda layer, value: _check.correction(value),
+    "affine": _kept("affine", ("weight", "bias")),
+    "track_running_stats": _kept("track_running_stats", ("running_mean", "running_var")),
+    "axis": _axis,
+    "activation": _activation,
+    "dtype": lambda layer, value: _check.dtype("dtype", value),
+    "backend": lambda layer, value: None if value is None else _check.choice("backend", value, BACKENDS),
+    "virtual_batch_size": lambda layer, value: _check.virtual_batch(value, layer.axis),
+    "training": lambda layer, value: _check.flag("training", value),
+    "weight": _array_of("weight", "affine"),
+    "bias": _array_of("bias", "affine"),
+    "running_mean": _array_of("running_mean", "track_running_stats"),
+    "running_var": _array_of("running_var", "track_running_stats"),
+    "num_batches_tracked": lambda layer, value: _check.natural("num_batches_tracked", value),
+}
+"""By attribute, in an order in which all can be assigned: what a layer, with those that it has, takes for a value."""
+
+_ARRAYS = ("weight", "bias", "running_mean", "running_var")
+
+ELSEWHERE = {
+    "gamma": "weight",
+    "beta": "bias",
+    "epsilon": "eps",
+    "moving_mean": "running_mean",
+    "moving_var": "running_var",
+    "moving_variance": "running_var",
+}
+"""What functions of fastbn, and other libraries, call attributes of a layer."""
+
+
+def unlike_an_attribute(name: str) -> None:
+    """A further attribute of a layer, whose name is none of its own with a slip."""
+    lower = name.lower()
+    close = difflib.get_close_matches(lower, ASSIGNED, n=1, cutoff=0.75)
+    meant = ELSEWHERE.get(lower) or (close[0] if close else None)
+    if meant is not None:
+        raise AttributeError(f"BatchNorm has no attribute {shown(name)}; did you mean {meant!r}?")
+
+
+# States that are loaded ----------------------------------------------------------------------------------------------
+
+
+def state(value: Mapping[str, Any], prefix: str, arrays: Mapping[str, Array], optional: str | None) -> dict[str, Any]:
+    """What to write into `arrays`, by their names, and the integer `optional`, if it is there.
+
+    `value` has them under their names behind `prefix`, and others only where there is a prefix.
+    """
+    if not isinstance(value, Mapping):
+        _refuse(TypeError, "state", kind(value), "a mapping from names to arrays")
+    names = [key for key in value if not prefix or (isinstance(key, str) and key.startswith(prefix))]
+    _names_of_state(names, prefix, arrays, optional)
+    _targets(arrays)
+    found: dict[str, Any] = {}
+    for key in names:
+        name, given = f"state[{key!r}]", _loadable(f"state[{key!r}]", value[key])
+        own = key[len(prefix) :]
+        found[own] = _counter(name, given) if own == optional else _state_array(name, given, arrays[own])
+    return found
+
+
+def _names_of_state(names: list[Any], prefix: str, arrays: Iterable[str], optional: str | None) -> None:
+    wanted = [prefix + name for name in arrays]
+    if set(names) - ({prefix + optional} if optional else set()) == set(wanted):
+        return
+    given = f"the names {_names(names)}" if names else "no name"
+    beside = f" with the prefix {prefix!r}" if prefix else ""
+    may_be = f"; {prefix}{optional} may be there, too" if optional else ""
+    _refuse(ValueError, "state", given + beside, f"{_names(wanted)}{may_be}")
+
+
+def prefixed(prefix: object) -> str:
+    """What the names of a state begin with."""
+    if not isinstance(prefix, str):
+        _refuse(TypeError, "prefix", kind(prefix), 'a string such as "layer1.bn."')
+    return prefix
+
+
+def _targets(arrays: Mapping[str, Array]) -> None:
+    """The layer's arrays can all be filled."""
+    for name, array in arrays.items():
+        _writable(name, array)
+    for one, other in combinations(arrays, 2):
+        if _check.overlap(arrays[one], arrays[other]):
+            _refuse(ValueError, one, f"memory shared with {other}", "an array of its own, to load a state into")
+
+
+def _loadable(name: str, value: Any) -> Array:
+    """An array; of a torch tensor on any device, of any dtype, that requires a gradient or not."""
+    try:
+        if callable(getattr(value, "detach", None)) and callable(getattr(value, "is_floating_point", None)):
+            value = value.detach().cpu()
+            value = value.double() if value.is_floating_point() else value  # NumPy has no bfloat16
+    except Exception as error:  # that of a tensor without data, for one
+        raise TypeError(f"{name}: got {type(value).__name__}; allowed: an array or a tensor ({error})") from error
+    return _array(name, value)
+
+
+def _state_array(name: str, value: Array, like: Array) -> Array:
+    if not is_float(value.dtype):
+        _refuse(TypeError, name, f"dtype {value.dtype}", "any float dtype")
+    if value.shape != like.shape:
+        _refuse(ValueError, name, f"shape {value.shape}", f"shape {like.shape}")
+    with np.errstate(all="ignore"):
+        cast = value.astype(like.dtype)
+    if (np.isinf(cast) & ~np.isinf(value)).any():
+        _refuse(ValueError, name, f"values up to {abs(value).max()}", f"what {like.dtype} can hold")
+    return cast
+
+
+def _counter(name: str, value: Array) -> int:
+    """One integer; a float that is whole counts as one."""
+    if value.size != 1:
+        _refuse(TypeError, name, f"shape {value.shape}", "one integer >= 0")
+    given = value.item()
+    if is_float(value.dtype) and float(given).is_integer():
+        given = int(given)
+    if isinstance(given, bool) or not hasattr(given, "__index__"):
+        _refuse(TypeError, name, shown(given), "one integer >= 0")
+    if not 0 <= operator.index(given) < 2**63:
+        _refuse(ValueError, name, shown(given), "one integer from 0 to 2**63 - 1")
+    return operator.index(given)

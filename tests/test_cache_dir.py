@@ -1,0 +1,229 @@
+"""Does what Numba compiles for fastbn lie in the cache folder, and is what was damaged there compiled anew?"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import cases
+import numpy as np
+import pytest
+
+from fastbn._cache_dir import cache_dir
+
+pytest.importorskip("numba", reason='Numba is not installed: pip install "fastbn[numba]"')
+
+MODULE = """
+from fastbn._jit import jit
+
+@jit(cache=True, nogil=True)
+def half(x):
+    return x * 0.5
+"""
+
+RUN = """
+import numba, warnings
+before = numba.config.CACHE_DIR
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    from jitted import half
+    assert numba.config.CACHE_DIR == before
+    assert half(3.0) == 1.5
+for warning in caught:
+    print(warning.category.__name__, warning.message)
+print("hits", sum(half.stats.cache_hits.values()), half.stats.cache_path)
+"""
+
+
+def run(folder: Path, where: Path, script: str = RUN, **environment: str) -> list[str]:
+    """What it prints, line by line."""
+    environment = {"FASTBN_CACHE_DIR": str(folder), "PYTHONPATH": paths(SOURCES), **environment}
+    done = cases.run_python(script, where, timeout=240, **environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def paths(folder: Path) -> str:
+    return os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+
+
+SOURCES = Path(tempfile.mkdtemp())
+"""Where a module of functions lies that are kept as the backend's are, but compiled in no time."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def sources() -> Iterator[None]:
+    (SOURCES / "jitted.py").write_text(MODULE, encoding="utf-8")
+    yield
+    shutil.rmtree(SOURCES)
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache folder with what one call compiles; to be copied."""
+    folder = tmp_path_factory.mktemp("filled")
+    assert run(folder / "cache", folder)[-1].startswith("hits 0")
+    assert run(folder / "cache", folder)[-1].startswith("hits 1")
+    return folder / "cache"
+
+
+@pytest.fixture
+def folder(filled: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(filled, tmp_path / "cache"))
+
+
+def files(folder: Path, pattern: str) -> list[Path]:
+    found = list(folder.rglob(pattern))
+    assert found
+    return found
+
+
+DAMAGES: dict[str, Any] = {
+    "truncated": lambda content: content[: len(content) // 2],
+    "short of a byte": lambda content: content[:-1],
+    "garbage": lambda content: np.random.default_rng(0).bytes(len(content)),
+    "empty": lambda content: b"",
+    "longer": lambda content: content + b"\0",
+}
+FLIP = {"one bit": lambda content: content[:600] + bytes([content[600] ^ 4]) + content[601:]}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "damage"), [("*.nbc", name) for name in (*DAMAGES, *FLIP)] + [("*.nbi", name) for name in DAMAGES]
+)
+def test_damaged_files(folder: Path, tmp_path: Path, pattern: str, damage: str) -> None:
+    """A warning that names the folder, the right numbers, and a cache that is whole again."""
+    for path in files(folder, pattern):
+        path.write_bytes({**DAMAGES, **FLIP}[damage](path.read_bytes()))
+    warning, hits = run(folder, tmp_path)
+    assert warning.startswith(f"RuntimeWarning damaged files in {folder}")
+    assert hits.startswith("hits 0")
+    (hits,) = run(folder, tmp_path)
+    assert hits.startswith("hits 1")
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\0 garbage", None], ids=["empty", "garbage", "missing"])
+def test_without_the_list_nothing_is_believed(folder: Path, tmp_path: Path, content: bytes | None) -> None:
+    for path in files(folder, "checksums"):
+        path.unlink() if content is None else path.write_bytes(content)
+    assert run(folder, tmp_path)[-1].startswith("hits 0")
+    assert run(folder, tmp_path)[-1].startswith("hits 1")
+
+
+def test_a_file_that_is_missing(folder: Path, tmp_path: Path) -> None:
+    for path in files(folder, "*.nbc"):
+        path.unlink()
+    assert run(folder, tmp_path)[0].startswith("hits 0")
+    assert run(folder, tmp_path)[0].startswith("hits 1")
+
+
+def test_where_nothing_can_be_written(tmp_path: Path) -> None:
+    """A file in the folder's place, and a folder below a file: compiled without a cache."""
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert run(folder, tmp_path) == ["hits 0 None"]
+    home = {"HOME": str(tmp_path / "file"), "XDG_CACHE_HOME": "", "LOCALAPPDATA": str(tmp_path / "file")}
+    assert run(Path(), tmp_path, FASTBN_CACHE_DIR="", **home) == ["hits 0 None"]
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="permissions do not stop this user")
+def test_read_only_folder(folder: Path, tmp_path: Path) -> None:
+    for path in (folder, *folder.rglob("*")):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    try:
+        assert run(folder, tmp_path) == ["hits 0 None"]
+    finally:
+        for path in (folder, *folder.rglob("*")):
+            path.chmod(0o755)
+
+
+def test_a_folder_that_refuses(tmp_path: Path) -> None:
+    """Whoever the user is: every attempt to write a file fails, as in a folder that may only be read."""
+    refuse = "import tempfile\ndef refuse(*_, **__):\n    raise PermissionError\ntempfile.TemporaryFile = refuse\n"
+    assert run(tmp_path / "cache", tmp_path, refuse + RUN) == ["hits 0 None"]
+
+
+USERS = """
+import numba, numpy as np
+import fastbn.numba as fbn
+
+@numba.njit(cache=True)
+def layer(x):
+    return fbn.forward(x).y
+
+layer(np.array([[1.0], [3.0]]))
+print(layer.stats.cache_path)
+print(fbn.forward.stats.cache_path)
+"""
+
+
+def test_users_functions_keep_their_place(tmp_path: Path) -> None:
+    """Beside their source, or where NUMBA_CACHE_DIR says, even though they call fastbn's."""
+    (tmp_path / "layers.py").write_text(USERS, encoding="utf-8")
+    for given, wanted in (({}, tmp_path), ({"NUMBA_CACHE_DIR": str(tmp_path / "theirs")}, tmp_path / "theirs")):
+        theirs, ours = run(tmp_path / "ours", tmp_path, "import layers", PYTHONPATH=paths(tmp_path), **given)
+        assert wanted in Path(theirs).parents
+        assert tmp_path / "ours" in Path(ours).parents
+        assert list(Path(theirs).glob("layers.layer*.nbi"))
+        assert not list((tmp_path / "ours").rglob("*layer*"))
+
+
+WRITTEN = """
+import sys, pathlib
+import numpy as np, fastbn
+package = pathlib.Path(fastbn.__file__).parent
+before = {path for path in package.rglob("*") if "__pycache__" not in path.parts}
+x = np.ones((4, 3))
+with fastbn.use_backend("numba"):
+    y, cache = fastbn.forward(x)
+    fastbn.backward(x, cache)
+    if "c" in fastbn.backends():
+        import fastbn.numba
+        fastbn.numba.forward(x)
+print({path for path in package.rglob("*") if "__pycache__" not in path.parts} == before)
+print([str(path) for path in package.rglob("*.nb[ic]")])
+"""
+
+
+def test_nothing_is_written_into_the_package(tmp_path: Path) -> None:
+    """A copy of the package, that earlier versions may not have written into."""
+    import fastbn
+
+    package = Path(fastbn.__file__).parent
+    shutil.copytree(package, tmp_path / "site" / "fastbn", ignore=shutil.ignore_patterns("*.nb[ic]"))
+    environment = {**os.environ, "PYTHONPATH": paths(tmp_path / "site"), "FASTBN_CACHE_DIR": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [sys.executable, "-c", WRITTEN], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=240
+    )
+    assert done.stdout.splitlines() == ["True", "[]"], done.stderr
+    assert files(tmp_path / "cache", "*.nbc")
+
+
+def test_where_the_folder_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("FASTBN_CACHE_DIR", str(tmp_path / "mine"))
+    assert cache_dir() == tmp_path / "mine"
+    monkeypatch.delenv("FASTBN_CACHE_DIR")
+    monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
+    for platform, variable, inside in (
+        ("linux", "XDG_CACHE_HOME", ".cache"),
+        ("darwin", "", "Library/Caches"),
+        ("win32", "LOCALAPPDATA", "AppData/Local"),
+    ):
+        monkeypatch.setattr(sys, "platform", platform)
+        if variable:
+            monkeypatch.setenv(variable, str(tmp_path / "given"))
+            assert cache_dir() == tmp_path / "given" / "fastbn"
+            monkeypatch.setenv(variable, "relative" if platform == "linux" else "")
+        assert cache_dir() == tmp_path / "home" / inside / "fastbn"
+
+    def homeless() -> Path:
+        raise RuntimeError
+
+    monkeypatch.setattr(Path, "home", homeless)
+    assert cache_dir() is None
