@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import cache
+from itertools import product
 from typing import Any, NamedTuple
 
 import cases
@@ -132,7 +133,7 @@ FRACTION = {"float16": (10, -14), "bfloat16": (7, -126), "float32": (23, -126), 
 def ulp(exact: Array, dtype: np.dtype[Any]) -> Array:
     bits, least = FRACTION[dtype.name]
     _, exponent = np.frexp(np.where(np.isfinite(exact), abs(exact), 1))
-    return np.ldexp(LONG(1), np.maximum(exponent - 1, least) - bits)
+    return np.ldexp(exact.dtype.type(1), np.maximum(exponent - 1, least) - bits)
 
 
 def allowed_for(ulps: float, dtype: np.dtype[Any]) -> float:
@@ -165,7 +166,9 @@ class Expected:
         assert np.array_equal(nan, self.nan), f"{z[nan != self.nan][:5]} {where}"
         assert (got[np.isposinf(self.exact)] == np.inf).all(), where
         assert (got[np.isneginf(self.exact)] == -np.inf).all(), where
-        error = abs(got[self.places].astype(LONG) - self.exact[self.places]) / self.bound
+        error = abs(got[self.places].astype(self.exact.dtype) - self.exact[self.places]) / self.bound
+        if not error.size:
+            return
         worst = int(np.argmax(error))
         allowed = allowed_for(self.ulps, self.dtype)
         assert error[worst] <= allowed, f"{float(error[worst]):.4g} ulp off at {z[self.places][worst]!r} {where}"
@@ -191,16 +194,17 @@ class Way(NamedTuple):
         return f"on {self.isa} in {rows}, as {'x' if self.residual is None else 'the residual'}"
 
 
-def ways(values: Array) -> Iterator[Way]:
+def ways(
+    values: Array, *, layouts: tuple[bool, ...] = (False, True), as_residual: tuple[bool, ...] = (False, True)
+) -> Iterator[Way]:
     """All of them, with the instruction set selected."""
     before = c_backend.isa()
     try:
         for name in cases.isas():
             c_backend.select_isa(name)
-            for by_rows in (False, True):
+            for by_rows, residual in product(layouts, as_residual):
                 z = shaped(values, by_rows)
-                yield Way(name, z, None)
-                yield Way(name, np.zeros_like(z), z)
+                yield Way(name, np.zeros_like(z), z) if residual else Way(name, z, None)
     finally:
         c_backend.select_isa(before)
 
@@ -230,6 +234,39 @@ def test_gradient(data_dtype: np.dtype[Any], activation: Activation) -> None:
         expected.check(got.dx, z, str(way))
         if got.dresidual is not None:
             cases.assert_same_bits(got.dresidual, got.dx)
+
+
+@pytest.mark.parametrize("slope", [0.01, 1 / 3, -0.5, 3.0])
+@pytest.mark.parametrize("half", ["float16", "bfloat16"])
+def test_slopes_of_leaky_relu(half: str, slope: float) -> None:
+    """Of every half. The slope itself is rounded to float32."""
+    dtype = dtype_named(half)
+    z = points(dtype)
+    wide = z.astype(LONG)
+    exact = np.where(wide > 0, wide, wide * LONG(slope))
+    gradient = np.where(wide > 0, LONG(1), LONG(slope))
+    expected, expected_slope = (Expected(Answer(each, each, 2), dtype) for each in (exact, gradient))
+    for way in ways(z):
+        behind = c_calls.Behind(Activation.LEAKY_RELU, slope, way.residual)
+        got = c_calls.infer(way.x, None, None, behind)
+        expected.check(got.y, z, str(way))
+        back = c_calls.backward(np.ones_like(way.x), way.x, got.saved, behind, frozen=True)
+        expected_slope.check(back.dx, z, str(way))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("activation", Activation)
+def test_every_float32(activation: Activation) -> None:
+    """All 2**32 of them, against the formula in float64."""
+    dtype, size = np.dtype(np.float32), 1 << 21
+    function, ulps = FUNCTIONS[activation]
+    for start in range(0, 1 << 32, size):
+        z = np.arange(start, start + size, dtype=np.uint64).astype(np.uint32).view(dtype)
+        exact = function(z.astype(np.float64)).astype(np.float64)
+        expected = Expected(Answer(exact, exact, ulps), dtype)
+        for way in ways(z, layouts=(False,), as_residual=(False,)):
+            got = c_calls.infer(way.x, None, None, c_calls.Behind(activation, SLOPE)).y
+            expected.check(got, z, str(way))
 
 
 ENDS = {
