@@ -63,10 +63,10 @@ static fbn_status check_eps(double eps) { return isfinite(eps) && eps >= 0 ? FBN
 
 static int is_dtype(fbn_dtype dtype) { return (int)dtype >= FBN_F32 && (int)dtype <= FBN_BF16; }
 
-/* A struct of arguments, by its size. */
-static fbn_status check_args(const size_t *args, size_t size) {
+/* A struct of arguments, by its size, which is its first member. */
+static fbn_status check_args(const void *args, size_t size) {
     if (!args) return FBN_NULL_POINTER;
-    return *args == size ? FBN_OK : FBN_BAD_SIZE;
+    return *(const size_t *)args == size ? FBN_OK : FBN_BAD_SIZE;
 }
 
 /* ---- pointers ---- */
@@ -133,7 +133,7 @@ static fbn_status check_normal(const fbn_problem *p, const fbn_parameters *param
 }
 
 fbn_status fbn_check_forward(const fbn_problem *p, const fbn_forward_args *a, const void *workspace) {
-    fbn_status status = check_args(&a->size, sizeof *a);
+    fbn_status status = check_args(a, sizeof *a);
     if (!status) status = check_normal(p, &a->parameters, a->eps);
     if (!status) status = check_running(p, &a->running);
     if (!status) status = check_map(p, a->x, a->residual, a->y);
@@ -142,7 +142,7 @@ fbn_status fbn_check_forward(const fbn_problem *p, const fbn_forward_args *a, co
 }
 
 fbn_status fbn_check_infer(const fbn_problem *p, const fbn_infer_args *a, const void *workspace) {
-    fbn_status status = check_args(&a->size, sizeof *a);
+    fbn_status status = check_args(a, sizeof *a);
     if (!status) status = check_normal(p, &a->parameters, a->eps);
     if (!status) status = check_both(p, a->statistics.mean, a->statistics.var, a->statistics.dtype);
     if (!status) status = check_map(p, a->x, a->residual, a->y);
@@ -151,7 +151,7 @@ fbn_status fbn_check_infer(const fbn_problem *p, const fbn_infer_args *a, const 
 }
 
 fbn_status fbn_check_apply(const fbn_problem *p, const fbn_apply_args *a, const void *workspace) {
-    fbn_status status = check_args(&a->size, sizeof *a);
+    fbn_status status = check_args(a, sizeof *a);
     if (!status) status = check_normal(p, &a->parameters, a->eps);
     if (!status) status = check_map(p, a->x, a->residual, a->y);
     if (!status) status = check_array(a->saved, FBN_F64, p->channels);
@@ -159,7 +159,7 @@ fbn_status fbn_check_apply(const fbn_problem *p, const fbn_apply_args *a, const 
 }
 
 fbn_status fbn_check_plan_set(const fbn_problem *p, const fbn_plan_args *a, const void *plan) {
-    fbn_status status = check_args(&a->size, sizeof *a);
+    fbn_status status = check_args(a, sizeof *a);
     if (!status) status = check_machine(p);
     if (!status) status = fbn_plan_bytes(p->channels) ? FBN_OK : FBN_BAD_SHAPE;
     if (!status) status = check_eps(a->eps);
@@ -169,14 +169,14 @@ fbn_status fbn_check_plan_set(const fbn_problem *p, const fbn_plan_args *a, cons
 }
 
 fbn_status fbn_check_plan_run(const fbn_problem *p, const fbn_run_args *a, const void *plan) {
-    fbn_status status = check_args(&a->size, sizeof *a);
+    fbn_status status = check_args(a, sizeof *a);
     if (!status) status = fbn_check_problem(p);
     if (!status) status = check_map(p, a->x, a->residual, a->y);
     return status ? status : check_workspace(plan);
 }
 
 fbn_status fbn_check_moments(const fbn_problem *p, const fbn_moments_args *a, const void *workspace) {
-    fbn_status status = check_args(&a->size, sizeof *a);
+    fbn_status status = check_args(a, sizeof *a);
     if (!status) status = fbn_check_problem(p);
     if (!status) status = check_data(p, a->x);
     if (!status) status = check_array(a->moments, FBN_F64, p->channels);
@@ -200,7 +200,7 @@ static fbn_status check_gradient(const fbn_problem *p, const fbn_sums_args *a, c
 }
 
 fbn_status fbn_check_backward_sums(const fbn_problem *p, const fbn_sums_args *a, const void *workspace) {
-    fbn_status status = check_args(&a->size, sizeof *a);
+    fbn_status status = check_args(a, sizeof *a);
     if (!status) status = check_gradient(p, a, workspace);
     return status ? status : check_array(a->sums, FBN_F64, p->channels);
 }
@@ -214,7 +214,7 @@ static fbn_status check_result(const fbn_problem *p, const void *result, const f
 }
 
 fbn_status fbn_check_backward(const fbn_problem *p, const fbn_backward_args *a, const void *workspace) {
-    fbn_status status = check_args(&a->size, sizeof *a);
+    fbn_status status = check_args(a, sizeof *a);
     if (status) return status;
     const fbn_sums_args inputs = fbn_inputs_of(a);
     status = check_gradient(p, &inputs, workspace);

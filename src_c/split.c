@@ -30,8 +30,9 @@ static int64_t block_of(const fbn_split *s, int64_t core_cache, int arrays) {
 
 /* By channels wastes no memory traffic, but needs blocks that are worth it and enough of them for every thread. */
 static int by_channels(const fbn_split *s) {
+    if (s->rows) return 0; /* whose block has no channels where there are none */
     const int64_t blocks = divide_up(s->channels, s->block);
-    return !s->rows && 5 * divide_up(blocks, s->threads) * s->threads <= 7 * blocks;
+    return 5 * divide_up(blocks, s->threads) * s->threads <= 7 * blocks;
 }
 
 /* On the left there is room for the constants of rows, which begin where their memory does in a cache line. */

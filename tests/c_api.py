@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import ctypes as ct
 import os
 import shlex
@@ -11,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import cases
 import pytest
 
 OK, NULL_POINTER, MISALIGNED, OVERLAP, BAD_DTYPE, BAD_ACTIVATION, BAD_SHAPE, BAD_THREADS = range(8)
@@ -38,19 +40,35 @@ def build(source: Path, program: Path) -> Path:
     return program
 
 
-def run(command: list[Any], folder: Path | None = None) -> str:
+def run(command: list[Any], folder: Path | None = None, **environment: str) -> str:
     """Its output; what it prints when it fails is the test's message."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     done = subprocess.run(
         list(map(str, command)),
         cwd=folder,
-        env={**os.environ, "PATH": path},
+        env={**os.environ, "PATH": path, **environment},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout
+
+
+def setup_lists() -> dict[str, Any]:
+    """The constants of setup.py: its imports of the standard library, assignments and conditions, and nothing else."""
+    tree = ast.parse((cases.CHECKOUT / "setup.py").read_text(encoding="utf-8"))
+    standard = {"os", "sys", "sysconfig", "pathlib"}
+    kept: list[ast.stmt] = []
+    for node in tree.body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = {node.module} if isinstance(node, ast.ImportFrom) else {alias.name for alias in node.names}
+            kept += [node] if names <= standard else []
+        elif isinstance(node, ast.If) or (isinstance(node, ast.Assign) and "Extension(" not in ast.unparse(node)):
+            kept.append(node)
+    found: dict[str, Any] = {}
+    exec(compile(ast.Module(kept, []), "setup.py", "exec"), found)
+    return found
 
 
 class Machine(ct.Structure):

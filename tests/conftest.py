@@ -44,7 +44,18 @@ def pytest_report_header() -> list[str]:
     ]
 
 
+def _apart_from_kernel(item: pytest.Item) -> tuple[str, ...]:
+    """What tells a test from others than its own on another kernel."""
+    parameters = getattr(getattr(item, "callspec", None), "params", {})
+    others = (f"{name}={value!r}" for name, value in parameters.items() if name not in ("kernel", "any_backend"))
+    return (item.nodeid.partition("[")[0], *others)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # The kernels' turns at one case follow each other, so that the oracle is asked once (see cases.check).
+    first: dict[tuple[str, ...], int] = {}
+    places = {item: first.setdefault(_apart_from_kernel(item), place) for place, item in enumerate(items)}
+    items.sort(key=places.__getitem__)
     if "slow" in config.option.markexpr:
         return
     for item in items:

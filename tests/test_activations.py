@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import cache
-from typing import Any
+from itertools import product
+from typing import Any, NamedTuple
 
 import cases
 import numpy as np
@@ -132,7 +133,7 @@ FRACTION = {"float16": (10, -14), "bfloat16": (7, -126), "float32": (23, -126), 
 def ulp(exact: Array, dtype: np.dtype[Any]) -> Array:
     bits, least = FRACTION[dtype.name]
     _, exponent = np.frexp(np.where(np.isfinite(exact), abs(exact), 1))
-    return np.ldexp(LONG(1), np.maximum(exponent - 1, least) - bits)
+    return np.ldexp(exact.dtype.type(1), np.maximum(exponent - 1, least) - bits)
 
 
 def allowed_for(ulps: float, dtype: np.dtype[Any]) -> float:
@@ -140,62 +141,132 @@ def allowed_for(ulps: float, dtype: np.dtype[Any]) -> float:
     return ulps if dtype.itemsize > 2 else 0.5 + ulps * 2.0 ** (FRACTION[dtype.name][0] - 23)
 
 
-def assert_close(got: Array, exact: Array, terms: Array, ulps: float, z: Array) -> None:
-    """Within that many ulp of the terms; NaN where it should be, infinite only past the largest number."""
-    assert np.array_equal(np.isnan(got), np.isnan(exact)), z[np.isnan(got) != np.isnan(exact)][:5]
-    dtype, finite = got.dtype, np.isfinite(exact)
-    assert (got[np.isposinf(exact)] == np.inf).all()
-    assert (got[np.isneginf(exact)] == -np.inf).all()
-    with np.errstate(all="ignore"):
-        overflows = np.isinf(exact.astype(np.float64).astype(dtype))
-    finite &= ~overflows
-    error = abs(got[finite].astype(LONG) - exact[finite]) / ulp(terms[finite], dtype)
-    worst = int(np.argmax(error))
-    assert error[worst] <= allowed_for(ulps, dtype), f"{float(error[worst]):.4g} ulp off at {z[finite][worst]!r}"
+class Answer(NamedTuple):
+    """Exact results, the size of the terms that they add up, and how far they may be off in ulp of those."""
+
+    exact: Array
+    terms: Array
+    ulps: float
+
+
+class Expected:
+    """An answer, ready to be compared with what each instruction set and layout gives."""
+
+    def __init__(self, answer: Answer, dtype: np.dtype[Any]) -> None:
+        exact, terms, ulps = answer
+        self.exact, self.nan, self.dtype, self.ulps = exact, np.isnan(exact), dtype, ulps
+        finite = np.isfinite(exact) & ~np.isinf(exact.astype(np.float64).astype(dtype))
+        self.places, self.bound = np.flatnonzero(finite), ulp(terms[finite], dtype)
+
+    def check(self, got: Array, z: Array, where: str) -> None:
+        """Within that many ulp of the terms; NaN where it should be, infinite only past the largest number."""
+        got, filled_up = np.split(got.reshape(-1), [self.exact.size])
+        assert np.array_equal(filled_up, got[: filled_up.size], equal_nan=True), where
+        nan = np.isnan(got)
+        assert np.array_equal(nan, self.nan), f"{z[nan != self.nan][:5]} {where}"
+        assert (got[np.isposinf(self.exact)] == np.inf).all(), where
+        assert (got[np.isneginf(self.exact)] == -np.inf).all(), where
+        error = abs(got[self.places].astype(self.exact.dtype) - self.exact[self.places]) / self.bound
+        if not error.size:
+            return
+        worst = int(np.argmax(error))
+        allowed = allowed_for(self.ulps, self.dtype)
+        assert error[worst] <= allowed, f"{float(error[worst]):.4g} ulp off at {z[self.places][worst]!r} {where}"
 
 
 def shaped(z: Array, by_rows: bool) -> Array:
-    """In three dimensions, with an end that fills no vector."""
+    """In three dimensions, with an end that fills no vector; rows are filled up by values from the beginning."""
     if not by_rows:
         return z.reshape(1, 1, -1)
     padded = np.resize(z, (z.size // 19 + 1) * 19)
     return padded.reshape(-1, 19, 1)
 
 
-LAYOUTS = pytest.mark.parametrize("by_rows", [False, True], ids=["planes", "rows"])
+class Way(NamedTuple):
+    """How z comes to an instruction set: in planes or rows, as x or as the residual beside x of 0."""
+
+    isa: str
+    x: Array
+    residual: Array | None
+
+    def __str__(self) -> str:
+        rows = "rows" if self.x.shape[-1] == 1 else "planes"
+        return f"on {self.isa} in {rows}, as {'x' if self.residual is None else 'the residual'}"
 
 
-@LAYOUTS
-@pytest.mark.parametrize("from_residual", [False, True], ids=["x", "residual"])
+def ways(
+    values: Array, *, layouts: tuple[bool, ...] = (False, True), as_residual: tuple[bool, ...] = (False, True)
+) -> Iterator[Way]:
+    """All of them, with the instruction set selected."""
+    before = c_backend.isa()
+    try:
+        for name in cases.isas():
+            c_backend.select_isa(name)
+            for by_rows, residual in product(layouts, as_residual):
+                z = shaped(values, by_rows)
+                yield Way(name, np.zeros_like(z), z) if residual else Way(name, z, None)
+    finally:
+        c_backend.select_isa(before)
+
+
 @pytest.mark.parametrize("activation", Activation)
-def test_forward(
-    isa: str, data_dtype: np.dtype[Any], activation: Activation, by_rows: bool, from_residual: bool
-) -> None:
-    z = shaped(points(data_dtype), by_rows)
-    x, residual = (np.zeros_like(z), z) if from_residual else (z, None)
+def test_forward(data_dtype: np.dtype[Any], activation: Activation) -> None:
+    z = points(data_dtype)
     function, ulps = FUNCTIONS[activation]
     exact = function(z.astype(LONG))
-    got = c_calls.infer(x, None, None, c_calls.Behind(activation, SLOPE, residual)).y
-    assert_close(got, exact, exact, ulps, z)
+    expected = Expected(Answer(exact, exact, ulps), data_dtype)
+    for way in ways(z):
+        got = c_calls.infer(way.x, None, None, c_calls.Behind(activation, SLOPE, way.residual)).y
+        expected.check(got, z, str(way))
 
 
-@LAYOUTS
-@pytest.mark.parametrize("from_residual", [False, True], ids=["x", "residual"])
 @pytest.mark.parametrize("activation", Activation)
-def test_gradient(
-    isa: str, data_dtype: np.dtype[Any], activation: Activation, by_rows: bool, from_residual: bool
-) -> None:
+def test_gradient(data_dtype: np.dtype[Any], activation: Activation) -> None:
     """Dx is dy times the slope, here of a dy that is a power of two, as frozen statistics have it."""
-    z = shaped(points(data_dtype), by_rows)
-    x, residual = (np.zeros_like(z), z) if from_residual else (z, None)
-    behind = c_calls.Behind(activation, SLOPE, residual)
-    saved = c_calls.infer(x, None, None, behind).saved
-    got = c_calls.backward(np.full_like(z, -2), x, saved, behind, frozen=True)
+    z = points(data_dtype)
     slope, ulps = SLOPES[activation]
     exact, terms = slope(z.astype(LONG))
-    assert_close(got.dx, -2 * exact, 2 * terms, ulps, z)
-    if got.dresidual is not None:
-        cases.assert_same_bits(got.dresidual, got.dx)
+    expected = Expected(Answer(-2 * exact, 2 * terms, ulps), data_dtype)
+    for way in ways(z):
+        behind = c_calls.Behind(activation, SLOPE, way.residual)
+        saved = c_calls.infer(way.x, None, None, behind).saved
+        got = c_calls.backward(np.full_like(way.x, -2), way.x, saved, behind, frozen=True)
+        expected.check(got.dx, z, str(way))
+        if got.dresidual is not None:
+            cases.assert_same_bits(got.dresidual, got.dx)
+
+
+@pytest.mark.parametrize("slope", [0.01, 1 / 3, -0.5, 3.0])
+@pytest.mark.parametrize("half", ["float16", "bfloat16"])
+def test_slopes_of_leaky_relu(half: str, slope: float) -> None:
+    """Of every half. The slope itself is rounded to float32."""
+    dtype = dtype_named(half)
+    z = points(dtype)
+    wide = z.astype(LONG)
+    exact = np.where(wide > 0, wide, wide * LONG(slope))
+    gradient = np.where(wide > 0, LONG(1), LONG(slope))
+    expected, expected_slope = (Expected(Answer(each, each, 2), dtype) for each in (exact, gradient))
+    for way in ways(z):
+        behind = c_calls.Behind(Activation.LEAKY_RELU, slope, way.residual)
+        got = c_calls.infer(way.x, None, None, behind)
+        expected.check(got.y, z, str(way))
+        back = c_calls.backward(np.ones_like(way.x), way.x, got.saved, behind, frozen=True)
+        expected_slope.check(back.dx, z, str(way))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("activation", Activation)
+def test_every_float32(activation: Activation) -> None:
+    """All 2**32 of them, against the formula in float64."""
+    dtype, size = np.dtype(np.float32), 1 << 21
+    function, ulps = FUNCTIONS[activation]
+    for start in range(0, 1 << 32, size):
+        z = np.arange(start, start + size, dtype=np.uint64).astype(np.uint32).view(dtype)
+        exact = function(z.astype(np.float64)).astype(np.float64)
+        expected = Expected(Answer(exact, exact, ulps), dtype)
+        for way in ways(z, layouts=(False,), as_residual=(False,)):
+            got = c_calls.infer(way.x, None, None, c_calls.Behind(activation, SLOPE)).y
+            expected.check(got, z, str(way))
 
 
 ENDS = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import os
 import re
@@ -199,22 +198,6 @@ def test_every_example_has_its_command() -> None:
 # Without Python ------------------------------------------------------------------------------------------------------
 
 
-def setup_lists() -> dict[str, Any]:
-    """The constants of setup.py: its imports of the standard library, assignments and conditions, and nothing else."""
-    tree = ast.parse((cases.CHECKOUT / "setup.py").read_text(encoding="utf-8"))
-    standard = {"os", "sys", "sysconfig", "pathlib"}
-    kept: list[ast.stmt] = []
-    for node in tree.body:
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            names = {node.module} if isinstance(node, ast.ImportFrom) else {alias.name for alias in node.names}
-            kept += [node] if names <= standard else []
-        elif isinstance(node, ast.If) or (isinstance(node, ast.Assign) and "Extension(" not in ast.unparse(node)):
-            kept.append(node)
-    found: dict[str, Any] = {}
-    exec(compile(ast.Module(kept, []), "setup.py", "exec"), found)
-    return found
-
-
 def configured(folder: Path, *options: str) -> list[Any]:
     """The argument list with which CMake would compile each source, by its path below src_c."""
     build = folder / "build"
@@ -231,7 +214,7 @@ def cmake() -> str:
 @pytest.mark.parametrize("openmp", [True, False], ids=["OpenMP", "one thread"])
 def test_cmake_compiles_as_setup_does(openmp: bool, tmp_path: Path) -> None:
     """The same sources, each with the same flags."""
-    lists = setup_lists()
+    lists = c_api.setup_lists()
     wanted = dict.fromkeys(lists["CORE"], lists["FLAGS"])
     wanted |= {f"src_c/isa/{isa}.c": lists["FLAGS"] + flags for isa, flags in lists["ISAS"].items()}
     found = {}

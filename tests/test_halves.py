@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,24 @@ def test_results_are_rounded_to_nearest_even(kernel: cases.Kernel, half: str, la
     else:
         y = fastbn.infer(np.ascontiguousarray(x.T)[np.newaxis], factors, None, *statistics, eps=0)
         assert_equal(y[0].T, wanted)
+
+
+@cache
+def activated(half: str, activation: Any) -> tuple[Array, oracle.Normalized]:
+    """Every finite number, a row each, and the exact activation of it."""
+    x = every(half)
+    x = x[np.isfinite(x.astype(np.float32))][:, np.newaxis]
+    return x, oracle.forward(x, None, None, *STANDARD, eps=0, activation=activation)
+
+
+@pytest.mark.parametrize("activation", cases.ACTIVATIONS, ids=str)
+def test_every_number_through_every_activation(kernel: cases.Kernel, half: str, activation: Any) -> None:
+    """And NaN stays one; test_activations.py has infinities and slopes."""
+    x, exact = activated(half, activation)
+    y = fastbn.infer(x, None, None, *STANDARD, eps=0, activation=activation)
+    cases.assert_y(y, exact, activation=activation)
+    nan = np.full((19, 1), np.nan, half)
+    assert np.isnan(fastbn.infer(nan, None, None, *STANDARD, eps=0, activation=activation)).all()
 
 
 def test_sums_are_wider(kernel: cases.Kernel, half: str) -> None:
