@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ._config import set_num_threads, use_num_threads
+from ._threads import set_num_threads, use_num_threads
 from .layer import BatchNorm
 
 Array = np.ndarray[Any, Any]

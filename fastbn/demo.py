@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from . import _check
-from ._config import get_num_threads
 from ._demo_networks import KINDS, Array, Data, Job, Kind, Run, executor, extra, load_data, seconds_per_step
+from .backends import get_num_threads
 
 CHANCE = 10.0
 TRAINS = 80.0

@@ -337,7 +337,7 @@ cdef int threads_at_load = c.fbn_openmp_threads()
 
 
 def most_threads():
-    """How many threads OpenMP leaves for a call from this thread: fewer than there can be where it was given a limit."""
+    """How many threads OpenMP's own settings leave for a call from this thread."""
     cdef int now = c.fbn_openmp_threads()
     return now if now < threads_at_load or not c.fbn_openmp() else c.FBN_MOST_THREADS
 
