@@ -44,16 +44,16 @@ def pytest_report_header() -> list[str]:
     ]
 
 
-def _apart_from_kernel(item: pytest.Item) -> tuple[str, ...]:
-    """What tells a test from others than its own on another kernel."""
+def _apart_from_kernel(item: pytest.Item) -> str:
+    """What tells a test from others than its own on another kernel: its name, without that kernel's."""
     parameters = getattr(getattr(item, "callspec", None), "params", {})
-    others = (f"{name}={value!r}" for name, value in parameters.items() if name not in ("kernel", "any_backend"))
-    return (item.nodeid.partition("[")[0], *others)
+    kernel = parameters.get("kernel", parameters.get("any_backend"))
+    return item.nodeid if kernel is None else item.nodeid.replace(str(kernel), "", 1)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     # The kernels' turns at one case follow each other, so that the oracle is asked once (see cases.check).
-    first: dict[tuple[str, ...], int] = {}
+    first: dict[str, int] = {}
     places = {item: first.setdefault(_apart_from_kernel(item), place) for place, item in enumerate(items)}
     items.sort(key=places.__getitem__)
     if "slow" in config.option.markexpr:
