@@ -8,10 +8,12 @@ apart processors, Python versions and signatures; the name of the folder tells a
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import io
 import os
 import pickle
+import re
 import sys
 import tempfile
 import threading
@@ -62,21 +64,12 @@ def list_files() -> None:
     """Writes the list, where something has been compiled or loaded since."""
     global _listed
     count = sum(len(dispatcher.overloads) for dispatcher in _dispatchers)
-    if count == _listed:
-        return
-    with _lock:
-        _listed, folder = count, _folder()
-        if folder is None:
-            return
-        found = "".join(f"{_checksum(path.read_bytes())} {path.relative_to(folder)}\n" for path in _files(folder))
-        try:
-            if _read(folder / LIST) == found.encode():
-                return
-            with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
-                file.write(found.encode())
-            os.replace(file.name, folder / LIST)
-        except OSError:
-            pass  # then the next process compiles anew
+    if count != _listed:
+        with _lock:
+            _listed, folder = count, _folder()
+            if folder is not None:
+                with contextlib.suppress(OSError):  # then the next process compiles anew
+                    _write_list(folder)
 
 
 atexit.register(list_files)
@@ -104,31 +97,50 @@ def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*.nb[ic]") if path.is_file())
 
 
-def _checksum(content: bytes) -> str:
-    return f"{len(content)} {zlib.crc32(content):08x}"
+def _line(folder: Path, path: Path) -> tuple[str, str]:
+    """A file's name below the folder and when it was written; its size and CRC32."""
+    content = path.read_bytes()
+    named = f"{path.relative_to(folder)} {path.stat().st_mtime_ns}"
+    return named, f"{len(content)} {zlib.crc32(content):08x}"
 
 
-def _read(path: Path) -> bytes:
-    return path.read_bytes() if path.is_file() else b""
+def _write_list(folder: Path) -> None:
+    lines = "".join(f"{' '.join(_line(folder, path))}\n" for path in _files(folder)).encode()
+    listed = folder / LIST
+    if not listed.is_file() or listed.read_bytes() != lines:
+        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
+            file.write(lines)
+        os.replace(file.name, listed)
 
 
 def _remove_damaged(folder: Path) -> None:
-    """And what is not listed: another process may have died, or compile at this moment, which is no reason to warn.
+    """Removes functions of which one file, the index or data, is not as it is listed.
 
-    Data never changes where it is listed, while an index grows.
+    A file that is whole but new is of another process, which died or is still at work: that is no reason to warn.
     """
-    listed = set(_read(folder / LIST).decode(errors="replace").splitlines())
-    names = {line.split(" ", 2)[-1] for line in listed}
-    damaged = []
+    listed = (folder / LIST).read_text(errors="replace") if (folder / LIST).is_file() else ""
+    parts = (line.rsplit(" ", 2) for line in listed.splitlines())
+    known = {part[0]: " ".join(part[1:]) for part in parts}
+    strange, damaged = set(), []
     for path in _files(folder):
-        name, content = str(path.relative_to(folder)), _read(path)
-        if f"{_checksum(content)} {name}" not in listed:
+        named, checksum = _line(folder, path)
+        if known.get(named) != checksum:
+            strange.add(_function(path))
+            if named in known or not _is_whole(path.read_bytes()):
+                damaged.append(path.name)
+    for path in _files(folder):
+        if _function(path) in strange:
             path.unlink(missing_ok=True)
-            if not _is_whole(content) or (name in names and path.suffix == ".nbc"):
-                damaged.append(name)
+    if strange:
+        _write_list(folder)
     if damaged:
         what = ", ".join(damaged)
         warnings.warn(f"damaged files in {folder} are ignored and compiled anew: {what}", RuntimeWarning, stacklevel=2)
+
+
+def _function(path: Path) -> str:
+    """What the names of a function's index and data have in common."""
+    return re.sub(r"(\.\d+)?\.nb[ic]$", "", str(path))
 
 
 def _is_whole(content: bytes) -> bool:

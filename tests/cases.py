@@ -397,8 +397,10 @@ PLACEMENTS: dict[str, Callable[[Array], Array]] = {
 
 
 def run_python(script: str, folder: Path, timeout: float = 60, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs a script in a fresh interpreter, in `folder`, with no setting of fastbn's but those given."""
-    inherited = {key: value for key, value in os.environ.items() if not re.match("FASTBN_|OMP_NUM_THREADS", key)}
+    """Runs a script in a fresh interpreter, in `folder`, without the settings of fastbn's but its cache folder."""
+    inherited = {
+        key: value for key, value in os.environ.items() if not re.match("FASTBN_(?!CACHE_DIR)|OMP_NUM_THREADS", key)
+    }
     return subprocess.run(
         [sys.executable, "-c", script],
         cwd=folder,

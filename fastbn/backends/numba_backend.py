@@ -37,7 +37,6 @@ Range = tuple[int, int]
 SEGMENT_ROWS, SEGMENTS_MOST = 64, 64  # rows that a segment has at least, and segments that a strip has at most
 STRIP_BYTES = 1 << 22  # of a strip that one thread takes by itself
 WORK_PER_THREAD = 32768  # values that are worth waking a thread for
-
 _MOST_THREADS = int(numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
 
 PREPARE, REDUCE, FINISH, MAP = 1, 2, 4, 8

@@ -37,7 +37,7 @@ def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     return jit(nogil=True, error_model="numpy", **options)
 
 
-scalar = compiled()
+scalar = compiled(forceinline=True)
 loop = compiled(fastmath={"contract"})
 sum_loop = compiled(fastmath={"contract", "reassoc"})
 inline = compiled(fastmath={"contract"}, forceinline=True)
