@@ -86,6 +86,20 @@ def test_more_threads_than_processors(kernel: cases.Kernel, n: int) -> None:
         cases.assert_same_bits(fastbn.forward(c.x).y, wanted)
 
 
+def test_threads_without_openmp(settings: None) -> None:
+    """The C backend has one, whatever is asked for; others have what they are given."""
+    c_backend = pytest.importorskip("fastbn.backends.c_backend")
+    if c_backend.openmp():
+        pytest.skip("this build has OpenMP")
+    fastbn.set_num_threads(3)
+    with fastbn.use_backend("c"):
+        assert fastbn.get_num_threads() == 1
+        with fastbn.use_num_threads(5):
+            assert fastbn.get_num_threads() == 1
+    with fastbn.use_backend("numpy"):
+        assert fastbn.get_num_threads() == 3
+
+
 # Instruction sets ----------------------------------------------------------------------------------------------------
 
 
