@@ -45,3 +45,8 @@ __all__ = [
 
 for _public in (BatchNorm, Cache, Forward, Gradients, InferencePlan, Moments, Sums):
     _public.__module__ = __name__  # the name in pickles, wherever the class is kept
+
+
+def __dir__() -> list[str]:
+    """What users call, and no module that it is kept in."""
+    return sorted(__all__)

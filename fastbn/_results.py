@@ -75,6 +75,11 @@ class Parts(NamedTuple):
             yield some, own._replace(saved=np.ascontiguousarray(self.saved[:, i]))
 
 
+def _described(array: Array | None) -> str:
+    """The dtype and shape of an array, which tell more of a large one than its values."""
+    return "None" if array is None else f"{array.dtype}{list(array.shape)}"
+
+
 class Cache:
     """What `backward` needs of a `forward` call.
 
@@ -108,6 +113,14 @@ class Cache:
             parts = Parts(*contents)
             _check_parts.cache(parts)
             self._parts = parts
+
+    def __repr__(self) -> str:
+        p = self._parts
+        told = [f"x={_described(p.x)}", f"axis={p.axis}", f"count={self.count}"]
+        told += [f"activation={p.activation!r}"] * (p.activation is not None)
+        told += [f"{name}={_described(a)}" for name, a in (("residual", p.residual), ("mask", p.mask)) if a is not None]
+        told += ["training=False"] * p.frozen
+        return f"Cache({', '.join(told)})"
 
     def _row(self, name: str) -> Array:
         with np.errstate(all="ignore"):
@@ -163,6 +176,9 @@ class Forward(NamedTuple):
     y: Array
     cache: Cache
 
+    def __repr__(self) -> str:
+        return f"Forward(y={_described(self.y)}, cache={self.cache!r})"
+
 
 class _Gradients(NamedTuple):
     dx: Array
@@ -190,3 +206,7 @@ class Gradients(_Gradients):
 
     def __getnewargs__(self) -> tuple[Any, ...]:
         return (*self, self.dresidual)
+
+    def __repr__(self) -> str:
+        named = {**self._asdict(), "dresidual": self.dresidual}
+        return f"Gradients({', '.join(f'{name}={_described(array)}' for name, array in named.items())})"

@@ -78,6 +78,8 @@ class BatchNorm:
 
     _cache: Cache | None = None
     _gradients: Gradients | None = None
+    _convention: str = ""
+    """Of the constructor that made the layer: "keras", "onnx", or none."""
     _watch: Callable[[Cache], None] | None = None
     """Called with the cache of each call in training, by `recalibrate`."""
 
@@ -150,9 +152,7 @@ class BatchNorm:
         >>> bn.axis, bn.eps, round(bn.momentum, 2)
         (-1, 0.001, 0.01)
         """
-        eps = _check.eps(epsilon, "epsilon")
-        new = 1 - _check.momentum(momentum)
-        return cls(num_features, momentum=new, eps=eps, axis=axis, correction=correction, **kwargs)
+        return cls._of_convention("keras", num_features, momentum, epsilon, axis, correction, kwargs)
 
     @classmethod
     def onnx(
@@ -175,9 +175,25 @@ class BatchNorm:
         >>> bn.axis, bn.eps, round(bn.momentum, 2)
         (1, 1e-05, 0.1)
         """
+        return cls._of_convention("onnx", num_features, momentum, epsilon, axis, correction, kwargs)
+
+    @classmethod
+    def _of_convention(
+        cls,
+        name: str,
+        num_features: int,
+        momentum: float,
+        epsilon: float,
+        axis: int,
+        correction: int,
+        others: dict[str, Any],
+    ) -> BatchNorm:
+        """A layer whose momentum is given as the weight of the old value."""
         eps = _check.eps(epsilon, "epsilon")
         new = 1 - _check.momentum(momentum)
-        return cls(num_features, momentum=new, eps=eps, axis=axis, correction=correction, **kwargs)
+        bn = cls(num_features, momentum=new, eps=eps, axis=axis, correction=correction, **others)
+        bn._convention = name
+        return bn
 
     def __call__(
         self, x: Array, *, residual: Array | None = None, out: Array | None = None, mask: Array | None = None
@@ -301,10 +317,15 @@ class BatchNorm:
         return copy.deepcopy(self)
 
     def __repr__(self) -> str:
-        correction = "" if self.correction == 1 else f", correction={self.correction}"
+        name, numbers = "BatchNorm", f"eps={self.eps}, momentum={self.momentum}"
+        if self._convention:  # whose momentum is the weight of the old value
+            old = None if self.momentum is None else round(1 - self.momentum, 15)
+            name, numbers = f"BatchNorm.{self._convention}", f"epsilon={self.eps}, momentum={old}"
+        usual = 0 if self._convention else 1
+        correction = "" if self.correction == usual else f", correction={self.correction}"
         virtual = "" if self.virtual_batch_size is None else f", virtual_batch_size={self.virtual_batch_size}"
         return (
-            f"BatchNorm({self.num_features}, eps={self.eps}, momentum={self.momentum}{correction}, "
+            f"{name}({self.num_features}, {numbers}{correction}, "
             f"affine={self.affine}, track_running_stats={self.track_running_stats}, axis={self.axis}, "
             f"activation={self.activation!r}, dtype={str(self.dtype)!r}{virtual})"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -80,6 +81,17 @@ def any_backend(request: pytest.FixtureRequest) -> Iterator[cases.Kernel]:
 @pytest.fixture(params=cases.DTYPES)
 def dtype(request: pytest.FixtureRequest) -> str:
     return str(request.param)
+
+
+@pytest.fixture(autouse=True)
+def threads_of_torch() -> Iterator[None]:
+    """Puts torch's number of threads back, which is a limit for the OpenMP that fastbn and torch share."""
+    loaded: Any = sys.modules.get("torch")
+    before = loaded.get_num_threads() if loaded else fastbn.get_num_threads()
+    yield
+    loaded = sys.modules.get("torch")
+    if loaded and loaded.get_num_threads() != before:
+        loaded.set_num_threads(before)
 
 
 @pytest.fixture

