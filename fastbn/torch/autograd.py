@@ -6,7 +6,6 @@ looks, and the formulas of torch's operators where the gradient may be different
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,8 +14,8 @@ from torch import Tensor
 from ..backends import SAVED_ROWS
 from . import formulas
 from .formulas import Activation, Gradients, split
-from .tensors import STATISTICS, Place, cast, differentiate, normalize, place, place_of_gradient
-from .watchers import transformed, watched
+from .tensors import STATISTICS, Place, cast, differentiate, lacks_memory, normalize, place, place_of_gradient
+from .watchers import has_tangent, transformed, watched
 
 # In eager code -------------------------------------------------------------------------------------------------------
 
@@ -74,8 +73,12 @@ def _named(activation: str | None, slope: float) -> Activation:
     return (activation, slope) if activation == "leaky_relu" else activation
 
 
-def _known(where: Place | None) -> Place:
-    """The place of tensors that the dispatcher handed over."""
+def _known(where: Place | None, *tensors: Tensor | None) -> Place:
+    """The place of tensors that the dispatcher handed over, if they are ones that the operators take."""
+    if has_tangent(*tensors):
+        raise NotImplementedError(
+            "fastbn::batch_norm has no forward-mode AD; allowed: fastbn.torch's layers, which have"
+        )
     if where is None:
         raise TypeError("fastbn::batch_norm: got tensors that the layers of fastbn.torch would leave to torch's layers")
     return where
@@ -95,7 +98,7 @@ def operator(
 ) -> tuple[Tensor, Tensor]:
     """The result and what `normalize` keeps, in training where no statistics are given."""
     tensors = x, residual, gamma, beta, mean, var
-    where = _known(place(*tensors, x.shape[1], mean is None))
+    where = _known(place(*tensors, x.shape[1], mean is None), *tensors)
     y, saved = normalize(where, *tensors, mean is None, 0.0, eps, _named(activation, slope))
     return y, torch.from_numpy(saved)
 
@@ -115,19 +118,25 @@ def _operator_backward(
     activation: str | None,
     slope: float,
     wanted: list[bool],
-) -> list[Tensor]:
-    """Those of the gradients of x, residual, gamma and beta that are wanted."""
-    where = _known(place_of_gradient(dy, x, residual))
-    how = training, _named(activation, slope), wanted
-    gradients = differentiate(where, dy, x, residual, saved.numpy(), *how)
-    return [gradient for gradient in gradients if gradient is not None]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of x, residual, gamma and beta; one that is not wanted is empty."""
+    where = _known(place_of_gradient(dy, x, residual), dy, x, residual)
+    found = differentiate(where, dy, x, residual, saved.numpy(), training, _named(activation, slope), wanted)
+    dx, dresidual, dgamma, dbeta = (x.new_empty(0) if gradient is None else gradient for gradient in found)
+    return dx, dresidual, dgamma, dbeta
 
 
 @_operator_backward.register_fake
-def _(dy: Tensor, x: Tensor, *rest: Any) -> list[Tensor]:
-    of_x, of_residual, *of_parameters = rest[-1]
-    likes = [torch.empty_like(x) for some in (of_x, of_residual) if some]
-    return likes + [x.new_empty(x.shape[1], dtype=STATISTICS[x.dtype]) for some in of_parameters if some]
+def _(dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    for_x, for_residual, for_gamma, for_beta = rest[-1]
+
+    def like(some: bool) -> Tensor:
+        return torch.empty_like(x) if some else x.new_empty(0)
+
+    def of_channels(some: bool) -> Tensor:
+        return x.new_empty(x.shape[1], dtype=STATISTICS[x.dtype]) if some else x.new_empty(0)
+
+    return like(for_x), like(for_residual), of_channels(for_gamma), of_channels(for_beta)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -140,24 +149,16 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 def _differentiate(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     x, residual, gamma, beta, saved = ctx.saved_tensors
     for_x, for_residual, for_gamma, for_beta = ctx.needs_input_grad[:4]
-    if torch.is_grad_enabled() or transformed():
+    if torch.is_grad_enabled() or transformed() or lacks_memory(dy):
         wanted = for_x, for_residual, for_gamma, for_beta
         activation = _named(ctx.activation, ctx.slope)
         found = formulas.gradients(dy, x, residual, gamma, beta, saved, ctx.training, ctx.eps, activation, wanted)
     else:
-        by_operator = [for_x, for_residual and ctx.activation is not None, for_gamma, for_beta]
-        found = _by_operator(dy, x, residual, saved, ctx, by_operator)
-        if for_residual and ctx.activation is None:
-            found = found[0], dy, *found[2:]
+        asked = [for_x, for_residual and ctx.activation is not None, for_gamma, for_beta]
+        some = _operator_backward(dy, x, residual, saved, ctx.training, ctx.activation, ctx.slope, asked)
+        dx, dresidual, dgamma, dbeta = (one if given else None for one, given in zip(some, asked, strict=True))
+        found = dx, dy if for_residual and ctx.activation is None else dresidual, dgamma, dbeta
     return *_in_dtypes(found, None if gamma is None else gamma.dtype, ctx.beta_dtype), *[None] * 4
-
-
-def _by_operator(
-    dy: Tensor, x: Tensor, residual: Tensor | None, saved: Tensor, ctx: Any, wanted: Sequence[bool]
-) -> Gradients:
-    found = iter(_operator_backward(dy, x, residual, saved, ctx.training, ctx.activation, ctx.slope, list(wanted)))
-    dx, dresidual, dgamma, dbeta = (next(found) if some else None for some in wanted)
-    return dx, dresidual, dgamma, dbeta
 
 
 operator.register_autograd(_differentiate, setup_context=_keep)

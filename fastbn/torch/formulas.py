@@ -30,7 +30,7 @@ def activated(y: Tensor, activation: Activation) -> Tensor:
 
 
 def _activation_gradient(dy: Tensor, z: Tensor, activation: Activation) -> Tensor:
-    """dy times the activation's derivative at z; at a kink that of the kernels, which is torch's."""
+    """The gradient dy times the activation's derivative at z; at a kink that of the kernels, which is torch's."""
     name, slope = split(activation)
     if name == "relu":
         return torch.where(z > 0, dy, 0)

@@ -14,7 +14,7 @@ from .. import _check
 from .autograd import apply, normalize_by_operator
 from .formulas import Activation, activated
 from .tensors import STATISTICS, count, normalize, place
-from .watchers import transformed, watched
+from .watchers import transformed_in_compilation, watched
 
 
 def _number(value: Any) -> float | None:
@@ -40,14 +40,14 @@ def _momentum(momentum: Any, number: Tensor | None, compiles: bool) -> Any:
 def _compiled(x: Tensor, residual: Tensor | None, *rest: Any) -> bool | None:
     """What `place` tells, of the tensors that torch.compile traces with: True, or None for torch's operators."""
     *parameters, channels, batch = rest
-    if torch.compiler.is_exporting() or transformed() or x.dtype not in STATISTICS or x.dim() < 2:
+    if torch.compiler.is_exporting() or transformed_in_compilation() or x.dtype not in STATISTICS or x.dim() < 2:
         return None
     if x.shape[1] != channels or x.numel() <= (channels if batch else 0):
         return None
-    if any([t is not None and (t.shape != (channels,) or t.dtype not in STATISTICS) for t in parameters]):
+    if any(t is not None and (t.shape != (channels,) or t.dtype not in STATISTICS) for t in parameters):
         return None
     tensors = [t for t in (x, residual, *parameters) if t is not None]
-    return True if all([t.device.type == "cpu" and t.layout is torch.strided for t in tensors]) else None
+    return True if all(t.device.type == "cpu" and t.layout is torch.strided for t in tensors) else None
 
 
 def _check_residual(residual: Tensor, x: Tensor) -> None:
@@ -73,7 +73,7 @@ class _Layer(torch.nn.Module):
         training, eps = self.training, _number(self.eps)
         batch = training or (mean is None and var is None)
         tensors = input, residual, gamma, beta, mean, var
-        where = (_compiled if compiles else place)(*tensors, self.num_features, batch)
+        where: Any = (_compiled if compiles else place)(*tensors, self.num_features, batch)
         if (
             where is None
             or (not compiles and watched(input))
@@ -91,9 +91,11 @@ class _Layer(torch.nn.Module):
         self._check_input_dim(input)
         if residual is not None:
             _check_residual(residual, input)
-        if training and not self.track_running_stats:
+        if training and not self.track_running_stats and mean is not None:
             mean = var = None
-            where = place(input, residual, gamma, beta, None, None, self.num_features, batch)
+            where = compiles or place(input, residual, gamma, beta, None, None, self.num_features, batch)
+        if number is not None:  # before the call, which checkpointing may leave as soon as it has what it looks for
+            number.add_(1) if compiles else count(number)
         rest = mean, var, batch, momentum, eps, self.activation
         if compiles or torch.overrides.has_torch_function((input,)):
             y = normalize_by_operator(input, residual, gamma, beta, *rest)
@@ -106,8 +108,6 @@ class _Layer(torch.nn.Module):
             y = apply(input, residual, gamma, beta, (where, *rest))
         else:
             y, _ = normalize(where, input, residual, gamma, beta, *rest, keeps=False)
-        if number is not None:
-            number.add_(1) if compiles else count(number)
         return y
 
     def _by_torch(self, input: Tensor, residual: Tensor | None) -> Tensor:
@@ -143,6 +143,8 @@ class BatchNorm1d(_Layer, torch.nn.BatchNorm1d):
     torch.Size([8, 3])
     """
 
+    __module__ = "fastbn.torch"  # where users, and pickles, find it
+
 
 class BatchNorm2d(_Layer, torch.nn.BatchNorm2d):
     """torch.nn.BatchNorm2d on fastbn's kernels, for (N, C, H, W).
@@ -151,11 +153,11 @@ class BatchNorm2d(_Layer, torch.nn.BatchNorm2d):
     are as accurate as fastbn.forward's, and have the memory format of the input, which is not copied: contiguous,
     channels_last or any other. Float16 and bfloat16 go with parameters of float32 or of their own.
 
-    An input on another device, of no dense layout or of another dtype goes to torch's layer; so does each under
-    torch.export, torch.jit.trace and torch.func's transforms, which then see torch's operators. Under torch.compile it
-    is the operator fastbn::batch_norm. There is no second derivative. As many threads work as torch.get_num_threads()
-    tells, or fastbn.get_num_threads() if that is less. Each pass takes some tens of microseconds more in Python than
-    torch's, which tells up to some 100,000 values.
+    Derivatives of any order are right. What the kernels do not take, or may not compute unseen, goes to torch's layer:
+    the table in fastbn.torch's docstring says what each tool of torch sees. As many threads work as
+    torch.get_num_threads() tells, or fastbn.get_num_threads() if that is less.
+
+    eps and momentum are as torch takes them: of any sign, an int, or a tensor of one value; eps may be 0 as well.
 
     Parameters
     ----------
@@ -163,7 +165,7 @@ class BatchNorm2d(_Layer, torch.nn.BatchNorm2d):
         As torch's.
     activation : None, "relu", "relu6", "leaky_relu", "silu", "hardswish", "sigmoid" or ("leaky_relu", slope)
         Follows, in the same pass over memory. Tools that put other layers in the place of torch's, such as
-        SyncBatchNorm or torch.nn.utils.fusion, do not know of it.
+        torch.nn.SyncBatchNorm.convert_sync_batchnorm or torch.nn.utils.fusion, do not know of it.
 
     A call takes the input and, if there is one, a `residual` of its shape and dtype, which is added before the
     activation.
@@ -181,6 +183,8 @@ class BatchNorm2d(_Layer, torch.nn.BatchNorm2d):
     torch.Size([3])
     """
 
+    __module__ = "fastbn.torch"  # where users, and pickles, find it
+
 
 class BatchNorm3d(_Layer, torch.nn.BatchNorm3d):
     """torch.nn.BatchNorm3d on fastbn's kernels, for (N, C, D, H, W); see BatchNorm2d.
@@ -190,12 +194,15 @@ class BatchNorm3d(_Layer, torch.nn.BatchNorm3d):
     torch.Size([2, 3, 4, 4, 4])
     """
 
+    __module__ = "fastbn.torch"  # where users, and pickles, find it
+
 
 _LAYERS: dict[type, type] = {
     torch.nn.BatchNorm1d: BatchNorm1d,
     torch.nn.BatchNorm2d: BatchNorm2d,
     torch.nn.BatchNorm3d: BatchNorm3d,
 }
+_TORCHS = {ours: theirs for theirs, ours in _LAYERS.items()}
 
 
 def convert_batchnorm(model: torch.nn.Module) -> torch.nn.Module:
@@ -203,6 +210,7 @@ def convert_batchnorm(model: torch.nn.Module) -> torch.nn.Module:
 
     The layers stay the same objects: parameters, buffers, hooks, mode, device and dtype are as they were, and an
     optimizer that has the parameters keeps them. Subclasses, such as SyncBatchNorm, stay what they are.
+    `revert_batchnorm` is the way back.
 
     Raises TypeError if `model` is no torch.nn.Module.
 
@@ -214,5 +222,38 @@ def convert_batchnorm(model: torch.nn.Module) -> torch.nn.Module:
     for module in _check.instance("model", model, torch.nn.Module, "a torch.nn.Module").modules():
         if type(module) in _LAYERS:
             module.__class__ = _LAYERS[type(module)]
-            module.activation = None
+    return model
+
+
+def revert_batchnorm(model: torch.nn.Module) -> torch.nn.Module:
+    """Makes each BatchNorm1d, 2d and 3d of fastbn in the model torch's, in place, and returns the model.
+
+    It undoes `convert_batchnorm`, and does the same to layers that were fastbn's from the start: for torch.jit.script,
+    and for tools that look layers up by their class, such as torch.ao.quantization.fuse_modules. The layers stay the
+    same objects. Subclasses stay what they are, and a residual that the model passes to a layer is then refused by it.
+
+    Raises
+    ------
+    TypeError
+        If `model` is no torch.nn.Module.
+    ValueError
+        If a layer has an activation, which torch's layers have not; nothing has been changed.
+
+    >>> import torch, fastbn.torch
+    >>> model = fastbn.torch.convert_batchnorm(torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.BatchNorm2d(4)))
+    >>> type(fastbn.torch.revert_batchnorm(model)[1])
+    <class 'torch.nn.modules.batchnorm.BatchNorm2d'>
+    """
+    named = _check.instance("model", model, torch.nn.Module, "a torch.nn.Module").named_modules()
+    layers = [(name, module) for name, module in named if type(module) in _TORCHS]
+    for name, layer in layers:
+        if layer.activation is not None:
+            where = f"the layer {name!r} in it" if name else "a layer"
+            raise ValueError(
+                f"model: got {where} with activation={layer.activation!r}; allowed: layers without one, since torch's "
+                "have none: set the layer's activation to None and put a module with that activation behind it"
+            )
+    for _, layer in layers:
+        vars(layer).pop("activation", None)
+        layer.__class__ = _TORCHS[type(layer)]
     return model

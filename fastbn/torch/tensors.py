@@ -5,7 +5,7 @@ A plain call goes to the C backend by the addresses of the tensors; any other, b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,10 +20,11 @@ from ..backends import select
 from ..ops import backward, backward_sums, forward, infer
 from .formulas import Activation, Gradients, blend
 
+_add_one_at: Callable[[int], None] | None
 try:
-    from ..backends.c_backend import add_one_at
+    from ..backends.c_backend import add_one_at as _add_one_at
 except ImportError:  # a build without the extension
-    add_one_at = None
+    _add_one_at = None
 
 Array = np.ndarray[Any, Any]
 
@@ -91,6 +92,11 @@ def _address(tensor: Tensor) -> int:
     return 0
 
 
+def lacks_memory(tensor: Tensor) -> bool:
+    """Whether a tensor looks like others and is not in memory: within vmap."""
+    return type(tensor) in _PLAIN and not _address(tensor)
+
+
 def _dense(x: Tensor, *others: Tensor | None) -> tuple[tuple[int, ...] | None, int]:
     """The shape that x has in memory and its channel axis; None for the shape unless all are dense in this order."""
     if x.is_contiguous():
@@ -99,7 +105,7 @@ def _dense(x: Tensor, *others: Tensor | None) -> tuple[tuple[int, ...] | None, i
                 return None, 1
         return x.shape, 1
     last = _CHANNELS_LAST.get(x.ndim)
-    if last is None or not all([t is None or t.is_contiguous(memory_format=last) for t in (x, *others)]):
+    if last is None or not all(t is None or t.is_contiguous(memory_format=last) for t in (x, *others)):
         return None, 1
     first, channels, *rest = x.shape
     return (first, *rest, channels), -1
@@ -158,8 +164,8 @@ def place_of_gradient(dy: Tensor, x: Tensor, residual: Tensor | None) -> Place |
 def count(number: Tensor) -> None:
     """Adds one to num_batches_tracked; by torch it takes longer than all else that is done for a small batch."""
     address = _address(number) if number.dtype is torch.int64 and number.numel() == 1 else 0
-    if address and add_one_at is not None:
-        add_one_at(address)
+    if address and _add_one_at is not None:
+        _add_one_at(address)
     else:
         number.add_(1)
 
