@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
+import copy
+import importlib
+import inspect
+import io
+import math
+import pickle
 from typing import Any
 
 import cases
 import numpy as np
 import pytest
-import torch_cases
 from torch_cases import (
     ACTIVATIONS,
     DTYPES,
-    FORMATS,
     PLACES,
     SHAPES,
+    as_found,
     assert_agree,
     called,
     data,
@@ -27,15 +30,8 @@ from torch_cases import (
 import fastbn
 import fastbn.torch
 
-
-@pytest.fixture(autouse=True)
-def as_found() -> Iterator[None]:
-    """Torch's seed and threads, which are the process's."""
-    threads = torch.get_num_threads()
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
-
+__all__ = ["as_found"]
+prune = importlib.import_module("torch.nn.utils.prune")
 
 # As torch's layers ---------------------------------------------------------------------------------------------------
 

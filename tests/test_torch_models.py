@@ -2,65 +2,21 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
+import re
 from typing import Any
 
 import cases
 import numpy as np
 import pytest
-import torch_cases
-from torch_cases import (
-    ACTIVATIONS,
-    DTYPES,
-    FORMATS,
-    PLACES,
-    SHAPES,
-    assert_agree,
-    called,
-    data,
-    pair,
-    randomized,
-    torch,
-)
+from torch_cases import FORMATS, SHAPES, as_found, assert_agree, data, network, pair, torch
 
 import fastbn
 import fastbn.torch
 
-
-@pytest.fixture(autouse=True)
-def as_found() -> Iterator[None]:
-    """Torch's seed and threads, which are the process's."""
-    threads = torch.get_num_threads()
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
-
+__all__ = ["as_found"]
+EXAMPLE = cases.CHECKOUT / "examples" / "torch_layers.py"
 
 # Whole networks ------------------------------------------------------------------------------------------------------
-
-
-class Residual(torch.nn.Module):  # type: ignore[misc]
-    """Two convolutions, with their norms, and the input beside them."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.inner = torch.nn.ModuleList([torch.nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2)])
-        self.norms = torch.nn.ModuleDict({name: torch.nn.BatchNorm2d(channels) for name in ("first", "second")})
-
-    def forward(self, x: Any) -> Any:
-        z = torch.relu(self.norms["first"](self.inner[0](x)))
-        return torch.relu(self.norms["second"](self.inner[1](z)) + x)
-
-
-def network() -> Any:
-    return torch.nn.Sequential(
-        torch.nn.Conv2d(3, 8, 3),
-        torch.nn.BatchNorm2d(8),
-        torch.nn.ReLU(inplace=True),
-        Residual(8),
-        torch.nn.Sequential(Residual(8), torch.nn.Flatten(), torch.nn.Linear(8 * 36, 6), torch.nn.BatchNorm1d(6)),
-    )
 
 
 def norms(model: Any) -> list[Any]:

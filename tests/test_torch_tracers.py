@@ -2,40 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator
 from typing import Any
 
-import cases
-import numpy as np
 import pytest
-import torch_cases
-from torch_cases import (
-    ACTIVATIONS,
-    DTYPES,
-    FORMATS,
-    PLACES,
-    SHAPES,
-    assert_agree,
-    called,
-    data,
-    pair,
-    randomized,
-    torch,
-)
+from torch_cases import SHAPES, as_found, assert_agree, data, network, pair, randomized, torch
 
 import fastbn
 import fastbn.torch
 
-
-@pytest.fixture(autouse=True)
-def as_found() -> Iterator[None]:
-    """Torch's seed and threads, which are the process's."""
-    threads = torch.get_num_threads()
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
-
+__all__ = ["as_found"]
 
 # Compiled ------------------------------------------------------------------------------------------------------------
 

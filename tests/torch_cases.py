@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -31,6 +32,15 @@ ACTIVATIONS = {
     "hardswish": torch.nn.Hardswish(),
     "sigmoid": torch.nn.Sigmoid(),
 }
+
+
+@pytest.fixture(autouse=True)
+def as_found() -> Iterator[None]:
+    """Torch's seed and threads, which are the process's: for every test of a file that imports this."""
+    threads = torch.get_num_threads()
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
 
 
 def randomized(layer: Any) -> Any:
@@ -73,3 +83,26 @@ def assert_agree(ours: dict[str, Any], theirs: dict[str, Any], tolerance: float)
         torch.testing.assert_close(
             ours[name], wanted, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+class Residual(torch.nn.Module):  # type: ignore[misc]
+    """Two convolutions, with their norms, and the input beside them."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.inner = torch.nn.ModuleList([torch.nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2)])
+        self.norms = torch.nn.ModuleDict({name: torch.nn.BatchNorm2d(channels) for name in ("first", "second")})
+
+    def forward(self, x: Any) -> Any:
+        z = torch.relu(self.norms["first"](self.inner[0](x)))
+        return torch.relu(self.norms["second"](self.inner[1](z)) + x)
+
+
+def network() -> Any:
+    return torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3),
+        torch.nn.BatchNorm2d(8),
+        torch.nn.ReLU(inplace=True),
+        Residual(8),
+        torch.nn.Sequential(Residual(8), torch.nn.Flatten(), torch.nn.Linear(8 * 36, 6), torch.nn.BatchNorm1d(6)),
+    )

@@ -20,10 +20,10 @@ def forward_at(
     """What express_forward saves, or True without `keeps`; None, with nothing done, if the call is not plain.
 
     The addresses are those of x, residual, gamma, beta, mean and var. The caller vouches for the memory: x's and y's
-    are of this shape, of at most 8 axes, and dtype, the others' of the channels and the statistics dtype.
+    are of this shape, of at most 8 axes, and dtype, with channels on axis 1 or -1; the others' of the channels and the statistics dtype.
     """
     cdef int statistics = statistics_of(number)
-    cdef tuple channels = (shape[axis],)
+    cdef tuple channels = (shape[1 if axis == 1 else len(shape) - 1],)
     x, residual, gamma, beta, mean, var = addresses
     x, residual, y = array_at(x, number, shape), array_at(residual, number, shape), array_at(y, number, shape)
     gamma, beta = array_at(gamma, statistics, channels), array_at(beta, statistics, channels)

@@ -21,12 +21,12 @@ sees depends on who else looks at it.
 | torch.fx.symbolic_trace                           | the layer itself, a leaf (call_module), as torch's is           |
 | other devices, dtypes, layouts, subclasses of     | torch's layer, which refuses some of them                       |
 | Tensor, empty batches, one value per channel in   |                                                                 |
-| training, an eps below 0                          |                                                                 |
+| training, an eps below 0 or, in training, of 0    |                                                                 |
 | torch.jit.script                                  | a TypeError: call revert_batchnorm(model) first                 |
 | tools that look layers up by class, such as       | they leave the layers alone or fail: call                       |
 | ao.quantization and fx.experimental.optimization  | revert_batchnorm(model) first                                   |
 
-Where torch's layer computes, its accuracy counts: it has none for float32 values whose mean is 1e6 times their deviation.
+Where torch's layer computes, its accuracy counts; in float32 that is none where the mean is 1e6 times the deviation.
 Names that torch does not publish, and the versions that they were tried on, are listed in watchers.py.
 """
 

@@ -70,7 +70,7 @@ def gradients(
     centered = x.double() - rows["mean"]
     if training:
         centered = centered - centered.mean(others, keepdim=True)
-        inv_std = _inverse_root(centered.square().mean(others, keepdim=True) + eps)
+        inv_std = (centered.square().mean(others, keepdim=True) + eps).rsqrt()
     else:
         centered, inv_std = centered - rows["mean_low"], rows["inv_std"]
     xhat = centered * inv_std
@@ -80,24 +80,29 @@ def gradients(
         z = xhat if scale is None else xhat * scale
         z = z if beta is None else z + _by_channel(beta, x)
         dz = _activation_gradient(dz, z if residual is None else z + residual.double(), activation)
-    dx = dgamma = None
+    dx = dresidual = dgamma = dbeta = None
     if for_x:
         dx = dz - dz.mean(others, keepdim=True) - xhat * (dz * xhat).mean(others, keepdim=True) if training else dz
-        dx = dx * inv_std
-        dx = (dx if scale is None else dx * scale).to(x.dtype)
+        dx = _linked(dx * inv_std if scale is None else dx * inv_std * scale, x, gamma).to(x.dtype)
+    if for_residual:
+        dresidual = _linked(dz, x, gamma).to(x.dtype)
     if for_gamma and gamma is not None:
-        dgamma = (dz * xhat).sum(others).to(gamma.dtype)
-    return dx, dz.to(x.dtype) if for_residual else None, dgamma, dz.sum(others) if for_beta else None
+        dgamma = _linked((dz * xhat).sum(others), x, gamma).to(gamma.dtype)
+    if for_beta:
+        dbeta = _linked(dz.sum(others), x, gamma)
+    return dx, dresidual, dgamma, dbeta
+
+
+def _linked(gradient: Tensor, x: Tensor, gamma: Tensor | None) -> Tensor:
+    """The gradient with x and gamma in its graph, with derivatives of 0 where it does not depend on them, as torch's."""
+    for tensor in (x, gamma):
+        if tensor is not None and tensor.requires_grad:
+            gradient = torch.where(torch.ones((), dtype=torch.bool), gradient, tensor.flatten()[0].double())
+    return gradient
 
 
 def _by_channel(values: Tensor, x: Tensor) -> Tensor:
     return values.double().view(-1, *[1] * (x.ndim - 2))
-
-
-def _inverse_root(square: Tensor) -> Tensor:
-    """1/sqrt, and 0 with derivatives of 0 where the square is 0: a constant channel, without eps."""
-    is_zero = square == 0
-    return torch.where(is_zero, 0, torch.where(is_zero, 1, square).rsqrt())
 
 
 def blend(mean: Tensor, var: Tensor, saved: Tensor, count: Any, momentum: Any) -> None:

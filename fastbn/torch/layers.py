@@ -78,7 +78,7 @@ class _Layer(torch.nn.Module):
             where is None
             or (not compiles and watched(input))
             or eps is None
-            or not 0 <= eps < math.inf
+            or not (0 < eps < math.inf or (eps == 0 and not batch))
             or (mean is None) is not (var is None)
         ):
             return self._by_torch(input, residual)
@@ -157,7 +157,7 @@ class BatchNorm2d(_Layer, torch.nn.BatchNorm2d):
     the table in fastbn.torch's docstring says what each tool of torch sees. As many threads work as
     torch.get_num_threads() tells, or fastbn.get_num_threads() if that is less.
 
-    eps and momentum are as torch takes them: of any sign, an int, or a tensor of one value; eps may be 0 as well.
+    eps and momentum are as torch takes them: a momentum of any sign, and ints and tensors of one value.
 
     Parameters
     ----------
