@@ -29,6 +29,7 @@ from torch_cases import (
 
 import fastbn
 import fastbn.torch
+from fastbn.torch import tensors
 
 __all__ = ["as_found"]
 prune = importlib.import_module("torch.nn.utils.prune")
@@ -235,19 +236,35 @@ def test_shapes_whose_format_is_ambiguous(shape: tuple[int, ...], channels: int)
 
 @pytest.mark.parametrize("place", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_nothing_is_copied(place: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_copied(any_backend: cases.Kernel, place: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels get the tensors' own memory, of either size class."""
     seen: list[int] = []
 
     def watched(function: Any) -> Any:
         def watching(*args: Any, **options: Any) -> Any:
-            seen.extend(a.ctypes.data for a in (*args, *options.values()) if isinstance(a, np.ndarray) and a.ndim == 4)
+            arrays = [a for a in (*args, *options.values()) if isinstance(a, np.ndarray) and a.ndim == 4]
+            if function.__name__ == "backward":
+                arrays.insert(1, args[1]._parts.x)
+            seen.extend(array.ctypes.data for array in arrays)
             return function(*args, **options)
 
         return watching
 
+    def watched_at(function: Any) -> Any:
+        def watching(number: int, shape: Any, axis: int, addresses: Any, *rest: Any) -> Any:
+            seen.extend([*addresses[: 1 if len(addresses) == 6 else 2], rest[0]])
+            done = function(number, shape, axis, addresses, *rest)
+            assert done is not None
+            return done
+
+        return watching
+
     for verb in ("forward", "backward", "infer"):
-        monkeypatch.setattr(fastbn.torch, verb, watched(getattr(fastbn.torch, verb)))
+        monkeypatch.setattr(tensors, verb, watched(getattr(tensors, verb)))
+    if any_backend.backend == "c":
+        backend = importlib.import_module("fastbn.backends.c_backend")
+        for verb in ("forward_at", "backward_at"):
+            monkeypatch.setattr(backend, verb, watched_at(getattr(backend, verb)))
     _, ours = pair(2)
     for shape in (SHAPES[2], (4, 5, 512, 256)):
         x = data(shape, place, getattr(torch, dtype)).requires_grad_()
@@ -256,7 +273,7 @@ def test_nothing_is_copied(place: str, dtype: str, monkeypatch: pytest.MonkeyPat
         y = ours(x)
         assert seen == [x.data_ptr(), y.data_ptr()]
         (dx,) = torch.autograd.grad(y, x, dy)
-        assert seen[2:] == [dy.data_ptr(), dx.data_ptr()]
+        assert seen[2:] == [dy.data_ptr(), x.data_ptr(), dx.data_ptr()]
         assert y.stride() == dx.stride() == x.stride()
         assert not y._is_view()
         seen.clear()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import importlib
+import math
 import re
 from typing import Any
 
@@ -12,6 +15,7 @@ from torch_cases import FORMATS, SHAPES, as_found, assert_agree, data, network, 
 
 import fastbn
 import fastbn.torch
+from fastbn.torch import tensors
 
 __all__ = ["as_found"]
 EXAMPLE = cases.CHECKOUT / "examples" / "torch_layers.py"
@@ -80,18 +84,147 @@ def test_training_of_a_network(place: str) -> None:
         torch.testing.assert_close(states[1][name], tensor, rtol=1e-7, atol=1e-9)
 
 
+# And back ------------------------------------------------------------------------------------------------------------
+
+
+def test_revert() -> None:
+    """The classes that the model had, on the same objects; state, mode and what else they had are left alone."""
+    model = network().eval()
+    before = [(id(module), type(module), set(vars(module))) for module in model.modules()]
+    state = copy.deepcopy(model.state_dict())
+    assert fastbn.torch.revert_batchnorm(model) is model  # nothing to do
+    assert fastbn.torch.revert_batchnorm(fastbn.torch.convert_batchnorm(model)) is model
+    assert [(id(module), type(module), set(vars(module))) for module in model.modules()] == before
+    assert_agree(model.state_dict(), state, 0)
+    own = fastbn.torch.revert_batchnorm(fastbn.torch.BatchNorm1d(3, momentum=None))
+    assert type(own) is torch.nn.BatchNorm1d
+    assert own.momentum is None
+
+
+def test_revert_refuses_activations() -> None:
+    """By the name of the layer, and before anything changes."""
+    model = torch.nn.Sequential(
+        fastbn.torch.BatchNorm1d(3), torch.nn.Sequential(fastbn.torch.BatchNorm1d(3, activation=("leaky_relu", 0.2)))
+    )
+    with pytest.raises(ValueError, match=r"model: got the layer '1.0' in it with activation=\('leaky_relu', 0.2\)"):
+        fastbn.torch.revert_batchnorm(model)
+    assert type(model[0]) is fastbn.torch.BatchNorm1d
+    model[1][0].activation = None
+    fastbn.torch.revert_batchnorm(model)
+    assert type(model[1][0]) is torch.nn.BatchNorm1d
+    with pytest.raises(TypeError, match=r"model: got list; allowed: a torch.nn.Module"):
+        fastbn.torch.revert_batchnorm([model])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_fuse_modules_after_reverting() -> None:
+    """torch.ao.quantization looks layers up by their class."""
+    fuse_modules = importlib.import_module("torch.ao.quantization").fuse_modules
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 5, 1), torch.nn.BatchNorm2d(5), torch.nn.ReLU())
+    fastbn.torch.convert_batchnorm(model)
+    model(data((4, 3, 6, 6)))
+    x = data((2, 3, 4, 4))
+    wanted = model.eval()(x)
+    fused = fuse_modules(fastbn.torch.revert_batchnorm(model), [["0", "1", "2"]])
+    assert isinstance(fused[1], torch.nn.Identity)
+    torch.testing.assert_close(fused(x), wanted, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_script_after_reverting() -> None:
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 5, 1), torch.nn.BatchNorm2d(5), torch.nn.ReLU())
+    fastbn.torch.convert_batchnorm(model)
+    x = data((4, 3, 8, 8))
+    model(x)
+    wanted = model.eval()(x)
+    scripted = torch.jit.script(fastbn.torch.revert_batchnorm(model))
+    torch.testing.assert_close(scripted(x), wanted, rtol=2e-5, atol=2e-5)
+
+
+# What torch takes ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+@pytest.mark.parametrize("momentum", [-1.2, 0, 1, 2, True, 1.5, np.float32(0.25), torch.tensor(0.3), None], ids=repr)
+def test_momenta(momentum: Any, dtype: str) -> None:
+    theirs, ours = (layer.to(getattr(torch, dtype)) for layer in pair(1, momentum=momentum))
+    ours.load_state_dict(theirs.state_dict())
+    for _ in range(3):
+        x = data((8, 5), dtype=getattr(torch, dtype))
+        ours(x), theirs(x)
+    tolerance = {"float32": 2e-5, "float64": 1e-10, "bfloat16": 2**-6}[dtype]
+    assert_agree(ours.state_dict(), theirs.state_dict(), tolerance)
+
+
+@pytest.mark.parametrize("momentum", [math.nan, math.inf])
+def test_momenta_that_are_no_numbers(momentum: float) -> None:
+    theirs, ours = pair(1, momentum=momentum)
+    x = data((8, 5))
+    torch.testing.assert_close(ours(x), theirs(x), rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(ours.running_mean, theirs.running_mean, equal_nan=True)
+
+
+@pytest.mark.parametrize("eps", [1, True, np.float64(0.25), torch.tensor(0.5), math.inf], ids=repr)
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+def test_eps(eps: Any, training: bool) -> None:
+    theirs, ours = (layer.train(training) for layer in pair(1, eps=eps))
+    x = data((8, 5))
+    torch.testing.assert_close(ours(x), theirs(x), rtol=2e-5, atol=2e-5)
+    assert_agree(ours.state_dict(), theirs.state_dict(), 2e-5)
+
+
+@pytest.mark.parametrize("name", ["momentum", "eps"])
+@pytest.mark.parametrize("value", ["0.1", 1j, torch.tensor([0.1, 0.2])], ids=repr)
+def test_what_torch_refuses(name: str, value: Any) -> None:
+    theirs, ours = pair(1, **{name: value})
+    with pytest.raises((TypeError, RuntimeError)) as wanted:
+        theirs(data((8, 5)))
+    with pytest.raises(wanted.type, match=re.escape(str(wanted.value)[:40])):
+        ours(data((8, 5)))
+
+
+def test_parameters_of_other_shapes() -> None:
+    """Torch decides."""
+    theirs, ours = pair(1)
+    for layer in (theirs, ours):
+        layer.weight = torch.nn.Parameter(torch.ones(4))
+    with pytest.raises(RuntimeError) as wanted:
+        theirs(data((8, 5)))
+    with pytest.raises(RuntimeError, match=re.escape(str(wanted.value))):
+        ours(data((8, 5)))
+
+
+def test_counter() -> None:
+    """Of several dtypes; it is counted before the call, as torch does."""
+    for dtype in (torch.int64, torch.int32, torch.float32):
+        theirs, ours = pair(1, momentum=None)
+        for layer in (theirs, ours):
+            layer.num_batches_tracked = layer.num_batches_tracked.to(dtype)
+            for _ in range(2):
+                torch.manual_seed(0)
+                layer(data((8, 5)))
+        assert_agree(ours.state_dict(), theirs.state_dict(), 2e-5)
+        assert int(ours.num_batches_tracked) == 2
+
+
 # Threads, and what does not run here ---------------------------------------------------------------------------------
 
 
-def test_threads_are_the_fewer(monkeypatch: pytest.MonkeyPatch, settings: None) -> None:
+def test_threads_are_the_fewer(any_backend: cases.Kernel, monkeypatch: pytest.MonkeyPatch, settings: None) -> None:
+    """In the express lane, and in the general one."""
     _, ours = pair(2)
     seen: list[int] = []
+    if any_backend.backend == "c":
+        backend = importlib.import_module("fastbn.backends.c_backend")
+        express = backend.forward_at
+        monkeypatch.setattr(backend, "forward_at", lambda *args: [seen.append(args[-1]), express(*args)][1])
+    forward = tensors.forward
 
-    def forward(*args: Any, **options: Any) -> Any:
+    def watching(*args: Any, **options: Any) -> Any:
         seen.append(fastbn.get_num_threads())
-        return fastbn.forward(*args, **options)
+        return forward(*args, **options)
 
-    monkeypatch.setattr(fastbn.torch, "forward", forward)
+    monkeypatch.setattr(tensors, "forward", watching)
     for torchs, ours_ in ((1, 4), (3, 2), (2, 2)):
         torch.set_num_threads(torchs)
         fastbn.set_num_threads(ours_)

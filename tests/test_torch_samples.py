@@ -60,11 +60,12 @@ def first(layer: Any, x: Any) -> dict[str, Any]:
 
 
 def second(layer: Any, x: Any) -> dict[str, Any]:
+    """With terms of the inputs' own, since with some samples there is no second derivative to ask for."""
     inputs = x, *layer.parameters()
     grads = torch.autograd.grad(layer(x), inputs, direction(x), create_graph=True)
-    total = sum((grad * direction(grad)).sum() for grad in grads)
-    grads += torch.autograd.grad(total, inputs, allow_unused=True)
-    return {str(i): torch.zeros(()) if grad is None else grad.detach() for i, grad in enumerate(grads)}
+    total = sum((grad * direction(grad)).sum() for grad in grads) + sum(tensor.pow(2).sum() for tensor in inputs)
+    grads += torch.autograd.grad(total, inputs)
+    return {str(i): grad.detach() for i, grad in enumerate(grads)}
 
 
 def tangent(layer: Any, x: Any) -> dict[str, Any]:

@@ -94,7 +94,7 @@ def gradients(
 
 
 def _linked(gradient: Tensor, x: Tensor, gamma: Tensor | None) -> Tensor:
-    """The gradient with x and gamma in its graph, with derivatives of 0 where it does not depend on them, as torch's."""
+    """The gradient with x and gamma in its graph, as torch's; its derivative is 0 where it does not depend on them."""
     for tensor in (x, gamma):
         if tensor is not None and tensor.requires_grad:
             gradient = torch.where(torch.ones((), dtype=torch.bool), gradient, tensor.flatten()[0].double())

@@ -94,10 +94,11 @@ class _Layer(torch.nn.Module):
         if training and not self.track_running_stats and mean is not None:
             mean = var = None
             where = compiles or place(input, residual, gamma, beta, None, None, self.num_features, batch)
+        seen = compiles or torch.overrides.has_torch_function((input,))
         if number is not None:  # before the call, which checkpointing may leave as soon as it has what it looks for
-            number.add_(1) if compiles else count(number)
+            number.add_(1) if seen else count(number)
         rest = mean, var, batch, momentum, eps, self.activation
-        if compiles or torch.overrides.has_torch_function((input,)):
+        if seen:
             y = normalize_by_operator(input, residual, gamma, beta, *rest)
         elif torch.is_grad_enabled() and (
             input.requires_grad
