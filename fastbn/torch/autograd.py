@@ -23,7 +23,7 @@ from .watchers import has_tangent, transformed, watched
 class Normalization(torch.autograd.Function):
     """`normalize` with its gradient; what needs none is one argument, since each costs time.
 
-    beta is kept where the gradient needs it: otherwise it may change before the backward pass, as with torch's layer.
+    gamma and beta may change before a backward pass that does not read them.
     """
 
     @staticmethod
@@ -36,24 +36,42 @@ class Normalization(torch.autograd.Function):
         rest: tuple[Any, ...],
     ) -> Tensor:
         where, mean, var, training, momentum, eps, activation = rest
-        y, ctx.saved = normalize(where, x, residual, gamma, beta, mean, var, training, momentum, eps, activation)
-        ctx.how = training, eps, activation
-        ctx.save_for_backward(x, residual, gamma, None if activation is None else beta)
-        ctx.beta_dtype = None if beta is None else beta.dtype
+        y, saved = normalize(where, x, residual, gamma, beta, mean, var, training, momentum, eps, activation)
+        ctx.kept = saved, gamma, beta, _versions(gamma, beta), training, eps, activation
+        ctx.save_for_backward(x, residual)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, residual, gamma, beta = ctx.saved_tensors
-        training, eps, activation = ctx.how
-        wanted = ctx.needs_input_grad[:4]
+        x, residual = ctx.saved_tensors
+        saved, gamma, beta, versions, training, eps, activation = ctx.kept
+        wanted = ctx.needs_input_grad
         where = None if torch.is_grad_enabled() or watched(dy) else place_of_gradient(dy, x, residual)
-        if where is None:
-            saved = torch.from_numpy(ctx.saved)
-            found = formulas.gradients(dy, x, residual, gamma, beta, saved, training, eps, activation, wanted)
+        if where is not None:
+            found = differentiate(where, dy, x, residual, saved, training, activation, wanted)
         else:
-            found = differentiate(where, dy, x, residual, ctx.saved, training, activation, wanted)
-        return _in_dtypes(found, None if gamma is None else gamma.dtype, ctx.beta_dtype)
+            _check_unchanged(gamma, None if activation is None else beta, versions)
+            rows = torch.from_numpy(saved)
+            found = formulas.gradients(dy, x, residual, gamma, beta, rows, training, eps, activation, wanted)
+        return _in_dtypes(found, gamma, beta)
+
+
+def _versions(gamma: Tensor | None, beta: Tensor | None) -> tuple[int, int]:
+    """How often they have been modified; inference tensors are not counted, and cannot be differentiated."""
+    return (
+        0 if gamma is None or gamma.is_inference() else gamma._version,
+        0 if beta is None or beta.is_inference() else beta._version,
+    )
+
+
+def _check_unchanged(gamma: Tensor | None, beta: Tensor | None, versions: tuple[int, int]) -> None:
+    """Of what the differentiable gradient reads and the kernels' does not: the parameters as they are now."""
+    for name, tensor, version in (("weight", gamma, versions[0]), ("bias", beta, versions[1])):
+        if tensor is not None and not tensor.is_inference() and tensor._version != version:
+            raise RuntimeError(
+                f"{name}: got one modified by an inplace operation since the forward pass; allowed: the same values, "
+                "since the gradient that can be differentiated needs them"
+            )
 
 
 apply = super(torch.autograd.Function, Normalization).apply
@@ -61,9 +79,13 @@ apply = super(torch.autograd.Function, Normalization).apply
 
 
 def _in_dtypes(found: Gradients, gamma: Any, beta: Any) -> tuple[Tensor | None, ...]:
-    """The gradients of the parameters are given in their dtypes; there is none for the fifth argument."""
+    """The gradients of the parameters are given in the dtypes of these; there is none for the fifth argument."""
     dx, dresidual, dgamma, dbeta = found
-    return dx, dresidual, cast(dgamma, gamma), cast(dbeta, beta), None
+    if dgamma is not None and dgamma.dtype is not gamma.dtype:
+        dgamma = dgamma.to(gamma.dtype)
+    if dbeta is not None and dbeta.dtype is not beta.dtype:
+        dbeta = dbeta.to(beta.dtype)
+    return dx, dresidual, dgamma, dbeta, None
 
 
 # As an operator ------------------------------------------------------------------------------------------------------
@@ -158,7 +180,8 @@ def _differentiate(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         some = _operator_backward(dy, x, residual, saved, ctx.training, ctx.activation, ctx.slope, asked)
         dx, dresidual, dgamma, dbeta = (one if given else None for one, given in zip(some, asked, strict=True))
         found = dx, dy if for_residual and ctx.activation is None else dresidual, dgamma, dbeta
-    return *_in_dtypes(found, None if gamma is None else gamma.dtype, ctx.beta_dtype), *[None] * 4
+    dgamma, dbeta = cast(found[2], None if gamma is None else gamma.dtype), cast(found[3], ctx.beta_dtype)
+    return found[0], found[1], dgamma, dbeta, *[None] * 5
 
 
 operator.register_autograd(_differentiate, setup_context=_keep)

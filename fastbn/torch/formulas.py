@@ -64,7 +64,7 @@ def gradients(
     which costs no digits and has no influence; with running statistics it is their value. beta may be None without
     an activation.
     """
-    for_x, for_residual, for_gamma, for_beta = wanted
+    for_x, for_residual, for_gamma, for_beta, *_ = wanted
     others = (0, *range(2, x.ndim))
     rows = dict(zip(SAVED_ROWS, saved.view(len(SAVED_ROWS), 1, -1, *[1] * (x.ndim - 2)), strict=True))
     centered = x.double() - rows["mean"]

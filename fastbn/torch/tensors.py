@@ -149,16 +149,12 @@ def place(
 
 def place_of_gradient(dy: Tensor, x: Tensor, residual: Tensor | None) -> Place | None:
     """Where `differentiate` finds these; None if it cannot take them: hooks of saved tensors may have changed those."""
-    addresses = []
-    for tensor in (dy, x, residual):
-        if tensor is None:
-            addresses.append(0)
-            continue
-        address = _address(tensor)
-        if not address or tensor.dtype is not dy.dtype or tensor.shape != dy.shape:
-            return None
-        addresses.append(address)
-    return tuple(addresses), *_dense(x, dy, residual)
+    addresses = _address(dy), _address(x), 0 if residual is None else _address(residual)
+    if not addresses[0] or not addresses[1] or x.dtype is not dy.dtype or x.shape != dy.shape:
+        return None
+    if residual is not None and (not addresses[2] or residual.dtype is not dy.dtype or residual.shape != dy.shape):
+        return None
+    return addresses, *_dense(x, dy, residual)
 
 
 def count(number: Tensor) -> None:
@@ -222,10 +218,11 @@ def normalize(
     if shape is not None and 0 <= momentum <= 1:
         express = getattr(select(None), "forward_at", None)
         if express is not None:
-            saved = express(
-                *(_NUMBERS[x.dtype], shape, axis, addresses, y.data_ptr()),
-                *(momentum, eps, activation, training, keeps, _threads()),
-            )
+            number, threads = _NUMBERS[x.dtype], _threads()
+            # fmt: off
+            saved = express(number, shape, axis, addresses, y.data_ptr(), momentum, eps, activation, training, keeps,
+                            threads)
+            # fmt: on
             if saved is not None:
                 return y, saved
     statistics = STATISTICS[x.dtype]
@@ -259,7 +256,7 @@ def differentiate(
 
     `where` is the place of the first three tensors.
     """
-    for_x, for_residual, for_gamma, for_beta = wanted
+    for_x, for_residual, for_gamma, for_beta, *_ = wanted
     activates = for_residual and activation is not None
     dx = _empty_like(x) if for_x or activates else None
     found: Any = None
@@ -267,10 +264,11 @@ def differentiate(
     if dx is not None and shape is not None:
         express = getattr(select(None), "backward_at", None)
         if express is not None:
-            found = express(
-                *(_NUMBERS[x.dtype], shape, axis, addresses, dx.data_ptr(), saved, not training, activation),
-                *(for_gamma, for_beta, _threads()),
-            )
+            number, frozen, threads = _NUMBERS[x.dtype], not training, _threads()
+            # fmt: off
+            found = express(number, shape, axis, addresses, dx.data_ptr(), saved, frozen, activation, for_gamma,
+                            for_beta, threads)
+            # fmt: on
     if found is None:
         axis, (dy_, x_, residual_, dx_) = _channels_together(x, dy, x, residual, dx)
         cache = Cache(Parts(x_, residual_, saved, axis, not training, activation, for_gamma, for_beta))
