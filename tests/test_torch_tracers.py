@@ -299,7 +299,9 @@ def test_modes_of_functions(lenient: None) -> None:
         layer, one = copy.deepcopy(ours), x.clone().requires_grad_()
         with mode:
             y = layer(one)
-            found.append((y, *torch.autograd.grad(y, (one, *layer.parameters()), dy), layer.running_var))
+            grads = torch.autograd.grad(y, (one, *layer.parameters()), dy, retain_graph=True)
+            (dx,) = torch.autograd.grad(y, one, dy, create_graph=True)
+            found.append((y, *grads, *torch.autograd.grad(dx.sum(), (one, layer.weight)), layer.running_var))
     for other_found in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other_found, strict=True))
     assert any("fastbn" in name and "batch_norm" in name for name in seen)

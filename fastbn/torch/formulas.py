@@ -97,7 +97,8 @@ def _linked(gradient: Tensor, x: Tensor, gamma: Tensor | None) -> Tensor:
     """The gradient with x and gamma in its graph, as torch's; its derivative is 0 where it does not depend on them."""
     for tensor in (x, gamma):
         if tensor is not None and tensor.requires_grad:
-            gradient = torch.where(torch.ones((), dtype=torch.bool), gradient, tensor.flatten()[0].double())
+            always = torch.ones((), dtype=torch.bool, device=x.device)
+            gradient = torch.where(always, gradient, tensor[(0,) * tensor.ndim].double())
     return gradient
 
 

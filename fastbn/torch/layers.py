@@ -156,7 +156,8 @@ class BatchNorm2d(_Layer, torch.nn.BatchNorm2d):
 
     Derivatives of any order are right. What the kernels do not take, or may not compute unseen, goes to torch's layer:
     the table in fastbn.torch's docstring says what each tool of torch sees. As many threads work as
-    torch.get_num_threads() tells, or fastbn.get_num_threads() if that is less.
+    torch.get_num_threads() tells, or fastbn.get_num_threads() if that is less. A small call takes about 5 microseconds
+    more than torch's, and some 15 more with its backward pass, which goes through Python.
 
     eps and momentum are as torch takes them: a momentum of any sign, and ints and tensors of one value.
 
