@@ -23,7 +23,7 @@ with warnings.catch_warnings():
     from torch.testing._internal import common_modules
 
 DTYPES = {"float64": 1e-10, "float32": 2e-5, "bfloat16": 2**-6}
-"""And how far results may be apart: the errors of torch's layer, which fastbn's are below."""
+"""And how far results may be apart, gradients in terms of the largest: the errors of torch's layer, not fastbn's."""
 NAMES = {f"BatchNorm{n}d": getattr(torch.nn, f"BatchNorm{n}d") for n in (1, 2, 3)}
 INFOS = {info.module_cls: info for info in common_modules.module_db if info.module_cls in NAMES.values()}
 
@@ -108,13 +108,15 @@ def test_samples(name: str, check: str, dtype: str, training: bool) -> None:
         (x,) = sample.forward_input.args
         got, wanted = (CHECKS[check](layer, x) for layer in (ours, theirs))
         scale = max([1.0, *(float(t.abs().max()) for t in wanted.values() if t.numel())])
-        assert_agree(got, wanted, DTYPES[dtype] * (scale if check == "second" else 1))
+        assert_agree(got, wanted, DTYPES[dtype] * (scale if check in ("first", "second") else 1))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_errors(name: str) -> None:
     """Torch's samples of what its layers refuse, in the same words."""
     info = INFOS[NAMES[name]]
+    if info.module_error_inputs_func is None:
+        pytest.skip(f"torch {torch.__version__} has no such samples")
     found = list(info.module_error_inputs_func(info, "cpu", torch.float32, requires_grad=False, training=True))
     assert found
     for error in found:

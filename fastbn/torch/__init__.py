@@ -11,7 +11,8 @@ sees depends on who else looks at it.
 | a backward pass with create_graph=True or         | the kernels computed y; torch's differentiable operators, in    |
 | is_grads_batched=True, jacobian(vectorize=True),  | float64, compute the gradient                                   |
 | forward over reverse, or that a mode records      |                                                                 |
-| torch.compile                                     | the operator fastbn::batch_norm: the kernels                    |
+| torch.compile                                     | the operator fastbn::batch_norm: the kernels (torch 2.7 tells   |
+|                                                   | compiled code that it is exported: torch's layer)               |
 | modes of torch functions (set_default_device)     | the operator fastbn::batch_norm: the kernels                    |
 | torch.func (grad, vmap, jvp, ...), compiled too   | torch's layer                                                   |
 | forward-mode AD (torch.autograd.forward_ad)       | torch's layer                                                   |
