@@ -222,6 +222,27 @@ def test_any_strides(which: str, training: bool) -> None:
             torch.testing.assert_close(found[name], wanted[name], rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+def test_strided_parameters(training: bool) -> None:
+    """Every second value of a tensor, statistics included, which are updated there and only there."""
+    theirs, ours = (layer.train(training) for layer in pair(2))
+    wide = {name: torch.rand(10) + 0.5 for name in ("weight", "bias", "running_mean", "running_var")}
+    memory = copy.deepcopy(wide)
+    for name, tensor in wide.items():
+        parameter = torch.nn.Parameter if name in ("weight", "bias") else torch.clone
+        setattr(theirs, name, parameter(tensor[::2].clone()))
+        setattr(
+            ours, name, torch.nn.Parameter(memory[name][::2]) if parameter is not torch.clone else memory[name][::2]
+        )
+    x, dy = data(SHAPES[2]), data(SHAPES[2])
+    found, wanted = called(ours, x, dy), called(theirs, x, dy)
+    for name in wanted:
+        torch.testing.assert_close(found[name], wanted[name], rtol=2e-5, atol=2e-5)
+    for name, tensor in wide.items():
+        assert torch.equal(memory[name][1::2], tensor[1::2])
+        torch.testing.assert_close(memory[name][::2], getattr(theirs, name), rtol=2e-5, atol=2e-5, check_stride=False)
+
+
 @pytest.mark.parametrize("channels", [1, 5])
 @pytest.mark.parametrize("shape", [(6, 0), (6, 0, 1), (6, 0, 1, 1), (1, 0, 4, 4)], ids=str)
 def test_shapes_whose_format_is_ambiguous(shape: tuple[int, ...], channels: int) -> None:
