@@ -147,7 +147,7 @@ extension = Extension(
     include_dirs=["src_c", np.get_include()],
     extra_compile_args=[] if MSVC else ["-g0"],
     define_macros=[("NPY_NO_DEPRECATED_API", "NPY_1_25_API_VERSION"), ("NPY_TARGET_VERSION", "NPY_1_25_API_VERSION")],
-    depends=[f"fastbn/backends/c_{part}.pxi" for part in ("express", "flat", "plan")]
+    depends=[f"fastbn/backends/c_{part}.pxi" for part in ("express", "flat", "memory", "plan")]
     + HEADERS
     + CORE
     + [f"src_c/isa/{isa}.c" for isa in ISAS],

@@ -21,8 +21,8 @@ NAMES = tuple(name for name in fastbn.__all__ if name != "__version__")
 def documented_modules() -> list[str]:
     """The modules in Python, without bench."""
     found = ["fastbn"]
-    for package in ("fastbn", "fastbn.backends"):
-        folder = Path(importlib.import_module(package).__file__ or "").parent
+    for package in ("fastbn", "fastbn.backends", "fastbn.torch"):
+        folder = Path(fastbn.__file__).parent.joinpath(*package.split(".")[1:])
         found += [
             f"{package}.{module.name}" for module in pkgutil.iter_modules([str(folder)]) if module.name != "bench"
         ]

@@ -119,6 +119,33 @@ def express_backward(
     out: object,
     threads: Callable[[], int],
 ) -> tuple[Array, Array | None, Array | None, Array | None] | None: ...
+def forward_at(
+    number: int,
+    shape: tuple[int, ...],
+    axis: int,
+    addresses: tuple[int, ...],
+    y: int,
+    momentum: float,
+    eps: float,
+    activation: object,
+    training: bool,
+    keeps: bool,
+    threads: Callable[[], int],
+) -> Array | bool | None: ...
+def backward_at(
+    number: int,
+    shape: tuple[int, ...],
+    axis: int,
+    addresses: tuple[int, ...],
+    dx: int,
+    saved: Array,
+    frozen: bool,
+    activation: object,
+    has_gamma: bool,
+    has_beta: bool,
+    threads: Callable[[], int],
+) -> tuple[Array | None, Array | None, Array | None] | None: ...
+def add_one_at(address: int) -> None: ...
 
 class Plan:
     def __init__(

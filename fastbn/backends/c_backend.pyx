@@ -353,5 +353,6 @@ def describe():
 
 
 include "c_express.pxi"
+include "c_memory.pxi"
 include "c_plan.pxi"
 include "c_flat.pxi"

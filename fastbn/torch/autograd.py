@@ -1,0 +1,207 @@
+"""How does autograd see a call? As a Function in eager code, the cheapest way, and as the operator fastbn::batch_norm.
+
+The operator is what torch.compile and modes of torch functions see. Both give the kernels' gradient where nobody
+looks, and the formulas of torch's operators where the gradient may be differentiated, batched or recorded itself.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends import SAVED_ROWS
+from . import formulas
+from .formulas import Activation, Gradients, split
+from .tensors import STATISTICS, Place, cast, differentiate, lacks_memory, normalize, place, place_of_gradient
+from .watchers import has_tangent, transformed, watched
+
+# In eager code -------------------------------------------------------------------------------------------------------
+
+
+class Normalization(torch.autograd.Function):
+    """`normalize` with its gradient; what needs none is one argument, since each costs time.
+
+    gamma and beta may change before a backward pass that does not read them.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        rest: tuple[Any, ...],
+    ) -> Tensor:
+        where, mean, var, training, momentum, eps, activation = rest
+        y, saved = normalize(where, x, residual, gamma, beta, mean, var, training, momentum, eps, activation)
+        ctx.kept = saved, gamma, beta, _versions(gamma, beta), training, eps, activation
+        ctx.save_for_backward(x, residual)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, residual = ctx.saved_tensors
+        saved, gamma, beta, versions, training, eps, activation = ctx.kept
+        wanted = ctx.needs_input_grad
+        where = None if torch.is_grad_enabled() or watched(dy) else place_of_gradient(dy, x, residual)
+        if where is not None:
+            found = differentiate(where, dy, x, residual, saved, training, activation, wanted)
+        else:
+            _check_unchanged(gamma, None if activation is None else beta, versions)
+            rows = torch.from_numpy(saved)
+            found = formulas.gradients(dy, x, residual, gamma, beta, rows, training, eps, activation, wanted)
+        return _in_dtypes(found, gamma, beta)
+
+
+def _versions(gamma: Tensor | None, beta: Tensor | None) -> tuple[int, int]:
+    """How often they have been modified; inference tensors are not counted, and cannot be differentiated."""
+    return (
+        0 if gamma is None or gamma.is_inference() else gamma._version,
+        0 if beta is None or beta.is_inference() else beta._version,
+    )
+
+
+def _check_unchanged(gamma: Tensor | None, beta: Tensor | None, versions: tuple[int, int]) -> None:
+    """Of what the differentiable gradient reads and the kernels' does not: the parameters as they are now."""
+    for name, tensor, version in (("weight", gamma, versions[0]), ("bias", beta, versions[1])):
+        if tensor is not None and not tensor.is_inference() and tensor._version != version:
+            raise RuntimeError(
+                f"{name}: got one modified by an inplace operation since the forward pass; allowed: the same values, "
+                "since the gradient that can be differentiated needs them"
+            )
+
+
+apply = super(torch.autograd.Function, Normalization).apply
+"""Normalization.apply without its care for torch.func, which never sees it: half the time."""
+
+
+def _in_dtypes(found: Gradients, gamma: Any, beta: Any) -> tuple[Tensor | None, ...]:
+    """The gradients of the parameters are given in the dtypes of these; there is none for the fifth argument."""
+    dx, dresidual, dgamma, dbeta = found
+    if dgamma is not None and dgamma.dtype is not gamma.dtype:
+        dgamma = dgamma.to(gamma.dtype)
+    if dbeta is not None and dbeta.dtype is not beta.dtype:
+        dbeta = dbeta.to(beta.dtype)
+    return dx, dresidual, dgamma, dbeta, None
+
+
+# As an operator ------------------------------------------------------------------------------------------------------
+
+
+def _named(activation: str | None, slope: float) -> Activation:
+    return (activation, slope) if activation == "leaky_relu" else activation
+
+
+def _known(where: Place | None, *tensors: Tensor | None) -> Place:
+    """The place of tensors that the dispatcher handed over, if they are ones that the operators take."""
+    if has_tangent(*tensors):
+        raise NotImplementedError(
+            "fastbn::batch_norm has no forward-mode AD; allowed: fastbn.torch's layers, which have"
+        )
+    if where is None:
+        raise TypeError("fastbn::batch_norm: got tensors that the layers of fastbn.torch would leave to torch's layers")
+    return where
+
+
+@torch.library.custom_op("fastbn::batch_norm", mutates_args=(), device_types="cpu")
+def operator(
+    x: Tensor,
+    residual: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    eps: float,
+    activation: str | None,
+    slope: float,
+) -> tuple[Tensor, Tensor]:
+    """The result and what `normalize` keeps, in training where no statistics are given."""
+    tensors = x, residual, gamma, beta, mean, var
+    where = _known(place(*tensors, x.shape[1], mean is None), *tensors)
+    y, saved = normalize(where, *tensors, mean is None, 0.0, eps, _named(activation, slope))
+    return y, torch.from_numpy(saved)
+
+
+@operator.register_fake
+def _(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty((len(SAVED_ROWS), x.shape[1]), dtype=torch.float64)
+
+
+@torch.library.custom_op("fastbn::batch_norm_backward", mutates_args=(), device_types="cpu")
+def _operator_backward(
+    dy: Tensor,
+    x: Tensor,
+    residual: Tensor | None,
+    saved: Tensor,
+    training: bool,
+    activation: str | None,
+    slope: float,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of x, residual, gamma and beta; one that is not wanted is empty."""
+    where = _known(place_of_gradient(dy, x, residual), dy, x, residual)
+    found = differentiate(where, dy, x, residual, saved.numpy(), training, _named(activation, slope), wanted)
+    dx, dresidual, dgamma, dbeta = (x.new_empty(0) if gradient is None else gradient for gradient in found)
+    return dx, dresidual, dgamma, dbeta
+
+
+@_operator_backward.register_fake
+def _(dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    for_x, for_residual, for_gamma, for_beta = rest[-1]
+
+    def like(some: bool) -> Tensor:
+        return torch.empty_like(x) if some else x.new_empty(0)
+
+    def of_channels(some: bool) -> Tensor:
+        return x.new_empty(x.shape[1], dtype=STATISTICS[x.dtype]) if some else x.new_empty(0)
+
+    return like(for_x), like(for_residual), of_channels(for_gamma), of_channels(for_beta)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, residual, gamma, beta, mean, _, ctx.eps, ctx.activation, ctx.slope = inputs
+    ctx.save_for_backward(x, residual, gamma, None if ctx.activation is None else beta, output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.training, ctx.beta_dtype = mean is None, None if beta is None else beta.dtype
+
+
+def _differentiate(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    x, residual, gamma, beta, saved = ctx.saved_tensors
+    for_x, for_residual, for_gamma, for_beta = ctx.needs_input_grad[:4]
+    if torch.is_grad_enabled() or transformed() or lacks_memory(dy):
+        wanted = for_x, for_residual, for_gamma, for_beta
+        activation = _named(ctx.activation, ctx.slope)
+        found = formulas.gradients(dy, x, residual, gamma, beta, saved, ctx.training, ctx.eps, activation, wanted)
+    else:
+        asked = [for_x, for_residual and ctx.activation is not None, for_gamma, for_beta]
+        some = _operator_backward(dy, x, residual, saved, ctx.training, ctx.activation, ctx.slope, asked)
+        dx, dresidual, dgamma, dbeta = (one if given else None for one, given in zip(some, asked, strict=True))
+        found = dx, dy if for_residual and ctx.activation is None else dresidual, dgamma, dbeta
+    dgamma, dbeta = cast(found[2], None if gamma is None else gamma.dtype), cast(found[3], ctx.beta_dtype)
+    return found[0], found[1], dgamma, dbeta, *[None] * 5
+
+
+operator.register_autograd(_differentiate, setup_context=_keep)
+
+
+def normalize_by_operator(
+    x: Tensor,
+    residual: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    training: bool,
+    momentum: Any,
+    eps: float,
+    activation: Activation,
+) -> Tensor:
+    """What `normalize` does. The operator may not change the running statistics, or it could have no gradient."""
+    given = (None, None) if training else (mean, var)
+    y, saved = operator(x, residual, gamma, beta, *given, eps, *split(activation))
+    if training and mean is not None and var is not None:
+        formulas.blend(mean, var, saved, x.numel() // x.shape[1], momentum)
+    return y

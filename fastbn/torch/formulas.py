@@ -1,0 +1,114 @@
+"""What is left to torch's own operators? The gradient that can itself be differentiated, activations, odd momenta."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._activations import DEFAULT_SLOPE
+from ..backends import SAVED_ROWS
+
+Activation = str | tuple[str, float] | None
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+"""Of x, residual, gamma and beta; None where not wanted."""
+
+
+def split(activation: Activation) -> tuple[str | None, float]:
+    """An activation's name and slope."""
+    return activation if isinstance(activation, tuple) else (activation, DEFAULT_SLOPE)
+
+
+def activated(y: Tensor, activation: Activation) -> Tensor:
+    """The activation of y."""
+    name, slope = split(activation)
+    if name is None:
+        return y
+    return getattr(torch.nn.functional, name)(y, *[slope] * (name == "leaky_relu"))
+
+
+def _activation_gradient(dy: Tensor, z: Tensor, activation: Activation) -> Tensor:
+    """The gradient dy times the activation's derivative at z; at a kink that of the kernels, which is torch's."""
+    name, slope = split(activation)
+    if name == "relu":
+        return torch.where(z > 0, dy, 0)
+    if name == "relu6":
+        return torch.where((z > 0) & (z < 6), dy, 0)
+    if name == "leaky_relu":
+        return torch.where(z > 0, dy, slope * dy)
+    if name == "hardswish":
+        return torch.where(z > -3, torch.where(z < 3, dy * (z / 3 + 0.5), dy), 0)
+    if name in ("sigmoid", "silu"):
+        high, low = torch.sigmoid(z), torch.sigmoid(-z)
+        return dy * (high * low if name == "sigmoid" else high + z * high * low)
+    return dy
+
+
+def gradients(
+    dy: Tensor,
+    x: Tensor,
+    residual: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    saved: Tensor,
+    training: bool,
+    eps: float,
+    activation: Activation,
+    wanted: Sequence[bool],
+) -> Gradients:
+    """The gradients that fastbn.backward documents, in float64, as functions that autograd and torch.func can follow.
+
+    `saved` are the rows that the forward pass kept. With batch statistics its mean is only an origin near all of x,
+    which costs no digits and has no influence; with running statistics it is their value. beta may be None without
+    an activation.
+    """
+    for_x, for_residual, for_gamma, for_beta, *_ = wanted
+    others = (0, *range(2, x.ndim))
+    rows = dict(zip(SAVED_ROWS, saved.view(len(SAVED_ROWS), 1, -1, *[1] * (x.ndim - 2)), strict=True))
+    centered = x.double() - rows["mean"]
+    if training:
+        centered = centered - centered.mean(others, keepdim=True)
+        inv_std = (centered.square().mean(others, keepdim=True) + eps).rsqrt()
+    else:
+        centered, inv_std = centered - rows["mean_low"], rows["inv_std"]
+    xhat = centered * inv_std
+    scale = None if gamma is None else _by_channel(gamma, x)
+    dz = dy.double()
+    if activation is not None:
+        z = xhat if scale is None else xhat * scale
+        z = z if beta is None else z + _by_channel(beta, x)
+        dz = _activation_gradient(dz, z if residual is None else z + residual.double(), activation)
+    dx = dresidual = dgamma = dbeta = None
+    if for_x:
+        dx = dz - dz.mean(others, keepdim=True) - xhat * (dz * xhat).mean(others, keepdim=True) if training else dz
+        dx = _linked(dx * inv_std if scale is None else dx * inv_std * scale, x, gamma).to(x.dtype)
+    if for_residual:
+        dresidual = _linked(dz, x, gamma).to(x.dtype)
+    if for_gamma and gamma is not None:
+        dgamma = _linked((dz * xhat).sum(others), x, gamma).to(gamma.dtype)
+    if for_beta:
+        dbeta = _linked(dz.sum(others), x, gamma)
+    return dx, dresidual, dgamma, dbeta
+
+
+def _linked(gradient: Tensor, x: Tensor, gamma: Tensor | None) -> Tensor:
+    """The gradient with x and gamma in its graph, as torch's; its derivative is 0 where it does not depend on them."""
+    for tensor in (x, gamma):
+        if tensor is not None and tensor.requires_grad:
+            always = torch.ones((), dtype=torch.bool, device=x.device)
+            gradient = torch.where(always, gradient, tensor[(0,) * tensor.ndim].double())
+    return gradient
+
+
+def _by_channel(values: Tensor, x: Tensor) -> Tensor:
+    return values.double().view(-1, *[1] * (x.ndim - 2))
+
+
+def blend(mean: Tensor, var: Tensor, saved: Tensor, count: Any, momentum: Any) -> None:
+    """Updates running statistics of any dtype, with any momentum, rounding once."""
+    rows = dict(zip(SAVED_ROWS, saved.unbind(), strict=True))
+    batch = rows["mean"] + rows["mean_low"], rows["var"] * (count / (count - 1))
+    for running, new in zip((mean, var), batch, strict=True):
+        running.copy_((1 - momentum) * running.double() + momentum * new)

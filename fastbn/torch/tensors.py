@@ -1,0 +1,288 @@
+"""How do fastbn's functions run on the memory of tensors? Nothing here knows of gradients that are recorded.
+
+A plain call goes to the C backend by the addresses of the tensors; any other, by way of arrays, to fastbn's functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from ml_dtypes import bfloat16
+from torch import Tensor
+from torch.nn import Parameter
+
+from .._results import Cache, Parts
+from .._threads import use_num_threads
+from ..backends import get_num_threads, select
+from ..ops import backward, backward_sums, forward, infer
+from .formulas import Activation, Gradients, blend
+
+_add_one_at: Callable[[int], None] | None
+try:
+    from ..backends.c_backend import add_one_at as _add_one_at
+except ImportError:  # a build without the extension
+    _add_one_at = None
+
+Array = np.ndarray[Any, Any]
+
+Place = tuple[tuple[int, ...], tuple[int, ...] | None, int]
+"""The addresses of tensors; the shape of the data in memory, None if the express lane cannot take it so; its axis."""
+
+_PLAIN = frozenset((Tensor, Parameter))
+"""The classes of tensors that are their memory and nothing else, or may be."""
+
+STATISTICS = {
+    torch.float16: torch.float32,
+    torch.bfloat16: torch.float32,
+    torch.float32: torch.float32,
+    torch.float64: torch.float64,
+}
+"""The dtypes of data that run here, and their statistics dtypes."""
+
+_NUMBERS = {
+    torch.float16: np.dtype(np.float16).num,
+    torch.bfloat16: np.dtype(bfloat16).num,
+    torch.float32: np.dtype(np.float32).num,
+    torch.float64: np.dtype(np.float64).num,
+}
+"""Their numbers in NumPy."""
+
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+"""The memory format by the number of axes."""
+
+_HUGE = 1 << 22
+"""Bytes from which NumPy asks the system for huge pages. Fresh memory costs half the time with them."""
+
+
+def cast(tensor: Tensor | None, dtype: Any) -> Tensor | None:
+    """The tensor in another dtype."""
+    return tensor if tensor is None or tensor.dtype is dtype else tensor.to(dtype)
+
+
+def _empty_like(x: Tensor) -> Tensor:
+    """Memory in x's memory format; a large one is NumPy's, who asks for huge pages."""
+    if x.nbytes < _HUGE:
+        return torch.empty_like(x)
+    strides = torch.empty_like(x, device="meta").stride()
+    memory = torch.from_numpy(np.empty(x.nbytes, np.uint8)).untyped_storage()
+    return torch.empty(0, dtype=x.dtype, device="cpu").set_(memory, 0, x.shape, strides)
+
+
+def _threads() -> int:
+    """No more threads than torch has, nor than fastbn has."""
+    return min(torch.get_num_threads(), get_num_threads())
+
+
+# By addresses --------------------------------------------------------------------------------------------------------
+
+
+def _address(tensor: Tensor) -> int:
+    """Where a tensor lies in the CPU's memory; 0 unless it is dense memory, of values as they are, and nothing else.
+
+    A tensor within vmap looks like others, but has no memory; nor has one of zeros that are not stored.
+    """
+    if type(tensor) in _PLAIN and tensor.is_cpu and not tensor.is_neg():
+        try:
+            return int(tensor.data_ptr())
+        except RuntimeError:
+            pass
+    return 0
+
+
+def lacks_memory(tensor: Tensor) -> bool:
+    """Whether a tensor looks like others and is not in memory: within vmap."""
+    return type(tensor) in _PLAIN and not _address(tensor)
+
+
+def _dense(x: Tensor, *others: Tensor | None) -> tuple[tuple[int, ...] | None, int]:
+    """The shape that x has in memory and its channel axis; None for the shape unless all are dense in this order."""
+    if x.is_contiguous():
+        for other in others:
+            if other is not None and not other.is_contiguous():
+                return None, 1
+        return x.shape, 1
+    last = _CHANNELS_LAST.get(x.ndim)
+    if last is None or not all(t is None or t.is_contiguous(memory_format=last) for t in (x, *others)):
+        return None, 1
+    first, channels, *rest = x.shape
+    return (first, *rest, channels), -1
+
+
+def place(
+    x: Tensor,
+    residual: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    channels: int,
+    batch: bool,
+) -> Place | None:
+    """Where `normalize` finds these tensors, or None if it cannot take one of them."""
+    statistics = STATISTICS.get(x.dtype)
+    if statistics is None or not (first := _address(x)) or x.dim() < 2:
+        return None
+    if x.shape[1] != channels or (batch and x.numel() <= channels):
+        return None
+    addresses, expected, plain = [first, 0], (channels,), True
+    if residual is not None:
+        addresses[1] = _address(residual)
+        if not addresses[1]:
+            return None
+    for tensor in (gamma, beta, mean, var):
+        if tensor is None:
+            addresses.append(0)
+            continue
+        address = _address(tensor)
+        if not address or tensor.shape != expected:
+            return None
+        if tensor.dtype is not statistics or not tensor.is_contiguous():
+            plain = False
+            if tensor.dtype not in STATISTICS:
+                return None
+        addresses.append(address)
+    return tuple(addresses), *(_dense(x, residual) if plain else (None, 1))
+
+
+def place_of_gradient(dy: Tensor, x: Tensor, residual: Tensor | None) -> Place | None:
+    """Where `differentiate` finds these; None if it cannot take them: hooks of saved tensors may have changed those."""
+    addresses = _address(dy), _address(x), 0 if residual is None else _address(residual)
+    if not addresses[0] or not addresses[1] or x.dtype is not dy.dtype or x.shape != dy.shape:
+        return None
+    if residual is not None and (not addresses[2] or residual.dtype is not dy.dtype or residual.shape != dy.shape):
+        return None
+    return addresses, *_dense(x, dy, residual)
+
+
+def count(number: Tensor) -> None:
+    """Adds one to num_batches_tracked; by torch it takes longer than all else that is done for a small batch."""
+    address = _address(number) if number.dtype is torch.int64 and number.numel() == 1 else 0
+    if address and _add_one_at is not None:
+        _add_one_at(address)
+    else:
+        number.add_(1)
+
+
+# By arrays -----------------------------------------------------------------------------------------------------------
+
+
+def _array(tensor: Tensor | None) -> Any:
+    """The tensor's memory as NumPy sees it, with any strides."""
+    if tensor is None:
+        return None
+    if tensor.dtype is torch.bfloat16:  # which is no dtype of NumPy's own
+        return tensor.detach().view(torch.int16).numpy().view(bfloat16)
+    return tensor.numpy(force=True)
+
+
+def _channels_together(x: Tensor, *tensors: Tensor | None) -> tuple[int, list[Any]]:
+    """The channel axis of the arrays of these tensors, which are those of x's shape; it is moved where x has it."""
+    arrays = [_array(tensor) for tensor in tensors]
+    if x.ndim == 2 or x.stride(1) != 1:
+        return 1, arrays
+    return -1, [None if array is None else np.moveaxis(array, 1, -1) for array in arrays]
+
+
+def _tensor(array: Array, axis: int, x: Tensor) -> Tensor:
+    """The tensor of x's shape and dtype that has an array's memory; the array's channels are on `axis`."""
+    tensor = torch.from_numpy(array.view(np.int16) if x.dtype is torch.bfloat16 else array).view(x.dtype)
+    return tensor if axis == 1 else tensor.movedim(-1, 1)
+
+
+# Forward and backward ------------------------------------------------------------------------------------------------
+
+
+def normalize(
+    where: Place,
+    x: Tensor,
+    residual: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    activation: Activation,
+    keeps: bool = True,
+) -> tuple[Tensor, Any]:
+    """The result and, if it keeps them, the rows that `differentiate` needs.
+
+    In training, mean and var are updated. They, gamma and beta may have any dtype. `where` is the tensors' place.
+    """
+    y = _empty_like(x)
+    addresses, shape, axis = where
+    if shape is not None and 0 <= momentum <= 1:
+        express = getattr(select(None), "forward_at", None)
+        if express is not None:
+            number = _NUMBERS[x.dtype]
+            # fmt: off
+            saved = express(number, shape, axis, addresses, y.data_ptr(), momentum, eps, activation, training, keeps,
+                            _threads)
+            # fmt: on
+            if saved is not None:
+                return y, saved
+    statistics = STATISTICS[x.dtype]
+    axis, (x_, residual_, y_) = _channels_together(x, x, residual, y)
+    gamma_, beta_ = _array(gamma), _array(beta)
+    options: dict[str, Any] = {"eps": eps, "axis": axis, "activation": activation, "residual": residual_, "out": y_}
+    with use_num_threads(_threads()):
+        if not training:
+            mean_, var_ = _array(cast(mean, statistics)), _array(cast(var, statistics))
+            if not keeps:
+                infer(x_, gamma_, beta_, mean_, var_, **options)
+                return y, None
+            return y, forward(x_, gamma_, beta_, mean_, var_, training=False, **options).cache._parts.saved
+        saved = forward(x_, gamma_, beta_, **options).cache._parts.saved
+    if mean is not None and var is not None:
+        blend(mean, var, torch.from_numpy(saved), x.numel() // x.shape[1], momentum)
+    return y, saved
+
+
+def differentiate(
+    where: Place,
+    dy: Tensor,
+    x: Tensor,
+    residual: Tensor | None,
+    saved: Array,
+    training: bool,
+    activation: Activation,
+    wanted: Sequence[bool],
+) -> Gradients:
+    """The gradients of x, residual, gamma and beta; those of the last two are in the statistics dtype.
+
+    `where` is the place of the first three tensors.
+    """
+    for_x, for_residual, for_gamma, for_beta, *_ = wanted
+    activates = for_residual and activation is not None
+    dx = _empty_like(x) if for_x or activates else None
+    found: Any = None
+    addresses, shape, axis = where
+    if dx is not None and shape is not None:
+        express = getattr(select(None), "backward_at", None)
+        if express is not None:
+            number, frozen = _NUMBERS[x.dtype], not training
+            # fmt: off
+            found = express(number, shape, axis, addresses, dx.data_ptr(), saved, frozen, activation, for_gamma,
+                            for_beta, _threads)
+            # fmt: on
+    if found is None:
+        axis, (dy_, x_, residual_, dx_) = _channels_together(x, dy, x, residual, dx)
+        cache = Cache(Parts(x_, residual_, saved, axis, not training, activation, for_gamma, for_beta))
+        with use_num_threads(_threads()):
+            if dx is None:
+                sums = backward_sums(dy_, cache)
+                found = sums.sum_dy_xhat, sums.sum_dy, None
+            else:
+                gradients = backward(dy_, cache, out=dx_)
+                found = gradients.dgamma, gradients.dbeta, gradients.dresidual
+    dgamma, dbeta, dresidual = found
+    return (
+        dx if for_x else None,
+        _tensor(dresidual, axis, x) if activates and dresidual is not None else dy if for_residual else None,
+        torch.from_numpy(dgamma) if for_gamma else None,
+        torch.from_numpy(dbeta) if for_beta else None,
+    )

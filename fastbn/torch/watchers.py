@@ -1,0 +1,44 @@
+"""Who else looks at a call? What kernels cannot work on, or may not work on unseen, is for torch's own operators.
+
+Names that torch does not publish, here and in layers.py, since no public one tells the same:
+
+- torch._C._are_functorch_transforms_active, torch._C._len_torch_dispatch_stack (below);
+- torch.autograd.forward_ad._current_level (below), where torch.compile traces: it cannot trace unpack_dual;
+- torch.nn.modules.batchnorm._BatchNorm._check_input_dim, by which torch's layers refuse an input.
+
+They were tried with torch 2.7.1, 2.13.0 and 2.14.1.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+
+def transformed() -> bool:
+    """Whether a transform of torch.func (grad, vmap, jvp, ...) is at work."""
+    return bool(torch._C._are_functorch_transforms_active())
+
+
+def watched(x: Tensor) -> bool:
+    """Whether somebody records or transforms the operators that run.
+
+    A dispatch mode, a transform of torch.func, torch.jit.trace or forward-mode AD, in which x is unpacked to a view.
+    """
+    return (
+        torch._C._len_torch_dispatch_stack() != 0
+        or torch._C._are_functorch_transforms_active()
+        or torch.jit.is_tracing()
+        or forward_ad.unpack_dual(x).primal is not x
+    )
+
+
+def transformed_in_compilation() -> bool:
+    """What `watched` tells, as far as torch.compile can trace it."""
+    return transformed() or forward_ad._current_level >= 0
+
+
+def has_tangent(*tensors: Tensor | None) -> bool:
+    """Whether forward-mode AD follows one of the tensors."""
+    return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
