@@ -56,7 +56,7 @@ class Blocks:
         self.positions = tuple(i - (i > axis) for i in self.order if i != axis)
         arrays = [x, *(array for array in others if array is not None)]
         shape = tuple(x.shape[i] for i in self.order)
-        self.shape = three_of(shape, self.at) if x.size else (0, x.shape[axis], 1)
+        self.shape = three_of(shape, self.at)
         direct = all(self._is_ready(array.transpose(self.order)) for array in arrays)
         if not x.shape[axis]:
             self.blocks = []

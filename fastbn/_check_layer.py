@@ -160,6 +160,7 @@ def unlike_an_attribute(name: str) -> None:
     """A further attribute of a layer, whose name is none of its own with a slip."""
     lower = name.lower()
     close = difflib.get_close_matches(lower, ASSIGNED, n=1, cutoff=0.75)
+    close += [own for own in ASSIGNED if sorted(own) == sorted(lower)]  # letters that changed places
     meant = ELSEWHERE.get(lower) or (close[0] if close else None)
     if meant is not None:
         raise AttributeError(f"BatchNorm has no attribute {shown(name)}; did you mean {meant!r}?")

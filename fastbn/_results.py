@@ -41,7 +41,7 @@ class Parts(NamedTuple):
     @property
     def plain(self) -> bool:
         """Whether the first eight tell everything."""
-        return self.counted is None and self.mask is None and self.virtual is None and not self.from_y
+        return self.counted is None and self.mask is None and self.virtual is None and self.from_y is False
 
     @property
     def channel_axis(self) -> int:

@@ -20,6 +20,8 @@ def memory_order(array: Array) -> tuple[int, ...]:
 
 def three_of(shape: tuple[int, ...], at: int) -> tuple[int, int, int]:
     """(outer, channels, inner) of a C-contiguous array with channels on axis `at`."""
+    if 0 in shape:  # no values: the other sizes may be beyond what can be multiplied
+        return 0, shape[at], 1
     if shape[at] == 1:  # one channel is one contiguous plane, wherever its axis stands
         return 1, 1, math.prod(shape)
     return math.prod(shape[:at]), shape[at], math.prod(shape[at + 1 :])

@@ -44,13 +44,14 @@ def _of_environment() -> int:
     """FASTBN_NUM_THREADS, else OMP_NUM_THREADS (whose first number counts), else the processors that we may use."""
     value = os.environ.get("FASTBN_NUM_THREADS")
     if value:
-        number = int(value) if value.strip().isdecimal() else 0
+        digits = value.strip()
+        number = int(digits) if digits.isdecimal() and len(digits) < 20 else 0
         if not 1 <= number <= MOST_THREADS:
             raise ValueError(f"FASTBN_NUM_THREADS: got {value!r}; allowed: {_ALLOWED}")
         return number
     value = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
-    if value.isdecimal() and int(value):
-        return min(int(value), MOST_THREADS)
+    if value.isdecimal() and value.strip("0"):
+        return min(int(value), MOST_THREADS) if len(value) < 20 else MOST_THREADS
     return _processors()
 
 

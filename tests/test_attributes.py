@@ -234,6 +234,8 @@ SLIPS = {
     "running_vars": "running_var",
     "epsilon": "eps",
     "Eps": "eps",
+    "esp": "eps",
+    "sep": "eps",
     "momentun": "momentum",
     "trainning": "training",
     "axes": "axis",

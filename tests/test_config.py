@@ -160,6 +160,7 @@ def test_isa_of_the_environment(isa: str, tmp_path: Path) -> None:
         ({"FASTBN_NUM_THREADS": "3"}, "3"),
         ({"OMP_NUM_THREADS": "5"}, "5"),
         ({"OMP_NUM_THREADS": "4,2"}, "4"),
+        ({"FASTBN_NUM_THREADS": "1024"}, "1024"),
         ({"FASTBN_NUM_THREADS": "3", "OMP_NUM_THREADS": "5"}, "3"),
     ],
     ids=str,
@@ -177,6 +178,7 @@ UNKNOWN = (
     ("FASTBN_NUM_THREADS", "many", ("positive integer",)),
     ("FASTBN_NUM_THREADS", "1.5", ("positive integer",)),
     ("FASTBN_NUM_THREADS", "1025", ("positive integer", "1024")),
+    ("FASTBN_NUM_THREADS", "9" * 5000, ("positive integer", "1024")),
 )
 
 

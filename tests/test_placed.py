@@ -182,9 +182,10 @@ def test_no_channels(kernel: cases.Kernel, shape: tuple[int, ...], dtype: str) -
         assert fastbn.backward_sums(x, cache).channels == 0
 
 
-@pytest.mark.parametrize("shape", [(0, 3), (0, 3, 2**50), (2**50, 3, 0)])
-def test_no_values(kernel: cases.Kernel, shape: tuple[int, ...]) -> None:
-    x, c = np.empty(shape, "f4"), cases.call((4, 3))
+@pytest.mark.parametrize("shape", [(0, 3), (0, 3, 2**50), (2**50, 3, 0), (2**51, 3, 0), (0, 3, 2**51)])
+@pytest.mark.parametrize("dtype", ["<f4", ">f4"])
+def test_no_values(kernel: cases.Kernel, shape: tuple[int, ...], dtype: str) -> None:
+    x, c = np.empty(shape, dtype), cases.call((4, 3))
     assert fastbn.infer(x, c.gamma, c.beta, c.running_mean, c.running_var).shape == shape
     y, cache = fastbn.forward(x, c.gamma, c.beta, moments=fastbn.moments(c.x))
     assert y.shape == shape
@@ -194,5 +195,8 @@ def test_no_values(kernel: cases.Kernel, shape: tuple[int, ...]) -> None:
     assert not dbeta.any()
     frozen = fastbn.forward(x, c.gamma, c.beta, c.running_mean, c.running_var, training=False).cache
     cases.assert_same_bits(frozen.mean, c.running_mean)
+    assert not fastbn.backward_sums(x, frozen).sum_dy.any()
+    plan = fastbn.InferencePlan(c.gamma, c.beta, c.running_mean, c.running_var)
+    assert plan(x).shape == shape
     with pytest.raises(ValueError, match="2 or more to train"):
         fastbn.forward(x)

@@ -77,6 +77,8 @@ ONE = (  # of a cache of one batch; the words are what was found, and what is al
     Bad("has_gamma", np.ones(2), TypeError, ("has_gamma", "float64", "True or False")),
     Bad("has_beta", 0, TypeError, ("has_beta", "0 (int)", "True or False")),
     Bad("from_y", 1, TypeError, ("from_y", "1 (int)", "True or False")),
+    Bad("from_y", [], TypeError, ("from_y", "list", "True or False")),
+    Bad("from_y", zeros(3, "f8"), TypeError, ("from_y", "float64", "True or False")),
     Bad("from_y", True, ValueError, ("in place", "'silu'", "leaky_relu")),
     Bad("activation", "tanh", ValueError, ("activation", "'tanh'", "'relu'")),
     Bad("activation", 5, TypeError, ("activation", "5", "'relu'")),

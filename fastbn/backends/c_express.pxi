@@ -21,6 +21,37 @@ cdef bint is_plain(object value, int dtype) noexcept:
     )
 
 
+cdef bint set_dtype(c.fbn_problem *p, int number) noexcept:
+    """By NumPy's number."""
+    if number == cnp.NPY_FLOAT32:
+        p.dtype = c.FBN_F32
+    elif number == cnp.NPY_FLOAT64:
+        p.dtype = c.FBN_F64
+    elif number == cnp.NPY_FLOAT16:
+        p.dtype = c.FBN_F16
+    elif number == bfloat16:
+        p.dtype = c.FBN_BF16
+    else:
+        return False
+    return True
+
+
+cdef int set_activation(c.fbn_problem *p, object activation) except -1:
+    """By its name, with leaky_relu's usual slope; False for any other, a pair with a slope of its own among them."""
+    p.slope = 0.01
+    if activation is None:
+        p.activation = c.FBN_IDENTITY
+    elif type(activation) is not str:
+        return False
+    elif activation == "relu":
+        p.activation = c.FBN_RELU
+    elif activation in ACTIVATIONS:
+        p.activation = <c.fbn_activation> <int> ACTIVATIONS[activation]
+    else:
+        return False
+    return True
+
+
 cdef int set_problem(c.fbn_problem *p, object x, object axis, object activation, object threads) except -1:
     """Fills p for a plain x with values; False if it is not plain. threads() tells how many may work."""
     cdef cnp.ndarray array
@@ -33,15 +64,7 @@ cdef int set_problem(c.fbn_problem *p, object x, object axis, object activation,
     channel_axis = PyLong_AsLongAndOverflow(axis, &overflow)
     if overflow or not is_plain(x, dtype) or ndim < 2:
         return False
-    if dtype == cnp.NPY_FLOAT32:
-        p.dtype = c.FBN_F32
-    elif dtype == cnp.NPY_FLOAT64:
-        p.dtype = c.FBN_F64
-    elif dtype == cnp.NPY_FLOAT16:
-        p.dtype = c.FBN_F16
-    elif dtype == bfloat16:
-        p.dtype = c.FBN_BF16
-    else:
+    if not set_dtype(p, dtype) or not set_activation(p, activation):
         return False
     p.machine = &machine
     p.threads = 1 if cnp.PyArray_SIZE(array) < 2 * c.FBN_WORK_PER_THREAD else threads()
@@ -55,17 +78,6 @@ cdef int set_problem(c.fbn_problem *p, object x, object axis, object activation,
         for i in range(ndim - 1):
             p.outer *= cnp.PyArray_DIM(array, i)
         p.channels = cnp.PyArray_DIM(array, ndim - 1)
-    else:
-        return False
-    p.slope = 0.01
-    if activation is None:
-        p.activation = c.FBN_IDENTITY
-    elif type(activation) is not str:
-        return False
-    elif activation == "relu":
-        p.activation = c.FBN_RELU
-    elif activation in ACTIVATIONS:
-        p.activation = <c.fbn_activation> <int> ACTIVATIONS[activation]
     else:
         return False
     return p.channels > 1 and p.outer * p.inner > 0
@@ -123,6 +135,15 @@ cdef struct Call:
     bint statistics
 
 
+cdef void set_bytes(Call *call) noexcept:
+    """How large the arrays of a problem are, and which dtype those of its channels have."""
+    cdef const c.fbn_problem *p = &call.problem
+    cdef int wide = 8 if p.dtype == c.FBN_F64 else 4
+    call.parameters.dtype = c.FBN_F64 if p.dtype == c.FBN_F64 else c.FBN_F32
+    call.bytes = p.outer * p.channels * p.inner * (wide if p.dtype == c.FBN_F32 or p.dtype == c.FBN_F64 else 2)
+    call.channel_bytes = p.channels * wide
+
+
 cdef int take(
     Call *call, object x, object gamma, object beta, object mean, object var, object eps, object axis,
     object activation, object residual, object out, object threads,
@@ -132,10 +153,8 @@ cdef int take(
     if not set_problem(&call.problem, x, axis, activation, threads) or not is_number(eps, 0, 1e300):
         return False
     channels = call.problem.channels
-    call.parameters.dtype = c.FBN_F64 if call.problem.dtype == c.FBN_F64 else c.FBN_F32
+    set_bytes(call)
     call.x = cnp.PyArray_DATA(<cnp.ndarray> x)
-    call.bytes = cnp.PyArray_NBYTES(<cnp.ndarray> x)
-    call.channel_bytes = channels * (8 if call.problem.dtype == c.FBN_F64 else 4)
     if not (
         take_channels(gamma, x, channels, <void **> &call.parameters.gamma)
         and take_channels(beta, x, channels, <void **> &call.parameters.beta)
@@ -171,7 +190,14 @@ cdef bint may_update(const Call *call, object mean, object var) noexcept:
     return not call.statistics or (
         cnp.PyArray_ISWRITEABLE(<cnp.ndarray> mean)
         and cnp.PyArray_ISWRITEABLE(<cnp.ndarray> var)
-        and apart(call.mean, call.channel_bytes, call.var, call.channel_bytes)
+        and are_apart(call)
+    )
+
+
+cdef bint are_apart(const Call *call) noexcept:
+    """Whether the running statistics, if there are any, share no memory with each other and the inputs."""
+    return not call.statistics or (
+        apart(call.mean, call.channel_bytes, call.var, call.channel_bytes)
         and apart(call.mean, call.channel_bytes, call.x, call.bytes)
         and apart(call.var, call.channel_bytes, call.x, call.bytes)
         and apart_from_inputs(call, call.mean, call.channel_bytes)
@@ -207,6 +233,15 @@ cdef void fill_infer(c.fbn_infer_args *a, const Call *call) noexcept nogil:
     a.y, a.saved = call.y, NULL
 
 
+cdef void fill_forward(
+    c.fbn_forward_args *a, const Call *call, double momentum, double correction, double *saved
+) noexcept nogil:
+    a.x, a.residual, a.mask = call.x, call.residual, NULL
+    a.parameters, a.eps, a.y, a.saved = call.parameters, call.eps, call.y, saved
+    a.running.mean, a.running.var, a.running.dtype = call.mean, call.var, call.parameters.dtype
+    a.running.momentum, a.running.correction = momentum, correction
+
+
 def express_forward(
     object x, object gamma, object beta, object mean, object var, object momentum, object correction, object eps,
     object axis, object activation, object residual, object out, bint training, object threads,
@@ -230,11 +265,7 @@ def express_forward(
         call.y = cnp.PyArray_DATA(<cnp.ndarray> out)
     saved = empty(c.FBN_SAVED_ROWS, call.problem.channels, cnp.NPY_FLOAT64)
     if training:
-        a.x, a.residual, a.mask = call.x, call.residual, NULL
-        a.parameters, a.eps, a.y = call.parameters, call.eps, call.y
-        a.saved = <double *> cnp.PyArray_DATA(saved)
-        a.running.mean, a.running.var, a.running.dtype = call.mean, call.var, call.parameters.dtype
-        a.running.momentum, a.running.correction = PyFloat_AS_DOUBLE(momentum), <long> correction
+        fill_forward(&a, &call, PyFloat_AS_DOUBLE(momentum), <long> correction, <double *> cnp.PyArray_DATA(saved))
         with nogil:
             status = call_forward(&call.problem, &a)
     else:

@@ -1,55 +1,101 @@
 # The express lane for memory that belongs to others, given by its addresses: that of tensors, whose own conversion to
-# arrays takes longer than a small call. Any address may be 0, for what is absent, but those of x, y, dy and dx.
+# arrays takes longer than a small call. The caller vouches for the memory; any address may be 0 for what is absent, but
+# those of x, y, dy and dx. As in the express lane, None, with nothing done, is the answer to a call that is not plain.
 
 
-cdef object array_at(object address, int number, object shape):
-    """The C-contiguous array of a dtype, by its number, at an address; None for 0."""
-    cdef cnp.npy_intp dims[8]
-    cdef int i
-    if not address:
-        return None
-    for i in range(len(shape)):
-        dims[i] = shape[i]
-    return cnp.PyArray_SimpleNewFromData(len(shape), dims, number, <void *> <size_t> address)
+cdef bint set_memory_problem(
+    c.fbn_problem *p, int number, object shape, int axis, object activation, object threads
+) except -1:
+    """Fills p for memory of a dtype, by its number, and a shape, with channels on axis 1 or -1."""
+    cdef int64_t size = 1, values
+    cdef Py_ssize_t i
+    if not set_dtype(p, number) or not set_activation(p, activation):
+        return False
+    for i in range(2, len(shape)):
+        size *= <int64_t> shape[i]
+    values = <int64_t> shape[0] * <int64_t> shape[1] * size
+    p.machine = &machine
+    if axis == 1:
+        p.outer, p.channels, p.inner = shape[0], shape[1], size
+    else:
+        p.channels, p.inner = shape[len(shape) - 1], 1
+        p.outer = values // p.channels if p.channels else 0
+    p.threads = 1 if values < 2 * c.FBN_WORK_PER_THREAD else threads()
+    return p.channels > 1 and values > 0
 
 
 def forward_at(
-    int number, object shape, int axis, tuple addresses, object y, object momentum, object eps, object activation,
+    int number, object shape, int axis, tuple addresses, size_t y, double momentum, double eps, object activation,
     bint training, bint keeps, object threads,
 ):
     """What express_forward saves, or True without `keeps`; None, with nothing done, if the call is not plain.
 
-    The addresses are those of x, residual, gamma, beta, mean and var. The caller vouches for the memory: that of x and
-    y has this dtype and shape, of at most 8 axes, with channels on axis 1 or -1; that of the others one value a channel
-    in the statistics dtype. threads() tells how many may work.
+    The addresses are those of x, residual, gamma, beta, mean and var. x and y have this dtype and shape; the others
+    one value a channel in the statistics dtype. momentum is from 0 to 1. threads() tells how many may work.
     """
-    cdef int statistics = statistics_of(number)
-    cdef tuple channels = (shape[1 if axis == 1 else len(shape) - 1],)
-    x, residual, gamma, beta, mean, var = addresses
-    x, residual, y = array_at(x, number, shape), array_at(residual, number, shape), array_at(y, number, shape)
-    gamma, beta = array_at(gamma, statistics, channels), array_at(beta, statistics, channels)
-    mean, var = array_at(mean, statistics, channels), array_at(var, statistics, channels)
-    if not training and not keeps:
-        done = express_infer(x, gamma, beta, mean, var, eps, axis, activation, residual, y, threads)
-        return None if done is None else True
-    done = express_forward(
-        x, gamma, beta, mean, var, momentum, 1, eps, axis, activation, residual, y, training, threads
-    )
-    return None if done is None else done[1]
+    cdef Call call
+    cdef c.fbn_forward_args a
+    cdef c.fbn_infer_args b
+    cdef cnp.ndarray saved = None
+    cdef int status
+    if not set_memory_problem(&call.problem, number, shape, axis, activation, threads) or not (0 <= eps < 1e300):
+        return None
+    set_bytes(&call)
+    call.x, call.residual = <void *> <size_t> addresses[0], <void *> <size_t> addresses[1]
+    call.parameters.gamma, call.parameters.beta = <void *> <size_t> addresses[2], <void *> <size_t> addresses[3]
+    call.mean, call.var = <void *> <size_t> addresses[4], <void *> <size_t> addresses[5]
+    call.y, call.eps, call.statistics = <void *> y, eps, call.mean != NULL
+    if call.statistics != (call.var != NULL) or not (training or call.statistics):
+        return None
+    if training and (call.problem.outer * call.problem.inner < 2 or not are_apart(&call)):
+        return None
+    if training or keeps:
+        saved = empty(c.FBN_SAVED_ROWS, call.problem.channels, cnp.NPY_FLOAT64)
+    if training:
+        fill_forward(&a, &call, momentum, 1, <double *> cnp.PyArray_DATA(saved))
+        with nogil:
+            status = call_forward(&call.problem, &a)
+    else:
+        fill_infer(&b, &call)
+        b.saved = NULL if saved is None else <double *> cnp.PyArray_DATA(saved)
+        with nogil:
+            status = call_infer(&call.problem, &b)
+    expect(status)
+    return True if saved is None else saved
 
 
 def backward_at(
-    int number, object shape, int axis, tuple addresses, object dx, cnp.ndarray saved not None, bint frozen,
-    object activation, bint has_gamma, bint has_beta, object threads,
+    int number, object shape, int axis, tuple addresses, size_t dx, object saved, bint frozen, object activation,
+    bint has_gamma, bint has_beta, object threads,
 ):
     """(dgamma, dbeta, dresidual), or None as above; the addresses are those of dy, x and residual."""
-    dy, x, residual = addresses
-    dy, x, dx = array_at(dy, number, shape), array_at(x, number, shape), array_at(dx, number, shape)
-    residual = array_at(residual, number, shape)
-    done = express_backward(
-        dy, x, residual, saved, axis, frozen, activation, has_gamma, has_beta, dx, threads
-    )
-    return None if done is None else done[1:]
+    cdef c.fbn_problem p
+    cdef c.fbn_backward_args a
+    cdef cnp.npy_intp dims[8]
+    cdef Py_ssize_t i
+    cdef int status, statistics = statistics_of(number)
+    if not set_memory_problem(&p, number, shape, axis, activation, threads) or not is_saved(saved, p.channels):
+        return None
+    if len(shape) > 8 or not frozen and p.outer * p.inner < 2:
+        return None
+    a.dy, a.x = <void *> <size_t> addresses[0], <void *> <size_t> addresses[1]
+    a.residual, a.mask, a.dx = <void *> <size_t> addresses[2], NULL, <void *> dx
+    dgamma = empty(0, p.channels, statistics) if has_gamma else None
+    dbeta = empty(0, p.channels, statistics) if has_beta else None
+    dresidual = None
+    if a.residual != NULL and p.activation != c.FBN_IDENTITY:
+        for i in range(len(shape)):
+            dims[i] = shape[i]
+        dresidual = cnp.PyArray_EMPTY(<int> len(shape), dims, number, 0)
+    a.dgamma = NULL if dgamma is None else cnp.PyArray_DATA(<cnp.ndarray> dgamma)
+    a.dbeta = NULL if dbeta is None else cnp.PyArray_DATA(<cnp.ndarray> dbeta)
+    a.dresidual = NULL if dresidual is None else cnp.PyArray_DATA(<cnp.ndarray> dresidual)
+    a.saved, a.sums, a.from_y = <double *> cnp.PyArray_DATA(<cnp.ndarray> saved), NULL, False
+    a.count, a.frozen = <double> p.outer * <double> p.inner, frozen
+    with nogil:
+        status = call_backward(&p, &a)
+    expect(status)
+    return dgamma, dbeta, dresidual
 
 
 def add_one_at(size_t address):

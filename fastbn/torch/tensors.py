@@ -53,6 +53,9 @@ _NUMBERS = {
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 """The memory format by the number of axes."""
 
+_SMALL = 1 << 14
+"""Values up to which a call costs more than what it does with them."""
+
 _HUGE = 1 << 22
 """Bytes from which NumPy asks the system for huge pages. Fresh memory costs half the time with them."""
 
@@ -132,18 +135,24 @@ def place(
         addresses[1] = _address(residual)
         if not addresses[1]:
             return None
-    for tensor in (gamma, beta, mean, var):
-        if tensor is None:
-            addresses.append(0)
-            continue
-        address = _address(tensor)
-        if not address or tensor.shape != expected:
-            return None
-        if tensor.dtype is not statistics or not tensor.is_contiguous():
-            plain = False
-            if tensor.dtype not in STATISTICS:
+    try:
+        for tensor in (gamma, beta, mean, var):
+            if tensor is None:
+                addresses.append(0)
+                continue
+            # What `_address` asks, without a call for each.
+            if type(tensor) not in _PLAIN or not tensor.is_cpu or tensor.is_neg() or tensor.shape != expected:
                 return None
-        addresses.append(address)
+            address = tensor.data_ptr()
+            if not address:
+                return None
+            addresses.append(address)
+            if tensor.dtype is not statistics or not tensor.is_contiguous():
+                plain = False
+                if tensor.dtype not in STATISTICS:
+                    return None
+    except RuntimeError:  # within vmap it has no memory
+        return None
     return tuple(addresses), *(_dense(x, residual) if plain else (None, 1))
 
 
@@ -258,7 +267,8 @@ def differentiate(
     """
     for_x, for_residual, for_gamma, for_beta, *_ = wanted
     activates = for_residual and activation is not None
-    dx = _empty_like(x) if for_x or activates else None
+    # A small dx that nobody asked for costs less than another way to the sums.
+    dx = _empty_like(x) if for_x or activates or x.numel() <= _SMALL else None
     found: Any = None
     addresses, shape, axis = where
     if dx is not None and shape is not None:

@@ -15,10 +15,15 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+_modes = torch._C._len_torch_dispatch_stack
+_are_transforms_active = torch._C._are_functorch_transforms_active
+_is_tracing = torch.jit.is_tracing
+_unpack_dual = forward_ad.unpack_dual
+
 
 def transformed() -> bool:
     """Whether a transform of torch.func (grad, vmap, jvp, ...) is at work."""
-    return bool(torch._C._are_functorch_transforms_active())
+    return bool(_are_transforms_active())
 
 
 def watched(x: Tensor) -> bool:
@@ -26,12 +31,7 @@ def watched(x: Tensor) -> bool:
 
     A dispatch mode, a transform of torch.func, torch.jit.trace or forward-mode AD, in which x is unpacked to a view.
     """
-    return (
-        torch._C._len_torch_dispatch_stack() != 0
-        or torch._C._are_functorch_transforms_active()
-        or torch.jit.is_tracing()
-        or forward_ad.unpack_dual(x).primal is not x
-    )
+    return _modes() != 0 or _are_transforms_active() or _is_tracing() or _unpack_dual(x).primal is not x
 
 
 def transformed_in_compilation() -> bool:
