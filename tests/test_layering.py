@@ -198,6 +198,21 @@ def test_macros_bind_names() -> None:
     assert where(r"\\\n") == set()
 
 
+@in_checkout
+def test_functions_are_short() -> None:
+    """None has more than 40 lines. A function ends with the first brace at the left margin after its own."""
+    lengths = {}
+    for path in sources():
+        text = path.read_text(encoding="utf-8")
+        for found in re.finditer(
+            r"^(?!typedef|enum|struct|extern)[\w ]+[*\w]+\([^;{}]*\) ?\{\n.*?^\}", text, re.DOTALL | re.MULTILINE
+        ):
+            name = found.group().partition("(")[0].split()[-1]
+            lengths[path.name, name] = found.group().count("\n") + 1
+    assert len(lengths) > 200
+    assert {where: length for where, length in lengths.items() if length > 40} == {}
+
+
 ALLOWED_INCLUDES = {
     "fastbn.h": set(),
     "kernels.h": {"fastbn.h"},
