@@ -217,7 +217,7 @@ def test_running_statistics_have_memory_of_their_own() -> None:
             for start in (0, array.size - 5):  # all of it, or a part
                 shared = array.reshape(-1)[start : start + 5]
                 statistics = (shared, var) if name == "running_mean" else (mean, shared)
-                first = "running_mean" if other == "running_mean" else name
+                first = other if other in ("running_mean", "out") else name
                 with pytest.raises(ValueError, match=rf"^{first}: got memory shared with .*; allowed: an array of its"):
                     _statistics_in(x, gamma, beta, *statistics, residual, out)
                 assert memory.tobytes() == before, f"{name} in {other}"
