@@ -156,7 +156,8 @@ def _dtype_code(x: Any) -> Any:
     return lambda x: code
 
 
-_NUMBERS = {"axis": types.Integer, "activation": types.Integer, "slope": types.Float, "frozen": types.Boolean}
+_INTEGER, _FLOAT, _BOOL = (types.Integer, "an integer"), (types.Float, "a float"), (types.Boolean, "a bool")
+_NUMBERS = {"axis": _INTEGER, "activation": _INTEGER, "slope": _FLOAT, "frozen": _BOOL}
 
 
 @_by_type
@@ -169,9 +170,9 @@ def _expect_types_of(cache: Any) -> Any:
     _expect_array("cache.saved", given["saved"], (types.float64,), "float64")
     if given["saved"].ndim != 2:
         _refuse("cache.saved", f"{given['saved'].ndim} dimensions", "2")
-    for name, allowed in _NUMBERS.items():
-        if not isinstance(given[name], allowed):
-            _refuse(f"cache.{name}", given[name], f"a number of the type {allowed.__name__}")
+    for name, (kind, allowed) in _NUMBERS.items():
+        if not isinstance(given[name], kind):
+            _refuse(f"cache.{name}", given[name], allowed)
     return lambda cache: None
 
 
@@ -359,16 +360,20 @@ def _three_of(x: Array, axis: int, name: str = "axis") -> tuple[int, int, int]:
 
 
 @_jit
-def _expect_values_of(cache: Cache, channels: int, values: int) -> None:
-    """Those of the cache that `forward` gives for x of so many channels and values per channel."""
-    rows, columns = cache.saved.shape
+def _expect_cache(
+    saved: tuple[int, int], activation: int, slope: float, frozen: bool, channels: int, values: int
+) -> None:
+    """What `forward` gives for x of so many channels and values per channel; of saved, the shape."""
+    rows, columns = saved
     if rows != _ROWS or columns != channels:
-        raise ValueError(f"cache.saved: got shape ({rows}, {columns}); allowed: ({_ROWS}, {channels}), for x's channels")
-    if not 0 <= cache.activation <= len(_ACTIVATIONS):
-        raise ValueError(f"cache.activation: got {cache.activation}; allowed: 0 to {len(_ACTIVATIONS)}")
-    if not np.isfinite(cache.slope):
+        raise ValueError(
+            f"cache.saved: got shape ({rows}, {columns}); allowed: ({_ROWS}, {channels}), for x's channels"
+        )
+    if not 0 <= activation <= len(_ACTIVATIONS):
+        raise ValueError(f"cache.activation: got {activation}; allowed: 0 to {len(_ACTIVATIONS)}")
+    if not np.isfinite(slope):
         raise ValueError("cache.slope: got a number that is not finite; allowed: a finite number")
-    if values < 2 and not cache.frozen:
+    if values < 2 and not frozen:
         raise ValueError(f"cache.x: got {values} values per channel; allowed: 2 or more where frozen is False")
 
 
@@ -380,6 +385,8 @@ def _expect(status: int) -> None:
     """Raises for what the C API refuses."""
     if status == _NO_MEMORY:
         raise MemoryError("no memory for the workspace")
+    if status == _MISALIGNED:  # Numba does not see it where arrays are in a tuple that comes from Python
+        raise ValueError("x, cache: got an array that is not aligned; allowed: aligned ones")
     if status == _OVERLAP:
         raise ValueError("out: got memory shared with an input; allowed: an array of its own, or x itself for infer")
     if status == _BAD_ACTIVATION:
@@ -392,7 +399,7 @@ def _expect(status: int) -> None:
         raise RuntimeError("fastbn.h refuses the call")
 
 
-_NO_MEMORY, _OVERLAP, _BAD_ACTIVATION, _BAD_EPS, _BAD_MOMENTUM = -1, 3, 5, 8, 9
+_NO_MEMORY, _MISALIGNED, _OVERLAP, _BAD_ACTIVATION, _BAD_EPS, _BAD_MOMENTUM = -1, 2, 3, 5, 8, 9
 
 
 @_jit
@@ -487,7 +494,7 @@ def backward(dy: Array, cache: Cache, out: Array | None = None, threads: int = 1
     _expect_types_of(cache)
     x = cache.x
     outer, channels, inner = _three_of(x, cache.axis, "cache.axis")
-    _expect_values_of(cache, channels, outer * inner)
+    _expect_cache(cache.saved.shape, cache.activation, cache.slope, cache.frozen, channels, outer * inner)
     _expect_threads(threads)
     added, upstream = _residual_in_cache(cache.residual, x), _dy(dy, x)
     _expect_apart("out", _extent(out), (("cache.saved", _extent(cache.saved)),))
