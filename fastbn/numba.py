@@ -51,7 +51,11 @@ __all__ = ["Cache", "Forward", "Gradients", "backward", "forward", "infer"]
 
 
 class Cache(NamedTuple):
-    """What `backward` needs of a `forward` call; it refers to x and the residual, which stay as they are until then."""
+    """What `backward` needs of a `forward` call; it refers to x and the residual, which stay as they are until then.
+
+    `backward` refuses a cache with replaced parts that do not fit, but for arrays in the other byte order: Numba takes
+    them for native ones where they are in a tuple that comes from Python.
+    """
 
     x: Array
     residual: Array | None
@@ -366,9 +370,7 @@ def _expect_cache(
     """What `forward` gives for x of so many channels and values per channel; of saved, the shape."""
     rows, columns = saved
     if rows != _ROWS or columns != channels:
-        raise ValueError(
-            f"cache.saved: got shape ({rows}, {columns}); allowed: ({_ROWS}, {channels}), for x's channels"
-        )
+        raise ValueError(f"cache.saved: got shape ({rows}, {columns}); allowed: ({_ROWS}, {channels}) for this x")
     if not 0 <= activation <= len(_ACTIVATIONS):
         raise ValueError(f"cache.activation: got {activation}; allowed: 0 to {len(_ACTIVATIONS)}")
     if not np.isfinite(slope):
