@@ -1,19 +1,21 @@
 """How is fastbn's own jitted code compiled, and kept on disk? In the cache folder, never in the package.
 
-Numba writes its files whole or not at all, but loads whatever it finds: a damaged file may end the process. So a list
-of sizes and CRC32s lies beside them, and what does not agree with it is removed before Numba looks. Numba itself tells
-apart processors, Python versions and signatures; the name of the folder tells apart versions of Numba and of fastbn.
+Numba keeps an index of each function and numbers its files, so processes that compile at once may give two signatures
+the same number; it loads whatever it finds, and a damaged file may end the process. fastbn therefore keeps a file per
+function and signature, which begins with its digest and says what it holds. It is replaced as a whole, so any number
+of processes may read and write: each finds a whole file or none. What cannot be read or written is only compiled anew.
+
+Numba itself tells apart processors, Python versions and signatures; the name of the folder tells apart versions of
+Numba and of fastbn.
 """
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import functools
-import io
+import hashlib
 import os
 import pickle
-import re
 import sys
 import tempfile
 import threading
@@ -24,60 +26,37 @@ from pathlib import Path
 from typing import Any
 
 import numba
+from numba.core.caching import FunctionCache
+from numba.core.serialize import dumps
 
 from ._cache_dir import cache_dir
 
-SOURCES = ("numba.py", "backends/numba_backend.py", "backends/numba_loops.py")
-LIST = "checksums"
+SOURCES = ("_jit.py", "numba.py", "backends/numba_backend.py", "backends/numba_loops.py")
 
 _lock = threading.Lock()
-_dispatchers: list[Any] = []
-_listed = 0
-"""How many compiled functions there were when the list was written."""
 
 
 def jit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     """numba.njit with these options; with cache=True the code is kept on disk, where anything can be written."""
+    kept = options.pop("cache", False)
     njit: Any = numba.njit
-    config: Any = numba.config
 
     def compiled(function: Callable[..., Any]) -> Any:
-        folder = _folder() if options.get("cache") else None
+        dispatcher = njit(**options)(function)
+        folder = _folder() if kept else None
         if folder is not None:
-            with _lock:  # Numba reads the setting when it decorates
-                before, config.CACHE_DIR = config.CACHE_DIR, str(folder)
-                try:
-                    dispatcher = njit(**options)(function)
-                    if folder in Path(dispatcher.stats.cache_path).parents:
-                        _dispatchers.append(dispatcher)
-                        return dispatcher
-                except (OSError, RuntimeError):  # there is no place for it
-                    pass
-                finally:
-                    config.CACHE_DIR = before
-        return njit(**{**options, "cache": False})(function)
+            with contextlib.suppress(OSError, RuntimeError):  # there is no place for it
+                cache = _cache_in(folder, function)
+                if folder in Path(cache.cache_path).parents:
+                    dispatcher._cache = cache
+        return dispatcher
 
     return compiled
 
 
-def list_files() -> None:
-    """Writes the list, where something has been compiled or loaded since."""
-    global _listed
-    count = sum(len(dispatcher.overloads) for dispatcher in _dispatchers)
-    if count != _listed:
-        with _lock:
-            _listed, folder = count, _folder()
-            if folder is not None:
-                with contextlib.suppress(OSError):  # then the next process compiles anew
-                    _write_list(folder)
-
-
-atexit.register(list_files)
-
-
 @functools.cache
 def _folder() -> Path | None:
-    """That of this version's files, without damaged ones; None where nothing can be written."""
+    """That of this version's files; None where nothing can be written."""
     base = cache_dir()
     if base is None:
         return None
@@ -87,68 +66,77 @@ def _folder() -> Path | None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
-        _remove_damaged(folder)
     except OSError:
         return None
     return folder
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*.nb[ic]") if path.is_file())
+def _cache_in(folder: Path, function: Callable[..., Any]) -> _Cache:
+    config: Any = numba.config
+    with _lock:
+        before, config.CACHE_DIR = config.CACHE_DIR, str(folder)  # which Numba reads when a cache is made
+        try:
+            return _Cache(function)
+        finally:
+            config.CACHE_DIR = before
 
 
-def _line(folder: Path, path: Path) -> tuple[str, str]:
-    """A file's name below the folder and when it was written; its size and CRC32."""
-    content = path.read_bytes()
-    named = f"{path.relative_to(folder)} {path.stat().st_mtime_ns}"
-    return named, f"{len(content)} {zlib.crc32(content):08x}"
+class _Cache(FunctionCache):
+    """Numba's cache of one function, but for how its files are named, read and written."""
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        """What was compiled for these types, None where it is not kept."""
+        target_context.refresh()
+        key = self._key(sig, target_context.codegen())
+        content = _read(self._path(key))
+        if content is None:
+            return None
+        found, reduced = pickle.loads(content)
+        return self._impl.rebuild(target_context, reduced) if found == key else None
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        if self._impl.check_cachable(data):
+            key = self._key(sig, data.codegen)
+            _write(self._path(key), dumps((key, self._impl.reduce(data))))
+
+    def _key(self, sig: Any, codegen: Any) -> tuple[Any, ...]:
+        """When the source was written, and all that the code depends on."""
+        return (self._impl.locator.get_source_stamp(), *self._index_key(sig, codegen))
+
+    def _path(self, key: tuple[Any, ...]) -> Path:
+        """A file per function, types and processor, whatever the source's age, so that old code is replaced."""
+        digest = hashlib.sha256(repr(key[1:3]).encode()).hexdigest()[:16]
+        return Path(self.cache_path) / f"{self._impl.filename_base}.{digest}.nbc"
 
 
-def _write_list(folder: Path) -> None:
-    lines = "".join(f"{' '.join(_line(folder, path))}\n" for path in _files(folder)).encode()
-    listed = folder / LIST
-    if not listed.is_file() or listed.read_bytes() != lines:
-        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
-            file.write(lines)
-        os.replace(file.name, listed)
+def _digest(content: bytes) -> bytes:
+    return hashlib.sha256(content).digest()
 
 
-def _remove_damaged(folder: Path) -> None:
-    """Removes functions of which one file, the index or data, is not as it is listed.
-
-    A file that is whole but new is of another process, which died or is still at work: that is no reason to warn.
-    """
-    listed = (folder / LIST).read_text(errors="replace") if (folder / LIST).is_file() else ""
-    parts = (line.rsplit(" ", 2) for line in listed.splitlines())
-    known = {part[0]: " ".join(part[1:]) for part in parts}
-    strange, damaged = set(), []
-    for path in _files(folder):
-        named, checksum = _line(folder, path)
-        if known.get(named) != checksum:
-            strange.add(_function(path))
-            if named in known or not _is_whole(path.read_bytes()):
-                damaged.append(path.name)
-    for path in _files(folder):
-        if _function(path) in strange:
-            path.unlink(missing_ok=True)
-    if strange:
-        _write_list(folder)
-    if damaged:
-        what = ", ".join(damaged)
-        warnings.warn(f"damaged files in {folder} are ignored and compiled anew: {what}", RuntimeWarning, stacklevel=2)
-
-
-def _function(path: Path) -> str:
-    """What the names of a function's index and data have in common."""
-    return re.sub(r"(\.\d+)?\.nb[ic]$", "", str(path))
-
-
-def _is_whole(content: bytes) -> bool:
-    """Whether a file has what Numba writes: one pickle or two."""
-    stream = io.BytesIO(content)
+def _read(path: Path) -> bytes | None:
+    """What _write was given; None, and a warning if the file is damaged."""
     try:
-        while stream.tell() < len(content):
-            pickle.load(stream)
-    except Exception:  # whatever garbage makes it raise
-        return False
-    return bool(content)
+        whole = path.read_bytes()
+    except OSError:
+        return None
+    size = len(_digest(b""))
+    if whole[:size] == _digest(whole[size:]):
+        return whole[size:]
+    message = f"damaged file in {path.parent} is ignored and compiled anew: {path.name}"
+    warnings.warn(message, RuntimeWarning, stacklevel=2)
+    return None
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Replaces the file as a whole; leaves nothing where it cannot be written, as on a full disk."""
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            temporary = file.name
+            file.write(_digest(content) + content)
+        os.replace(temporary, path)
+    except OSError:  # the next process compiles anew
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)

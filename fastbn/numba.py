@@ -51,7 +51,11 @@ __all__ = ["Cache", "Forward", "Gradients", "backward", "forward", "infer"]
 
 
 class Cache(NamedTuple):
-    """What `backward` needs of a `forward` call; it refers to x and the residual, which stay as they are until then."""
+    """What `backward` needs of a `forward` call; it refers to x and the residual, which stay as they are until then.
+
+    `backward` refuses a cache with replaced parts that do not fit, but for arrays in the other byte order: Numba takes
+    them for native ones where they are in a tuple that comes from Python.
+    """
 
     x: Array
     residual: Array | None
@@ -142,14 +146,38 @@ def _statistics(x: Any) -> Any:
     return types.float64 if x.dtype == types.float64 else types.float32
 
 
+def _expect_batch(name: str, x: Any) -> None:
+    _expect_array(name, x, _DTYPES, "float32 or float64")
+    if x.ndim < 2:
+        _refuse(name, f"{x.ndim} dimensions", "2 or more")
+
+
 @_by_type
 def _dtype_code(x: Any) -> Any:
     """That of x in fastbn.h."""
-    _expect_array("x", x, _DTYPES, "float32 or float64")
-    if x.ndim < 2:
-        _refuse("x", f"{x.ndim} dimensions", "2 or more")
+    _expect_batch("x", x)
     code = _DTYPES[x.dtype]
     return lambda x: code
+
+
+_INTEGER, _FLOAT, _BOOL = (types.Integer, "an integer"), (types.Float, "a float"), (types.Boolean, "a bool")
+_NUMBERS = {"axis": _INTEGER, "activation": _INTEGER, "slope": _FLOAT, "frozen": _BOOL}
+
+
+@_by_type
+def _expect_types_of(cache: Any) -> Any:
+    """Those of the cache that `forward` gives, whatever was replaced since."""
+    if not isinstance(cache, types.NamedTuple) or cache.instance_class is not Cache:
+        _refuse("cache", cache, "that of forward")
+    given = dict(zip(cache.fields, cache.types, strict=True))
+    _expect_batch("cache.x", given["x"])
+    _expect_array("cache.saved", given["saved"], (types.float64,), "float64")
+    if given["saved"].ndim != 2:
+        _refuse("cache.saved", f"{given['saved'].ndim} dimensions", "2")
+    for name, (kind, allowed) in _NUMBERS.items():
+        if not isinstance(given[name], kind):
+            _refuse(f"cache.{name}", given[name], allowed)
+    return lambda cache: None
 
 
 @_by_type
@@ -249,7 +277,7 @@ def _like_x(name: str) -> Any:
 
 
 _gamma, _beta, _mean, _var = map(_per_channel, ("gamma", "beta", "running_mean", "running_var"))
-_residual, _dy = map(_like_x, ("residual", "dy"))
+_residual, _dy, _residual_in_cache = map(_like_x, ("residual", "dy", "cache.residual"))
 
 
 @_by_type
@@ -284,8 +312,8 @@ def _wrong_size(name: str, got: int, allowed: int) -> None:
 
 
 @_jit
-def _wrong_axis(axis: int, dimensions: int) -> None:
-    raise ValueError(f"axis: got {axis}; allowed: {-dimensions} to {dimensions - 1}")
+def _wrong_axis(name: str, axis: int, dimensions: int) -> None:
+    raise ValueError(f"{name}: got {axis}; allowed: {-dimensions} to {dimensions - 1}")
 
 
 @_jit
@@ -306,7 +334,7 @@ _MOST_THREADS = 1024
 def _expect_apart(name: str, written: Any, others: Any) -> None:
     """Memory that is written, shared with none of the others: pairs of a name and an extent."""
     for other, extent in others:
-        if written[0] < extent[1] and extent[0] < written[1]:
+        if max(written[0], extent[0]) < min(written[1], extent[1]):
             raise ValueError(f"{name}: got memory shared with {other}; allowed: an array of its own")
 
 
@@ -319,11 +347,11 @@ def _code(name: str) -> int:
 
 
 @_jit
-def _three_of(x: Array, axis: int) -> tuple[int, int, int]:
+def _three_of(x: Array, axis: int, name: str = "axis") -> tuple[int, int, int]:
     """(outer, channels, inner), as in _shape.py."""
     at = axis + x.ndim if axis < 0 else axis
     if not 0 <= at < x.ndim:
-        _wrong_axis(axis, x.ndim)
+        _wrong_axis(name, axis, x.ndim)
     if x.shape[at] == 1:
         return 1, 1, x.size
     outer = inner = 1
@@ -336,10 +364,31 @@ def _three_of(x: Array, axis: int) -> tuple[int, int, int]:
 
 
 @_jit
+def _expect_cache(
+    saved: tuple[int, int], activation: int, slope: float, frozen: bool, channels: int, values: int
+) -> None:
+    """What `forward` gives for x of so many channels and values per channel; of saved, the shape."""
+    rows, columns = saved
+    if rows != _ROWS or columns != channels:
+        raise ValueError(f"cache.saved: got shape ({rows}, {columns}); allowed: ({_ROWS}, {channels}) for this x")
+    if not 0 <= activation <= len(_ACTIVATIONS):
+        raise ValueError(f"cache.activation: got {activation}; allowed: 0 to {len(_ACTIVATIONS)}")
+    if not np.isfinite(slope):
+        raise ValueError("cache.slope: got a number that is not finite; allowed: a finite number")
+    if values < 2 and not frozen:
+        raise ValueError(f"cache.x: got {values} values per channel; allowed: 2 or more where frozen is False")
+
+
+_ROWS = len(SAVED_ROWS)
+
+
+@_jit
 def _expect(status: int) -> None:
     """Raises for what the C API refuses."""
     if status == _NO_MEMORY:
         raise MemoryError("no memory for the workspace")
+    if status == _MISALIGNED:  # Numba does not see it where arrays are in a tuple that comes from Python
+        raise ValueError("x, cache: got an array that is not aligned; allowed: aligned ones")
     if status == _OVERLAP:
         raise ValueError("out: got memory shared with an input; allowed: an array of its own, or x itself for infer")
     if status == _BAD_ACTIVATION:
@@ -352,7 +401,7 @@ def _expect(status: int) -> None:
         raise RuntimeError("fastbn.h refuses the call")
 
 
-_NO_MEMORY, _OVERLAP, _BAD_ACTIVATION, _BAD_EPS, _BAD_MOMENTUM = -1, 3, 5, 8, 9
+_NO_MEMORY, _MISALIGNED, _OVERLAP, _BAD_ACTIVATION, _BAD_EPS, _BAD_MOMENTUM = -1, 2, 3, 5, 8, 9
 
 
 @_jit
@@ -379,6 +428,9 @@ def infer(
     added = _residual(residual, x)
     if running_mean is None or running_var is None:
         raise ValueError("running_mean, running_var: got None; allowed: arrays for both")
+    parameters = ("gamma", _extent(gamma)), ("beta", _extent(beta))
+    statistics = ("running_mean", _extent(running_mean)), ("running_var", _extent(running_var))
+    _expect_apart("out", _extent(out), parameters + statistics)
     y: Array = _result(out, x)
     problem = dtype, code, slope, outer, channels, inner, threads
     _expect(_infer(*problem, _address_of(x), added, g, b, eps, mean, var, _address_of(y), 0))
@@ -411,21 +463,23 @@ def forward(
     added = _residual(residual, x)
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean, running_var: got one of them; allowed: both or neither")
+    parameters = ("gamma", _extent(gamma)), ("beta", _extent(beta))
+    statistics = ("running_mean", _extent(running_mean)), ("running_var", _extent(running_var))
+    _expect_apart("out", _extent(out), parameters + statistics)
     if training:
         if outer * inner < 2:
             _too_few(outer * inner)
         if not (_is_writable(running_mean) and _is_writable(running_var)):
             raise ValueError("running_mean, running_var: got a read-only array; allowed: writable ones")
-        inputs = ("x", _extent(x)), ("residual", _extent(residual)), ("gamma", _extent(gamma)), ("beta", _extent(beta))
-        results = ("out", _extent(out)), ("running_var", _extent(running_var))
-        _expect_apart("running_mean", _extent(running_mean), inputs + results)
-        _expect_apart("running_var", _extent(running_var), inputs + results[:1])
+        inputs = (("x", _extent(x)), ("residual", _extent(residual)), *parameters)
+        _expect_apart("running_mean", _extent(running_mean), inputs + statistics[1:])
+        _expect_apart("running_var", _extent(running_var), inputs)
     elif running_mean is None:
         raise ValueError("running_mean, running_var: got None; allowed: arrays where training is not True")
     y: Array = _result(out, x)
     if x.size and _address_of(y) == _address_of(x):
         raise ValueError("out: got x itself; allowed: an array of its own")
-    saved = np.empty((len(SAVED_ROWS), channels))
+    saved = np.empty((_ROWS, channels))
     problem = dtype, code, slope, outer, channels, inner, threads
     arrays = _address_of(x), added, g, b
     results = _address_of(y), _address_of(saved)
@@ -439,10 +493,13 @@ def forward(
 @_jit
 def backward(dy: Array, cache: Cache, out: Array | None = None, threads: int = 1) -> Gradients:
     """`fastbn.backward` in jitted code: (dx, dgamma, dbeta, dresidual)."""
+    _expect_types_of(cache)
     x = cache.x
-    outer, channels, inner = _three_of(x, cache.axis)
+    outer, channels, inner = _three_of(x, cache.axis, "cache.axis")
+    _expect_cache(cache.saved.shape, cache.activation, cache.slope, cache.frozen, channels, outer * inner)
     _expect_threads(threads)
-    upstream, added = _dy(dy, x), _residual(cache.residual, x)
+    added, upstream = _residual_in_cache(cache.residual, x), _dy(dy, x)
+    _expect_apart("out", _extent(out), (("cache.saved", _extent(cache.saved)),))
     dx = _result(out, x)
     dgamma, dbeta = _statistics_like(x, channels), _statistics_like(x, channels)
     dresidual = _gradient_of_residual(cache.residual, dy)

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -94,39 +95,44 @@ DAMAGES: dict[str, Any] = {
 FLIP = {"one bit": lambda content: content[:600] + bytes([content[600] ^ 4]) + content[601:]}
 
 
-@pytest.mark.parametrize(
-    ("pattern", "damage"), [("*.nbc", name) for name in (*DAMAGES, *FLIP)] + [("*.nbi", name) for name in DAMAGES]
-)
-def test_damaged_files(folder: Path, tmp_path: Path, pattern: str, damage: str) -> None:
-    """A warning that names the folder, the right numbers, and a cache that is whole again."""
-    for path in files(folder, pattern):
-        written = path.stat()
-        path.write_bytes({**DAMAGES, **FLIP}[damage](path.read_bytes()))
-        if damage in FLIP:  # on the disk, where nobody wrote
-            os.utime(path, ns=(written.st_atime_ns, written.st_mtime_ns))
+@pytest.mark.parametrize("damage", [*DAMAGES, *FLIP])
+def test_damaged_files(folder: Path, tmp_path: Path, damage: str) -> None:
+    """A warning that names the file, the right numbers, and a cache that is whole again."""
+    (path,) = files(folder, "*.nbc")
+    written = path.stat()
+    path.write_bytes({**DAMAGES, **FLIP}[damage](path.read_bytes()))
+    if damage in FLIP:  # on the disk, where nobody wrote
+        os.utime(path, ns=(written.st_atime_ns, written.st_mtime_ns))
     warning, hits = run(folder, tmp_path)
-    assert warning.startswith(f"RuntimeWarning damaged files in {folder}")
+    assert warning.startswith(f"RuntimeWarning damaged file in {path.parent}")
+    assert path.name in warning
     assert hits.startswith("hits 0")
     (hits,) = run(folder, tmp_path)
     assert hits.startswith("hits 1")
+    assert files(folder, "*.nbc") == [path]
 
 
-@pytest.mark.parametrize("content", [b"", b"\xff\0 garbage", None], ids=["empty", "garbage", "missing"])
-def test_without_the_list_nothing_is_believed(folder: Path, tmp_path: Path, content: bytes | None) -> None:
-    for path in files(folder, "checksums"):
-        path.unlink() if content is None else path.write_bytes(content)
-    assert run(folder, tmp_path)[-1].startswith("hits 0")
-    assert run(folder, tmp_path)[-1].startswith("hits 1")
+def test_a_file_of_other_types(folder: Path, tmp_path: Path) -> None:
+    """Whole, but under a name that is not its own: compiled anew, without a warning."""
+    (path,) = files(folder, "*.nbc")
+    of_int = RUN.replace("half(3.0)", "half(3)")
+    run(folder, tmp_path, of_int)
+    (other,) = set(files(folder, "*.nbc")) - {path}
+    other.write_bytes(path.read_bytes())
+    assert [line[:6] for line in run(folder, tmp_path, of_int)] == ["hits 0"]
+    assert [line[:6] for line in run(folder, tmp_path, of_int)] == ["hits 1"]
 
 
-def test_what_another_process_wrote_is_no_damage(folder: Path, tmp_path: Path) -> None:
-    """It may have compiled a function once more, and not have listed it yet: not believed, but no warning either."""
-    for path in files(folder, "*.nbc"):
-        whole = path.read_bytes()
-        path.write_bytes(whole[:600] + bytes([whole[600] ^ 4]) + whole[601:])
-        os.utime(path, (1, 1))
-    (hits,) = run(folder, tmp_path)
-    assert hits.startswith("hits 0")
+def test_a_file_of_older_source(folder: Path, tmp_path: Path) -> None:
+    """Of which the bytecode is the same, but a constant is not: replaced, without a warning."""
+    before = files(folder, "*.nbc")
+    (SOURCES / "jitted.py").write_text(MODULE.replace("0.5", "0.25"), encoding="utf-8")
+    try:
+        for hits in ("hits 0", "hits 1"):
+            assert [line[:6] for line in run(folder, tmp_path, RUN.replace("1.5", "0.75"))] == [hits]
+    finally:
+        (SOURCES / "jitted.py").write_text(MODULE, encoding="utf-8")
+    assert files(folder, "*.nbc") == before
 
 
 def test_a_file_that_is_missing(folder: Path, tmp_path: Path) -> None:
@@ -134,6 +140,74 @@ def test_a_file_that_is_missing(folder: Path, tmp_path: Path) -> None:
         path.unlink()
     assert run(folder, tmp_path)[0].startswith("hits 0")
     assert run(folder, tmp_path)[0].startswith("hits 1")
+
+
+TYPES = """
+import sys, time, warnings
+import numpy as np
+warnings.simplefilter("error")
+place, start = int(sys.argv[1]), float(sys.argv[2])
+values = [3.0, 3, np.float32(3), np.int32(3), np.uint8(3), np.full(1, 3.0), np.full(1, 3), np.full(1, 3, np.int32)]
+time.sleep(max(0.0, start - time.time()))
+from jitted import half
+for i in range(len(values)):
+    found = half(values[(place + i) % len(values)])
+    assert np.all(found == 1.5), (place, i, found)
+print(sum(half.stats.cache_hits.values()), half.stats.cache_path)
+"""
+
+
+def test_processes_that_start_at_once(tmp_path: Path) -> None:
+    """They compile the same signatures in another order each: no error, no warning, and afterwards all are kept."""
+    environment = {**os.environ, "FASTBN_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": paths(SOURCES)}
+
+    def start(places: range, wait: float) -> list[str]:
+        command = [sys.executable, "-c", TYPES]
+        begun = [
+            subprocess.Popen(
+                [*command, str(place), str(time.time() + wait)], env=environment, cwd=tmp_path, text=True,
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            )
+            for place in places
+        ]  # fmt: skip
+        done = [process.communicate(timeout=240) for process in begun]
+        assert [process.returncode for process in begun] == [0] * len(begun), done
+        return [out for out, _ in done]
+
+    for out in start(range(8), 2.0):
+        assert str(tmp_path / "cache") in out
+    assert len(files(tmp_path / "cache", "*")) - len(files(tmp_path / "cache", "*.nbc")) == 2  # the rest are folders
+    (out,) = start(range(1), 0.0)
+    assert out.startswith("8 ")
+
+
+FULL = """
+import errno, os
+def full(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device")
+import jitted
+os.replace = full
+"""
+
+
+def test_full_disk(tmp_path: Path) -> None:
+    """What cannot be kept is compiled each time; nothing is left of the attempt."""
+    for _ in range(2):
+        assert run(tmp_path / "cache", tmp_path, FULL + RUN)[0].startswith("hits 0")
+        assert not [path for path in files(tmp_path / "cache", "*") if path.is_file()]
+
+
+def test_a_folder_that_vanishes(tmp_path: Path) -> None:
+    """Between the import and the first call: it is made again."""
+    remove = f"import shutil, jitted\nshutil.rmtree({str(tmp_path / 'cache')!r})\n"
+    assert run(tmp_path / "cache", tmp_path, remove + RUN)[0].startswith("hits 0")
+    assert run(tmp_path / "cache", tmp_path)[0].startswith("hits 1")
+
+
+def test_a_function_without_a_file(tmp_path: Path) -> None:
+    """Numba finds no place for its code: compiled without a cache."""
+    script = MODULE + "assert half(3.0) == 1.5\nprint(half.stats.cache_path)"
+    assert run(tmp_path / "cache", tmp_path, script) == ["None"]
 
 
 def test_where_nothing_can_be_written(tmp_path: Path) -> None:
@@ -188,34 +262,42 @@ def test_users_functions_keep_their_place(tmp_path: Path) -> None:
 
 
 WRITTEN = """
-import sys, pathlib
-import numpy as np, fastbn
+import pathlib
+import fastbn, fastbn.small
+from fastbn.backends import numba_backend, numba_loops
+
+modules = [numba_backend, numba_loops]
+if "c" in fastbn.backends():
+    import fastbn.numba
+    modules.append(fastbn.numba)
 package = pathlib.Path(fastbn.__file__).parent
 before = {path for path in package.rglob("*") if "__pycache__" not in path.parts}
-x = np.ones((4, 3))
-with fastbn.use_backend("numba"):
-    y, cache = fastbn.forward(x)
-    fastbn.backward(x, cache)
-    if "c" in fastbn.backends():
-        import fastbn.numba
-        fastbn.numba.forward(x)
+places = {
+    name: value.stats.cache_path
+    for module in modules for name, value in vars(module).items() if hasattr(value, "stats")
+}
+kept = {name: place for name, place in places.items() if place is not None}
+assert {"_share", "_shares"} <= set(kept), places
+assert len(modules) == 2 or {"infer", "forward", "backward"} <= set(kept), places
+assert fastbn.small.half(3.0) == 1.5
 print({path for path in package.rglob("*") if "__pycache__" not in path.parts} == before)
-print([str(path) for path in package.rglob("*.nb[ic]")])
+print([place for place in kept.values() if package in pathlib.Path(place).parents])
 """
 
 
 def test_nothing_is_written_into_the_package(tmp_path: Path) -> None:
-    """A copy of the package, that earlier versions may not have written into."""
+    """A copy of the package, that earlier versions may not have written into; a small function of it is compiled."""
     import fastbn
 
     package = Path(fastbn.__file__).parent
-    shutil.copytree(package, tmp_path / "site" / "fastbn", ignore=shutil.ignore_patterns("*.nb[ic]"))
-    environment = {**os.environ, "PYTHONPATH": paths(tmp_path / "site"), "FASTBN_CACHE_DIR": str(tmp_path / "cache")}
-    done = subprocess.run(
-        [sys.executable, "-c", WRITTEN], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=240
-    )
+    copy = tmp_path / "site" / "fastbn"
+    shutil.copytree(package, copy, ignore=shutil.ignore_patterns("*.nb[ic]"))
+    (copy / "small.py").write_text(MODULE, encoding="utf-8")
+    environment = {"PYTHONPATH": paths(tmp_path / "site"), "FASTBN_CACHE_DIR": str(tmp_path / "cache")}
+    done = cases.run_python(WRITTEN, tmp_path, timeout=240, **environment)
     assert done.stdout.splitlines() == ["True", "[]"], done.stderr
     assert files(tmp_path / "cache", "*.nbc")
+    assert not list(copy.rglob("*.nb[ic]"))
 
 
 def test_where_the_folder_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -217,7 +217,7 @@ def test_running_statistics_have_memory_of_their_own() -> None:
             for start in (0, array.size - 5):  # all of it, or a part
                 shared = array.reshape(-1)[start : start + 5]
                 statistics = (shared, var) if name == "running_mean" else (mean, shared)
-                first = "running_mean" if other == "running_mean" else name
+                first = other if other in ("running_mean", "out") else name
                 with pytest.raises(ValueError, match=rf"^{first}: got memory shared with .*; allowed: an array of its"):
                     _statistics_in(x, gamma, beta, *statistics, residual, out)
                 assert memory.tobytes() == before, f"{name} in {other}"
@@ -260,6 +260,99 @@ def test_overlap() -> None:
     cases.assert_same_bits(c.dy, wanted)
     with pytest.raises(ValueError, match=r"^dy: got another shape"):
         fbn.backward(c.dy[:3], cache)
+
+
+@jit
+def _infer_or_forward(x, gamma, beta, mean, var, out, verb):
+    if verb == "infer":
+        return fbn.infer(x, gamma, beta, mean, var, out=out)
+    return fbn.forward(x, gamma, beta, mean, var, verb == "train", out=out).y
+
+
+@pytest.mark.parametrize("verb", ["infer", "train", "frozen"])
+def test_out_shares_no_memory_with_parameters(verb: str) -> None:
+    """Nor with statistics: a ValueError that names both, with nothing written; beside them it may lie."""
+    memory = np.random.default_rng(0).uniform(1, 2, 60).astype(np.float32)
+    x, out = memory[:20].reshape(4, 5), memory[40:].reshape(4, 5)
+    names = ("gamma", "beta", "running_mean", "running_var")
+    apart = [memory[i : i + 5] for i in (20, 25, 30, 35)]
+    for i, name in enumerate(names):
+        for shared in (memory[36:41], memory[45:50], memory[55:]):
+            before = memory.tobytes()
+            with pytest.raises(ValueError, match=rf"^out: got memory shared with {name}; allowed: an array of its own"):
+                _infer_or_forward(x, *apart[:i], shared, *apart[i + 1 :], out, verb)
+            assert memory.tobytes() == before
+    copies = [array.copy() for array in apart]
+    wanted = _infer_or_forward(x, *copies, None, verb)
+    cases.assert_same_bits(_infer_or_forward(x, *apart, out, verb), wanted)
+
+
+CHANNELS = 5
+SAVED = np.random.default_rng(0).uniform(1, 2, (6, CHANNELS))
+LIKE_X = np.ones((6, CHANNELS, 4), np.float32)
+FOREIGN: list[tuple[str, Any, type[Exception]]] = [
+    ("saved", SAVED[:, :3].copy(), ValueError), ("saved", SAVED[:2], ValueError),
+    ("saved", np.ones((7, CHANNELS)), ValueError), ("saved", np.ones((0, 0)), ValueError),
+    ("saved", SAVED.ravel(), TypingError), ("saved", SAVED[None], TypingError), ("saved", None, TypingError),
+    ("saved", SAVED.astype(np.float32), TypingError), ("saved", np.asfortranarray(SAVED), TypingError),
+    ("saved", np.ones((6, 10))[:, ::2], TypingError), ("axis", 0, ValueError), ("axis", 3, ValueError),
+    ("axis", -4, ValueError), ("axis", 1.0, TypingError), ("x", LIKE_X[:, :3].copy(), ValueError),
+    ("x", LIKE_X.astype(np.int32), TypingError), ("x", LIKE_X[0, 0], TypingError), ("x", LIKE_X[:0], ValueError),
+    ("x", LIKE_X[:1, :, :1].copy(), ValueError), ("activation", 99, ValueError), ("activation", -1, ValueError),
+    ("activation", 2**32, ValueError), ("activation", "relu", TypingError), ("slope", np.nan, ValueError),
+    ("slope", np.inf, ValueError), ("slope", None, TypingError), ("frozen", 1, TypingError),
+    ("residual", LIKE_X[:3], ValueError), ("residual", LIKE_X[0], TypingError),
+    ("residual", LIKE_X.astype(np.float64), TypingError),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value", "error"), FOREIGN, ids=range(len(FOREIGN)))
+def test_a_cache_that_was_changed(name: str, value: Any, error: type[Exception]) -> None:
+    """Is refused by its name, before a byte is read or written where the cache says."""
+    _, cache = fbn.forward(LIKE_X, activation="relu")
+    changed = cache._replace(**{name: value})
+    dy = np.ones(value.shape, np.float32) if name == "x" else LIKE_X.copy()
+    before = dy.tobytes()
+    with pytest.raises(error, match=rf"(?m)(^|TypingError: )cache\.({name}|saved): got .*; allowed: "):
+        fbn.backward(dy, changed, out=dy)
+    assert dy.tobytes() == before
+
+
+def test_a_cache_of_few_values() -> None:
+    """With frozen statistics one value per channel has gradients, and none at all gives zeros."""
+    with pytest.raises(TypingError, match=r"cache: got .*; allowed: that of forward"):
+        fbn.backward(LIKE_X, (LIKE_X, SAVED))
+    ones = np.ones(CHANNELS, np.float32)
+    for rows, sums in ((1, 1.0), (0, 0.0)):
+        x = LIKE_X[:rows, :, :1].copy()
+        _, cache = fbn.forward(x, None, None, 0 * ones, ones, training=False, eps=0.0)
+        dx, dgamma, dbeta, _ = fbn.backward(x, cache)
+        cases.assert_same_bits((dx, dgamma, dbeta), (x, sums * ones, sums * ones))
+
+
+def test_arrays_that_numba_takes_for_aligned() -> None:
+    """As those in a tuple that comes from Python."""
+    _, cache = fbn.forward(LIKE_X)
+    fbn.backward(LIKE_X, cache)
+    memory = np.zeros(cache.saved.nbytes + 1, np.uint8)
+    moved = memory[1:].view(np.float64).reshape(cache.saved.shape)
+    moved[:] = cache.saved
+    with pytest.raises((ValueError, TypingError), match=r"cache.*: got .*; allowed: "):
+        fbn.backward(LIKE_X, cache._replace(saved=moved))
+
+
+def test_dx_is_not_written_over_the_cache() -> None:
+    x = np.ones((4, 6))
+    memory = np.zeros(60)
+    _, cache = fbn.forward(x)
+    saved = memory[:36].reshape(6, 6)
+    saved[:] = cache.saved
+    before = memory.tobytes()
+    for start in (0, 12, 35):
+        with pytest.raises(ValueError, match=r"^out: got memory shared with cache.saved; allowed: an array of its own"):
+            fbn.backward(x, cache._replace(saved=saved), out=memory[start : start + 24].reshape(4, 6))
+        assert memory.tobytes() == before
+    fbn.backward(x, cache._replace(saved=saved), out=memory[36:].reshape(4, 6))
 
 
 WRONG_TYPES: list[tuple[str, Any]] = [

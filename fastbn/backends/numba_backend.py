@@ -24,7 +24,6 @@ import numpy as np
 from numba import prange
 
 from .. import _threads
-from .._jit import list_files
 from .._moments import blend
 from . import SAVED_ROWS
 from . import numba_loops as loops
@@ -405,7 +404,6 @@ def _calculate(
             _in_parallel(some, p, q, a)
         else:
             _share(some, 0, p, q, a)
-    list_files()
     return a.totals
 
 
