@@ -121,13 +121,13 @@ def test_too_many_of_what_counts(any_backend: cases.Kernel) -> None:
     ("make", "default"), [(fastbn.BatchNorm, 1), (fastbn.BatchNorm.keras, 0), (fastbn.BatchNorm.onnx, 0)]
 )
 def test_layer(any_backend: cases.Kernel, make: Any, default: int) -> None:
-    """An argument, an attribute, and in the repr where it is not 1."""
+    """An argument, an attribute, and in the repr where it is not that of the convention."""
     c = cases.call(SHAPE)
     for given in ({}, {"correction": 0}, {"correction": 1}, {"correction": 5}):
         bn = make(5, axis=1, momentum=0.5, **given)
         correction = given.get("correction", default)
         assert bn.correction == correction
-        assert ("correction" in repr(bn)) == (correction != 1)
+        assert ("correction" in repr(bn)) == (correction != default)
         bn(c.x)
         mean, var = np.zeros(5, np.float32), np.ones(5, np.float32)
         fastbn.forward(c.x, None, None, mean, var, momentum=0.5, correction=correction)
