@@ -24,6 +24,21 @@ cdef bint set_memory_problem(
     return p.channels > 1 and values > 0
 
 
+cdef bint are_aligned(tuple addresses, size_t other, int count, c.fbn_dtype dtype) noexcept:
+    """Whether the first `count` addresses, of data, and the others, of channels, are multiples of their elements."""
+    cdef size_t data = other, channels = 0
+    cdef int i
+    for i in range(len(addresses)):
+        if i < count:
+            data |= <size_t> addresses[i]
+        else:
+            channels |= <size_t> addresses[i]
+    return not (
+        data % (8 if dtype == c.FBN_F64 else 4 if dtype == c.FBN_F32 else 2)
+        or channels % (8 if dtype == c.FBN_F64 else 4)
+    )
+
+
 def forward_at(
     int number, object shape, int axis, tuple addresses, size_t y, double momentum, double eps, object activation,
     bint training, bint keeps, object threads,
@@ -39,6 +54,8 @@ def forward_at(
     cdef cnp.ndarray saved = None
     cdef int status
     if not set_memory_problem(&call.problem, number, shape, axis, activation, threads) or not (0 <= eps < 1e300):
+        return None
+    if not are_aligned(addresses, y, 2, call.problem.dtype):
         return None
     set_bytes(&call)
     call.x, call.residual = <void *> <size_t> addresses[0], <void *> <size_t> addresses[1]
@@ -76,7 +93,7 @@ def backward_at(
     cdef int status, statistics = statistics_of(number)
     if not set_memory_problem(&p, number, shape, axis, activation, threads) or not is_saved(saved, p.channels):
         return None
-    if len(shape) > 8 or not frozen and p.outer * p.inner < 2:
+    if len(shape) > 8 or not frozen and p.outer * p.inner < 2 or not are_aligned(addresses, dx, 3, p.dtype):
         return None
     a.dy, a.x = <void *> <size_t> addresses[0], <void *> <size_t> addresses[1]
     a.residual, a.mask, a.dx = <void *> <size_t> addresses[2], NULL, <void *> dx

@@ -14,7 +14,17 @@ from torch import Tensor
 from ..backends import SAVED_ROWS
 from . import formulas
 from .formulas import Activation, Gradients, split
-from .tensors import STATISTICS, Place, cast, differentiate, lacks_memory, normalize, place, place_of_gradient
+from .tensors import (
+    STATISTICS,
+    Place,
+    cast,
+    check_saved,
+    differentiate,
+    lacks_memory,
+    normalize,
+    place,
+    place_of_gradient,
+)
 from .watchers import has_tangent, transformed, watched
 
 # In eager code -------------------------------------------------------------------------------------------------------
@@ -50,6 +60,7 @@ class Normalization(torch.autograd.Function):
         if where is not None:
             found = differentiate(where, dy, x, residual, saved, training, activation, wanted)
         else:
+            check_saved(dy, x, residual)
             _check_unchanged(gamma, None if activation is None else beta, versions)
             rows = torch.from_numpy(saved)
             found = formulas.gradients(dy, x, residual, gamma, beta, rows, training, eps, activation, wanted)
@@ -171,7 +182,8 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 def _differentiate(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     x, residual, gamma, beta, saved = ctx.saved_tensors
     for_x, for_residual, for_gamma, for_beta = ctx.needs_input_grad[:4]
-    if torch.is_grad_enabled() or transformed() or lacks_memory(dy):
+    if torch.is_grad_enabled() or transformed() or lacks_memory(dy) or has_tangent(dy):
+        check_saved(dy, x, residual)
         wanted = for_x, for_residual, for_gamma, for_beta
         activation = _named(ctx.activation, ctx.slope)
         found = formulas.gradients(dy, x, residual, gamma, beta, saved, ctx.training, ctx.eps, activation, wanted)

@@ -30,16 +30,16 @@ def activated(y: Tensor, activation: Activation) -> Tensor:
 
 
 def _activation_gradient(dy: Tensor, z: Tensor, activation: Activation) -> Tensor:
-    """The gradient dy times the activation's derivative at z; at a kink that of the kernels, which is torch's."""
+    """The gradient dy times the activation's derivative at z; at a kink, and at NaN, it is torch's."""
     name, slope = split(activation)
     if name == "relu":
-        return torch.where(z > 0, dy, 0)
+        return torch.where(z <= 0, 0, dy)
     if name == "relu6":
-        return torch.where((z > 0) & (z < 6), dy, 0)
+        return torch.where((z <= 0) | (z >= 6), 0, dy)
     if name == "leaky_relu":
         return torch.where(z > 0, dy, slope * dy)
     if name == "hardswish":
-        return torch.where(z > -3, torch.where(z < 3, dy * (z / 3 + 0.5), dy), 0)
+        return torch.where(z <= -3, 0, torch.where(z >= 3, dy, dy * (z / 3 + 0.5)))
     if name in ("sigmoid", "silu"):
         high, low = torch.sigmoid(z), torch.sigmoid(-z)
         return dy * (high * low if name == "sigmoid" else high + z * high * low)
@@ -81,23 +81,24 @@ def gradients(
         z = z if beta is None else z + _by_channel(beta, x)
         dz = _activation_gradient(dz, z if residual is None else z + residual.double(), activation)
     dx = dresidual = dgamma = dbeta = None
+    read = (x, gamma) if activation is None else (x, gamma, beta, residual)
     if for_x:
         dx = dz - dz.mean(others, keepdim=True) - xhat * (dz * xhat).mean(others, keepdim=True) if training else dz
-        dx = _linked(dx * inv_std if scale is None else dx * inv_std * scale, x, gamma).to(x.dtype)
+        dx = _linked(dx * inv_std if scale is None else dx * inv_std * scale, *read).to(x.dtype)
     if for_residual:
-        dresidual = _linked(dz, x, gamma).to(x.dtype)
+        dresidual = _linked(dz, *read).to(x.dtype)
     if for_gamma and gamma is not None:
-        dgamma = _linked((dz * xhat).sum(others), x, gamma).to(gamma.dtype)
+        dgamma = _linked((dz * xhat).sum(others), *read).to(gamma.dtype)
     if for_beta:
-        dbeta = _linked(dz.sum(others), x, gamma)
+        dbeta = _linked(dz.sum(others), *read)
     return dx, dresidual, dgamma, dbeta
 
 
-def _linked(gradient: Tensor, x: Tensor, gamma: Tensor | None) -> Tensor:
-    """The gradient with x and gamma in its graph, as torch's; its derivative is 0 where it does not depend on them."""
-    for tensor in (x, gamma):
+def _linked(gradient: Tensor, *read: Tensor | None) -> Tensor:
+    """The gradient with what it reads in its graph, as torch's; its derivative is 0 where it does not depend on it."""
+    for tensor in read:
         if tensor is not None and tensor.requires_grad:
-            always = torch.ones((), dtype=torch.bool, device=x.device)
+            always = torch.ones((), dtype=torch.bool, device=tensor.device)
             gradient = torch.where(always, gradient, tensor[(0,) * tensor.ndim].double())
     return gradient
 

@@ -80,6 +80,7 @@ class _Layer(torch.nn.Module):
             or eps is None
             or not (0 < eps < math.inf or (eps == 0 and not batch))
             or (mean is None) is not (var is None)
+            or (mean is not None and (mean.requires_grad or var.requires_grad))
         ):
             return self._by_torch(input, residual)
         if not (training and self.track_running_stats):
@@ -133,13 +134,17 @@ class _Layer(torch.nn.Module):
         for given in (input, residual):
             if isinstance(given, Proxy):
                 tracer = given.tracer
+                if self._forward_hooks or self._forward_pre_hooks:
+                    raise TypeError(
+                        f"torch.fx cannot trace {type(self).__name__} of fastbn.torch with hooks: each runs twice; "
+                        "allowed: torch's layers, which fastbn.torch.revert_batchnorm(model) gives back"
+                    )
                 arguments = (input,) if residual is None else (input, residual)
                 return tracer.create_proxy("call_module", tracer.path_of_module(self), arguments, {})
-        y = super().forward(input)
         if residual is not None:
             _check_residual(residual, input)
-            y = y + residual
-        return activated(y, self.activation)
+        y = super().forward(input)
+        return activated(y if residual is None else y + residual, self.activation)
 
     def __prepare_scriptable__(self) -> Any:
         """What torch.jit.script asks for."""
@@ -228,8 +233,8 @@ def convert_batchnorm(model: torch.nn.Module) -> torch.nn.Module:
     """Makes each torch.nn.BatchNorm1d, 2d and 3d in the model one of fastbn's, in place, and returns the model.
 
     The layers stay the same objects: parameters, buffers, hooks, mode, device and dtype are as they were, and an
-    optimizer that has the parameters keeps them. Subclasses, such as SyncBatchNorm, stay what they are.
-    `revert_batchnorm` is the way back.
+    optimizer that has the parameters keeps them. Subclasses, such as SyncBatchNorm, stay what they are; so do layers
+    that were given an attribute `activation`, which means something to fastbn's. `revert_batchnorm` is the way back.
 
     Raises TypeError if `model` is no torch.nn.Module.
 
@@ -239,7 +244,7 @@ def convert_batchnorm(model: torch.nn.Module) -> torch.nn.Module:
     True
     """
     for module in _check.instance("model", model, torch.nn.Module, "a torch.nn.Module").modules():
-        if type(module) in _LAYERS:
+        if type(module) in _LAYERS and "activation" not in vars(module):
             module.__class__ = _LAYERS[type(module)]
     return model
 

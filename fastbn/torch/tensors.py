@@ -26,6 +26,8 @@ try:
 except ImportError:  # a build without the extension
     _add_one_at = None
 
+_increment_version = torch.autograd.graph.increment_version
+
 Array = np.ndarray[Any, Any]
 
 Place = tuple[tuple[int, ...], tuple[int, ...] | None, int]
@@ -52,6 +54,9 @@ _NUMBERS = {
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 """The memory format by the number of axes."""
+
+_LOW = 1 << 32
+"""No memory lies at a lower address than this but by chance, while the offset into a storage that was freed does."""
 
 _SMALL = 1 << 14
 """Values up to which a call costs more than what it does with them."""
@@ -89,10 +94,40 @@ def _address(tensor: Tensor) -> int:
     """
     if type(tensor) in _PLAIN and tensor.is_cpu and not tensor.is_neg():
         try:
-            return int(tensor.data_ptr())
+            address = int(tensor.data_ptr())
+            return address if address >= _LOW or not is_freed(tensor) else 0
         except RuntimeError:
             pass
     return 0
+
+
+def is_freed(tensor: Tensor) -> bool:
+    """Whether the storage of a tensor with values was freed: its address is then no more than its offset."""
+    return tensor.numel() > 0 and tensor.untyped_storage().nbytes() == 0
+
+
+def check_saved(dy: Tensor, x: Tensor, residual: Tensor | None) -> None:
+    """Of what torch's operators are about to read: hooks of saved tensors may have changed x and residual."""
+    for name, tensor in (("input", x), ("residual", residual)):
+        if tensor is None:
+            continue
+        if tensor.shape != dy.shape:
+            raise RuntimeError(
+                f"{name}: got saved shape {tuple(tensor.shape)}; allowed: the output's, {tuple(dy.shape)}"
+            )
+        if type(tensor) in _PLAIN and tensor.is_cpu and not is_batched(tensor) and is_freed(tensor):
+            raise RuntimeError(
+                f"{name}: got a tensor whose storage was freed since the forward pass; allowed: its values"
+            )
+
+
+def is_batched(tensor: Tensor) -> bool:
+    """Whether a tensor has no memory of its own to ask for: within vmap."""
+    try:
+        tensor.data_ptr()
+    except RuntimeError:
+        return True
+    return False
 
 
 def lacks_memory(tensor: Tensor) -> bool:
@@ -133,7 +168,7 @@ def place(
     addresses, expected, plain = [first, 0], (channels,), True
     if residual is not None:
         addresses[1] = _address(residual)
-        if not addresses[1]:
+        if not addresses[1] or residual.dtype is not x.dtype or residual.shape != x.shape:
             return None
     try:
         for tensor in (gamma, beta, mean, var):
@@ -144,7 +179,7 @@ def place(
             if type(tensor) not in _PLAIN or not tensor.is_cpu or tensor.is_neg() or tensor.shape != expected:
                 return None
             address = tensor.data_ptr()
-            if not address:
+            if address < _LOW and (not address or is_freed(tensor)):
                 return None
             addresses.append(address)
             if tensor.dtype is not statistics or not tensor.is_contiguous():
@@ -169,8 +204,9 @@ def place_of_gradient(dy: Tensor, x: Tensor, residual: Tensor | None) -> Place |
 def count(number: Tensor) -> None:
     """Adds one to num_batches_tracked; by torch it takes longer than all else that is done for a small batch."""
     address = _address(number) if number.dtype is torch.int64 and number.numel() == 1 else 0
-    if address and _add_one_at is not None:
+    if address and _add_one_at is not None and not number.is_inference():
         _add_one_at(address)
+        _increment_version(number)
     else:
         number.add_(1)
 

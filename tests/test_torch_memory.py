@@ -1,0 +1,160 @@
+"""Does fastbn.torch refuse memory that is not there, and leave to torch what its kernels may not decide?"""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+from torch_cases import torch
+
+import fastbn.torch
+
+
+def layer(channels: int = 3, **options: Any) -> Any:
+    return fastbn.torch.BatchNorm1d(channels, **options)
+
+
+def test_freed_storage() -> None:
+    """With an offset into it the address is not 0."""
+    x = torch.randn(50)[20:32].view(4, 3)
+    x.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError):
+        layer()(x)
+    weight = torch.randn(50)[20:23]
+    weight.untyped_storage().resize_(0)
+    bn = layer()
+    bn.weight.data = weight
+    with pytest.raises(RuntimeError):
+        bn(torch.randn(5, 3))
+
+
+def test_storage_that_is_freed_before_the_backward_pass() -> None:
+    x = torch.randn(4, 3, requires_grad=True)
+    z = x * 1
+    y = layer()(z)
+    z.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="freed"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize(
+    "residual", [torch.zeros(2, 2), torch.zeros(64, 64, dtype=torch.bfloat16)], ids=["shape", "dtype"]
+)
+def test_the_operator_refuses_a_residual_that_does_not_fit(residual: Any) -> None:
+    x = torch.randn(64, 64)
+    with pytest.raises(TypeError, match="fastbn::batch_norm"):
+        torch.ops.fastbn.batch_norm(x, residual, None, None, None, None, 1e-5, None, 0.01)
+
+
+def test_counting_is_a_modification() -> None:
+    """Which autograd sees, as that of torch's layer."""
+    x = torch.randn(5, 3)
+    for bn in (torch.nn.BatchNorm1d(3), layer()):
+        first = bn(x) * bn.num_batches_tracked
+        second = bn(x) * bn.num_batches_tracked
+        with pytest.raises(RuntimeError, match="inplace operation"):
+            (first.sum() + second.sum()).backward()
+
+
+def test_statistics_that_require_a_gradient_are_torchs() -> None:
+    """Who refuses to differentiate by them."""
+    for bn in (torch.nn.BatchNorm1d(3).eval(), layer().eval()):
+        bn.running_mean = torch.zeros(3, requires_grad=True)
+        with pytest.raises(RuntimeError, match="running_mean"):
+            bn(torch.randn(5, 3)).sum().backward()
+
+
+def test_an_attribute_of_the_users_own() -> None:
+    """It is no activation of fastbn's."""
+    plain = torch.nn.BatchNorm1d(3)
+    plain.activation = "relu"
+    x = torch.randn(5, 3)
+    wanted = copy.deepcopy(plain)(x)
+    assert type(fastbn.torch.convert_batchnorm(plain)) is torch.nn.BatchNorm1d
+    assert torch.equal(plain(x), wanted)
+    assert fastbn.torch.revert_batchnorm(plain).activation == "relu"
+
+
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "silu", "sigmoid"])
+def test_nan_in_every_gradient(activation: str) -> None:
+    """The plain one and the one that can be differentiated are as torch's."""
+    x = torch.randn(5, 3, dtype=torch.float64)
+    x[1, 0] = math.nan
+    ours, torchs = layer(activation=activation).double(), torch.nn.BatchNorm1d(3).double()
+    functions = torch.nn.functional
+    found = [
+        torch.autograd.grad(y.sum(), [bn.weight, bn.bias], create_graph=create)
+        for bn, act in ((ours, lambda y: y), (torchs, getattr(functions, activation)))
+        for create in (False, True)
+        for y in [act(bn(x))]
+    ]
+    for some in found[:-1]:
+        for one, other in zip(some, found[-1], strict=True):
+            assert torch.allclose(one, other, equal_nan=True)
+
+
+def test_relu6_and_hardswish_at_nan_can_be_differentiated() -> None:
+    x = torch.randn(5, 3, dtype=torch.float64)
+    x[1, 0] = math.nan
+    for name in ("relu6", "hardswish"):
+        ours, torchs = layer(activation=name).double(), torch.nn.BatchNorm1d(3).double()
+        wanted = torch.autograd.grad(getattr(torch.nn.functional, name)(torchs(x)).sum(), torchs.bias)
+        (got,) = torch.autograd.grad(ours(x).sum(), ours.bias, create_graph=True)
+        assert torch.allclose(got[1:], wanted[0][1:])
+        assert got[0] != 0
+
+
+def test_a_hook_that_changes_a_shape() -> None:
+    x = torch.randn(8, 3, 4, 4, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t[:1] if t.dim() == 4 else t):
+        y = fastbn.torch.BatchNorm2d(3)(x)
+    with pytest.raises(RuntimeError, match="shape"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("which", ["x", "weight", "running_var", "dy"])
+def test_memory_that_is_not_aligned(which: str) -> None:
+    """Goes by way of arrays, with the same result."""
+
+    def shifted(tensor: Any) -> Any:
+        raw = bytearray(b"\0" + tensor.detach().contiguous().numpy().tobytes())
+        return torch.frombuffer(raw, dtype=torch.float32, offset=1, count=tensor.numel()).view(tensor.shape)
+
+    x, dy, bn = torch.randn(5, 3), torch.randn(5, 3), layer()
+    wanted = copy.deepcopy(bn)
+    y = wanted(x)
+    y.backward(dy)
+    if which == "weight":
+        bn.weight.data = shifted(bn.weight)
+    if which == "running_var":
+        bn.running_var = shifted(bn.running_var)
+    got = bn(shifted(x) if which == "x" else x)
+    got.backward(shifted(dy) if which == "dy" else dy)
+    assert torch.equal(got, y)
+    assert torch.equal(bn.weight.grad, wanted.weight.grad)
+    assert torch.equal(bn.running_var, wanted.running_var)
+
+
+@pytest.mark.parametrize("activation", ["relu", "relu6", "leaky_relu", "hardswish"])
+@pytest.mark.parametrize("training", [True, False])
+def test_derivatives_that_are_0_are_there(activation: str, training: bool) -> None:
+    """By bias and residual, which a piecewise linear activation leaves without influence."""
+    x, residual = torch.randn(5, 3, requires_grad=True), torch.randn(5, 3, requires_grad=True)
+    bn = layer(activation=activation).train(training)
+    (g,) = torch.autograd.grad(bn(x, residual).sum(), bn.weight, create_graph=True)
+    for gradient in torch.autograd.grad(g.sum(), [bn.bias, residual, x]):
+        assert torch.isfinite(gradient).all()
+
+
+def test_hooks_of_a_traced_layer_are_refused() -> None:
+    """They would run twice: while torch.fx traces, and when the graph calls the layer."""
+    model = torch.nn.Sequential(torch.nn.BatchNorm1d(3)).eval()
+    model[0].register_forward_hook(lambda module, args, output: output * 2)
+    fastbn.torch.convert_batchnorm(model)
+    with pytest.raises(TypeError, match="revert_batchnorm"):
+        torch.fx.symbolic_trace(model)
+    x = torch.randn(5, 3)
+    wanted = model(x)
+    assert torch.allclose(torch.fx.symbolic_trace(fastbn.torch.revert_batchnorm(model))(x), wanted)
