@@ -48,12 +48,16 @@ class Normalization(torch.autograd.Function):
         where, mean, var, training, momentum, eps, activation = rest
         y, saved = normalize(where, x, residual, gamma, beta, mean, var, training, momentum, eps, activation)
         ctx.kept = saved, gamma, beta, _versions(gamma, beta), training, eps, activation
-        ctx.save_for_backward(x, residual)
+        if residual is None:
+            ctx.save_for_backward(x)
+        else:
+            ctx.save_for_backward(x, residual)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, residual = ctx.saved_tensors
+        x, *others = ctx.saved_tensors
+        residual = others[0] if others else None
         saved, gamma, beta, versions, training, eps, activation = ctx.kept
         wanted = ctx.needs_input_grad
         where = None if torch.is_grad_enabled() or watched(dy) else place_of_gradient(dy, x, residual)

@@ -193,6 +193,14 @@ def place(
 
 def place_of_gradient(dy: Tensor, x: Tensor, residual: Tensor | None) -> Place | None:
     """Where `differentiate` finds these; None if it cannot take them: hooks of saved tensors may have changed those."""
+    if residual is None and type(dy) is Tensor and type(x) in _PLAIN and dy.is_cpu and x.is_cpu:
+        try:  # the usual case, without a call for each tensor
+            of_dy, of_x = dy.data_ptr(), x.data_ptr()
+        except RuntimeError:  # within vmap they have no memory
+            return None
+        alike = x.dtype is dy.dtype and x.shape == dy.shape and not (dy.is_neg() or x.is_neg())
+        if alike and of_dy >= _LOW and of_x >= _LOW and x.is_contiguous() and dy.is_contiguous():
+            return (of_dy, of_x, 0), x.shape, 1
     addresses = _address(dy), _address(x), 0 if residual is None else _address(residual)
     if not addresses[0] or not addresses[1] or x.dtype is not dy.dtype or x.shape != dy.shape:
         return None
