@@ -6,6 +6,8 @@ import copy
 from typing import Any
 
 import pytest
+
+pytest.importorskip("torch")
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 from torch_cases import ACTIVATIONS, DTYPES, SHAPES, as_found, assert_agree, data, pair, randomized, torch

@@ -8,6 +8,8 @@ import warnings
 from typing import Any
 
 import pytest
+
+pytest.importorskip("torch")
 from torch.autograd import forward_ad
 from torch_cases import PLACES, SHAPES, as_found, assert_agree, data, torch
 

@@ -11,6 +11,8 @@ from functools import partial
 from typing import Any
 
 import pytest
+
+pytest.importorskip("torch")
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx

@@ -8,20 +8,19 @@ that a common offset cancels before anything is squared.
 
 Where strips fit in the cache, one thread does all steps on a strip. Otherwise all threads do one step after the other,
 and map from the end backwards, which the cache still holds. A strip is summed by segments of its rows. Both follow
-from the shape alone, and segments are added in order, so no bit depends on the number of threads.
+from the shape alone, and segments are added in order, so no bit depends on the number of threads. These are Python's,
+and run the same compiled code without the GIL.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-import threading
-from contextlib import nullcontext
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numba
 import numpy as np
-from numba import prange
 
 from .. import _threads
 from .._moments import blend
@@ -43,7 +42,6 @@ PREPARE, REDUCE, FINISH, MAP = 1, 2, 4, 8
 _jit = compiled()
 _inline = compiled(forceinline=True)
 _kept = compiled(cache=True)
-_parallel = compiled(cache=True, parallel=True)
 
 
 class _Split(NamedTuple):
@@ -324,32 +322,21 @@ def _share(steps: int, t: int, p: _Split, q: _Task, a: _Arrays) -> None:
         unit += end - first
 
 
-@_parallel
-def _shares(steps: int, p: _Split, q: _Task, a: _Arrays) -> None:
-    for t in prange(q.threads):
-        _share(steps, np.intp(t), p, q, a)
-
-
-_one_at_a_time = threading.Lock()
-
-
-def _layer() -> str | None:
-    """Numba's threading layer, which is chosen at the first parallel call."""
-    try:
-        return str(numba.threading_layer())  # type: ignore[attr-defined]
-    except ValueError:
-        return None
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(_MOST_THREADS, thread_name_prefix="fastbn")
 
 
 def _in_parallel(steps: int, p: _Split, q: _Task, a: _Arrays) -> None:
-    """Numba's workqueue layer cannot take two callers at once; the others can."""
-    with nullcontext() if _layer() in ("tbb", "omp") else _one_at_a_time:
-        before = numba.get_num_threads()
-        numba.set_num_threads(q.threads)
-        try:
-            _shares(steps, p, q, a)
-        finally:
-            numba.set_num_threads(before)
+    """Every thread's share, on threads of Python's, which run compiled code without the GIL.
+
+    Numba's own prange would compile `_share` once more, and LLVM may then fuse and order its operations otherwise: the
+    bits would depend on the number of threads.
+    """
+    others = [_pool().submit(_share, steps, t, p, q, a) for t in range(1, q.threads)]
+    _share(steps, 0, p, q, a)
+    for other in others:
+        other.result()
 
 
 # The verbs -----------------------------------------------------------------------------------------------------------
@@ -513,6 +500,6 @@ def describe() -> dict[str, str]:
     """For show_config()."""
     return {
         "version": numba.__version__,
-        "threading layer": _layer() or "not started",
+        "threads": "Python's, which run compiled code without the GIL",
         "most threads": str(_MOST_THREADS),
     }
