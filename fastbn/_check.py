@@ -440,7 +440,7 @@ def between(name: str, value: object, low: int, high: int) -> int:
     result = integer(name, value)
     if not low <= result <= high:
         positive = "a positive integer up to" if low == 1 else f"an integer from {low} to"
-        _refuse(ValueError, name, repr(value), f"{positive} {high}")
+        _refuse(ValueError, name, shown(value), f"{positive} {high}")
     return result
 
 

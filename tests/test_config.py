@@ -77,6 +77,12 @@ def test_bad_thread_count(choose: Any, n: Any, error: type[Exception], allowed: 
     assert fastbn.get_num_threads() == before
 
 
+@pytest.mark.parametrize("choose", [fastbn.set_num_threads, fastbn.use_num_threads])
+def test_a_thread_count_that_python_does_not_print(choose: Any, settings: None) -> None:
+    with pytest.raises(ValueError, match=r"^n: .*1024"), choose(10**5000) or fastbn.use_num_threads(1):
+        pass
+
+
 @pytest.mark.parametrize("n", [1000, 1024])
 def test_more_threads_than_processors(kernel: cases.Kernel, n: int) -> None:
     """It is the most that may work."""

@@ -80,6 +80,19 @@ def test_a_backend_that_was_asked_for(unbuilt: Path, name: str) -> None:
     assert first == f"{unbuilt / 'fastbn' / '__init__.py'} {name} 0+unknown False {wanted}"
 
 
+def test_an_extension_that_cannot_be_loaded(unbuilt: Path, tmp_path: Path) -> None:
+    """Is an error at once, but for those who asked for another backend."""
+    [extension] = [path.name for path in (PACKAGE / "backends").glob("c_backend.*") if path.suffix in (".so", ".pyd")]
+    shutil.copytree(unbuilt / "fastbn", tmp_path / "fastbn")
+    (tmp_path / "fastbn" / "backends" / extension).write_bytes(b"no library")
+    script = "import fastbn, numpy as np; print(fastbn.forward(np.array([[1.0], [3.0]]), eps=0.0).y.tolist())"
+    done = run(tmp_path, script, FASTBN_BACKEND="numpy")
+    assert (done.returncode, done.stdout.strip()) == (0, "[[-1.0], [1.0]]"), done.stderr
+    done = run(tmp_path, script)
+    assert done.returncode == 1
+    assert "ImportError" in done.stderr
+
+
 def test_nothing_is_installed(unbuilt: Path) -> None:
     """As far as Python can see: no site-packages but NumPy, no version in the metadata."""
     script = (

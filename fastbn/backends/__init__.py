@@ -176,8 +176,15 @@ def get_backend() -> str:
 
 
 def _bridge() -> Any:
-    """The extension, where it is built."""
-    return importlib.import_module(f".{_MODULES['c']}", __name__) if _is_usable("c") else None
+    """The extension, where it is built; one that cannot be loaded matters only to those who may use it."""
+    if not _is_usable("c"):
+        return None
+    try:
+        return importlib.import_module(f".{_MODULES['c']}", __name__)
+    except ImportError:
+        if _config.environment_backend() in ("numba", "numpy"):
+            return None
+        raise
 
 
 _extension = _bridge()
