@@ -1,4 +1,5 @@
-/* check.c: is this call valid? Every status but those of too few values and of plans, which the verbs see. */
+/* check.c: is this call valid? Gives every status but FBN_TOO_FEW_VALUES of a mask and FBN_BAD_PLAN, which the verbs
+ * give. */
 #include "check.h"
 
 #include <math.h>
@@ -9,17 +10,17 @@ const char *fbn_status_text(fbn_status status) {
     static const char *const texts[] = {
         [FBN_OK] = "no error",
         [FBN_NULL_POINTER] = "a pointer that must be given is NULL",
-        [FBN_MISALIGNED] = "a pointer is no multiple of its element's size",
+        [FBN_MISALIGNED] = "a pointer is not a multiple of its element's size",
         [FBN_OVERLAP] = "a result shares memory with an input or another result",
         [FBN_BAD_DTYPE] = "no such dtype",
         [FBN_BAD_ACTIVATION] = "no such activation, a slope that is not finite, or one that cannot be inverted",
-        [FBN_BAD_SHAPE] = "a size is negative, or all together are too large",
+        [FBN_BAD_SHAPE] = "a size is negative, or their product is too large",
         [FBN_BAD_THREADS] = "threads is below 1 or above FBN_MOST_THREADS",
         [FBN_BAD_EPS] = "eps is negative or not finite",
         [FBN_BAD_MOMENTUM] = "momentum is outside 0 to 1, or correction negative or not finite",
         [FBN_TOO_FEW_VALUES] = "too few values per channel for statistics",
-        [FBN_BAD_PLAN] = "no plan, one that was moved, or one of another machine, dtype or number of channels",
-        [FBN_BAD_SIZE] = "size is not that of the struct of arguments",
+        [FBN_BAD_PLAN] = "not a plan, or it was moved, or is for another machine, dtype or number of channels",
+        [FBN_BAD_SIZE] = "size is not the sizeof of the struct of arguments",
     };
     const int known = (int)status >= 0 && (int)status <= FBN_BAD_SIZE;
     return known ? texts[status] : "no such status";
@@ -63,7 +64,7 @@ static fbn_status check_eps(double eps) { return isfinite(eps) && eps >= 0 ? FBN
 
 static int is_dtype(fbn_dtype dtype) { return (int)dtype >= FBN_F32 && (int)dtype <= FBN_BF16; }
 
-/* A struct of arguments, by its size, which is its first member. */
+/* A struct of arguments: its first member must be its size. */
 static fbn_status check_args(const void *args, size_t size) {
     if (!args) return FBN_NULL_POINTER;
     return *(const size_t *)args == size ? FBN_OK : FBN_BAD_SIZE;
@@ -73,7 +74,7 @@ static fbn_status check_args(const void *args, size_t size) {
 
 static fbn_dtype statistics(const fbn_problem *p) { return p->dtype == FBN_F64 ? FBN_F64 : FBN_F32; }
 
-/* Where there are no values, any pointer will do. */
+/* An array that may be NULL; where it has no elements it may be any pointer. */
 static fbn_status check_optional(const void *array, fbn_dtype dtype, int64_t size) {
     return size && (uintptr_t)array % fbn_element(dtype) ? FBN_MISALIGNED : FBN_OK;
 }
@@ -84,12 +85,12 @@ static fbn_status check_array(const void *array, fbn_dtype dtype, int64_t size) 
 
 static fbn_status check_workspace(const void *memory) { return memory ? FBN_OK : FBN_NULL_POINTER; }
 
-/* One of the large arrays, of the problem's dtype and size. */
+/* A large array: it has the problem's dtype and size. */
 static fbn_status check_data(const fbn_problem *p, const void *array) {
     return check_array(array, p->dtype, values(p));
 }
 
-/* A result shares no memory with another large array. */
+/* A result may not share memory with another large array. */
 static fbn_status check_apart(const fbn_problem *p, const void *result, const void *other) {
     const uintptr_t a = (uintptr_t)result, b = (uintptr_t)other, bytes = (uintptr_t)values(p) * fbn_element(p->dtype);
     return !a || !b || (a > b ? a - b : b - a) >= bytes ? FBN_OK : FBN_OVERLAP;
@@ -125,7 +126,7 @@ static fbn_status check_map(const fbn_problem *p, const void *x, const void *res
     return status ? status : check_apart(p, y, residual);
 }
 
-/* What all verbs that normalize have. */
+/* What all verbs that normalize have in common. */
 static fbn_status check_normal(const fbn_problem *p, const fbn_parameters *parameters, double eps) {
     fbn_status status = fbn_check_problem(p);
     if (!status) status = check_eps(eps);
@@ -187,7 +188,7 @@ fbn_sums_args fbn_inputs_of(const fbn_backward_args *a) {
     return (fbn_sums_args){sizeof(fbn_sums_args), a->dy, a->x, a->residual, a->mask, a->saved, a->from_y, NULL};
 }
 
-/* What the gradient and its sums share. */
+/* What the gradient and its sums have in common. */
 static fbn_status check_gradient(const fbn_problem *p, const fbn_sums_args *a, const void *workspace) {
     fbn_status status = fbn_check_problem(p);
     if (!status && a->from_y && p->activation != FBN_IDENTITY)

@@ -1,5 +1,5 @@
-/* check.h: is this call valid? One question per verb, asked before anything is written; arguments as in fastbn.h.
- * Each takes the same time for any shape.
+/* check.h: is this call valid? One function per verb, called before anything is written, with the arguments of
+ * fastbn.h. Each takes the same time for every shape.
  */
 #ifndef FBN_CHECK_H
 #define FBN_CHECK_H
@@ -17,7 +17,7 @@ fbn_status fbn_check_moments(const fbn_problem *problem, const fbn_moments_args 
 fbn_status fbn_check_backward_sums(const fbn_problem *problem, const fbn_sums_args *args, const void *workspace);
 fbn_status fbn_check_backward(const fbn_problem *problem, const fbn_backward_args *args, const void *workspace);
 
-/* The arguments that a gradient shares with its sums. */
+/* The arguments that fbn_backward has in common with fbn_backward_sums. */
 fbn_sums_args fbn_inputs_of(const fbn_backward_args *args);
 
 #endif

@@ -1,4 +1,4 @@
-/* dispatch.c: which kernel tables does this processor run? */
+/* dispatch.c: which kernel tables can this processor run? */
 #include "dispatch.h"
 
 #if defined(FBN_X86) && defined(_MSC_VER)
@@ -10,7 +10,8 @@
 
 #if defined(FBN_X86) && defined(_MSC_VER)
 
-/* The operating system must save the registers too: bits 1-2 of XCR0 for AVX, 5-7 for AVX-512. */
+/* The operating system must save the registers as well: bits 1 and 2 of XCR0 say so for AVX, bits 5 to 7 for AVX-512.
+ */
 static int saves(unsigned long long state) {
     int id[4];
     __cpuid(id, 1);

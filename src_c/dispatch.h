@@ -1,4 +1,4 @@
-/* dispatch.h: which kernel tables this build holds. Which of them run here is asked through fastbn.h. */
+/* dispatch.h: which kernel tables does this build hold? fbn_kernels_at tells which of them this processor can run. */
 #ifndef FBN_DISPATCH_H
 #define FBN_DISPATCH_H
 

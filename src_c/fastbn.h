@@ -1,29 +1,32 @@
-/* fastbn.h: the C API. The only header that the Cython bridge and embedders see.
+/* fastbn.h: what can a caller ask for? The C API, and the only header that the Cython bridge and embedders see.
  *
  * Arrays. Every array is dense and three-dimensional, (outer, channels, inner), last index fastest:
  *     channels-first (N, C, H, W)  ->  (N, C, H*W)
  *     channels-last  (N, H, W, C)  ->  (N*H*W, C, 1)
  *     (N, C)                       ->  (N, C, 1)
- * There are no strides; sizes are counted in elements unless they say bytes. A pointer needs the alignment of one
- * element of what it points to, memory for workspaces and plans none. M = outer * inner is the number of values per
- * channel. Where a size is 0, pointers to arrays without elements may be NULL.
+ * There are no strides. Sizes are in elements unless they say bytes. A pointer must be aligned to one element of what
+ * it points to; memory for workspaces and plans need not be aligned. M = outer * inner is the number of values per
+ * channel. A pointer to an array without elements may be NULL.
  *
- * Calls. A verb takes the problem, which says what the arrays are, and one struct that says where they are. Set the
- * struct's `size` to its sizeof and every field that you need; a field that is zero is absent. A later version of this
- * header may add fields at the end: a library that is newer than a program takes them for absent.
+ * Calls. A verb takes the problem, which says what the arrays are, and a struct of arguments, which says where they
+ * are. Set the `size` of the struct to its sizeof, and then the fields that you need; a field that is zero is absent. A
+ * later version of this header may add fields at the end of a struct. `size` tells the library which of them a program
+ * knows.
  *
- * Memory. Nothing here allocates, reads the environment or keeps state: a call works in the `workspace` that its
- * caller hands in. x, residual, dy, mask, gamma, beta and given statistics are only read. y may be x and dx may be dy,
- * exactly; else what is written shares no memory with anything else of the call. (Of x, residual, dy and their results
- * that is checked; of the arrays of `channels` values it is not.) Inputs may share memory with each other.
+ * Memory. Nothing here allocates memory, reads the environment or keeps state: a call uses the `workspace` that its
+ * caller passes. x, residual, dy, mask, gamma, beta and given statistics are only read. y may be x, and dx may be dy;
+ * otherwise an array that is written may share no memory with another array of the call. (This is checked for x,
+ * residual, dy and their results, but not for the arrays of `channels` values.) Inputs may share memory with each
+ * other.
  *
- * Errors. Every verb returns a status. It checks its arguments before it writes anything: unless it is FBN_OK, nothing
- * was changed. What it cannot see is whether memory is as large as the sizes say, and whether a machine's kernels are
- * those that fbn_kernels_at gave.
+ * Errors. Every verb returns a status. It checks its arguments before it writes anything, so unless the status is
+ * FBN_OK, nothing has been changed. It cannot check whether memory is as large as the sizes say, nor whether a
+ * machine's kernels came from fbn_kernels_at.
  *
- * Threads. Every function may be called by any number of threads at once, as long as no two write to the same memory
- * (workspaces included). A verb may use up to `threads` of OpenMP's threads; GNU OpenMP cannot do so in a child that
- * was forked after its parent had, so pass 1 there. The result has the same bits for any number of threads.
+ * Threads. Any number of threads may call any function at once, as long as no two calls write to the same memory, which
+ * includes the workspace. A verb may use up to `threads` of OpenMP's threads. GNU OpenMP cannot start threads in a
+ * child process that was forked after its parent had started some, so pass 1 there. The result has the same bits for
+ * any number of threads.
  */
 #ifndef FASTBN_H
 #define FASTBN_H
@@ -36,39 +39,39 @@ extern "C" {
 #endif
 
 #if defined(__GNUC__)
-#pragma GCC visibility push(default) /* the shared library exports what is declared here, and nothing else */
+#pragma GCC visibility push(default) /* the shared library exports only what is declared here */
 #endif
 
-/* Goes up when what is declared here changes so that a program must be compiled anew; additions leave it. The library
- * fits a program where fbn_abi_version(), the library's, is FBN_ABI_VERSION, the header's. Never fails. */
+/* Increased when a change to this header means that programs must be recompiled; additions do not. A library fits a
+ * program if fbn_abi_version(), which is the library's, equals FBN_ABI_VERSION, which is the header's. Never fails. */
 #define FBN_ABI_VERSION 2
 int fbn_abi_version(void);
 
 typedef enum {
     FBN_OK = 0,
     FBN_NULL_POINTER = 1,    /* a pointer that must be given is NULL */
-    FBN_MISALIGNED = 2,      /* a pointer is no multiple of its element's size */
+    FBN_MISALIGNED = 2,      /* a pointer is not a multiple of its element's size */
     FBN_OVERLAP = 3,         /* a result shares memory with an input or another result, and is not y on x or dx on dy */
-    FBN_BAD_DTYPE = 4,       /* no fbn_dtype */
-    FBN_BAD_ACTIVATION = 5,  /* no fbn_activation, a slope that is not finite, or one that from_y cannot invert */
-    FBN_BAD_SHAPE = 6,       /* a size is negative, or all together they are beyond FBN_MOST_VALUES or a size_t */
+    FBN_BAD_DTYPE = 4,       /* not an fbn_dtype */
+    FBN_BAD_ACTIVATION = 5,  /* not an fbn_activation, a slope that is not finite, or one that from_y cannot invert */
+    FBN_BAD_SHAPE = 6,       /* a size is negative, or their product exceeds FBN_MOST_VALUES or a size_t */
     FBN_BAD_THREADS = 7,     /* threads is below 1 or above FBN_MOST_THREADS */
     FBN_BAD_EPS = 8,         /* eps is negative or not finite */
     FBN_BAD_MOMENTUM = 9,    /* momentum is outside 0 to 1, or correction negative or not finite */
-    FBN_TOO_FEW_VALUES = 10, /* statistics of no values, or a running variance of no more than `correction` values */
-    FBN_BAD_PLAN = 11,       /* no plan, one that was moved, or one of another machine, dtype or number of channels */
-    FBN_BAD_SIZE = 12        /* `size` of a struct of arguments is not its sizeof */
+    FBN_TOO_FEW_VALUES = 10, /* no values to make statistics of, or at most `correction` for a running variance */
+    FBN_BAD_PLAN = 11,       /* not a plan, or it was moved, or is for another machine, dtype or number of channels */
+    FBN_BAD_SIZE = 12        /* the `size` of a struct of arguments is not its sizeof */
 } fbn_status;
 
-/* One line that says what a status means; never NULL, for other numbers either. */
+/* What a status means, in one line. Never NULL, whatever the number. */
 const char *fbn_status_text(fbn_status status);
 
 /* ---- what a call is about ---- */
 
 typedef enum { FBN_F32 = 0, FBN_F64 = 1, FBN_F16 = 2, FBN_BF16 = 3 } fbn_dtype;
 
-/* z is what comes in: relu max(z, 0), relu6 min(max(z, 0), 6), leaky_relu z or, up to 0, slope * z,
- * silu z * sigmoid(z), hardswish z * relu6(z + 3) / 6, sigmoid 1 / (1 + exp(-z)). */
+/* Of z: relu is max(z, 0), relu6 min(max(z, 0), 6), leaky_relu z where z > 0 and slope * z elsewhere, silu
+ * z * sigmoid(z), hardswish z * relu6(z + 3) / 6, sigmoid 1 / (1 + exp(-z)). */
 typedef enum {
     FBN_IDENTITY = 0,
     FBN_RELU = 1,
@@ -79,88 +82,90 @@ typedef enum {
     FBN_SIGMOID = 6
 } fbn_activation;
 
-/* One instruction set's kernels. Opaque; see fbn_kernels_at. */
+/* The kernels of one instruction set. Opaque; see fbn_kernels_at. */
 typedef struct fbn_kernels fbn_kernels;
 
-/* Where a call runs: the kernels, and the bytes of data cache that one core has to itself (level 2) and that all share
- * (the last level). The caches guide the blocking; they never change a bit of the result, and any number is valid. */
+/* Where a call runs: the kernels, and the bytes of data cache that a core has for itself (level 2) and that the cores
+ * share (the last level). The sizes guide how the work is split. They never change a bit of the result, and any number
+ * is valid. */
 typedef struct {
     const fbn_kernels *kernels;
     int64_t core_cache, shared_cache;
 } fbn_machine;
 
-/* Values that are worth waking a thread for. A call on fewer than twice as many stays in the calling thread. */
+/* The least values that a thread is used for. A call on fewer than twice as many stays in the calling thread. */
 enum { FBN_WORK_PER_THREAD = 32768 };
 
 /* The most threads that a call may ask for. */
 enum { FBN_MOST_THREADS = 1024 };
 
-/* outer * channels * inner is at most this, where a size of 0 counts as 1. */
+/* The most that outer * channels * inner may be, where a size of 0 counts as 1. */
 #define FBN_MOST_VALUES (INT64_C(1) << 50)
 
-/* What every call shares. `dtype` is that of x, y, residual and their gradients; the statistics dtype is float64 for
- * float64 and float32 for all others. */
+/* What all calls have in common. `dtype` is that of x, y, residual and their gradients. The statistics dtype is float64
+ * for float64, and float32 for the others. */
 typedef struct {
     const fbn_machine *machine;
     fbn_dtype dtype;
     fbn_activation activation;
-    double slope; /* of leaky_relu up to 0; finite for it, and else ignored */
+    double slope; /* leaky_relu's for z <= 0, which must be finite; other activations ignore it */
     int64_t outer, channels, inner;
     int threads; /* the most that may work, 1 to FBN_MOST_THREADS; 1 runs in the calling thread without OpenMP */
 } fbn_problem;
 
-/* gamma and beta, `channels` values each, of any one dtype, or NULL for ones and zeros. */
+/* gamma and beta, `channels` values each, both of this dtype (any); NULL means ones and zeros. */
 typedef struct {
     const void *gamma, *beta;
     fbn_dtype dtype;
 } fbn_parameters;
 
-/* Given statistics, `channels` values each, of any one dtype. */
+/* Given statistics, `channels` values each, both of this dtype (any). */
 typedef struct {
     const void *mean, *var;
     fbn_dtype dtype;
 } fbn_statistics;
 
-/* The rows of `saved`, a (FBN_SAVED_ROWS, channels) float64 array: all that backward needs to know of a forward call.
- * The mean is mean + mean_low. inv_std is 1/sqrt(var + eps), or 0 where var + eps is 0. */
+/* The rows of `saved`, a float64 array (FBN_SAVED_ROWS, channels): what the backward pass needs to know about a forward
+ * call. The mean is mean + mean_low. inv_std is 1/sqrt(var + eps), or 0 where var + eps is 0. */
 enum { FBN_MEAN, FBN_MEAN_LOW, FBN_VAR, FBN_INV_STD, FBN_GAMMA, FBN_BETA, FBN_SAVED_ROWS };
 
-/* Running statistics of any one dtype, both or neither, updated as (1 - momentum) * old + momentum * batch, which is
- * computed in float64 and rounded once. momentum is 0 to 1. The batch's variance is its sum of squares over
- * (M - correction): 1 is PyTorch's convention, 0 Keras's. */
+/* Running statistics, both of this dtype (any), or both NULL. They are updated to (1 - momentum) * old + momentum *
+ * batch, which is computed in float64 and rounded once. momentum is from 0 to 1. The variance of the batch is its sum
+ * of squares over M - correction: PyTorch's convention is a correction of 1, that of Keras 0. */
 typedef struct {
     void *mean, *var;
     fbn_dtype dtype;
     double momentum, correction;
 } fbn_running;
 
-/* A mask has one byte a position, (outer, inner): 0 where the position does not count towards the statistics, and any
- * other value where it does. NULL means that all count. Every position is normalized. M is then the number of those
- * that count. A position that does not count and whose dy is 0 adds nothing to a gradient, and its dx and dresidual
- * are 0, whatever x, residual and the statistics are: memory that was never written will do there. */
+/* A mask has one byte per position, (outer, inner). The byte is 0 where the position does not count towards the
+ * statistics; any other byte means that it does, and a NULL mask that all do. M is then the number of positions that
+ * count. All positions are normalized. Where a position does not count and its dy is 0, it adds nothing to any
+ * gradient, and its dx and dresidual are 0, whatever x, residual and the statistics are; x and residual may be
+ * uninitialized there. */
 
 /* ---- the verbs ---- */
 
-/* Bytes of workspace that any verb needs on this problem. It depends on the shape, the dtype, the threads and the
- * machine's caches. 0 for a problem that is not valid. */
+/* The bytes of workspace that any verb needs for this problem; 0 if the problem is not valid. They depend on the shape,
+ * the dtype, the threads and the machine's caches. */
 size_t fbn_workspace_bytes(const fbn_problem *problem);
 
 /* Training: y = activation(xhat * gamma + beta + residual), xhat = (x - mean) / sqrt(var + eps), with the batch's own
- * mean and biased variance. M must be at least 1. With M = 1 y is activation(beta + residual), and dx is 0 but for
- * rounding; running statistics need M > correction. */
+ * mean and biased variance. M must be at least 1; with running statistics it must exceed `correction`. With M = 1, y is
+ * activation(beta + residual), and dx is 0 up to rounding. */
 typedef struct {
     size_t size;
     const void *x, *residual;  /* (outer, channels, inner) of the problem's dtype; residual may be NULL */
-    const unsigned char *mask; /* (outer, inner), or NULL; takes time in proportion to M, like all that is done to x */
+    const unsigned char *mask; /* (outer, inner), or NULL */
     fbn_parameters parameters;
     double eps;
-    fbn_running running; /* updated where it is given */
+    fbn_running running; /* updated, if given */
     void *y;             /* as large as x, and may be x */
     double *saved;       /* (FBN_SAVED_ROWS, channels), written, for the backward pass */
 } fbn_forward_args;
 fbn_status fbn_forward(const fbn_problem *problem, const fbn_forward_args *args, void *workspace);
 
-/* Inference: the same with given statistics, for any M, 0 included. */
+/* Inference: the same with given statistics. M may be anything, 0 included. */
 typedef struct {
     size_t size;
     const void *x, *residual;
@@ -172,8 +177,8 @@ typedef struct {
 } fbn_infer_args;
 fbn_status fbn_infer(const fbn_problem *problem, const fbn_infer_args *args, void *workspace);
 
-/* The same with the statistics that the rows FBN_MEAN, FBN_MEAN_LOW and FBN_VAR of `saved` hold already: those of
- * several batches together, say. The other rows are written. */
+/* The same with the statistics in the rows FBN_MEAN, FBN_MEAN_LOW and FBN_VAR of `saved`, which may be those of several
+ * batches together. The other rows are written. */
 typedef struct {
     size_t size;
     const void *x, *residual;
@@ -184,12 +189,12 @@ typedef struct {
 } fbn_apply_args;
 fbn_status fbn_apply(const fbn_problem *problem, const fbn_apply_args *args, void *workspace);
 
-/* A plan holds the constants of inference, so that a call does nothing but map x to y. It lives in memory of the
- * caller's, that stays where it is. Once set it is only read: calls may share it, in parallel.
- * Bytes of a plan; 0 for a number of channels that is not valid. */
+/* A plan holds the constants of inference, so that a call has only to map x to y. It is in the caller's memory and must
+ * not be moved. Once set, it is only read, so calls in several threads may share it.
+ * These are the bytes of a plan; 0 if the number of channels is not valid. */
 size_t fbn_plan_bytes(int64_t channels);
 
-/* Sets a plan for the kernels, the channels and the statistics dtype of a problem (all else in it is ignored). */
+/* Sets a plan for the kernels, the channels and the statistics dtype of a problem, whose other fields are ignored. */
 typedef struct {
     size_t size;
     fbn_parameters parameters;
@@ -198,7 +203,7 @@ typedef struct {
 } fbn_plan_args;
 fbn_status fbn_plan_set(const fbn_problem *problem, const fbn_plan_args *args, void *plan);
 
-/* What fbn_infer does, to the bit, for any problem of the same kernels, channels and statistics dtype. */
+/* Gives the bits of fbn_infer, for any problem with the kernels, channels and statistics dtype of the plan. */
 typedef struct {
     size_t size;
     const void *x, *residual;
@@ -206,7 +211,7 @@ typedef struct {
 } fbn_run_args;
 fbn_status fbn_plan_run(const fbn_problem *problem, const fbn_run_args *args, const void *plan);
 
-/* The batch's moments alone. M must be at least 1. */
+/* Only the moments of the batch. M must be at least 1. */
 typedef struct {
     size_t size;
     const void *x;
@@ -215,8 +220,8 @@ typedef struct {
 } fbn_moments_args;
 fbn_status fbn_moments(const fbn_problem *problem, const fbn_moments_args *args, void *workspace);
 
-/* The sums that the gradient needs, those of dz and of dz * xhat, dz being dy times the slope of the activation.
- * Those of several batches add up. The fields are as in fbn_backward_args. */
+/* Only the sums that the gradient needs: of dz and of dz * xhat, where dz is dy times the activation's derivative. The
+ * sums of several batches can be added. The fields are as in fbn_backward_args. */
 typedef struct {
     size_t size;
     const void *dy, *x, *residual;
@@ -227,45 +232,45 @@ typedef struct {
 } fbn_sums_args;
 fbn_status fbn_backward_sums(const fbn_problem *problem, const fbn_sums_args *args, void *workspace);
 
-/* The exact gradient of fbn_forward, or of fbn_infer with `saved` where frozen. */
+/* The exact gradient of fbn_forward or, with `frozen`, of fbn_infer or fbn_apply. */
 typedef struct {
     size_t size;
     const void *dy, *x, *residual; /* as large as x in fbn_forward; x and residual as they were there */
     const unsigned char *mask;     /* as it was there */
     const double *saved;           /* as the forward call left it */
-    double count;                  /* values per channel that the statistics came from, M; ignored where frozen */
-    int frozen;                    /* the statistics were given ones, which do not depend on x (fbn_infer) */
-    int from_y;                    /* `x` holds y: forward wrote over its x. The activation is identity or leaky_relu
-                                    * with a slope above 0, and no gamma is so small that y tells too little of x */
-    const double *sums;            /* (2, channels), to be used instead of the call's own; or NULL */
+    double count;                  /* M, the values per channel that made the statistics; ignored if frozen */
+    int frozen;                    /* the statistics were given, and do not depend on x (fbn_infer) */
+    int from_y;                    /* `x` holds y, since forward wrote y over x. The activation must be identity or
+                                    * leaky_relu with a slope above 0, and no gamma so small that x is lost in y */
+    const double *sums;            /* (2, channels), used instead of the call's own sums; or NULL */
     void *dx;                      /* as large as dy, and may be dy */
-    void *dresidual;               /* as large; written where there are a residual and an activation, and must then be
-                                    * given (without an activation it would equal dy) */
+    void *dresidual;               /* as large. Needed, and written, if there are a residual and an activation; without
+                                    * an activation the residual's gradient is dy */
     void *dgamma, *dbeta;          /* (channels,) in the statistics dtype; or NULL */
 } fbn_backward_args;
 fbn_status fbn_backward(const fbn_problem *problem, const fbn_backward_args *args, void *workspace);
 
 /* ---- this processor ---- */
 
-/* Its best kernels and its caches; common sizes (1 and 8 MiB) where the system does not tell. Never fails. */
+/* The best kernels and the caches of this processor; 1 and 8 MiB where the system does not tell. Never fails. */
 fbn_machine fbn_this_machine(void);
 
-/* The kernel tables that run on this processor, best first; NULL past the end and for a negative index. They live as
- * long as the program. */
+/* The kernels that this processor can run, best first; NULL past the end and for a negative index. They are never
+ * freed. */
 const fbn_kernels *fbn_kernels_at(int index);
 
-/* "avx512", "avx2", "neon" or "baseline"; NULL for NULL. */
+/* "avx512", "avx2", "neon" or "baseline"; NULL if kernels is NULL. */
 const char *fbn_kernels_name(const fbn_kernels *kernels);
 
-/* The OpenMP version that the library was built with (its date, as in _OPENMP), or 0. */
+/* The version of OpenMP that the library was built with (a date, as in _OPENMP), or 0. */
 int fbn_openmp(void);
 
-/* How many threads OpenMP would use here for a program that does not say: what omp_set_num_threads set in this thread,
- * or its default. 1 without OpenMP. */
+/* How many threads OpenMP uses in this thread by default: what omp_set_num_threads set, or OpenMP's own default. 1
+ * without OpenMP. */
 int fbn_openmp_threads(void);
 
-/* Bytes of data cache at a level (1 to 3) that one core can use: the smallest plausible number among those that the
- * processor and the system tell. 0 where neither tells, and for any other level. */
+/* The bytes of data cache of a level (1 to 3) that one core can use: the smallest plausible answer of the processor and
+ * the system. 0 if neither answers, and for any other level. */
 int64_t fbn_cache_bytes(int level);
 
 #if defined(__GNUC__)

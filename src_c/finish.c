@@ -1,5 +1,5 @@
-/* finish.c: what is done once a channel: origins before a reduction; statistics, running statistics, sums and the
- * constants of maps after it.
+/* finish.c: what is computed once per channel? Origins before a reduction; after it statistics, running statistics,
+ * sums, and the constants of maps.
  */
 #include <math.h>
 #include <string.h>
@@ -44,14 +44,14 @@ static void set_lines(fbn_job *j, int64_t c0, int64_t c1) {
     j->kernels->set_line(&known, c1 - c0, &line);
 }
 
-/* A gradient's sums are about the mean. */
+/* The sums of a gradient are taken about the mean. */
 void fbn_set_lines_known(fbn_job *j, int64_t c0, int64_t c1) {
     set_lines(j, c0, c1);
     memcpy(j->origin + c0, j->known + FBN_MEAN * j->p->channels + c0, (size_t)(c1 - c0) * sizeof(double));
 }
 
-/* The same where `x` holds y: gamma * xhat + beta stands for x, and beta for its mean. The slope gamma * inv_std stays
- * that of x. */
+/* The same where `x` holds y. Then gamma * xhat + beta takes the place of x, beta that of its mean and gamma that of
+ * its standard deviation. The rows are such that gamma * inv_std is still that of x. */
 void fbn_set_lines_from_y(fbn_job *j, int64_t c0, int64_t c1) {
     const int64_t C = j->p->channels;
     const double *gamma = j->of_x + FBN_GAMMA * C, *inv_std = j->of_x + FBN_INV_STD * C;
@@ -67,7 +67,7 @@ void fbn_set_lines_from_y(fbn_job *j, int64_t c0, int64_t c1) {
 
 /* ---- after a reduction ---- */
 
-/* Adds the segments' sums up in order, into the first segment's place. */
+/* Adds up the sums of all segments, in order, in the place of the first segment's. */
 static void total(fbn_job *j, int64_t c0, int64_t c1) {
     double *first = fbn_first_sums(j), *second = fbn_second_sums(j);
     for (int64_t s = 1; s < j->split.segments; s++) {
@@ -77,8 +77,8 @@ static void total(fbn_job *j, int64_t c0, int64_t c1) {
     }
 }
 
-/* Repeats the first channels' constants behind the last's, for vectors that run over the end of a row. The thread that
- * finishes channel 0 finishes all the channels that are repeated. */
+/* Repeats the constants of the first channels behind those of the last, for vectors that reach into the next row. The
+ * thread that finishes channel 0 also finishes all the channels that are repeated. */
 static void repeat_first(fbn_job *j, int64_t c0, int64_t c1) {
     if (!j->split.rows || c0 || c0 == c1 || j->split.units < 2) return;
     for (int i = 0; i < FBN_CONSTANTS; i++)
@@ -90,8 +90,8 @@ static void repeat_first(fbn_job *j, int64_t c0, int64_t c1) {
 
 /* ---- forward ---- */
 
-/* Mean and variance of the batch, from sums about the origin; the sum of squares about the mean stays in their place.
- */
+/* The mean and the variance of the batch, from the sums about the origin. The sum of squares about the mean replaces
+ * that about the origin. */
 static void set_moments(fbn_job *j, int64_t c0, int64_t c1) {
     const int64_t C = j->p->channels;
     const double count = j->count, *origin = j->origin;
@@ -101,7 +101,7 @@ static void set_moments(fbn_job *j, int64_t c0, int64_t c1) {
     for (int64_t c = c0; c < c1; c++) {
         const double offset = sums[c] / count, m2 = squares[c] - sums[c] * offset;
         mean[c] = origin[c] + offset;
-        /* What that addition rounded away (Knuth's two-sum); nothing where it was infinite. */
+        /* What the addition rounded away (Knuth's two-sum), or 0 where the sum was infinite. */
         const double back = mean[c] - origin[c], lost = (origin[c] - (mean[c] - back)) + (offset - back);
         low[c] = lost == lost ? lost : 0;
         squares[c] = m2 < 0 ? 0 : m2;
@@ -109,7 +109,7 @@ static void set_moments(fbn_job *j, int64_t c0, int64_t c1) {
     }
 }
 
-/* A running statistic after one more batch, whose own is batch[c] * factor. */
+/* Moves a running statistic towards that of the batch, batch[c] * factor. */
 static void blend(void *running, const double *batch, double factor, const fbn_running *r, int64_t c0, int64_t c1) {
     for (int64_t c = c0; c < c1; c++)
         fbn_put(running, c, (1 - r->momentum) * fbn_get(running, c, r->dtype) + r->momentum * (batch[c] * factor),
@@ -124,7 +124,7 @@ static void update_running(const fbn_job *j, int64_t c0, int64_t c1) {
     blend(r->var, j->saved + FBN_VAR * C, j->count / (j->count - r->correction), r, c0, c1);
 }
 
-/* A row of saved, from an array of any dtype, or all `absent` where there is none. */
+/* Fills a row of `saved` from an array of any dtype, or with `absent` where the array is NULL. */
 static void set_row(fbn_job *j, int row, const void *array, fbn_dtype dtype, double absent, int64_t c0, int64_t c1) {
     double *to = j->saved + row * j->p->channels;
     if (!array)
@@ -133,7 +133,7 @@ static void set_row(fbn_job *j, int row, const void *array, fbn_dtype dtype, dou
         for (int64_t c = c0; c < c1; c++) to[c] = fbn_get(array, c, dtype);
 }
 
-/* With the statistics in saved: its other rows, and the constants of the map. */
+/* Fills the other rows of `saved`, which has the statistics, and the constants of the map. */
 void fbn_finish_applied(fbn_job *j, int64_t c0, int64_t c1) {
     const double *var = j->saved + FBN_VAR * j->p->channels, eps = j->eps;
     double *inv_std = j->saved + FBN_INV_STD * j->p->channels;
@@ -168,7 +168,7 @@ void fbn_finish_moments(fbn_job *j, int64_t c0, int64_t c1) {
         memcpy(j->moments_out + row * C + c0, rows[row] + c0, (size_t)(c1 - c0) * sizeof(double));
 }
 
-/* ---- backward: `partial` has the sums of dz and of dz * (x - mean) ---- */
+/* ---- backward: `partial` holds the sums of dz and of dz * (x - mean) ---- */
 
 static const double *known_row(const fbn_job *j, int row) { return j->known + row * j->p->channels; }
 
@@ -204,7 +204,7 @@ void fbn_finish_given_sums(fbn_job *j, int64_t c0, int64_t c1) {
     finish_known_sums(j, c0, c1);
 }
 
-/* For frozen statistics, whose gradient has no use for sums. */
+/* With frozen statistics dx does not need the sums. */
 void fbn_finish_no_sums(fbn_job *j, int64_t c0, int64_t c1) {
     memset(fbn_first_sums(j) + c0, 0, (size_t)(c1 - c0) * sizeof(double));
     memset(fbn_second_sums(j) + c0, 0, (size_t)(c1 - c0) * sizeof(double));

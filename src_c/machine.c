@@ -1,8 +1,8 @@
-/* machine.c: how large are this machine's caches? The processor, the system's files and the C library are asked.
+/* machine.c: how large are this machine's caches? The processor, the operating system and the C library are asked.
  *
- * None of them can be trusted alone. glibc up to 2.36 multiplies the last cache of an AMD processor by the number of
- * its parts, of which one core can use one. A virtual machine may hide a cache, or report 1 TiB. So the smallest
- * plausible answer is believed, and the C library is asked only where nobody else answers.
+ * None of them can be trusted alone. glibc up to 2.36 gives the last cache of an AMD processor as the sum of its parts,
+ * of which one core can use only one. A virtual machine may hide a cache, or report 1 TiB. So the smallest plausible
+ * answer is believed, and the C library is asked only where the other two do not answer.
  */
 #if defined(__linux__) && !defined(_POSIX_C_SOURCE)
 #define _POSIX_C_SOURCE 200809L /* for O_CLOEXEC */
@@ -64,7 +64,7 @@ static void ask(uint32_t leaf, uint32_t part, uint32_t answer[4]) {
 #endif
 }
 
-/* The makers that have the cache leaf of AMD: its last letters are "cAMD", Hygon's "uine". */
+/* AMD and Hygon have AMD's cache leaf. Their names, AuthenticAMD and HygonGenuine, end in "cAMD" and "uine". */
 static uint32_t cache_leaf(void) {
     enum { AMD = 0x444d4163, HYGON = 0x656e6975 };
     uint32_t answer[4], last;
@@ -96,7 +96,7 @@ static int64_t cache_of_processor(int level) {
 /* ---- the system ---- */
 
 #if defined(__linux__)
-/* The first bytes of folder/indexN/name, as a text; empty where there is no such file. */
+/* Reads the start of the file folder/indexN/name as a string, which is empty where there is no such file. */
 static void read_text(const char *folder, int index, const char *name, char *text, size_t room) {
     const char *parts[] = {folder, "/index", index < 10 ? (char[]){(char)('0' + index), 0} : "?", "/", name};
     char path[256];
@@ -115,7 +115,7 @@ static void read_text(const char *folder, int index, const char *name, char *tex
     close(file);
 }
 
-/* "32768K" or "32M" as bytes; 0 for what is neither. */
+/* The number of bytes in a text such as "32768K" or "32M"; 0 for any other text. */
 static int64_t bytes_of_text(const char *text) {
     int64_t number = 0;
     for (; *text >= '0' && *text <= '9' && number < INT64_C(1) << 40; text++) number = 10 * number + (*text - '0');
@@ -137,7 +137,7 @@ int64_t fbn_cache_of_folder(const char *folder, int level) {
 
 static int64_t cache_of_system(int level) { return fbn_cache_of_folder("/sys/devices/system/cpu/cpu0/cache", level); }
 
-/* musl has no names for these. */
+/* musl does not define these names. */
 static int64_t cache_of_library(int level) {
 #if defined(_SC_LEVEL1_DCACHE_SIZE)
     const int names[LEVELS] = {_SC_LEVEL1_DCACHE_SIZE, _SC_LEVEL2_CACHE_SIZE, _SC_LEVEL3_CACHE_SIZE};
@@ -161,7 +161,7 @@ static int64_t of_name(const char *name) {
     return sysctlbyname(name, &bytes, &size, NULL, 0) ? 0 : bytes;
 }
 
-/* The fast cores of Apple's own processors have names of their own, and no third level. */
+/* Apple's own processors name the caches of their fast cores separately, and have no third level. */
 static int64_t cache_of_system(int level) {
     static const char *const fast[LEVELS] = {"hw.perflevel0.l1dcachesize", "hw.perflevel0.l2cachesize",
                                              "hw.perflevel0.l3cachesize"};

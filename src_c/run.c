@@ -1,11 +1,11 @@
-/* run.c: in which order, and by which threads, is an operation carried out? The only OpenMP.
+/* run.c: in which order, and by which threads, is an operation carried out? The only file that uses OpenMP.
  *
- * Where a block of channels fits in a core's cache, one thread does all steps on it, and memory sees one read and one
- * write. Otherwise all threads reduce, then finish, then map, from the end backwards: the end is what the cache still
- * holds. Threads wait for each other only between steps that need what others computed, since a barrier is where a
- * busy machine loses its time.
+ * Where a block of channels fits into a core's cache, one thread does all steps on it, so that memory is read once and
+ * written once. Otherwise all threads reduce, then finish, then map. The map starts at the end of the array, which the
+ * reduction has just left in the cache. Threads wait for each other only where a step needs what other threads
+ * computed: on a busy machine, time is lost at barriers.
  *
- * Neither the blocking nor the number of threads changes a bit of the result: see split.h.
+ * Neither the blocks nor the number of threads change a bit of the result; split.h says why.
  */
 #include <string.h>
 
@@ -18,7 +18,7 @@
 static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-/* Adds a channel's lanes, in one order everywhere. */
+/* The sum of a channel's lanes, always added in this order. */
 static double fold(double *lanes) {
     for (int n = FBN_LANES / 2; n; n /= 2)
         for (int i = 0; i < n; i++) lanes[i] += lanes[i + n];
@@ -33,7 +33,7 @@ static void clear(const fbn_job *j, int64_t channels, double *sums, double *othe
     } else memset(lanes, 0, (size_t)channels * 2 * FBN_LANES * sizeof(double));
 }
 
-/* The sums of one segment. Those of planes are gathered in lanes. */
+/* The sums of one segment. Planes are summed in lanes first. */
 static void reduce_segment(fbn_job *j, int64_t segment, int64_t c0, int64_t c1, double *lanes) {
     const int64_t first = segment * j->split.segment, last = smaller(first + j->split.segment, j->split.units);
     double *sums = j->partial + 2 * segment * j->split.padded + c0, *others = sums + j->split.padded;
@@ -65,7 +65,7 @@ static void map_units(const fbn_job *j, int64_t first, int64_t last, int64_t c0,
     }
 }
 
-/* After a reduction from the end backwards, which begins with what it has just left in the cache. */
+/* After a reduction the map goes from the end backwards, since the reduction has left the end in the cache. */
 static void map(const fbn_job *j, int64_t u0, int64_t u1, int64_t c0, int64_t c1) {
     const int64_t chunk = fbn_chunk(&j->split, c1 - c0), chunks = divide_up(u1 - u0, chunk);
     for (int64_t k = 0; k < chunks; k++) {
@@ -74,14 +74,14 @@ static void map(const fbn_job *j, int64_t u0, int64_t u1, int64_t c0, int64_t c1
     }
 }
 
-/* What comes before the values are looked at: all of an operation that does not reduce, but for the map. */
+/* What is done before any value is read. An operation without a reduction can be finished here, too. */
 static void begin(fbn_job *j, int64_t c0, int64_t c1) {
     const fbn_operation *o = j->operation;
     if (o->prepare) o->prepare(j, c0, c1);
     if (!o->reduce && o->finish) o->finish(j, c0, c1);
 }
 
-/* A thread's blocks of channels, one after the other, each through all steps. */
+/* All steps on one of this thread's blocks of channels, then on the next. */
 static void work_by_channels(fbn_job *j, int64_t t, int threads) {
     const fbn_operation *o = j->operation;
     const int64_t C = j->split.channels, block = j->split.block, blocks = divide_up(C, block);
@@ -101,7 +101,8 @@ static void barrier(int threads) {
 #endif
 }
 
-/* A thread's share of each step in turn. A share is [n * t / threads, n * (t + 1) / threads). */
+/* This thread's share of the first step, then of the next. Share t of n things is [n * t / threads, n * (t + 1) /
+ * threads). */
 static void work_by_steps(fbn_job *j, int64_t t, int threads) {
     const fbn_operation *o = j->operation;
     const int64_t C = j->split.channels, pad = FBN_CHANNEL_PAD, groups = divide_up(C, pad);

@@ -4,13 +4,13 @@
 #include "values.h"
 
 enum {
-    SEGMENT = 32768,          /* values of a channel that a channels-first segment has at least, and a cut of a plane */
-    SEGMENT_ROWS = 128,       /* rows that a channels-last segment has at least, */
-    SEGMENTS_MOST = 64,       /* and how many of these there are at most */
-    BLOCK_CHANNELS = 64,      /* channels that a channels-first block has at most */
-    IMAGES = 8,               /* planes of a channel that are summed or mapped in turns */
-    CHUNK_BYTES = 262144,     /* of the rows that are mapped at a time */
-    CHANNELS_TO_SHARE = 16384 /* channels for which threads share what is done once a channel */
+    SEGMENT = 32768,      /* the least values of a channel in a channels-first segment; those in a cut plane's piece */
+    SEGMENT_ROWS = 128,   /* the least rows in a channels-last segment */
+    SEGMENTS_MOST = 64,   /* the most channels-last segments */
+    BLOCK_CHANNELS = 64,  /* the most channels in a channels-first block */
+    IMAGES = 8,           /* planes of a channel that a kernel gets at once */
+    CHUNK_BYTES = 262144, /* bytes of rows that are mapped at a time */
+    CHANNELS_TO_SHARE = 16384 /* from so many channels on, threads share what is done once per channel */
 };
 
 static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -18,8 +18,8 @@ static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 static int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
 
-/* Channels in a block, so that what the block's channels hold takes a third of a core's cache: there is room for
- * what is fetched ahead, and for the results on their way. */
+/* Channels in a block: as many as fill a third of a core's cache, which leaves room for what is fetched ahead and for
+ * the results. */
 static int64_t block_of(const fbn_split *s, int64_t core_cache, int arrays) {
     const int64_t channel = s->outer * s->inner * s->elem * arrays, fit = core_cache / 3 / larger(channel, 1);
     if (s->rows) return s->channels;
@@ -28,14 +28,15 @@ static int64_t block_of(const fbn_split *s, int64_t core_cache, int arrays) {
     return most >= FBN_CHANNEL_PAD ? most / FBN_CHANNEL_PAD * FBN_CHANNEL_PAD : larger(1, most);
 }
 
-/* By channels wastes no memory traffic, but needs blocks that are worth it and enough of them for every thread. */
+/* Going block by block saves memory traffic, but the blocks must divide well among the threads: at most two
+ * sevenths of the threads' time may be lost. */
 static int by_channels(const fbn_split *s) {
-    if (s->rows) return 0; /* whose block has no channels where there are none */
+    if (s->rows) return 0; /* one block has all the channels, and perhaps there are none */
     const int64_t blocks = divide_up(s->channels, s->block);
     return 5 * divide_up(blocks, s->threads) * s->threads <= 7 * blocks;
 }
 
-/* On the left there is room for the constants of rows, which begin where their memory does in a cache line. */
+/* There is room on the left as well, since the constants of rows start at any place in a cache line (see job_of). */
 int64_t fbn_padded(int64_t channels) { return round_up(channels, FBN_CHANNEL_PAD) + 2 * FBN_CHANNEL_PAD; }
 
 fbn_split fbn_split_of(const fbn_problem *p, int arrays) {
@@ -81,7 +82,7 @@ static fbn_tile rows_at(int64_t unit, int64_t last, const unsigned char *mask) {
     return (fbn_tile){.unit = unit, .rows = next - unit, .counts = !mask || mask[unit], .next_unit = next};
 }
 
-/* A run of positions of one plane. */
+/* Positions of one plane that follow each other and all have the same mask. */
 static fbn_tile positions_at(const fbn_split *s, int64_t unit, int64_t from, const unsigned char *mask) {
     const int64_t length = length_of(s, unit);
     const unsigned char *of_unit = mask + unit / s->cuts * s->inner + unit % s->cuts * s->cut;

@@ -3,7 +3,8 @@
 
 #include <math.h>
 
-/* A format of 16 bits. A number is 1.fraction * 2^exponent, or subnormal where the exponent would be below `lowest`. */
+/* A format of 16 bits: the bits of the fraction, and the range of exponents. A number is 1.fraction * 2^exponent, or
+ * subnormal where the exponent would be below `lowest`. */
 typedef struct {
     int fraction, lowest, highest;
 } format;
@@ -17,8 +18,8 @@ static double exact(uint16_t bits, const format *f) {
     return field ? ldexp((1 << f->fraction | fraction) * unit, field - 1) : fraction * unit;
 }
 
-/* The bits of the number that is nearest to v, of two the even one. The fraction of the largest exponent may carry
- * into infinity, and that of a subnormal into the smallest normal number: their bits follow one another. */
+/* The bits of the number nearest to v; of two equally near, the even one. A fraction that is rounded up may carry into
+ * the exponent: the bits are then those of the next number, be it the smallest normal one or infinity. */
 static uint16_t rounded(double v, const format *f) {
     const unsigned sign = signbit(v) ? 0x8000u : 0, infinity = (unsigned)(f->highest - f->lowest + 2) << f->fraction;
     const double size = fabs(v);

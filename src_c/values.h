@@ -1,5 +1,5 @@
-/* values.h: one value of an array of any dtype, as a double, and back with one rounding. For what is O(channels); the
- * kernels have vectors for the rest.
+/* values.h: how is one value of an array of any dtype read as a double, and how is it written, rounded once? For arrays
+ * with one value per channel; the kernels use vectors for all others.
  */
 #ifndef FBN_VALUES_H
 #define FBN_VALUES_H
@@ -12,7 +12,7 @@ static inline size_t fbn_element(fbn_dtype dtype) { return dtype == FBN_F64 ? 8 
 double fbn_of_half(uint16_t bits, fbn_dtype dtype);
 uint16_t fbn_half_of(double value, fbn_dtype dtype);
 
-/* Inlined, so that a compiler can ask for the dtype once a loop. */
+/* Inlined, so that a compiler can test the dtype once per loop. */
 static inline double fbn_get(const void *array, int64_t i, fbn_dtype dtype) {
     if (dtype == FBN_F64) return ((const double *)array)[i];
     if (dtype == FBN_F32) return ((const float *)array)[i];

@@ -6,7 +6,7 @@
 
 enum { ALIGNMENT = 64 };
 
-/* ---- steps that hand a tile to a kernel ---- */
+/* ---- the steps that call a kernel on a tile ---- */
 
 static const char *at(const char *array, int64_t bytes) { return array ? array + bytes : NULL; }
 
@@ -20,7 +20,7 @@ static fbn_planes planes_of(const fbn_tile *t, int64_t channels) {
     return planes;
 }
 
-/* Positions that do not count are told to the gradient's kernels by this flag: dy may be 0 there and x not a number. */
+/* The flag tells the gradient's kernels that the positions do not count: where dy is 0 there, x may be a NaN. */
 static int activation_of(const fbn_job *j, const fbn_tile *t) { return j->activation | (t->counts ? 0 : FBN_OUTSIDE); }
 
 static void reduce_moments(const fbn_job *j, const fbn_tile *t, int64_t c0, int64_t c1, double *sums, double *others) {
@@ -54,7 +54,7 @@ static void map_affine(const fbn_job *j, const fbn_tile *t, int64_t c0, int64_t 
     else j->kernels->affine_cf(&a, planes_of(t, c1 - c0));
 }
 
-/* Positions that do not count are mapped as if the statistics were frozen: those do not depend on them. */
+/* Positions that do not count are mapped as with frozen statistics, since the statistics do not depend on them. */
 static void map_gradient_as(const fbn_job *j, const fbn_tile *t, int64_t c0, int64_t c1, int frozen) {
     const int64_t skip = bytes_to(j, t, c0);
     const fbn_grad_affine g = {.dy = j->dy + skip,
@@ -87,7 +87,8 @@ static const fbn_operation APPLY = {NULL, NULL, fbn_finish_applied, map_affine};
 static const fbn_operation PLAN_RUN = {NULL, NULL, NULL, map_affine};
 static const fbn_operation MOMENTS = {fbn_set_origins, reduce_moments, fbn_finish_moments, NULL};
 
-/* Of the gradient, by how its sums come about (of its own, given, or of no use), and by whether `x` holds y. */
+/* The gradient's, by where its sums come from (the call computes them, they are given, or they are not needed) and by
+ * whether `x` holds y. */
 enum { OWN_SUMS, GIVEN_SUMS, NO_SUMS };
 static const fbn_operation BACKWARD[3][2] = {
     [OWN_SUMS] = {{fbn_set_lines_known, reduce_gradient, fbn_finish_gradient, map_gradient},
@@ -108,15 +109,15 @@ static const fbn_operation BACKWARD_SUMS[2] = {
     {fbn_set_lines_from_y, reduce_gradient, fbn_finish_sums, NULL},
 };
 
-/* ---- a job, and how its workspace is cut ---- */
+/* ---- a job and its workspace ---- */
 
-/* Float64 numbers that a job's workspace has, but for the alignment. Arrays of the compute type have as much room. */
+/* How many float64 numbers fit into a job's workspace, alignment aside. Arrays of the compute type get as much room. */
 static int64_t doubles_of(const fbn_split *s) {
     const int64_t rows = FBN_CONSTANTS + FBN_SAVED_ROWS + 1 + 2 * s->segments;
     return rows * s->padded + s->threads * fbn_lane_doubles(s);
 }
 
-/* `doubles` as bytes, with `more`; 0 where that is beyond a size_t. */
+/* The bytes of so many doubles, and `more` bytes; 0 where a size_t cannot hold the sum. */
 static size_t bytes_of(int64_t doubles, size_t more) {
     return (uint64_t)doubles > (SIZE_MAX - more) / sizeof(double) ? 0 : (size_t)doubles * sizeof(double) + more;
 }
@@ -127,13 +128,14 @@ size_t fbn_workspace_bytes(const fbn_problem *p) {
     return bytes_of(doubles_of(&s), ALIGNMENT);
 }
 
-/* Only a size_t of fewer than 64 bits can be too small. */
+/* Whether a size_t can hold the workspace's size: one of 64 bits always can. */
 static fbn_status check_fits(const fbn_problem *p) {
     return sizeof(size_t) >= sizeof(int64_t) || fbn_workspace_bytes(p) ? FBN_OK : FBN_BAD_SHAPE;
 }
 
-/* `out` is what a map will write; NULL where there is none or calls share the constants. A map of rows goes by `out`'s
- * vectors, and the constants of a vector should not lie across two cache lines. */
+/* `out` is what the map will write; NULL where there is no map, or where calls share the constants. A map of rows
+ * follows the alignment of `out`. The constants get the same alignment, so that those of a vector lie in one cache
+ * line. */
 static fbn_job job_of(const fbn_problem *p, const fbn_operation *operation, int arrays, void *out, void *workspace) {
     fbn_job j;
     memset(&j, 0, sizeof j);
@@ -157,13 +159,14 @@ static fbn_job job_of(const fbn_problem *p, const fbn_operation *operation, int 
     return j;
 }
 
-/* Streaming saves the read that a store into memory costs, but sends what would have stayed in cache away. */
+/* A streaming store saves the read of the line that it writes, but drops from the cache what could have stayed there.
+ * So it is used for results that are too large for the cache. */
 static int streams(const fbn_job *j) {
     const int64_t bytes = j->p->outer * j->p->channels * j->p->inner * j->split.elem;
     return bytes > j->p->machine->shared_cache / 8 && (uintptr_t)j->result % (size_t)j->split.elem == 0;
 }
 
-/* A job that maps x to y. `saved` is where its rows go, if the caller wants them. */
+/* A job that maps x to y. Its rows go to `saved`, unless that is NULL. */
 static fbn_job job_of_x(const fbn_problem *p, const fbn_operation *operation, const void *x, const void *residual,
                         void *y, double *saved, void *workspace) {
     fbn_job j = job_of(p, operation, residual ? 2 : 1, y, workspace);
@@ -174,7 +177,7 @@ static fbn_job job_of_x(const fbn_problem *p, const fbn_operation *operation, co
     return j;
 }
 
-/* A job on dy. Where `x` holds y, what is known of it goes into rows of the workspace. */
+/* A job that differentiates. Where `x` holds y, the rows that describe it are in the workspace. */
 static fbn_job job_of_dy(const fbn_problem *p, const fbn_operation *operation, const fbn_sums_args *a, void *dx,
                          void *workspace) {
     fbn_job j = job_of(p, operation, a->residual && p->activation ? 3 : 2, dx, workspace);
@@ -189,7 +192,7 @@ static fbn_job job_of_dy(const fbn_problem *p, const fbn_operation *operation, c
     return j;
 }
 
-/* Which positions count: how many, and where the first, a middle and the last of them are. */
+/* Counts the positions that count towards the statistics, and finds the first, a middle and the last of them. */
 static void set_mask(fbn_job *j, const unsigned char *mask) {
     const int64_t positions = j->p->outer * j->p->inner, inner = j->p->inner;
     int64_t first = 0, middle = j->p->outer / 2 * inner + inner / 2, last = positions - 1, count = 0;
@@ -259,7 +262,7 @@ fbn_status fbn_moments(const fbn_problem *p, const fbn_moments_args *a, void *wo
     return j.count < 1 ? FBN_TOO_FEW_VALUES : run(&j);
 }
 
-/* ---- plans: a label, and then the start of a workspace, with its lines set ---- */
+/* ---- plans: a plan is a label, followed by the start of a workspace that has its lines set ---- */
 
 typedef struct {
     const void *at;
@@ -269,7 +272,7 @@ typedef struct {
 
 static label label_of(const fbn_problem *p, const void *plan) {
     label l;
-    memset(&l, 0, sizeof l); /* padding too, since labels are compared byte by byte */
+    memset(&l, 0, sizeof l); /* the padding as well, since labels are compared byte by byte */
     l.at = plan;
     l.kernels = p->machine->kernels;
     l.channels = p->channels;
@@ -287,7 +290,7 @@ fbn_status fbn_plan_set(const fbn_problem *p, const fbn_plan_args *a, void *plan
     if (status) return status;
     const label labelled = label_of(p, plan);
     fbn_problem rows = *p;
-    rows.outer = 2; /* so that the constants are repeated */
+    rows.outer = 2; /* more than one row, so that the constants are repeated */
     rows.inner = 1;
     fbn_job j = job_of_x(&rows, &INFER, NULL, NULL, NULL, NULL, (char *)plan + sizeof(label));
     j.parameters = a->parameters;
@@ -303,7 +306,7 @@ fbn_status fbn_plan_run(const fbn_problem *p, const fbn_run_args *a, const void 
     if (status) return status;
     const label expected = label_of(p, plan);
     if (memcmp(&expected, plan, sizeof expected) != 0) return FBN_BAD_PLAN;
-    /* The constants are where plan_set left them, which knew no y. They are only read. */
+    /* The constants lie where fbn_plan_set, which knew no y, put them. They are only read. */
     fbn_job j = job_of_x(p, &PLAN_RUN, a->x, a->residual, NULL, NULL, (char *)(uintptr_t)plan + sizeof(label));
     j.result = a->y;
     j.stream = streams(&j);
