@@ -176,7 +176,7 @@ def test_cpp_example(tmp_path: Path) -> None:
     trained, planned = map(float, re.findall(r"y (\S+),", printed))
     assert planned == pytest.approx(trained, abs=0.02)
     assert trained > 0
-    assert "another layer's plan: no plan" in printed
+    assert "another layer's plan: not a plan" in printed
 
 
 @in_checkout
