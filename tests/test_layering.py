@@ -24,7 +24,7 @@ in_checkout = pytest.mark.skipif(not SRC_C.is_dir(), reason="src_c is not beside
 FLOORS = (
     {"_activations", "_built", "_dtypes", "_shape"},
     {"_check"},
-    {"_config", "_cgroup", "_format"},
+    {"_call", "_config", "_cgroup", "_format"},
     {"_threads"},
     {"backends", "_check_layer"},
     {"_check_parts"},
@@ -32,7 +32,7 @@ FLOORS = (
     {"_jit"},
     {"backends.numba_loops"},
     {"backends.c_backend", "backends.numba_backend", "backends.numpy_backend"},
-    {"_call", "_info", "_embed", "numba"},
+    {"_info", "_embed", "numba"},
     {"_results"},
     {"_blocks"},
     {"_batch"},

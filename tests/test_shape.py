@@ -34,7 +34,7 @@ DENSE: dict[str, tuple[tuple[int, ...], Order, int, tuple[int, int, int]]] = {
 
 
 def blocks_of(array: np.ndarray, axis: int, *others: np.ndarray) -> _blocks.Blocks:
-    return _blocks.Blocks(numpy_backend, 1, axis, array, *others)
+    return _blocks.Blocks(numpy_backend, axis, array, *others)
 
 
 @pytest.mark.parametrize("name", DENSE)
