@@ -31,22 +31,24 @@ def moments(x: object, axis: object, mask: object, backend: Backend, threads: in
     rows = np.zeros((3, channels))
     if count and channels:
         call = Call(data, axis=channel_axis, mask=some, threads=threads, moments=rows)
-        Blocks.of(call, backend).moments(call)
+        Blocks(call, backend).moments(call)
     return Moments._of(count, rows, kind_of(data.dtype).statistics)
 
 
 def train(call: Call, given: Moments | None, backend: Backend) -> Parts:
     """Normalizes with the batch's own statistics, or with given moments; updates the running statistics."""
-    call = _with_saved(call)
+    saved = _new_saved(call)
     if given is None:
         mask, count = counted(call)
-        Blocks.of(call, backend).forward(call._replace(mask=mask), count)
-        return parts_of(call, mask=mask, count=None if mask is None else count)
+        call = call._replace(saved=saved, mask=mask)
+        Blocks(call, backend).forward(call, count)
+        return parts_of(call, count=None if mask is None else count)
     _check.correctable(call.correction, given.count, " in the moments")
-    save(given._rows, given.count, call.saved)
+    save(given._rows, given.count, saved)
     blend(call, given._rows, given.count)
-    Blocks.of(call, backend).apply(call)
-    return parts_of(call, mask=call.mask, count=given.count)
+    call = call._replace(saved=saved)
+    Blocks(call, backend).apply(call)
+    return parts_of(call, count=given.count)
 
 
 def counted(call: Call, where: str = "") -> tuple[Array | None, int]:
@@ -59,23 +61,23 @@ def counted(call: Call, where: str = "") -> tuple[Array | None, int]:
 
 def freeze(call: Call, backend: Backend) -> Parts:
     """Normalizes with the running statistics, which stay as they are."""
-    call = _with_saved(call)
+    call = call._replace(saved=_new_saved(call))
     infer(call, backend)
-    return parts_of(call, frozen=True, mask=call.mask)
+    return parts_of(call, frozen=True)
 
 
 def infer(call: Call, backend: Backend) -> None:
     """The same, for nothing but y."""
     if call.running_mean is None:
         _check.statistics_missing()
-    Blocks.of(call, backend).infer(call)
+    Blocks(call, backend).infer(call)
 
 
-def _with_saved(call: Call) -> Call:
-    return call._replace(saved=np.empty((len(SAVED_ROWS), call.x.shape[call.axis])))
+def _new_saved(call: Call) -> Array:
+    return np.empty((len(SAVED_ROWS), call.x.shape[call.axis]))
 
 
-def parts_of(call: Call, *, frozen: bool = False, mask: Array | None = None, count: int | None = None) -> Parts:
+def parts_of(call: Call, *, frozen: bool = False, count: int | None = None) -> Parts:
     """What a cache keeps of the call."""
     x, residual = own(call.y if call.in_place else call.x, call.residual)
     return Parts(
@@ -87,7 +89,7 @@ def parts_of(call: Call, *, frozen: bool = False, mask: Array | None = None, cou
         activation=call.activation,
         has_gamma=call.gamma is not None,
         has_beta=call.beta is not None,
-        mask=mask,
+        mask=call.mask,
         counted=count,
         from_y=call.in_place,
     )
@@ -141,15 +143,18 @@ def backward_sums(dy: object, parts: Parts, backend: Backend, threads: int) -> S
     rows = np.zeros((2, parts.saved.shape[1]))
     if gradient.size:
         call = _call_of(gradient, parts, threads)._replace(sums=rows)
-        Blocks.of(call, backend).backward_sums(call)
+        Blocks(call, backend).backward_sums(call)
     count = parts.values if parts.mask is None or parts.frozen else int(np.count_nonzero(parts.mask))
     return Sums._of(count, rows, parts.statistics)
 
 
-def backward(call: BackwardCall, parts: Parts, backend: Backend) -> tuple[Array | None, Array | None]:
+def backward(
+    call: BackwardCall, parts: Parts, backend: Backend, sums: Sums | None = None
+) -> tuple[Array | None, Array | None]:
     """Fills dx and dresidual; gives dgamma and dbeta."""
     channels = parts.saved.shape[1]
     dgamma = np.empty(channels, parts.statistics) if parts.has_gamma else None
     dbeta = np.empty(channels, parts.statistics) if parts.has_beta else None
-    Blocks.of(call, backend).backward(call._replace(dgamma=dgamma, dbeta=dbeta))
+    call = call._replace(dgamma=dgamma, dbeta=dbeta, sums=None if sums is None else sums._rows)
+    Blocks(call, backend).backward(call)
     return dgamma, dbeta

@@ -11,11 +11,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from itertools import product
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from ._call import CHANNELS, READ, ROWS, WRITTEN, AnyCall, BackwardCall, Call, changed
+from ._call import CHANNELS, READ, ROWS, WRITTEN, AnyCall, BackwardCall, Call, arrays_of, replaced
 from ._dtypes import FLOAT32, kind_of, native
 from ._moments import blend, merged, save
 from ._shape import memory_order, three_of
@@ -46,14 +46,15 @@ DIRECT = [Block(EVERYTHING, [WHOLE])]
 class Blocks:
     """A backend, and how the arrays of one call reach it."""
 
-    def __init__(self, backend: Backend, axis: int, x: Array, *others: Array | None) -> None:
+    def __init__(self, call: Call | BackwardCall, backend: Backend) -> None:
+        x, axis = call.x, call.axis
         self.backend = backend
         given = native(x.dtype)
         self.dtype = given if kind_of(given).name in backend.DTYPES else FLOAT32
         self.order = memory_order(x)
         self.at = self.order.index(axis)
         self.positions = tuple(i - (i > axis) for i in self.order if i != axis)
-        arrays = [x, *(array for array in others if array is not None)]
+        arrays = arrays_of(call, (*READ, *WRITTEN)).values()
         shape = tuple(x.shape[i] for i in self.order)
         self.shape = three_of(shape, self.at)
         direct = all(self._is_ready(array.transpose(self.order)) for array in arrays)
@@ -62,12 +63,6 @@ class Blocks:
         else:
             self.blocks = DIRECT if direct else _cut(shape, self.at, min(_run(array, axis) for array in arrays))
         self._buffers: dict[int, Array] = {}
-
-    @classmethod
-    def of(cls, call: Call | BackwardCall, backend: Backend) -> Self:
-        """For all the data of a call."""
-        others = (getattr(call, name, None) for name in (*READ, *WRITTEN) if name != "x")
-        return cls(backend, call.axis, call.x, *others)
 
     # The verbs -------------------------------------------------------------------------------------------------------
 
@@ -93,9 +88,10 @@ class Blocks:
         self._map(self.backend.apply, call)
 
     def _map(self, verb: Callable[[Call], None], call: Call) -> None:
+        call = call if call.mask is None else call._replace(mask=None)  # which only statistics depend on
         for channels, pieces in self.blocks:
             some = _some(call, channels)
-            self._do(verb, some._replace(mask=None), pieces)
+            self._do(verb, some, pieces)
             _put_columns(call.saved, channels, some.saved)
 
     def moments(self, call: Call) -> None:
@@ -123,8 +119,9 @@ class Blocks:
         for piece in pieces:
             some = self._take(call, piece)
             verb(some)
-            for name in WRITTEN if piece else ():
-                self._put(getattr(call, name, None), piece, getattr(some, name, None))
+            if piece:
+                for name, array in arrays_of(call, WRITTEN).items():
+                    self._put(array, piece, getattr(some, name))
 
     def _moments(self, call: Call, pieces: list[Index]) -> Array:
         total, count = np.empty(0), 0
@@ -151,12 +148,11 @@ class Blocks:
 
     def _take(self, call: AnyCall, piece: Index) -> AnyCall:
         """The call on a piece of its data, as backends take it."""
-        some = changed(
-            call, {READ: lambda array: self._read(array, piece), WRITTEN: lambda array: self._target(array, piece)}
-        )
-        if some.mask is None:
-            return some
-        return some._replace(mask=self._positions(some.mask, piece, some.x))
+        taken = {name: self._read(array, piece) for name, array in arrays_of(call, READ).items()}
+        taken |= {name: self._target(array, piece) for name, array in arrays_of(call, WRITTEN).items()}
+        if call.mask is not None:
+            taken["mask"] = self._positions(call.mask, piece, taken["x"])
+        return replaced(call, taken)
 
     def _is_ready(self, turned: Array) -> bool:
         return turned.flags.c_contiguous and turned.flags.aligned and turned.dtype == self.dtype
@@ -171,9 +167,10 @@ class Blocks:
     def _read(self, array: Array, piece: Index) -> Array:
         """A piece in three dimensions: a view where it lies in memory as the backend takes it, else a copy."""
         taken = self._target(array, piece)
-        given = array.transpose(self.order)[piece]
-        if piece and not self._is_ready(given):
-            np.copyto(taken.reshape(given.shape), given)
+        if piece:
+            given = array.transpose(self.order)[piece]
+            if not self._is_ready(given):
+                np.copyto(taken.reshape(given.shape), given)
         return taken
 
     def _positions(self, mask: Array, piece: Index, x: Array) -> Array:
@@ -191,9 +188,7 @@ class Blocks:
             turned = self._scratch(array, turned.shape)
         return turned.reshape(three_of(turned.shape, self.at))
 
-    def _put(self, array: Array | None, piece: Index, filled: Array | None) -> None:
-        if array is None or filled is None:
-            return
+    def _put(self, array: Array, piece: Index, filled: Array) -> None:
         turned = array.transpose(self.order)[piece]
         if not self._is_ready(turned):
             with np.errstate(all="ignore"):
@@ -204,9 +199,9 @@ def _some(call: AnyCall, channels: slice) -> AnyCall:
     """The call for some channels: views of what has one value per channel, contiguous copies of rows."""
     if channels is EVERYTHING:
         return call
-    return changed(
-        call, {CHANNELS: lambda array: array[channels], ROWS: lambda rows: np.ascontiguousarray(rows[:, channels])}
-    )
+    some = {name: array[channels] for name, array in arrays_of(call, CHANNELS).items()}
+    some |= {name: np.ascontiguousarray(rows[:, channels]) for name, rows in arrays_of(call, ROWS).items()}
+    return replaced(call, some)
 
 
 def _put_columns(rows: Array | None, channels: slice, filled: Array | None) -> None:

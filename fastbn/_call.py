@@ -6,7 +6,7 @@ channels and pieces of it, and a backend reads it. READ to ROWS say which of its
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -20,11 +20,10 @@ Array = np.ndarray[Any, Any]
 
 READ = ("x", "residual", "dy")
 WRITTEN = ("y", "dx", "dresidual")
-POSITIONS = ("mask",)
 CHANNELS = ("gamma", "beta", "running_mean", "running_var", "dgamma", "dbeta")
 ROWS = ("saved", "moments", "sums")
-"""The arrays of a call by their shape: x's (which the call reads, or writes), x's without the channel axis,
-(channels,) and, of float64, (rows, channels)."""
+"""The arrays of a call by their shape: x's, which the call reads or writes; (channels,); and, of float64, (rows,
+channels). The mask alone has x's shape without the channel axis."""
 
 _UNSET: Any = None
 
@@ -115,20 +114,19 @@ class BackwardCall(NamedTuple):
 AnyCall = TypeVar("AnyCall", Call, BackwardCall)
 
 
-def changed(call: AnyCall, changes: Mapping[tuple[str, ...], Callable[[Array], Array]]) -> AnyCall:
-    """The call with other arrays, for those of these names that it has."""
-    arrays: dict[str, Any] = {
-        name: change(array)
-        for names, change in changes.items()
-        for name in names
-        if (array := getattr(call, name, None)) is not None
-    }
+def arrays_of(call: Call | BackwardCall, names: Sequence[str]) -> dict[str, Array]:
+    """Those of the arrays of these names that the call has."""
+    return {name: array for name in names if (array := getattr(call, name, None)) is not None}
+
+
+def replaced(call: AnyCall, arrays: dict[str, Any]) -> AnyCall:
+    """The call with other arrays."""
     return call._replace(**arrays)
 
 
 def rows_of(call: AnyCall, some: slice) -> AnyCall:
     """The call for some of the elements of axis 0, which is not the channel axis."""
-    return changed(call, {(*READ, *WRITTEN, *POSITIONS): lambda array: array[some]})
+    return replaced(call, {name: array[some] for name, array in arrays_of(call, (*READ, *WRITTEN, "mask")).items()})
 
 
 class Average(float):
@@ -154,7 +152,7 @@ def check(call: Call, *, updates: bool, keeps: bool) -> Call:
     channels = x.shape[axis]
     code, slope = _check.activation(call.activation)
     eps = _check.eps(call.eps)
-    gamma, beta = (_check.parameter(name, getattr(call, name), channels) for name in ("gamma", "beta"))
+    gamma, beta = _check.parameter("gamma", call.gamma, channels), _check.parameter("beta", call.beta, channels)
     given = _check.running(call.running_mean, call.running_var, channels, written=updates)
     residual = None if call.residual is None else _check.like("residual", call.residual, x)
     mask = _check.mask(call.mask, x, axis)

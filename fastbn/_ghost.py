@@ -44,7 +44,7 @@ def train(call: Call, size: int, backend: Backend) -> Parts:
         for some, weight in zip(slices, momenta(call.momentum, len(slices)), strict=True)
     ]
     count = None if call.mask is None else int(np.count_nonzero(call.mask))
-    parts = _batch.parts_of(call._replace(saved=np.stack(done, axis=1)), mask=call.mask, count=count)
+    parts = _batch.parts_of(call._replace(saved=np.stack(done, axis=1)), count=count)
     return parts._replace(virtual=size)
 
 

@@ -41,7 +41,7 @@ from llvmlite import binding  # type: ignore[import-untyped]
 from numba.core.errors import TypingError
 from numba.extending import overload
 
-from ._activations import BY_NAME, DEFAULT_SLOPE
+from ._activations import BY_NAME, SLOPES
 from ._jit import jit
 from .backends import SAVED_ROWS, select
 
@@ -109,7 +109,9 @@ if hasattr(os, "register_at_fork"):  # GNU OpenMP would wait for the parent's th
 
 _DTYPES = {types.float32: 0, types.float64: 1}  # as in fastbn.h
 _ACTIVATIONS = tuple(name for name in BY_NAME if name is not None)  # whose codes count from 1
-_ALLOWED = f"None, {', '.join(_ACTIVATIONS)}, ('leaky_relu', slope)"
+_WITH_SLOPE = tuple(name for name in _ACTIVATIONS if name in SLOPES)
+_USUAL_SLOPES = tuple(SLOPES.get(name, 0.0) for name in BY_NAME)  # by code
+_ALLOWED = ", ".join(["None", *_ACTIVATIONS, *(f"({name!r}, slope)" for name in _WITH_SLOPE)])
 
 
 def _by_type(choose: Callable[..., Any]) -> Any:
@@ -282,18 +284,18 @@ _residual, _dy, _residual_in_cache = map(_like_x, ("residual", "dy", "cache.resi
 
 @_by_type
 def _code_and_slope(activation: Any) -> Any:
-    """An activation's number in fastbn.h, and leaky_relu's slope."""
+    """An activation's number in fastbn.h, and its slope."""
     if _is_none(activation):
         return lambda activation: (0, 0.0)
     text = (types.UnicodeType, types.StringLiteral)
     if isinstance(activation, text):
-        return lambda activation: (_code(activation), DEFAULT_SLOPE)
+        return lambda activation: _usual(_code(activation))
     pair = isinstance(activation, types.BaseTuple) and len(activation) == 2
     if not pair or not isinstance(activation[0], text) or not isinstance(activation[1], types.Number):
         _refuse("activation", activation, _ALLOWED)
 
     def code_and_slope(activation: Any) -> tuple[int, float]:
-        if activation[0] != "leaky_relu":
+        if activation[0] not in _WITH_SLOPE:
             raise ValueError(f"activation: got ({activation[0]}, slope); allowed: {_ALLOWED}")
         return _code(activation[0]), float(activation[1])
 
@@ -344,6 +346,11 @@ def _code(name: str) -> int:
         if name == _ACTIVATIONS[i]:
             return i + 1
     raise ValueError(f"activation: got {name}; allowed: {_ALLOWED}")
+
+
+@_jit
+def _usual(code: int) -> tuple[int, float]:
+    return code, _USUAL_SLOPES[code]
 
 
 @_jit

@@ -260,8 +260,7 @@ def backward(
     if parts.virtual is not None:
         dgamma, dbeta = _ghost.backward(call, parts, chosen)
     else:
-        call = call._replace(sums=None if sums is None else sums._rows)
-        dgamma, dbeta = _batch.backward(call, parts, chosen)
+        dgamma, dbeta = _batch.backward(call, parts, chosen, sums)
     return Gradients(call.out, dgamma, dbeta, call.residual_gradient)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._activations import SLOPES
 from ..backends import SAVED_ROWS
 from . import formulas
 from .formulas import Activation, Gradients, split
@@ -107,7 +108,7 @@ def _in_dtypes(found: Gradients, gamma: Any, beta: Any) -> tuple[Tensor | None, 
 
 
 def _named(activation: str | None, slope: float) -> Activation:
-    return (activation, slope) if activation == "leaky_relu" else activation
+    return (activation, slope) if activation is not None and activation in SLOPES else activation
 
 
 def _known(where: Place | None, *tensors: Tensor | None) -> Place:
