@@ -169,7 +169,7 @@ def check(call: Call, *, updates: bool, keeps: bool) -> Call:
         mask = np.broadcast_to(mask, positions_of(x.shape, axis))
     if out is None:
         out = np.empty_like(x, native(x.dtype), subok=False)
-    mean, var = _statistics(*given)
+    mean, var = _statistics(given[0], given[1])
     return call._replace(
         x=x,
         gamma=gamma,

@@ -117,8 +117,8 @@ def forward(
         if done is not None:
             y, saved = done
             kept, added = _batch.own(x, residual)
-            given = gamma is not None, beta is not None
-            return Forward(y, Cache(Parts(kept, added, saved, axis, not training, activation, *given)))
+            has_gamma, has_beta = gamma is not None, beta is not None
+            return Forward(y, Cache(Parts(kept, added, saved, axis, not training, activation, has_gamma, has_beta)))
     training = _check.flag("training", training)
     call = Call(
         x=x,

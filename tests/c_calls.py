@@ -44,24 +44,10 @@ def forward(
     channels, dtype = x.shape[1], statistics(x.dtype)
     mean, var = np.zeros(channels, dtype), np.ones(channels, dtype)
     y, saved = np.empty_like(x), np.empty((len(SAVED_ROWS), channels))
-    c_backend.forward(
-        Call(
-            x=x,
-            residual=behind.residual,
-            gamma=gamma,
-            beta=beta,
-            running_mean=mean,
-            running_var=var,
-            momentum=0.1,
-            correction=1,
-            eps=eps,
-            code=behind.activation,
-            slope=behind.slope,
-            y=y,
-            saved=saved,
-            threads=threads,
-        )
-    )
+    c_backend.forward(Call(
+        x=x, residual=behind.residual, gamma=gamma, beta=beta, running_mean=mean, running_var=var, momentum=0.1,
+        correction=1, eps=eps, code=behind.activation, slope=behind.slope, y=y, saved=saved, threads=threads,
+    ))  # fmt: skip
     return Forward(y, saved, mean, var)
 
 
@@ -72,22 +58,10 @@ def infer(
     channels, dtype = x.shape[1], statistics(x.dtype)
     y, saved = np.empty_like(x), np.empty((len(SAVED_ROWS), channels))
     mean, var = np.zeros(channels, dtype), np.ones(channels, dtype)
-    c_backend.infer(
-        Call(
-            x=x,
-            residual=behind.residual,
-            gamma=gamma,
-            beta=beta,
-            running_mean=mean,
-            running_var=var,
-            eps=eps,
-            code=behind.activation,
-            slope=behind.slope,
-            y=y,
-            saved=saved,
-            threads=threads,
-        )
-    )
+    c_backend.infer(Call(
+        x=x, residual=behind.residual, gamma=gamma, beta=beta, running_mean=mean, running_var=var, eps=eps,
+        code=behind.activation, slope=behind.slope, y=y, saved=saved, threads=threads,
+    ))  # fmt: skip
     return Forward(y, saved, None, None)
 
 
@@ -104,22 +78,9 @@ def backward(
     dtype = statistics(x.dtype)
     dx, dgamma, dbeta = np.empty_like(x), np.empty(x.shape[1], dtype), np.empty(x.shape[1], dtype)
     dresidual = np.empty_like(x) if behind.residual is not None and behind.activation else None
-    c_backend.backward(
-        BackwardCall(
-            dy=dy,
-            x=x,
-            residual=behind.residual,
-            saved=saved,
-            counted=float(x.shape[0] * x.shape[2]),
-            frozen=frozen,
-            code=behind.activation,
-            slope=behind.slope,
-            from_y=from_y,
-            dx=dx,
-            dresidual=dresidual,
-            dgamma=dgamma,
-            dbeta=dbeta,
-            threads=threads,
-        )
-    )
+    c_backend.backward(BackwardCall(
+        dy=dy, x=x, residual=behind.residual, saved=saved, counted=float(x.shape[0] * x.shape[2]), frozen=frozen,
+        code=behind.activation, slope=behind.slope, from_y=from_y, dx=dx, dresidual=dresidual, dgamma=dgamma,
+        dbeta=dbeta, threads=threads,
+    ))  # fmt: skip
     return Backward(dx, dresidual, dgamma, dbeta)

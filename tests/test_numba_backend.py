@@ -190,25 +190,11 @@ def forward(
 ) -> Forward:
     channels = c.x.shape[1]
     got = Forward(np.empty_like(c.x), np.empty((6, channels)), np.full(channels, 3, c.x.dtype), np.ones_like(c.gamma))
-    numba_backend.forward(
-        _call.Call(
-            x=c.x,
-            residual=c.residual if residual else None,
-            mask=mask,
-            gamma=c.gamma,
-            beta=c.beta,
-            running_mean=got.running_mean,
-            running_var=got.running_var,
-            momentum=0.1,
-            correction=1,
-            eps=eps,
-            code=activation,
-            slope=slope,
-            y=got.y,
-            saved=got.saved,
-            threads=threads,
-        )
-    )
+    numba_backend.forward(_call.Call(
+        x=c.x, residual=c.residual if residual else None, mask=mask, gamma=c.gamma, beta=c.beta,
+        running_mean=got.running_mean, running_var=got.running_var, momentum=0.1, correction=1, eps=eps,
+        code=activation, slope=slope, y=got.y, saved=got.saved, threads=threads,
+    ))  # fmt: skip
     return got
 
 
@@ -218,22 +204,10 @@ def infer(
 ) -> Array:  # fmt: skip
     y = np.empty_like(c.x)
     verb = numba_backend.apply if mean is None else numba_backend.infer
-    verb(
-        _call.Call(
-            x=c.x,
-            residual=c.residual if residual else None,
-            gamma=c.gamma,
-            beta=c.beta,
-            running_mean=mean,
-            running_var=var,
-            eps=EPS,
-            code=activation,
-            slope=slope,
-            y=y,
-            saved=saved,
-            threads=threads,
-        )
-    )
+    verb(_call.Call(
+        x=c.x, residual=c.residual if residual else None, gamma=c.gamma, beta=c.beta, running_mean=mean,
+        running_var=var, eps=EPS, code=activation, slope=slope, y=y, saved=saved, threads=threads,
+    ))  # fmt: skip
     return y
 
 
@@ -246,26 +220,12 @@ def backward(
     if residual and activation != IDENTITY:
         got["dresidual"] = np.empty_like(c.x)
     count = c.x.size / c.x.shape[1] if mask is None else mask.sum()
-    numba_backend.backward(
-        _call.BackwardCall(
-            dy=c.dy if dy is None else dy,
-            x=c.x if from_y is None else from_y,
-            residual=c.residual if residual else None,
-            mask=mask,
-            saved=saved,
-            counted=float(count),
-            frozen=frozen,
-            sums=sums,
-            code=activation,
-            slope=slope,
-            from_y=from_y is not None,
-            dx=got["dx"],
-            dresidual=got.get("dresidual"),
-            dgamma=got["dgamma"],
-            dbeta=got["dbeta"],
-            threads=threads,
-        )
-    )
+    numba_backend.backward(_call.BackwardCall(
+        dy=c.dy if dy is None else dy, x=c.x if from_y is None else from_y, residual=c.residual if residual else None,
+        mask=mask, saved=saved, counted=float(count), frozen=frozen, sums=sums, code=activation, slope=slope,
+        from_y=from_y is not None, dx=got["dx"], dresidual=got.get("dresidual"), dgamma=got["dgamma"],
+        dbeta=got["dbeta"], threads=threads,
+    ))  # fmt: skip
     return got
 
 
@@ -401,19 +361,10 @@ def test_parts_of_a_batch(dtype: str) -> None:
     got = []
     for part in parts:
         dx, dgamma, dbeta = np.empty_like(part.x), np.empty_like(c.gamma), np.empty_like(c.beta)
-        numba_backend.backward(
-            _call.BackwardCall(
-                dy=part.dy,
-                x=part.x,
-                saved=saved,
-                counted=30.0 * 60,
-                sums=sums,
-                code=SILU,
-                dx=dx,
-                dgamma=dgamma,
-                dbeta=dbeta,
-            )
-        )
+        numba_backend.backward(_call.BackwardCall(
+            dy=part.dy, x=part.x, saved=saved, counted=30.0 * 60, sums=sums, code=SILU, dx=dx, dgamma=dgamma,
+            dbeta=dbeta,
+        ))  # fmt: skip
         got.append(dx)
     np.testing.assert_allclose(np.concatenate(got), wanted["dx"], rtol=1e-4, atol=16 * np.finfo(dtype).eps)
     terms = total(abs(c.dy) * np.maximum(1, abs(c.x)))
@@ -433,18 +384,10 @@ def test_from_y(activation: str, residual: bool, shape: tuple[int, int, int], dt
     wanted = backward(c, saved, activation_, slope, residual, dy=dy)
     got = backward(c, saved, activation_, slope, residual, from_y=y, dy=dy)
     sums = np.empty((2, shape[1]))
-    numba_backend.backward_sums(
-        _call.BackwardCall(
-            dy=dy,
-            x=y,
-            residual=c.residual if residual else None,
-            saved=saved,
-            code=activation_,
-            slope=slope,
-            from_y=True,
-            sums=sums,
-        )
-    )
+    numba_backend.backward_sums(_call.BackwardCall(
+        dy=dy, x=y, residual=c.residual if residual else None, saved=saved, code=activation_, slope=slope, from_y=True,
+        sums=sums,
+    ))  # fmt: skip
     cases.assert_same_bits(got["dgamma"], sums[1].astype(dtype))
     exact = exact_forward(c, activation_, slope, residual, None)
     parts = abs(exact.z) + abs(column(c.beta)) + (abs(c.residual) if residual else 0)
@@ -466,20 +409,10 @@ def test_in_place(shape: tuple[int, int, int], dtype: str) -> None:
     c = call(shape, dtype)
     wanted = forward(c, SILU, residual=True).y
     y = c.x.copy()
-    numba_backend.forward(
-        _call.Call(
-            x=y,
-            residual=c.residual,
-            gamma=c.gamma,
-            beta=c.beta,
-            momentum=0.1,
-            correction=1,
-            eps=EPS,
-            code=SILU,
-            y=y,
-            saved=np.empty((6, shape[1])),
-        )
-    )
+    numba_backend.forward(_call.Call(
+        x=y, residual=c.residual, gamma=c.gamma, beta=c.beta, momentum=0.1, correction=1, eps=EPS, code=SILU, y=y,
+        saved=np.empty((6, shape[1])),
+    ))  # fmt: skip
     cases.assert_same_bits(y, wanted)
 
 
@@ -517,11 +450,9 @@ def through(activation: int, slope: float, z: Array) -> tuple[Array, Array]:
     numba_backend.infer(
         _call.Call(x=z, running_mean=zero, running_var=one, code=activation, slope=slope, y=y, saved=saved)
     )
-    numba_backend.backward(
-        _call.BackwardCall(
-            dy=np.ones_like(z), x=z, saved=saved, counted=1.0, frozen=True, code=activation, slope=slope, dx=dz
-        )
-    )
+    numba_backend.backward(_call.BackwardCall(
+        dy=np.ones_like(z), x=z, saved=saved, counted=1.0, frozen=True, code=activation, slope=slope, dx=dz,
+    ))  # fmt: skip
     return y.ravel(), dz.ravel()
 
 
@@ -587,18 +518,9 @@ def test_places_in_memory_do_not_change_a_bit(shape: tuple[int, int, int], dtype
     y = np.full(c.x.size + 40, 7, dtype)
     for skip in (3, 16, 19):
         out = y[skip : skip + c.x.size].reshape(shape)
-        numba_backend.infer(
-            _call.Call(
-                x=c.x,
-                gamma=c.gamma,
-                beta=c.beta,
-                running_mean=c.beta,
-                running_var=abs(c.gamma),
-                eps=EPS,
-                code=RELU,
-                y=out,
-            )
-        )
+        numba_backend.infer(_call.Call(
+            x=c.x, gamma=c.gamma, beta=c.beta, running_mean=c.beta, running_var=abs(c.gamma), eps=EPS, code=RELU, y=out,
+        ))  # fmt: skip
         cases.assert_same_bits(out.copy(), infer(c, c.beta, abs(c.gamma), None, RELU))
         assert (y[:skip] == 7).all()
         assert (y[skip + c.x.size :] == 7).all()

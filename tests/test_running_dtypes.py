@@ -77,19 +77,9 @@ def test_forward_and_infer(backend: Any, names: tuple[str, str], shape: tuple[in
     mean, var = (a.astype(dtype_of(name)) for a, name in zip((c.running_mean, c.running_var), names, strict=True))
     old = mean.astype(np.float64), var.astype(np.float64)
     y, saved, rows = np.empty_like(c.x), np.empty((6, shape[1])), np.empty((3, shape[1]))
-    backend.forward(
-        Call(
-            x=c.x,
-            gamma=c.gamma,
-            beta=c.beta,
-            running_mean=mean,
-            running_var=var,
-            momentum=0.1,
-            eps=1e-5,
-            y=y,
-            saved=saved,
-        )
-    )
+    backend.forward(Call(
+        x=c.x, gamma=c.gamma, beta=c.beta, running_mean=mean, running_var=var, momentum=0.1, eps=1e-5, y=y, saved=saved,
+    ))  # fmt: skip
     backend.moments(Call(x=c.x, moments=rows))
     count = c.x.size // shape[1]
     cases.assert_same_bits(mean, rounded((1 - 0.1) * old[0] + 0.1 * (rows[0] + rows[1]), mean.dtype))
@@ -113,42 +103,18 @@ def test_dx_may_be_dy(backend: Any, shape: tuple[int, int, int], masked: bool, f
     count = c.x.size / shape[1] if mask is None else float(mask.sum())
     saved, y = np.empty((6, shape[1])), np.empty_like(c.x)
     for activation in range(7):
-        backend.forward(
-            Call(
-                x=c.x,
-                mask=mask,
-                gamma=c.gamma,
-                beta=c.beta,
-                momentum=0.1,
-                correction=1,
-                eps=1e-5,
-                code=activation,
-                slope=0.1,
-                y=y,
-                saved=saved,
-            )
-        )
+        backend.forward(Call(
+            x=c.x, mask=mask, gamma=c.gamma, beta=c.beta, momentum=0.1, correction=1, eps=1e-5, code=activation,
+            slope=0.1, y=y, saved=saved,
+        ))  # fmt: skip
         found = []
         for dy, dx in ((c.dy, np.empty_like(c.dy)), (c.dy.copy(), None)):
             out = dy if dx is None else dx
             dresidual = np.empty_like(dy) if activation else None
             dgamma, dbeta = np.empty(shape[1], dtype), np.empty(shape[1], dtype)
-            backend.backward(
-                BackwardCall(
-                    dy=dy,
-                    x=c.x,
-                    residual=c.residual,
-                    mask=mask,
-                    saved=saved,
-                    counted=count,
-                    frozen=frozen,
-                    code=activation,
-                    slope=0.1,
-                    dx=out,
-                    dresidual=dresidual,
-                    dgamma=dgamma,
-                    dbeta=dbeta,
-                )
-            )
+            backend.backward(BackwardCall(
+                dy=dy, x=c.x, residual=c.residual, mask=mask, saved=saved, counted=count, frozen=frozen,
+                code=activation, slope=0.1, dx=out, dresidual=dresidual, dgamma=dgamma, dbeta=dbeta,
+            ))  # fmt: skip
             found.append((out, dresidual, dgamma, dbeta))
         cases.assert_same_bits(*found, f"activation {activation}")

@@ -377,7 +377,9 @@ def _calculate(
     )  # fmt: skip
     flat, target = _input(x), np.empty(0, x.dtype) if out is None else out.reshape(-1)
     a = _Arrays(
-        *(flat, flat if residual is None else _input(residual), flat if dy is None else _input(dy)),
+        x=flat,
+        residual=flat if residual is None else _input(residual),
+        dy=flat if dy is None else _input(dy),
         mask=_input(np.empty(0, np.uint8) if mask is None else mask.view(np.uint8)),
         out=target,
         dresidual=target if dresidual is None else dresidual.reshape(-1),

@@ -204,7 +204,8 @@ def moments(call: Call) -> None:
 def backward_sums(call: BackwardCall) -> None:
     """Of dz, dbeta, and of dz * xhat, dgamma: Ioffe & Szegedy 2015, section 3."""
     with np.errstate(all="ignore"):
-        _add_up(*_dz_and_xhat(call, _left_out(call)), call.sums)
+        dz, xhat = _dz_and_xhat(call, _left_out(call))
+        _add_up(dz, xhat, call.sums)
 
 
 def _left_out(call: BackwardCall) -> Array | None:
