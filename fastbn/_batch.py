@@ -11,7 +11,7 @@ from . import _check
 from ._activations import Activation
 from ._blocks import Blocks
 from ._call import BackwardCall, Call
-from ._dtypes import kind_of, native
+from ._dtypes import native
 from ._moments import Moments, Sums, blend, save
 from ._results import Parts
 from ._shape import positions_of
@@ -20,19 +20,18 @@ from .backends import SAVED_ROWS, Backend
 Array = np.ndarray[Any, Any]
 
 
-def moments(x: object, axis: object, mask: object, backend: Backend, threads: int) -> Moments:
-    """Those of x."""
-    data = _check.data("x", x)
-    channel_axis = _check.axis(axis, data)
-    given = _check.mask(mask, data, channel_axis)
-    positions, channels = positions_of(data.shape, channel_axis), data.shape[channel_axis]
-    some = None if given is None else np.broadcast_to(given, positions)
-    count = math.prod(positions) if some is None else int(np.count_nonzero(some))
-    rows = np.zeros((3, channels))
+def moments(call: Call, backend: Backend) -> Moments:
+    """Those of x, which like the axis and the mask is as it was given."""
+    x = _check.data("x", call.x)
+    axis = _check.axis(call.axis, x)
+    mask = _check.mask(call.mask, x, axis)
+    positions, channels = positions_of(x.shape, axis), x.shape[axis]
+    mask = None if mask is None else np.broadcast_to(mask, positions)
+    count = math.prod(positions) if mask is None else int(np.count_nonzero(mask))
+    call = call._replace(x=x, axis=axis, mask=mask, moments=np.zeros((3, channels)))
     if count and channels:
-        call = Call(data, axis=channel_axis, mask=some, threads=threads, moments=rows)
         Blocks(call, backend).moments(call)
-    return Moments._of(count, rows, kind_of(data.dtype).statistics)
+    return Moments._of(count, call.moments, call.statistics)
 
 
 def train(call: Call, given: Moments | None, backend: Backend) -> Parts:

@@ -140,7 +140,8 @@ def forward(
     size = _check.virtual_batch(virtual_batch_size, call.axis)
     if moments is not None:
         moments = _check.instance("moments", moments, Moments, "Moments, or None")._check()
-        _check_parts.moments(moments, call.x.shape[call.axis], call.statistics, training, size)
+        channels = call.x.shape[call.axis]
+        _check_parts.moments(moments, channels, call.statistics, training=training, virtual=size)
     if not training:
         return Forward(call.out, Cache(_batch.freeze(call, chosen)))
     parts = _batch.train(call, moments, chosen) if size is None else _ghost.train(call, size, chosen)
@@ -278,7 +279,7 @@ def moments(x: Array, *, axis: int = 1, mask: Array | None = None, backend: str 
     True
     """
     chosen = select(backend)
-    return _batch.moments(x, axis, mask, chosen, threads_of(chosen))
+    return _batch.moments(Call(x, axis=axis, mask=mask, threads=threads_of(chosen)), chosen)
 
 
 def backward_sums(dy: Array, cache: Cache, *, backend: str | None = None) -> Sums:
