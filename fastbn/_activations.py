@@ -17,15 +17,7 @@ class Activation(IntEnum):
     SIGMOID = 6
 
 
-BY_NAME: dict[str | None, Activation] = {
-    None: Activation.IDENTITY,
-    "relu": Activation.RELU,
-    "relu6": Activation.RELU6,
-    "leaky_relu": Activation.LEAKY_RELU,
-    "silu": Activation.SILU,
-    "hardswish": Activation.HARDSWISH,
-    "sigmoid": Activation.SIGMOID,
-}
+BY_NAME: dict[str | None, Activation] = {code.name.lower() if code else None: code for code in Activation}
 
-DEFAULT_SLOPE = 0.01
-"""Of "leaky_relu" alone; ("leaky_relu", slope) has its own."""
+SLOPES: dict[str | None, float] = {"leaky_relu": 0.01}
+"""The activations with a parameter, and what it is where their name stands alone; ("leaky_relu", slope) has its own."""

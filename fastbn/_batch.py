@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from . import _check
 from ._activations import Activation
 from ._blocks import Blocks
-from ._call import Call
-from ._dtypes import kind_of, native
+from ._call import BackwardCall, Call
+from ._dtypes import native
 from ._moments import Moments, Sums, blend, save
 from ._results import Parts
 from ._shape import positions_of
@@ -20,71 +20,78 @@ from .backends import SAVED_ROWS, Backend
 Array = np.ndarray[Any, Any]
 
 
-def moments(x: object, axis: object, mask: object, backend: Backend, threads: int) -> Moments:
-    """Those of x."""
-    data = _check.data("x", x)
-    channel_axis = _check.axis(axis, data)
-    given = _check.mask(mask, data, channel_axis)
-    positions, channels = positions_of(data.shape, channel_axis), data.shape[channel_axis]
-    some = None if given is None else np.broadcast_to(given, positions)
-    count = math.prod(positions) if some is None else int(np.count_nonzero(some))
-    rows = np.zeros((3, channels))
+def moments(call: Call, backend: Backend) -> Moments:
+    """Those of x, which like the axis and the mask is as it was given."""
+    x = _check.data("x", call.x)
+    axis = _check.axis(call.axis, x)
+    mask = _check.mask(call.mask, x, axis)
+    positions, channels = positions_of(x.shape, axis), x.shape[axis]
+    mask = None if mask is None else np.broadcast_to(mask, positions)
+    count = math.prod(positions) if mask is None else int(np.count_nonzero(mask))
+    call = call._replace(x=x, axis=axis, mask=mask, moments=np.zeros((3, channels)))
     if count and channels:
-        rows = Blocks(backend, threads, channel_axis, data).moments(data, some, channels)
-    return Moments._of(count, rows, kind_of(data.dtype).statistics)
+        Blocks(call, backend).moments(call)
+    return Moments._of(count, call.moments, call.statistics)
 
 
-def train(call: Call, momentum: float, correction: int, given: Moments | None, backend: Backend, threads: int) -> Parts:
+def train(call: Call, given: Moments | None, backend: Backend) -> Parts:
     """Normalizes with the batch's own statistics, or with given moments; updates the running statistics."""
-    saved, blocks = _saved(call), _blocks(call, backend, threads)
+    saved = _new_saved(call)
     if given is None:
-        mask, count = counted(call, correction)
-        blocks.forward(call, mask, count, momentum, correction, saved)
-        return parts_of(call, saved, mask=mask, count=None if mask is None else count)
-    _check.correctable(correction, given.count, " in the moments")
+        mask, count = counted(call)
+        call = call._replace(saved=saved, mask=mask)
+        Blocks(call, backend).forward(call, count)
+        return parts_of(call, count=None if mask is None else count)
+    _check.correctable(call.correction, given.count, " in the moments")
     save(given._rows, given.count, saved)
-    blend(given._rows, given.count, call.mean, call.var, momentum, correction)
-    blocks.infer(call, None, None, saved)
-    return parts_of(call, saved, mask=call.mask, count=given.count)
+    blend(call, given._rows, given.count)
+    call = call._replace(saved=saved)
+    Blocks(call, backend).apply(call)
+    return parts_of(call, count=given.count)
 
 
-def counted(call: Call, correction: int, where: str = "") -> tuple[Array | None, int]:
+def counted(call: Call, where: str = "") -> tuple[Array | None, int]:
     """The mask, None where it leaves all values, and how many it leaves: 2 per channel or more, and > correction."""
     count = _check.enough(call.x, call.axis, call.mask, where)
-    _check.correctable(correction, count, where)
+    _check.correctable(call.correction, count, where)
     everything = call.mask is None or count == call.mask.size
     return None if everything else call.mask, count
 
 
-def freeze(call: Call, backend: Backend, threads: int) -> Parts:
+def freeze(call: Call, backend: Backend) -> Parts:
     """Normalizes with the running statistics, which stay as they are."""
-    saved = _saved(call)
-    infer(call, backend, threads, saved)
-    return parts_of(call, saved, frozen=True, mask=call.mask)
+    call = call._replace(saved=_new_saved(call))
+    infer(call, backend)
+    return parts_of(call, frozen=True)
 
 
-def infer(call: Call, backend: Backend, threads: int, saved: Array | None = None) -> None:
+def infer(call: Call, backend: Backend) -> None:
     """The same, for nothing but y."""
-    if call.mean is None or call.var is None:
+    if call.running_mean is None:
         _check.statistics_missing()
-    _blocks(call, backend, threads).infer(call, call.mean, call.var, saved)
+    Blocks(call, backend).infer(call)
 
 
-def _blocks(call: Call, backend: Backend, threads: int) -> Blocks:
-    return Blocks(backend, threads, call.axis, call.x, call.residual, call.y)
-
-
-def _saved(call: Call) -> Array:
+def _new_saved(call: Call) -> Array:
     return np.empty((len(SAVED_ROWS), call.x.shape[call.axis]))
 
 
-def parts_of(
-    call: Call, saved: Array, *, frozen: bool = False, mask: Array | None = None, count: int | None = None
-) -> Parts:
+def parts_of(call: Call, *, frozen: bool = False, count: int | None = None) -> Parts:
     """What a cache keeps of the call."""
     x, residual = own(call.y if call.in_place else call.x, call.residual)
-    given = call.gamma is not None, call.beta is not None
-    return Parts(x, residual, saved, call.axis, frozen, call.activation, *given, mask, count, call.in_place)
+    return Parts(
+        x=x,
+        residual=residual,
+        saved=call.saved,
+        axis=call.axis,
+        frozen=frozen,
+        activation=call.activation,
+        has_gamma=call.gamma is not None,
+        has_beta=call.beta is not None,
+        mask=call.mask,
+        counted=count,
+        from_y=call.in_place,
+    )
 
 
 def own(x: Array, residual: Array | None) -> tuple[Array, Array | None]:
@@ -92,40 +99,41 @@ def own(x: Array, residual: Array | None) -> tuple[Array, Array | None]:
     return x.view(), None if residual is None else residual.view()
 
 
-class Wanted(NamedTuple):
-    """dy, and the arrays that its gradients go to."""
+def _call_of(dy: Array, parts: Parts, threads: int) -> BackwardCall:
+    """The gradient of the call that a cache comes from, with nothing to fill."""
+    code, slope = _check.activation(parts.activation)
+    return BackwardCall(
+        dy=dy,
+        x=parts.x,
+        saved=parts.saved,
+        residual=parts.residual,
+        mask=parts.mask,
+        axis=parts.channel_axis,
+        code=code,
+        slope=slope,
+        counted=float(parts.total),
+        frozen=parts.frozen,
+        from_y=parts.from_y,
+        threads=threads,
+    )
 
-    dy: Array
-    out: Array
-    """What the caller gets."""
-    dx: Array
-    """The same memory, as a plain array."""
-    dresidual: Array | None
-    """None without a residual, and where its gradient is dy."""
-    residual_gradient: Array | None
-    """What the caller gets of it."""
 
-    def rows(self, some: slice) -> Wanted:
-        """For some of the elements of axis 0."""
-        dresidual = None if self.dresidual is None else self.dresidual[some]
-        return Wanted(self.dy[some], self.dx[some], self.dx[some], dresidual, None)
-
-
-def wanted(dy: object, parts: Parts, out: object) -> Wanted:
-    """Checks dy and out, which may be dy itself."""
+def check_backward(dy: object, parts: Parts, out: object, threads: int) -> BackwardCall:
+    """Checks dy and out, which may be dy itself, and finds where the gradients of data go."""
     x, dtype = parts.x, native(parts.x.dtype)
     gradient = _check.like("dy", dy, x)
     inputs = {"dy": gradient, "x": x, "residual": parts.residual, "mask": parts.mask}
     target = _check.out(out, x, inputs, may_be="dy")
+    call = _call_of(gradient, parts, threads)
     dresidual = returned = None
-    if parts.residual is not None and _check.activation(parts.activation)[0] is not Activation.IDENTITY:
+    if parts.residual is not None and call.code is not Activation.IDENTITY:
         dresidual = returned = np.empty_like(x, dtype, subok=False)
     elif parts.residual is not None:
         overwritten = target is not None and _check.same_memory(target, gradient)
         returned = gradient.astype(dtype, copy=overwritten)
     if target is None:
         target = np.empty_like(x, dtype, subok=False)
-    return Wanted(gradient, target, np.asarray(target), dresidual, returned)
+    return call._replace(dx=np.asarray(target), dresidual=dresidual, out=target, residual_gradient=returned)
 
 
 def backward_sums(dy: object, parts: Parts, backend: Backend, threads: int) -> Sums:
@@ -133,21 +141,19 @@ def backward_sums(dy: object, parts: Parts, backend: Backend, threads: int) -> S
     gradient = _check.like("dy", dy, parts.x)
     rows = np.zeros((2, parts.saved.shape[1]))
     if gradient.size:
-        blocks = Blocks(backend, threads, parts.channel_axis, parts.x, gradient, parts.residual)
-        rows = blocks.backward_sums(gradient, parts, *_check.activation(parts.activation))
+        call = _call_of(gradient, parts, threads)._replace(sums=rows)
+        Blocks(call, backend).backward_sums(call)
     count = parts.values if parts.mask is None or parts.frozen else int(np.count_nonzero(parts.mask))
     return Sums._of(count, rows, parts.statistics)
 
 
 def backward(
-    asked: Wanted, parts: Parts, sums: Sums | None, backend: Backend, threads: int
+    call: BackwardCall, parts: Parts, backend: Backend, sums: Sums | None = None
 ) -> tuple[Array | None, Array | None]:
     """Fills dx and dresidual; gives dgamma and dbeta."""
     channels = parts.saved.shape[1]
     dgamma = np.empty(channels, parts.statistics) if parts.has_gamma else None
     dbeta = np.empty(channels, parts.statistics) if parts.has_beta else None
-    blocks = Blocks(backend, threads, parts.channel_axis, parts.x, asked.dy, parts.residual, asked.dx, asked.dresidual)
-    rows = None if sums is None else sums._rows
-    activation = _check.activation(parts.activation)
-    blocks.backward(asked.dy, parts, rows, *activation, asked.dx, asked.dresidual, dgamma, dbeta)
+    call = call._replace(dgamma=dgamma, dbeta=dbeta, sums=None if sums is None else sums._rows)
+    Blocks(call, backend).backward(call)
     return dgamma, dbeta

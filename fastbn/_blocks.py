@@ -9,16 +9,15 @@ larger than a piece.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import product
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ._activations import Activation
-from ._call import Call
+from ._call import CHANNELS, READ, ROWS, WRITTEN, AnyCall, BackwardCall, Call, arrays_of, replaced
 from ._dtypes import FLOAT32, kind_of, native
 from ._moments import blend, merged, save
-from ._results import Parts
 from ._shape import memory_order, three_of
 from .backends import Backend
 
@@ -47,14 +46,15 @@ DIRECT = [Block(EVERYTHING, [WHOLE])]
 class Blocks:
     """A backend, and how the arrays of one call reach it."""
 
-    def __init__(self, backend: Backend, threads: int, axis: int, x: Array, *others: Array | None) -> None:
-        self.backend, self.threads = backend, threads
+    def __init__(self, call: Call | BackwardCall, backend: Backend) -> None:
+        x, axis = call.x, call.axis
+        self.backend = backend
         given = native(x.dtype)
         self.dtype = given if kind_of(given).name in backend.DTYPES else FLOAT32
         self.order = memory_order(x)
         self.at = self.order.index(axis)
         self.positions = tuple(i - (i > axis) for i in self.order if i != axis)
-        arrays = [x, *(array for array in others if array is not None)]
+        arrays = arrays_of(call, (*READ, *WRITTEN)).values()
         shape = tuple(x.shape[i] for i in self.order)
         self.shape = three_of(shape, self.at)
         direct = all(self._is_ready(array.transpose(self.order)) for array in arrays)
@@ -66,132 +66,93 @@ class Blocks:
 
     # The verbs -------------------------------------------------------------------------------------------------------
 
-    def forward(
-        self, call: Call, mask: Array | None, count: int, momentum: float, correction: int, saved: Array
-    ) -> None:
+    def forward(self, call: Call, count: int) -> None:
         """Normalizes with the statistics of x, of which the mask leaves `count` values per channel."""
         for channels, pieces in self.blocks:
-            gamma, beta, mean, var = _some(channels, call.gamma, call.beta, call.mean, call.var)
-            kept = _columns(saved, channels)
+            some = _some(call, channels)
             if len(pieces) == 1:
-                x, y = self._read(call.x, pieces[0]), self._target(call.y, pieces[0])
-                residual, counted = self._take(call.residual, pieces[0]), self._positions(mask, pieces[0], x)
-                self.backend.forward(
-                    *(x, residual, counted, gamma, beta, mean, var, momentum, correction),
-                    *(call.eps, call.code, call.slope, y, kept, self.threads),
-                )
-                self._put(call.y, pieces[0], y)
+                self._do(self.backend.forward, some, pieces)
             else:
-                rows = self._moments(call.x, mask, pieces)
-                save(rows, count, kept)
-                blend(rows, count, mean, var, momentum, correction)
-                self._infer(call, pieces, gamma, beta, None, None, kept)
-            _put_columns(saved, channels, kept)
+                rows = self._moments(some, pieces)
+                save(rows, count, some.saved)
+                blend(some, rows, count)
+                self._do(self.backend.apply, some._replace(mask=None), pieces)
+            _put_columns(call.saved, channels, some.saved)
 
-    def infer(self, call: Call, mean: Array | None, var: Array | None, saved: Array | None) -> None:
-        """Normalizes with mean and var or, where those are None, with the first rows of saved."""
+    def infer(self, call: Call) -> None:
+        """Normalizes with the running statistics."""
+        self._map(self.backend.infer, call)
+
+    def apply(self, call: Call) -> None:
+        """Normalizes with the first rows of saved."""
+        self._map(self.backend.apply, call)
+
+    def _map(self, verb: Callable[[Call], None], call: Call) -> None:
+        call = call if call.mask is None else call._replace(mask=None)  # which only statistics depend on
         for channels, pieces in self.blocks:
-            kept = None if saved is None else _columns(saved, channels)
-            gamma, beta, some_mean, some_var = _some(channels, call.gamma, call.beta, mean, var)
-            self._infer(call, pieces, gamma, beta, some_mean, some_var, kept)
-            if saved is not None and kept is not None:
-                _put_columns(saved, channels, kept)
+            some = _some(call, channels)
+            self._do(verb, some, pieces)
+            _put_columns(call.saved, channels, some.saved)
 
-    def moments(self, x: Array, mask: Array | None, channels: int) -> Array:
+    def moments(self, call: Call) -> None:
         """The rows mean, mean_low, m2."""
-        rows = np.empty((3, channels))
-        for some, pieces in self.blocks:
-            rows[:, some] = self._moments(x, mask, pieces)
-        return rows
+        for channels, pieces in self.blocks:
+            call.moments[:, channels] = self._moments(_some(call, channels), pieces)
 
-    def backward_sums(self, dy: Array, parts: Parts, activation: Activation, slope: float) -> Array:
+    def backward_sums(self, call: BackwardCall) -> None:
         """The rows sum dz, sum dz * xhat."""
-        rows = np.empty((2, parts.saved.shape[1]))
-        for some, pieces in self.blocks:
-            saved = _columns(parts.saved, some)
-            rows[:, some] = self._sums(dy, parts, pieces, saved, activation, slope)
-        return rows
+        for channels, pieces in self.blocks:
+            call.sums[:, channels] = self._sums(_some(call, channels), pieces)
 
-    def backward(
-        self,
-        dy: Array,
-        parts: Parts,
-        sums: Array | None,
-        activation: Activation,
-        slope: float,
-        dx: Array,
-        dresidual: Array | None,
-        dgamma: Array | None,
-        dbeta: Array | None,
-    ) -> None:
+    def backward(self, call: BackwardCall) -> None:
         """The gradients; with sums given, those of a larger batch."""
         for channels, pieces in self.blocks:
-            saved = _columns(parts.saved, channels)
-            total = None if sums is None else _columns(sums, channels)
-            if total is None and len(pieces) > 1:
-                total = self._sums(dy, parts, pieces, saved, activation, slope)
-            dg, db = _some(channels, dgamma, dbeta)
-            for piece in pieces:
-                x = self._read(parts.x, piece)
-                residual, mask = self._take(parts.residual, piece), self._positions(parts.mask, piece, x)
-                dx_ = self._target(dx, piece)
-                dr = None if dresidual is None else self._target(dresidual, piece)
-                self.backend.backward(
-                    *(self._read(dy, piece), x, residual, mask, saved, float(parts.total), parts.frozen, total),
-                    *(activation, slope, parts.from_y, dx_, dr, dg, db, self.threads),
-                )
-                self._put(dx, piece, dx_)
-                self._put(dresidual, piece, dr)
+            some = _some(call, channels)
+            if some.sums is None and len(pieces) > 1:
+                some = some._replace(sums=self._sums(some, pieces))
+            self._do(self.backend.backward, some, pieces)
 
     # Their parts -----------------------------------------------------------------------------------------------------
 
-    def _infer(
-        self,
-        call: Call,
-        pieces: list[Index],
-        gamma: Array | None,
-        beta: Array | None,
-        mean: Array | None,
-        var: Array | None,
-        saved: Array | None,
-    ) -> None:
+    def _do(self, verb: Callable[[AnyCall], None], call: AnyCall, pieces: list[Index]) -> None:
+        """One piece after the other, and what they fill where it belongs."""
         for piece in pieces:
-            y = self._target(call.y, piece)
-            self.backend.infer(
-                *(self._read(call.x, piece), self._take(call.residual, piece), gamma, beta, mean, var),
-                *(call.eps, call.code, call.slope, y, saved, self.threads),
-            )
-            self._put(call.y, piece, y)
+            some = self._take(call, piece)
+            verb(some)
+            if piece:
+                for name, array in arrays_of(call, WRITTEN).items():
+                    self._put(array, piece, getattr(some, name))
 
-    def _moments(self, x: Array, mask: Array | None, pieces: list[Index]) -> Array:
+    def _moments(self, call: Call, pieces: list[Index]) -> Array:
         total, count = np.empty(0), 0
         for piece in pieces:
-            some = self._read(x, piece)
-            counted = self._positions(mask, piece, some)
-            values = some.shape[0] * some.shape[2] if counted is None else int(np.count_nonzero(counted))
+            some = self._take(call, piece)
+            outer, channels, inner = some.x.shape
+            values = outer * inner if some.mask is None else int(np.count_nonzero(some.mask))
             if values:
-                rows = np.empty((3, some.shape[1]))
-                self.backend.moments(some, counted, rows, self.threads)
+                rows = np.empty((3, channels))
+                self.backend.moments(some._replace(moments=rows))
                 total = merged(total, count, rows, values) if count else rows
                 count += values
         return total
 
-    def _sums(
-        self, dy: Array, parts: Parts, pieces: list[Index], saved: Array, activation: Activation, slope: float
-    ) -> Array:
-        total, rows = np.zeros((2, saved.shape[1])), np.empty((2, saved.shape[1]))
+    def _sums(self, call: BackwardCall, pieces: list[Index]) -> Array:
+        total, rows = np.zeros((2, call.saved.shape[1])), np.empty((2, call.saved.shape[1]))
         for piece in pieces:
-            x = self._read(parts.x, piece)
-            residual, mask = self._take(parts.residual, piece), self._positions(parts.mask, piece, x)
-            self.backend.backward_sums(
-                *(self._read(dy, piece), x, residual, mask, saved),
-                *(activation, slope, parts.from_y, rows, self.threads),
-            )
+            self.backend.backward_sums(self._take(call, piece)._replace(sums=rows))
             with np.errstate(all="ignore"):
                 total += rows
         return total
 
     # Pieces ----------------------------------------------------------------------------------------------------------
+
+    def _take(self, call: AnyCall, piece: Index) -> AnyCall:
+        """The call on a piece of its data, as backends take it."""
+        taken = {name: self._read(array, piece) for name, array in arrays_of(call, READ).items()}
+        taken |= {name: self._target(array, piece) for name, array in arrays_of(call, WRITTEN).items()}
+        if call.mask is not None:
+            taken["mask"] = self._positions(call.mask, piece, taken["x"])
+        return replaced(call, taken)
 
     def _is_ready(self, turned: Array) -> bool:
         return turned.flags.c_contiguous and turned.flags.aligned and turned.dtype == self.dtype
@@ -205,22 +166,15 @@ class Blocks:
 
     def _read(self, array: Array, piece: Index) -> Array:
         """A piece in three dimensions: a view where it lies in memory as the backend takes it, else a copy."""
-        turned = array.transpose(self.order)
-        if not piece:
-            return turned.reshape(self.shape)
-        turned = turned[piece]
-        if not self._is_ready(turned):
-            given, turned = turned, self._scratch(array, turned.shape)
-            np.copyto(turned, given)
-        return turned.reshape(three_of(turned.shape, self.at))
+        taken = self._target(array, piece)
+        if piece:
+            given = array.transpose(self.order)[piece]
+            if not self._is_ready(given):
+                np.copyto(taken.reshape(given.shape), given)
+        return taken
 
-    def _take(self, array: Array | None, piece: Index) -> Array | None:
-        return None if array is None else self._read(array, piece)
-
-    def _positions(self, mask: Array | None, piece: Index, x: Array) -> Array | None:
+    def _positions(self, mask: Array, piece: Index, x: Array) -> Array:
         """The mask of a piece x, as (outer, inner)."""
-        if mask is None:
-            return None
         turned = mask.transpose(self.positions)[piece[: self.at] + piece[self.at + 1 :]]
         return np.ascontiguousarray(turned).reshape(x.shape[0], x.shape[2])
 
@@ -234,27 +188,26 @@ class Blocks:
             turned = self._scratch(array, turned.shape)
         return turned.reshape(three_of(turned.shape, self.at))
 
-    def _put(self, array: Array | None, piece: Index, filled: Array | None) -> None:
-        if not piece or array is None or filled is None:
-            return
+    def _put(self, array: Array, piece: Index, filled: Array) -> None:
         turned = array.transpose(self.order)[piece]
         if not self._is_ready(turned):
             with np.errstate(all="ignore"):
                 turned[...] = filled.reshape(turned.shape)
 
 
-def _columns(rows: Array, channels: slice) -> Array:
-    """Those of some channels, contiguous; `_put_columns` takes them back."""
-    return rows if channels is EVERYTHING else np.ascontiguousarray(rows[:, channels])
+def _some(call: AnyCall, channels: slice) -> AnyCall:
+    """The call for some channels: views of what has one value per channel, contiguous copies of rows."""
+    if channels is EVERYTHING:
+        return call
+    some = {name: array[channels] for name, array in arrays_of(call, CHANNELS).items()}
+    some |= {name: np.ascontiguousarray(rows[:, channels]) for name, rows in arrays_of(call, ROWS).items()}
+    return replaced(call, some)
 
 
-def _put_columns(rows: Array, channels: slice, filled: Array) -> None:
-    if filled is not rows:
+def _put_columns(rows: Array | None, channels: slice, filled: Array | None) -> None:
+    """Takes the copy back."""
+    if rows is not None and filled is not rows:
         rows[:, channels] = filled
-
-
-def _some(channels: slice, *arrays: Array | None) -> tuple[Array | None, ...]:
-    return arrays if channels is EVERYTHING else tuple(None if array is None else array[channels] for array in arrays)
 
 
 def _run(array: Array, axis: int) -> int:

@@ -1,8 +1,13 @@
-"""What was asked for? The arguments that forward and infer share, checked, and the array that y goes to."""
+"""What is asked of a backend? A call, and a gradient, each as one record; and the check of a call.
+
+One record crosses each boundary: the front desk fills it, `check` completes it, virtual batches and blocks take rows,
+channels and pieces of it, and a backend reads it. READ to ROWS say which of its arrays are cut in which way.
+"""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -13,105 +18,176 @@ from ._shape import positions_of
 
 Array = np.ndarray[Any, Any]
 
+READ = ("x", "residual", "dy")
+WRITTEN = ("y", "dx", "dresidual")
+CHANNELS = ("gamma", "beta", "running_mean", "running_var", "dgamma", "dbeta")
+ROWS = ("saved", "moments", "sums")
+"""The arrays of a call by their shape: x's, which the call reads or writes; (channels,); and, of float64, (rows,
+channels). The mask alone has x's shape without the channel axis."""
+
+_UNSET: Any = None
+
 
 class Call(NamedTuple):
-    """Valid arguments. x, residual, mask and y have any strides; arrays of (channels,) are as backends take them."""
+    """What forward and infer are to do: first as it was given, then, from `check`, valid and complete.
+
+    Arrays of data and the mask have any strides, but in a backend's calls: see `fastbn.backends.Backend`. Arrays of
+    (channels,) are, once they are checked, as backends take them.
+    """
 
     x: Array
-    axis: int
-    statistics: DType
-    gamma: Array | None
-    beta: Array | None
-    running: tuple[Array | None, Array | None]
-    """As they were given, to be updated."""
-    mean: Array | None
-    var: Array | None
-    eps: float
-    activation: Any
+    gamma: Array | None = None
+    beta: Array | None = None
+    running_mean: Array | None = None
+    running_var: Array | None = None
+    """Updated by forward; what infer normalizes with."""
+    momentum: float = 0.0
+    correction: int = 0
+    eps: float = 0.0
+    axis: int = 1
+    mask: Array | None = None
+    activation: Any = None
     """As it was given."""
-    code: Activation
-    slope: float
-    residual: Array | None
-    mask: Array | None
-    """Of the positions' shape, or None."""
-    out: Array
+    residual: Array | None = None
+    out: Any = None
     """What the caller gets."""
-    y: Array
-    """The same memory, as a plain array."""
-    in_place: bool
+    threads: int = 1
+    y: Array = _UNSET
+    """The memory of `out`, as a plain array."""
+    in_place: bool = False
     """Whether y is x."""
+    given: tuple[Array | None, Array | None] = (None, None)
+    """The running statistics as the caller has them."""
+    code: Activation = Activation.IDENTITY
+    slope: float = 0.0
+    """leaky_relu's."""
+    saved: Any = None
+    """What a gradient will need: the rows of `fastbn.backends.SAVED_ROWS`; None for infer where nothing will."""
+    moments: Array = _UNSET
+    """The rows mean, mean_low and the sum of squares around their sum, which the verb `moments` fills."""
 
-    def rows(self, some: slice) -> Call:
-        """The same call for some of the elements of axis 0, which is not the channel axis."""
-        residual, mask = (None if array is None else array[some] for array in (self.residual, self.mask))
-        return self._replace(x=self.x[some], residual=residual, mask=mask, out=self.y[some], y=self.y[some])
+    @property
+    def statistics(self) -> DType:
+        """The statistics dtype."""
+        return kind_of(self.x.dtype).statistics
 
     def put_running_back(self) -> None:
         """Into the caller's running statistics, where backends could not take these and a copy was updated."""
-        for given, updated in zip(self.running, (self.mean, self.var), strict=True):
+        for given, updated in zip(self.given, (self.running_mean, self.running_var), strict=True):
             if given is not None and updated is not None and given is not updated:
                 with np.errstate(all="ignore"):
                     given[...] = rounded(updated, native(given.dtype))
 
 
-def check(
-    x: object,
-    gamma: object,
-    beta: object,
-    running_mean: object,
-    running_var: object,
-    eps: object,
-    axis: object,
-    mask: object,
-    activation: Any,
-    residual: object,
-    out: object,
-    *,
-    updates: bool,
-    keeps: bool,
-) -> Call:
-    """A Call. `updates`: running statistics will be written; `keeps`: a backward pass will want x back."""
-    data = _check.data("x", x)
-    axis = _check.axis(axis, data)
-    channels, statistics = data.shape[axis], kind_of(data.dtype).statistics
-    code, slope = _check.activation(activation)
-    eps = _check.eps(eps)
-    g, b = _check.parameter("gamma", gamma, channels), _check.parameter("beta", beta, channels)
-    running = _check.running(running_mean, running_var, channels, written=updates)
-    added = None if residual is None else _check.like("residual", residual, data)
-    counted = _check.mask(mask, data, axis)
-    inputs = {"x": data, "residual": added, "gamma": g, "beta": b, "mask": counted}
-    inputs |= {"running_mean": running[0], "running_var": running[1]}
-    target = _check.out(out, data, inputs, may_be="x")
-    in_place = target is not None and _check.same_memory(target, data)
-    g, b = parameters(g, b, statistics)
+class BackwardCall(NamedTuple):
+    """What backward and backward_sums are to do, valid and complete; the arrays are as in a `Call`."""
+
+    dy: Array
+    x: Array
+    saved: Array
+    """As the forward call left it."""
+    residual: Array | None = None
+    mask: Array | None = None
+    axis: int = 1
+    code: Activation = Activation.IDENTITY
+    slope: float = 0.0
+    counted: float = 0.0
+    """Values per channel that made the statistics."""
+    frozen: bool = False
+    """Whether the statistics were given, as infer's are."""
+    from_y: bool = False
+    """Whether x holds y, of no activation or of leaky_relu with slope > 0."""
+    sums: Any = None
+    """The sums of dz and of dz * xhat: of a larger batch, or None for those of the call's own positions. Filled by the
+    verb `backward_sums`."""
+    dx: Array = _UNSET
+    dresidual: Array | None = None
+    dgamma: Array | None = None
+    dbeta: Array | None = None
+    threads: int = 1
+    out: Any = None
+    """The memory of dx: what the caller gets."""
+    residual_gradient: Any = None
+    """What the caller gets of the residual's gradient, which without an activation is dy."""
+
+
+AnyCall = TypeVar("AnyCall", Call, BackwardCall)
+
+
+def arrays_of(call: Call | BackwardCall, names: Sequence[str]) -> dict[str, Array]:
+    """Those of the arrays of these names that the call has."""
+    return {name: array for name in names if (array := getattr(call, name, None)) is not None}
+
+
+def replaced(call: AnyCall, arrays: dict[str, Any]) -> AnyCall:
+    """The call with other arrays."""
+    return call._replace(**arrays)
+
+
+def rows_of(call: AnyCall, some: slice) -> AnyCall:
+    """The call for some of the elements of axis 0, which is not the channel axis."""
+    return replaced(call, {name: array[some] for name, array in arrays_of(call, (*READ, *WRITTEN, "mask")).items()})
+
+
+class Average(float):
+    """The momentum with which running statistics are the average over so many batches and one more.
+
+    Virtual batches weigh alike, too: those of this call and of those before it.
+    """
+
+    batches: int
+
+    def __new__(cls, batches: int) -> Average:
+        self = super().__new__(cls, 1 / (batches + 1))
+        self.batches = batches
+        return self
+
+
+def check(call: Call, *, updates: bool, keeps: bool) -> Call:
+    """The call completed. `updates`: running statistics will be written; `keeps`: a backward pass will want x back."""
+    momentum = call.momentum if isinstance(call.momentum, Average) else _check.momentum(call.momentum)
+    correction = _check.correction(call.correction)
+    x = _check.data("x", call.x)
+    axis = _check.axis(call.axis, x)
+    channels = x.shape[axis]
+    code, slope = _check.activation(call.activation)
+    eps = _check.eps(call.eps)
+    gamma, beta = _check.parameter("gamma", call.gamma, channels), _check.parameter("beta", call.beta, channels)
+    given = _check.running(call.running_mean, call.running_var, channels, written=updates)
+    residual = None if call.residual is None else _check.like("residual", call.residual, x)
+    mask = _check.mask(call.mask, x, axis)
+    inputs = {"x": x, "residual": residual, "gamma": gamma, "beta": beta, "mask": mask}
+    inputs |= {"running_mean": given[0], "running_var": given[1]}
+    out = _check.out(call.out, x, inputs, may_be="x")
+    in_place = out is not None and _check.same_memory(out, x)
+    gamma, beta = parameters(gamma, beta, kind_of(x.dtype).statistics)
     if in_place and keeps:
-        _check.invertible(code, slope, g, b, added, channels, data.dtype)
+        _check.invertible(code, slope, gamma=gamma, beta=beta, residual=residual, channels=channels, dtype=x.dtype)
     if updates:
         _check.running_apart(inputs)
-    if counted is not None:
-        counted = np.broadcast_to(counted, positions_of(data.shape, axis))
-    if target is None:
-        target = np.empty_like(data, native(data.dtype), subok=False)
-    mean, var = _statistics(*running)
-    return Call(
-        x=data,
-        axis=axis,
-        statistics=statistics,
-        gamma=g,
-        beta=b,
-        running=running,
-        mean=mean,
-        var=var,
+    if mask is not None:
+        mask = np.broadcast_to(mask, positions_of(x.shape, axis))
+    if out is None:
+        out = np.empty_like(x, native(x.dtype), subok=False)
+    mean, var = _statistics(given[0], given[1])
+    return call._replace(
+        x=x,
+        gamma=gamma,
+        beta=beta,
+        running_mean=mean,
+        running_var=var,
+        momentum=momentum,
+        correction=correction,
         eps=eps,
-        activation=activation,
+        axis=axis,
+        mask=mask,
+        residual=residual,
+        out=out,
+        y=np.asarray(out),
+        in_place=in_place,
+        given=given,
         code=code,
         slope=slope,
-        residual=added,
-        mask=counted,
-        out=target,
-        y=np.asarray(target),
-        in_place=in_place,
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 
-from ._activations import BY_NAME, DEFAULT_SLOPE, Activation
+from ._activations import BY_NAME, SLOPES, Activation
 from ._dtypes import KINDS, DType, find, is_float, kind_of, native
 from ._shape import positions_of
 
@@ -285,20 +285,19 @@ def flag(name: str, value: object) -> bool:
 
 
 def activation(value: object) -> tuple[Activation, float]:
-    """The activation's code, and leaky_relu's slope (0 for others)."""
+    """The activation's code and, if it has one, its slope (else 0)."""
     if isinstance(value, str) or value is None:
         if value not in BY_NAME:
             _refuse(ValueError, "activation", shown(value), _ACTIVATIONS)
-        code = BY_NAME[value]
-        return code, DEFAULT_SLOPE if code is Activation.LEAKY_RELU else 0.0
+        return BY_NAME[value], SLOPES.get(value, 0.0)
     if not isinstance(value, tuple) or len(value) != 2 or not isinstance(value[0], str):
         _refuse(TypeError, "activation", shown(value), _ACTIVATIONS)
-    if value[0] != "leaky_relu":
+    if value[0] not in SLOPES:
         _refuse(ValueError, "activation", shown(value), _ACTIVATIONS)
-    return Activation.LEAKY_RELU, number("activation's slope", value[1], -math.inf, math.inf)
+    return BY_NAME[value[0]], number("activation's slope", value[1], -math.inf, math.inf)
 
 
-_ACTIVATIONS = f"{_names(BY_NAME)}, ('leaky_relu', slope)"
+_ACTIVATIONS = ", ".join([_names(BY_NAME), *(f"({name!r}, slope)" for name in SLOPES)])
 
 
 def mask(value: object, x: Array, channel_axis: int) -> Array | None:
@@ -339,6 +338,7 @@ def enough(x: Array, channel_axis: int, mask: Array | None, where: str = "") -> 
 def invertible(
     code: Activation,
     slope: float,
+    *,
     gamma: Array | None,
     beta: Array | None,
     residual: Array | None,

@@ -81,7 +81,7 @@ def summed(name: str, value: _Summed, channels: int, statistics: DType, whose: s
         _refuse(TypeError, name, f"dtype {value.dtype}", f"{whose} statistics dtype {statistics}")
 
 
-def moments(value: _Summed, channels: int, statistics: DType, training: bool, virtual: int | None) -> None:
+def moments(value: _Summed, channels: int, statistics: DType, *, training: bool, virtual: int | None) -> None:
     """Moments to normalize x with."""
     summed("moments", value, channels, statistics)
     if not training:

@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 
 from . import _batch, _check, _check_parts
-from ._batch import Wanted
-from ._call import Call
+from ._call import Average, BackwardCall, Call, rows_of
 from ._dtypes import FLOAT64
 from ._results import Parts
 from .backends import Backend
@@ -20,43 +19,46 @@ from .backends import Backend
 Array = np.ndarray[Any, Any]
 
 
-def slices_of(call: Call, size: int, correction: int) -> list[slice]:
+def slices_of(call: Call, size: int) -> list[slice]:
     """Of axis 0; the last may be smaller. All have 2 values per channel or more, and more than `correction`."""
     length = call.x.shape[0]
     _check.enough(call.x, call.axis, call.mask)
     slices = [slice(start, min(start + size, length)) for start in range(0, length, size)]
     for some in slices:
-        _batch.counted(call.rows(some), correction, f" in the virtual batch {some.start}:{some.stop}")
+        _batch.counted(rows_of(call, some), f" in the virtual batch {some.start}:{some.stop}")
     return slices
 
 
-def momenta(momentum: float, batches: int | None, slices: int) -> list[float]:
-    """The weights of the slices; with `batches`, such that every call so far, and its slices, weigh alike."""
-    if batches is None:
+def momenta(momentum: float, slices: int) -> list[float]:
+    """The weights of the slices; those of an average are such that every slice so far weighs alike."""
+    if not isinstance(momentum, Average):
         return [momentum] * slices
-    return [1 / (batches * slices + i) for i in range(1, slices + 1)]
+    return [1 / (momentum.batches * slices + i) for i in range(1, slices + 1)]
 
 
-def train(
-    call: Call, size: int, batches: int | None, momentum: float, correction: int, backend: Backend, threads: int
-) -> Parts:
+def train(call: Call, size: int, backend: Backend) -> Parts:
     """Normalizes each slice with its own statistics, and blends them into the running ones slice after slice."""
-    slices = slices_of(call, size, correction)
+    slices = slices_of(call, size)
     done = [
-        _batch.train(call.rows(some), weight, correction, None, backend, threads).saved
-        for some, weight in zip(slices, momenta(momentum, batches, len(slices)), strict=True)
+        _batch.train(rows_of(call, some)._replace(momentum=weight), None, backend).saved
+        for some, weight in zip(slices, momenta(call.momentum, len(slices)), strict=True)
     ]
     count = None if call.mask is None else int(np.count_nonzero(call.mask))
-    parts = _batch.parts_of(call, np.stack(done, axis=1), mask=call.mask, count=count)
+    parts = _batch.parts_of(call._replace(saved=np.stack(done, axis=1)), count=count)
     return parts._replace(virtual=size)
 
 
-def backward(asked: Wanted, whole: Parts, backend: Backend, threads: int) -> tuple[Array | None, Array | None]:
+def backward(call: BackwardCall, whole: Parts, backend: Backend) -> tuple[Array | None, Array | None]:
     """Fills dx and dresidual; gives dgamma and dbeta, added up in float64."""
     slices = list(whole.slices())
     for _, parts in slices:  # of which a mask may have become another since the call
         _check_parts.cache(parts)
-    found = [_batch.backward(asked.rows(some), parts, None, backend, threads) for some, parts in slices]
+    found = [
+        _batch.backward(
+            rows_of(call, some)._replace(mask=parts.mask, saved=parts.saved, counted=float(parts.total)), parts, backend
+        )
+        for some, parts in slices
+    ]
     dgammas, dbetas = zip(*found, strict=True)
     return _total(dgammas), _total(dbetas)
 

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from . import _check, _check_parts
+from ._call import Call
 from ._dtypes import FLOAT64, DType, rounded
 from ._format import packed, unpacked
 
@@ -235,14 +236,16 @@ def save(rows: Array, count: int, saved: Array) -> None:
         saved[0], saved[1], saved[2] = rows[0], rows[1], rows[2] / count
 
 
-def blend(rows: Array, count: int, mean: Array | None, var: Array | None, momentum: float, correction: int) -> None:
-    """Updates running statistics, where there are such: new = (1 - momentum) * old + momentum * batch.
+def blend(call: Call, rows: Array, count: int) -> None:
+    """Updates the call's running statistics, if it has any: new = (1 - momentum) * old + momentum * batch.
 
     The rows are mean, mean_low and m2 of the batch, whose variance is m2 / (count - correction). All is computed in
     float64 and rounded once, to the dtype that each of the running statistics has: any float dtype, native.
     """
-    if mean is None or var is None:
+    if call.running_mean is None or call.running_var is None:
         return
     with np.errstate(all="ignore"):
-        for running, batch in ((mean, rows[0] + rows[1]), (var, rows[2] / (count - correction))):
-            running[...] = rounded((1 - momentum) * running.astype(FLOAT64) + momentum * batch, running.dtype)
+        batch = rows[0] + rows[1], rows[2] / (count - call.correction)
+        for running, new in zip((call.running_mean, call.running_var), batch, strict=True):
+            blended = (1 - call.momentum) * running.astype(FLOAT64) + call.momentum * new
+            running[...] = rounded(blended, running.dtype)

@@ -107,8 +107,10 @@ class InferencePlan:
         run: _Run | None = None
         axis = _check.integer("axis", self._axis)
         if plan is not None and abs(axis) < _MOST_AXES:
-            constants = *_arrays(self._gamma, self._beta, self._mean, self._var), _check.eps(self._eps)
-            run = plan(*constants, axis, *_check.activation(self._activation), get_num_threads).run
+            gamma, beta, mean, var = _arrays(self._gamma, self._beta, self._mean, self._var)
+            code, slope = _check.activation(self._activation)
+            eps = _check.eps(self._eps)
+            run = plan(gamma, beta, mean, var, eps, axis, code, slope, get_num_threads).run
         self._prepared = backend, run
         return run
 

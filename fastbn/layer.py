@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 
 from . import _check, _check_layer
+from ._call import Average
 from ._dtypes import DType, kind_of
 from ._format import packed, unpacked
 from ._results import Cache, Gradients
-from .ops import Activation, forward_as
+from .ops import Activation, forward
 from .ops import backward as backward_of
 
 Array = np.ndarray[Any, Any]
@@ -206,13 +207,29 @@ class BatchNorm:
         x = _check_layer.of_layer(x, self.num_features, self.axis, self.dtype)
         batch = self.training or not self.track_running_stats
         tracks = self.training and self.track_running_stats
-        statistics = (self.running_mean, self.running_var) if tracks or not batch else (None, None)
-        batches = self.num_batches_tracked if self.momentum is None else None
-        momentum = 1 / (self.num_batches_tracked + 1) if self.momentum is None else self.momentum
-        y, cache = forward_as(
-            *(batches, x, self.weight, self.bias, *statistics, batch, momentum, self.correction),
-            *(self.eps, self.axis, mask, self.activation, residual, out, self.backend, None),
-            self.virtual_batch_size if self.training else None,
+        mean, var = (self.running_mean, self.running_var) if tracks or not batch else (None, None)
+        virtual = self.virtual_batch_size if self.training else None
+        momentum = self.momentum
+        if momentum is None:
+            tracked = self.num_batches_tracked
+            momentum = 1 / (tracked + 1) if virtual is None else Average(tracked)
+        y, cache = forward(
+            x,
+            self.weight,
+            self.bias,
+            mean,
+            var,
+            training=batch,
+            momentum=momentum,
+            correction=self.correction,
+            eps=self.eps,
+            axis=self.axis,
+            mask=mask,
+            activation=self.activation,
+            residual=residual,
+            out=out,
+            backend=self.backend,
+            virtual_batch_size=virtual,
         )
         _set(self, "_cache", cache)
         if tracks:

@@ -41,7 +41,7 @@ from llvmlite import binding  # type: ignore[import-untyped]
 from numba.core.errors import TypingError
 from numba.extending import overload
 
-from ._activations import BY_NAME, DEFAULT_SLOPE
+from ._activations import BY_NAME, SLOPES
 from ._jit import jit
 from .backends import SAVED_ROWS, select
 
@@ -109,7 +109,9 @@ if hasattr(os, "register_at_fork"):  # GNU OpenMP would wait for the parent's th
 
 _DTYPES = {types.float32: 0, types.float64: 1}  # as in fastbn.h
 _ACTIVATIONS = tuple(name for name in BY_NAME if name is not None)  # whose codes count from 1
-_ALLOWED = f"None, {', '.join(_ACTIVATIONS)}, ('leaky_relu', slope)"
+_WITH_SLOPE = tuple(name for name in _ACTIVATIONS if name in SLOPES)
+_USUAL_SLOPES = tuple(SLOPES.get(name, 0.0) for name in _ACTIVATIONS)
+_ALLOWED = ", ".join(["None", *_ACTIVATIONS, *(f"({name!r}, slope)" for name in _WITH_SLOPE)])
 
 
 def _by_type(choose: Callable[..., Any]) -> Any:
@@ -282,20 +284,20 @@ _residual, _dy, _residual_in_cache = map(_like_x, ("residual", "dy", "cache.resi
 
 @_by_type
 def _code_and_slope(activation: Any) -> Any:
-    """An activation's number in fastbn.h, and leaky_relu's slope."""
+    """An activation's number in fastbn.h, and its slope."""
     if _is_none(activation):
         return lambda activation: (0, 0.0)
     text = (types.UnicodeType, types.StringLiteral)
     if isinstance(activation, text):
-        return lambda activation: (_code(activation), DEFAULT_SLOPE)
+        return lambda activation: _code(activation)
     pair = isinstance(activation, types.BaseTuple) and len(activation) == 2
     if not pair or not isinstance(activation[0], text) or not isinstance(activation[1], types.Number):
         _refuse("activation", activation, _ALLOWED)
 
     def code_and_slope(activation: Any) -> tuple[int, float]:
-        if activation[0] != "leaky_relu":
+        if activation[0] not in _WITH_SLOPE:
             raise ValueError(f"activation: got ({activation[0]}, slope); allowed: {_ALLOWED}")
-        return _code(activation[0]), float(activation[1])
+        return _code(activation[0])[0], float(activation[1])
 
     return code_and_slope
 
@@ -339,10 +341,11 @@ def _expect_apart(name: str, written: Any, others: Any) -> None:
 
 
 @_jit
-def _code(name: str) -> int:
+def _code(name: str) -> tuple[int, float]:
+    """An activation's number, and its slope where it is not given."""
     for i in range(len(_ACTIVATIONS)):
         if name == _ACTIVATIONS[i]:
-            return i + 1
+            return i + 1, _USUAL_SLOPES[i]
     raise ValueError(f"activation: got {name}; allowed: {_ALLOWED}")
 
 
@@ -432,8 +435,8 @@ def infer(
     statistics = ("running_mean", _extent(running_mean)), ("running_var", _extent(running_var))
     _expect_apart("out", _extent(out), parameters + statistics)
     y: Array = _result(out, x)
-    problem = dtype, code, slope, outer, channels, inner, threads
-    _expect(_infer(*problem, _address_of(x), added, g, b, eps, mean, var, _address_of(y), 0))
+    at, to = _address_of(x), _address_of(y)
+    _expect(_infer(dtype, code, slope, outer, channels, inner, threads, at, added, g, b, eps, mean, var, to, 0))
     return y
 
 
@@ -480,13 +483,14 @@ def forward(
     if x.size and _address_of(y) == _address_of(x):
         raise ValueError("out: got x itself; allowed: an array of its own")
     saved = np.empty((_ROWS, channels))
-    problem = dtype, code, slope, outer, channels, inner, threads
-    arrays = _address_of(x), added, g, b
-    results = _address_of(y), _address_of(saved)
+    at, to, kept = _address_of(x), _address_of(y), _address_of(saved)
     if training:
-        _expect(_forward(*problem, *arrays, eps, mean, var, momentum, *results))
+        status = _forward(
+            dtype, code, slope, outer, channels, inner, threads, at, added, g, b, eps, mean, var, momentum, to, kept
+        )
     else:
-        _expect(_infer(*problem, *arrays, eps, mean, var, *results))
+        status = _infer(dtype, code, slope, outer, channels, inner, threads, at, added, g, b, eps, mean, var, to, kept)
+    _expect(status)
     return Forward(y, Cache(x, _or_none(residual), saved, axis, code, slope, not training))
 
 
@@ -503,8 +507,12 @@ def backward(dy: Array, cache: Cache, out: Array | None = None, threads: int = 1
     dx = _result(out, x)
     dgamma, dbeta = _statistics_like(x, channels), _statistics_like(x, channels)
     dresidual = _gradient_of_residual(cache.residual, dy)
-    problem = _dtype_code(x), cache.activation, cache.slope, outer, channels, inner, threads
-    arrays = upstream, _address_of(x), added, _address_of(cache.saved)
-    results = _address_of(dx), _address_of(dresidual), _address_of(dgamma), _address_of(dbeta)
-    _expect(_backward(*problem, *arrays, cache.frozen, *results))
+    dtype, code, slope, frozen = _dtype_code(x), cache.activation, cache.slope, cache.frozen
+    at, kept, to, to_residual = _address_of(x), _address_of(cache.saved), _address_of(dx), _address_of(dresidual)
+    to_gamma, to_beta = _address_of(dgamma), _address_of(dbeta)
+    status = _backward(
+        dtype, code, slope, outer, channels, inner, threads, upstream, at, added, kept, frozen, to, to_residual,
+        to_gamma, to_beta,
+    )  # fmt: skip
+    _expect(status)
     return Gradients(dx, dgamma, dbeta, dresidual)

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 
 from . import _check
-from ._dtypes import kind_of
+from ._call import Call
+from ._dtypes import kind_of, native
+from ._moments import blend
 from .ops import forward, infer, moments
 
 try:
@@ -82,13 +84,11 @@ def _trained(
 ) -> tuple[Array, ...]:
     """Result, running mean and variance, and those of the batch; its one value is the mean, where it has no more."""
     found = moments(x)
-    batch = found.mean, found.var()
+    batch_mean, batch_var = found.mean, found.var()
     if found.count > 1:
         y = forward(x, scale, b, eps=epsilon, moments=found).y
     else:
-        y = infer(x, scale, b, *batch, eps=epsilon)
-    blended = (
-        momentum * old.astype(np.float64) + (1 - momentum) * new.astype(np.float64)
-        for old, new in zip((mean, var), batch, strict=True)
-    )
-    return y, *blended, *batch
+        y = infer(x, scale, b, batch_mean, batch_var, eps=epsilon)
+    running = tuple(old.astype(native(old.dtype), order="C") for old in (mean, var))
+    blend(Call(x, running_mean=running[0], running_var=running[1], momentum=1 - momentum), found._rows, found.count)
+    return y, *running, batch_mean, batch_var

@@ -7,7 +7,7 @@ from typing import Any, cast
 import numpy as np
 
 from . import _batch, _check, _check_parts, _ghost
-from ._call import check
+from ._call import Call, check
 from ._moments import Moments, Sums
 from ._results import Cache, Forward, Gradients, Parts, parts_of
 from .backends import get_num_threads, select, threads_of
@@ -108,65 +108,43 @@ def forward(
     array([[-1., -1.],
            [ 1.,  1.]])
     """
-    return forward_as(
-        *(None, x, gamma, beta, running_mean, running_var, training, momentum, correction, eps, axis, mask),
-        *(activation, residual, out, backend, moments, virtual_batch_size),
-    )
-
-
-def forward_as(
-    batches: int | None,
-    x: Array,
-    gamma: Array | None,
-    beta: Array | None,
-    running_mean: Array | None,
-    running_var: Array | None,
-    training: bool,
-    momentum: float,
-    correction: int,
-    eps: float,
-    axis: int,
-    mask: Array | None,
-    activation: Activation,
-    residual: Array | None,
-    out: Array | None,
-    backend: str | None,
-    moments: Moments | None,
-    virtual_batch_size: int | None,
-) -> Forward:
-    """`forward`; with `batches`, running statistics are the average over that many calls and this one.
-
-    Momentum is then 1 / (batches + 1).
-    """
     chosen = select(backend)
     express = getattr(chosen, "express_forward", None)
     plain = mask is None and moments is None and virtual_batch_size is None
     if express is not None and plain and type(training) is bool:
-        done = express(
-            *(x, gamma, beta, running_mean, running_var, momentum, correction),
-            *(eps, axis, activation, residual, out, training, get_num_threads),
-        )
+        done = express(x, gamma, beta, running_mean, running_var, momentum, correction, eps, axis, activation, residual,
+                       out, training, get_num_threads)  # fmt: skip
         if done is not None:
             y, saved = done
-            given = gamma is not None, beta is not None
-            return Forward(y, Cache(Parts(*_batch.own(x, residual), saved, axis, not training, activation, *given)))
+            kept, added = _batch.own(x, residual)
+            has_gamma, has_beta = gamma is not None, beta is not None
+            return Forward(y, Cache(Parts(kept, added, saved, axis, not training, activation, has_gamma, has_beta)))
     training = _check.flag("training", training)
-    momentum, correction = _check.momentum(momentum), _check.correction(correction)
-    call = check(
-        *(x, gamma, beta, running_mean, running_var, eps, axis, mask, activation, residual, out),
-        updates=training,
-        keeps=True,
+    call = Call(
+        x=x,
+        gamma=gamma,
+        beta=beta,
+        running_mean=running_mean,
+        running_var=running_var,
+        momentum=momentum,
+        correction=correction,
+        eps=eps,
+        axis=axis,
+        mask=mask,
+        activation=activation,
+        residual=residual,
+        out=out,
+        threads=threads_of(chosen),
     )
+    call = check(call, updates=training, keeps=True)
     size = _check.virtual_batch(virtual_batch_size, call.axis)
     if moments is not None:
         moments = _check.instance("moments", moments, Moments, "Moments, or None")._check()
-        _check_parts.moments(moments, call.x.shape[call.axis], call.statistics, training, size)
+        channels = call.x.shape[call.axis]
+        _check_parts.moments(moments, channels, call.statistics, training=training, virtual=size)
     if not training:
-        return Forward(call.out, Cache(_batch.freeze(call, chosen, threads_of(chosen))))
-    if size is None:
-        parts = _batch.train(call, momentum, correction, moments, chosen, threads_of(chosen))
-    else:
-        parts = _ghost.train(call, size, batches, momentum, correction, chosen, threads_of(chosen))
+        return Forward(call.out, Cache(_batch.freeze(call, chosen)))
+    parts = _batch.train(call, moments, chosen) if size is None else _ghost.train(call, size, chosen)
     call.put_running_back()
     return Forward(call.out, Cache(parts))
 
@@ -203,13 +181,22 @@ def infer(
         y = express(x, gamma, beta, running_mean, running_var, eps, axis, activation, residual, out, get_num_threads)
         if y is not None:
             return cast(Array, y)
-    call = check(
-        *(x, gamma, beta, running_mean, running_var, eps, axis, None, activation, residual, out),
-        updates=False,
-        keeps=False,
+    call = Call(
+        x=x,
+        gamma=gamma,
+        beta=beta,
+        running_mean=running_mean,
+        running_var=running_var,
+        eps=eps,
+        axis=axis,
+        activation=activation,
+        residual=residual,
+        out=out,
+        threads=threads_of(chosen),
     )
-    _batch.infer(call, chosen, threads_of(chosen))
-    return call.out
+    call = check(call, updates=False, keeps=False)
+    _batch.infer(call, chosen)
+    return cast(Array, call.out)
 
 
 def backward(
@@ -261,7 +248,8 @@ def backward(
     parts = getattr(cache, "_parts", None)
     express = getattr(chosen, "express_backward", None)
     if express is not None and sums is None and type(cache) is Cache and type(parts) is Parts and parts.plain:
-        gradients = express(dy, *parts[:8], out, get_num_threads)
+        gradients = express(dy, parts.x, parts.residual, parts.saved, parts.axis, parts.frozen, parts.activation,
+                            parts.has_gamma, parts.has_beta, out, get_num_threads)  # fmt: skip
         if gradients is not None:
             return Gradients(*gradients)
     parts = parts_of(cache)
@@ -269,12 +257,12 @@ def backward(
         _check_parts.whole("sums", parts.virtual)
         sums = _check.instance("sums", sums, Sums, "Sums, or None")._check()
         _check_parts.sums(sums, parts.saved.shape[1], parts.statistics, None if parts.frozen else parts.total)
-    asked = _batch.wanted(dy, parts, out)
+    call = _batch.check_backward(dy, parts, out, threads_of(chosen))
     if parts.virtual is not None:
-        dgamma, dbeta = _ghost.backward(asked, parts, chosen, threads_of(chosen))
+        dgamma, dbeta = _ghost.backward(call, parts, chosen)
     else:
-        dgamma, dbeta = _batch.backward(asked, parts, sums, chosen, threads_of(chosen))
-    return Gradients(asked.out, dgamma, dbeta, asked.residual_gradient)
+        dgamma, dbeta = _batch.backward(call, parts, chosen, sums)
+    return Gradients(call.out, dgamma, dbeta, call.residual_gradient)
 
 
 def moments(x: Array, *, axis: int = 1, mask: Array | None = None, backend: str | None = None) -> Moments:
@@ -291,7 +279,7 @@ def moments(x: Array, *, axis: int = 1, mask: Array | None = None, backend: str 
     True
     """
     chosen = select(backend)
-    return _batch.moments(x, axis, mask, chosen, threads_of(chosen))
+    return _batch.moments(Call(x, axis=axis, mask=mask, threads=threads_of(chosen)), chosen)
 
 
 def backward_sums(dy: Array, cache: Cache, *, backend: str | None = None) -> Sums:

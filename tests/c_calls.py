@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fastbn._call import BackwardCall, Call
 from fastbn.backends import SAVED_ROWS, c_backend
 
 Array = np.ndarray[Any, Any]
@@ -43,23 +44,10 @@ def forward(
     channels, dtype = x.shape[1], statistics(x.dtype)
     mean, var = np.zeros(channels, dtype), np.ones(channels, dtype)
     y, saved = np.empty_like(x), np.empty((len(SAVED_ROWS), channels))
-    c_backend.forward(
-        x,
-        behind.residual,
-        None,
-        gamma,
-        beta,
-        mean,
-        var,
-        0.1,
-        1,
-        eps,
-        behind.activation,
-        behind.slope,
-        y,
-        saved,
-        threads,
-    )
+    c_backend.forward(Call(
+        x=x, residual=behind.residual, gamma=gamma, beta=beta, running_mean=mean, running_var=var, momentum=0.1,
+        correction=1, eps=eps, code=behind.activation, slope=behind.slope, y=y, saved=saved, threads=threads,
+    ))  # fmt: skip
     return Forward(y, saved, mean, var)
 
 
@@ -70,7 +58,10 @@ def infer(
     channels, dtype = x.shape[1], statistics(x.dtype)
     y, saved = np.empty_like(x), np.empty((len(SAVED_ROWS), channels))
     mean, var = np.zeros(channels, dtype), np.ones(channels, dtype)
-    c_backend.infer(x, behind.residual, gamma, beta, mean, var, eps, behind.activation, behind.slope, y, saved, threads)
+    c_backend.infer(Call(
+        x=x, residual=behind.residual, gamma=gamma, beta=beta, running_mean=mean, running_var=var, eps=eps,
+        code=behind.activation, slope=behind.slope, y=y, saved=saved, threads=threads,
+    ))  # fmt: skip
     return Forward(y, saved, None, None)
 
 
@@ -87,8 +78,9 @@ def backward(
     dtype = statistics(x.dtype)
     dx, dgamma, dbeta = np.empty_like(x), np.empty(x.shape[1], dtype), np.empty(x.shape[1], dtype)
     dresidual = np.empty_like(x) if behind.residual is not None and behind.activation else None
-    c_backend.backward(
-        dy, x, behind.residual, None, saved, float(x.shape[0] * x.shape[2]), frozen, None, behind.activation,
-        behind.slope, from_y, dx, dresidual, dgamma, dbeta, threads,
-    )  # fmt: skip
+    c_backend.backward(BackwardCall(
+        dy=dy, x=x, residual=behind.residual, saved=saved, counted=float(x.shape[0] * x.shape[2]), frozen=frozen,
+        code=behind.activation, slope=behind.slope, from_y=from_y, dx=dx, dresidual=dresidual, dgamma=dgamma,
+        dbeta=dbeta, threads=threads,
+    ))  # fmt: skip
     return Backward(dx, dresidual, dgamma, dbeta)

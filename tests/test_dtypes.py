@@ -15,6 +15,7 @@ if not cases.isas():
 
 import c_calls  # noqa: E402 - it needs the C backend
 
+from fastbn._call import Call  # noqa: E402
 from fastbn.backends import c_backend  # noqa: E402
 
 Array = np.ndarray[Any, Any]
@@ -136,7 +137,7 @@ def test_tails_touch_nothing_else(isa: str, half: np.dtype[Any]) -> None:
             outside = np.full(80, 7, half)
             y = outside[start : start + length].reshape(1, 1, length)
             mean, var = np.zeros(1, np.float32), np.ones(1, np.float32)
-            c_backend.infer(x.reshape(1, 1, length), None, None, None, mean, var, 0.0, 0, 0.0, y, None, 1)
+            c_backend.infer(Call(x=x.reshape(1, 1, length), running_mean=mean, running_var=var, y=y))
             assert (y == x).all()
             assert (outside[:start] == 7).all()
             assert (outside[start + length :] == 7).all()

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 import fastbn
-from fastbn import _activations, _embed, _shape, cli
+from fastbn import _check, _embed, _shape, cli
 
 Array = np.ndarray[Any, Any]
 SOURCES = cases.CHECKOUT / "src_c"
@@ -130,8 +130,8 @@ def replayed(program: Path, c: cases.Call, axis: int, activation: Any, threads: 
 
 def code_and_slope(activation: Any) -> tuple[int, float]:
     """Its code and slope."""
-    name, slope = activation if isinstance(activation, tuple) else (activation, _activations.DEFAULT_SLOPE)
-    return int(_activations.BY_NAME[name]), slope
+    code, slope = _check.activation(activation)
+    return int(code), slope
 
 
 # The examples --------------------------------------------------------------------------------------------------------

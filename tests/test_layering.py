@@ -24,7 +24,7 @@ in_checkout = pytest.mark.skipif(not SRC_C.is_dir(), reason="src_c is not beside
 FLOORS = (
     {"_activations", "_built", "_dtypes", "_shape"},
     {"_check"},
-    {"_config", "_cgroup", "_format"},
+    {"_call", "_config", "_cgroup", "_format"},
     {"_threads"},
     {"backends", "_check_layer"},
     {"_check_parts"},
@@ -32,7 +32,7 @@ FLOORS = (
     {"_jit"},
     {"backends.numba_loops"},
     {"backends.c_backend", "backends.numba_backend", "backends.numpy_backend"},
-    {"_call", "_info", "_embed", "numba"},
+    {"_info", "_embed", "numba"},
     {"_results"},
     {"_blocks"},
     {"_batch"},
@@ -51,8 +51,8 @@ FLOORS = (
 )
 """Modules of fastbn, from the ground up. One imports from the floors below its own; "" is fastbn itself.
 
-Between the backends and the front desk: what can be added up and what was asked (_moments, _call), what is kept for
-the gradient (_results), arrays of any strides (_blocks), one batch (_batch), and several in one call (_ghost).
+Below the backends: what is asked of them (_call). Above, up to the front desk: what can be added up (_moments), what
+is kept for the gradient (_results), arrays of any strides (_blocks), one batch (_batch), several in one call (_ghost).
 """
 
 FLOOR = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}

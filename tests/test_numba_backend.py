@@ -13,6 +13,7 @@ import pytest
 
 numba = pytest.importorskip("numba", reason='Numba is not installed: pip install "fastbn[numba]"')
 
+from fastbn import _call  # noqa: E402
 from fastbn.backends import SAVED_ROWS, numba_backend  # noqa: E402
 
 Array = np.ndarray[Any, Any]
@@ -189,10 +190,11 @@ def forward(
 ) -> Forward:
     channels = c.x.shape[1]
     got = Forward(np.empty_like(c.x), np.empty((6, channels)), np.full(channels, 3, c.x.dtype), np.ones_like(c.gamma))
-    numba_backend.forward(
-        c.x, c.residual if residual else None, mask, c.gamma, c.beta, got.running_mean, got.running_var,
-        0.1, 1, eps, activation, slope, got.y, got.saved, threads,
-    )  # fmt: skip
+    numba_backend.forward(_call.Call(
+        x=c.x, residual=c.residual if residual else None, mask=mask, gamma=c.gamma, beta=c.beta,
+        running_mean=got.running_mean, running_var=got.running_var, momentum=0.1, correction=1, eps=eps,
+        code=activation, slope=slope, y=got.y, saved=got.saved, threads=threads,
+    ))  # fmt: skip
     return got
 
 
@@ -201,9 +203,11 @@ def infer(
     residual: bool = False, threads: int = 1,
 ) -> Array:  # fmt: skip
     y = np.empty_like(c.x)
-    numba_backend.infer(
-        c.x, c.residual if residual else None, c.gamma, c.beta, mean, var, EPS, activation, slope, y, saved, threads
-    )
+    verb = numba_backend.apply if mean is None else numba_backend.infer
+    verb(_call.Call(
+        x=c.x, residual=c.residual if residual else None, gamma=c.gamma, beta=c.beta, running_mean=mean,
+        running_var=var, eps=EPS, code=activation, slope=slope, y=y, saved=saved, threads=threads,
+    ))  # fmt: skip
     return y
 
 
@@ -216,11 +220,12 @@ def backward(
     if residual and activation != IDENTITY:
         got["dresidual"] = np.empty_like(c.x)
     count = c.x.size / c.x.shape[1] if mask is None else mask.sum()
-    numba_backend.backward(
-        c.dy if dy is None else dy, c.x if from_y is None else from_y, c.residual if residual else None, mask, saved,
-        float(count), frozen, sums, activation, slope, from_y is not None, got["dx"], got.get("dresidual"),
-        got["dgamma"], got["dbeta"], threads,
-    )  # fmt: skip
+    numba_backend.backward(_call.BackwardCall(
+        dy=c.dy if dy is None else dy, x=c.x if from_y is None else from_y, residual=c.residual if residual else None,
+        mask=mask, saved=saved, counted=float(count), frozen=frozen, sums=sums, code=activation, slope=slope,
+        from_y=from_y is not None, dx=got["dx"], dresidual=got.get("dresidual"), dgamma=got["dgamma"],
+        dbeta=got["dbeta"], threads=threads,
+    ))  # fmt: skip
     return got
 
 
@@ -299,7 +304,7 @@ def test_moments(shape: tuple[int, int, int], masked: bool, dtype: str) -> None:
     c = call(shape, dtype, offset=1e4)
     mask = c.mask if masked else None
     exact, into = exact_forward(c, IDENTITY, 0, False, mask), np.empty((3, shape[1]))
-    numba_backend.moments(c.x, mask, into, 1)
+    numba_backend.moments(_call.Call(x=c.x, mask=mask, moments=into))
     count = c.x.size // shape[1] if mask is None else int(mask.sum())
     assert_close("the mean", into[0].astype(LONG) + into[1], exact.mean, 1e-12 + 0 * exact.mean)
     assert_close("m2", into[2], exact.var * count, 1e-12 * count * (exact.var + 1e-4))
@@ -325,7 +330,9 @@ def test_sums(activation: str, shape: tuple[int, int, int], dtype: str) -> None:
     activation_, slope = ACTIVATIONS[activation]
     saved = forward(c, activation_, slope, residual=True).saved
     sums = np.empty((2, shape[1]))
-    numba_backend.backward_sums(c.dy, c.x, c.residual, None, saved, activation_, slope, False, sums, 1)
+    numba_backend.backward_sums(
+        _call.BackwardCall(dy=c.dy, x=c.x, residual=c.residual, saved=saved, code=activation_, slope=slope, sums=sums)
+    )
     alone = backward(c, saved, activation_, slope, residual=True)
     given = backward(c, saved, activation_, slope, residual=True, sums=sums)
     for name in alone:
@@ -347,16 +354,17 @@ def test_parts_of_a_batch(dtype: str) -> None:
     for part in parts:
         y.append(infer(part, None, None, saved, SILU))
         some = np.empty((2, 20))
-        numba_backend.backward_sums(part.dy, part.x, None, None, saved, SILU, 0, False, some, 1)
+        numba_backend.backward_sums(_call.BackwardCall(dy=part.dy, x=part.x, saved=saved, code=SILU, sums=some))
         sums += some
     cases.assert_same_bits(np.concatenate(y), whole.y)
     wanted = backward(c, whole.saved, SILU)
     got = []
     for part in parts:
         dx, dgamma, dbeta = np.empty_like(part.x), np.empty_like(c.gamma), np.empty_like(c.beta)
-        numba_backend.backward(
-            part.dy, part.x, None, None, saved, 30.0 * 60, False, sums, SILU, 0, False, dx, None, dgamma, dbeta, 1
-        )
+        numba_backend.backward(_call.BackwardCall(
+            dy=part.dy, x=part.x, saved=saved, counted=30.0 * 60, sums=sums, code=SILU, dx=dx, dgamma=dgamma,
+            dbeta=dbeta,
+        ))  # fmt: skip
         got.append(dx)
     np.testing.assert_allclose(np.concatenate(got), wanted["dx"], rtol=1e-4, atol=16 * np.finfo(dtype).eps)
     terms = total(abs(c.dy) * np.maximum(1, abs(c.x)))
@@ -376,7 +384,10 @@ def test_from_y(activation: str, residual: bool, shape: tuple[int, int, int], dt
     wanted = backward(c, saved, activation_, slope, residual, dy=dy)
     got = backward(c, saved, activation_, slope, residual, from_y=y, dy=dy)
     sums = np.empty((2, shape[1]))
-    numba_backend.backward_sums(dy, y, c.residual if residual else None, None, saved, activation_, slope, True, sums, 1)
+    numba_backend.backward_sums(_call.BackwardCall(
+        dy=dy, x=y, residual=c.residual if residual else None, saved=saved, code=activation_, slope=slope, from_y=True,
+        sums=sums,
+    ))  # fmt: skip
     cases.assert_same_bits(got["dgamma"], sums[1].astype(dtype))
     exact = exact_forward(c, activation_, slope, residual, None)
     parts = abs(exact.z) + abs(column(c.beta)) + (abs(c.residual) if residual else 0)
@@ -398,9 +409,10 @@ def test_in_place(shape: tuple[int, int, int], dtype: str) -> None:
     c = call(shape, dtype)
     wanted = forward(c, SILU, residual=True).y
     y = c.x.copy()
-    numba_backend.forward(
-        y, c.residual, None, c.gamma, c.beta, None, None, 0.1, 1, EPS, SILU, 0.0, y, np.empty((6, shape[1])), 1
-    )
+    numba_backend.forward(_call.Call(
+        x=y, residual=c.residual, gamma=c.gamma, beta=c.beta, momentum=0.1, correction=1, eps=EPS, code=SILU, y=y,
+        saved=np.empty((6, shape[1])),
+    ))  # fmt: skip
     cases.assert_same_bits(y, wanted)
 
 
@@ -408,7 +420,7 @@ def test_parameters_may_be_absent_or_wider(dtype: str) -> None:
     c = call((9, 130, 49), dtype)
     y = np.empty_like(c.x)
     saved = np.empty((6, 130))
-    numba_backend.forward(c.x, None, None, None, None, None, None, 0.1, 1, EPS, IDENTITY, 0.0, y, saved, 1)
+    numba_backend.forward(_call.Call(x=c.x, momentum=0.1, correction=1, eps=EPS, y=y, saved=saved))
     plain = c._replace(gamma=np.ones(130), beta=np.zeros(130))
     cases.assert_same_bits(y, forward(plain).y)
     assert (saved[4] == 1).all()
@@ -423,7 +435,7 @@ def test_empty(shape: tuple[int, int, int], dtype: str) -> None:
     infer(c, c.beta, c.gamma, saved)
     np.testing.assert_allclose(saved[3], 1 / np.sqrt(1 + EPS))
     assert (backward(c, saved, frozen=True)["dgamma"] == 0).all()
-    numba_backend.backward_sums(x, x, None, None, saved, IDENTITY, 0.0, False, sums, 1)
+    numba_backend.backward_sums(_call.BackwardCall(dy=x, x=x, saved=saved, sums=sums))
     assert (sums == 0).all()
 
 
@@ -435,10 +447,12 @@ def through(activation: int, slope: float, z: Array) -> tuple[Array, Array]:
     z = z.reshape(1, 1, -1)
     one, zero = np.ones(1), np.zeros(1)
     y, dz, saved = np.empty_like(z), np.empty_like(z), np.empty((6, 1))
-    numba_backend.infer(z, None, None, None, zero, one, 0.0, activation, slope, y, saved, 1)
-    numba_backend.backward(
-        np.ones_like(z), z, None, None, saved, 1.0, True, None, activation, slope, False, dz, None, None, None, 1
+    numba_backend.infer(
+        _call.Call(x=z, running_mean=zero, running_var=one, code=activation, slope=slope, y=y, saved=saved)
     )
+    numba_backend.backward(_call.BackwardCall(
+        dy=np.ones_like(z), x=z, saved=saved, counted=1.0, frozen=True, code=activation, slope=slope, dx=dz,
+    ))  # fmt: skip
     return y.ravel(), dz.ravel()
 
 
@@ -479,8 +493,8 @@ def everything(c: Call, threads: int) -> tuple[Array, ...]:
     """All that the functions fill."""
     y, saved, *running = forward(c, SILU, residual=True, mask=c.mask, threads=threads)
     into, sums = np.empty((3, c.x.shape[1])), np.empty((2, c.x.shape[1]))
-    numba_backend.moments(c.x, None, into, threads)
-    numba_backend.backward_sums(c.dy, c.x, None, None, saved, RELU, 0.0, False, sums, threads)
+    numba_backend.moments(_call.Call(x=c.x, moments=into, threads=threads))
+    numba_backend.backward_sums(_call.BackwardCall(dy=c.dy, x=c.x, saved=saved, code=RELU, sums=sums, threads=threads))
     gradients = backward(c, saved, SILU, residual=True, mask=c.mask, threads=threads)
     inverted = backward(c, saved, IDENTITY, from_y=c.x, threads=threads)
     inferred = infer(c, saved[0], saved[2], None, RELU, threads=threads)
@@ -504,7 +518,9 @@ def test_places_in_memory_do_not_change_a_bit(shape: tuple[int, int, int], dtype
     y = np.full(c.x.size + 40, 7, dtype)
     for skip in (3, 16, 19):
         out = y[skip : skip + c.x.size].reshape(shape)
-        numba_backend.infer(c.x, None, c.gamma, c.beta, c.beta, abs(c.gamma), EPS, RELU, 0.0, out, None, 1)
+        numba_backend.infer(_call.Call(
+            x=c.x, gamma=c.gamma, beta=c.beta, running_mean=c.beta, running_var=abs(c.gamma), eps=EPS, code=RELU, y=out,
+        ))  # fmt: skip
         cases.assert_same_bits(out.copy(), infer(c, c.beta, abs(c.gamma), None, RELU))
         assert (y[:skip] == 7).all()
         assert (y[skip + c.x.size :] == 7).all()
@@ -576,9 +592,7 @@ def test_frozen_gradient_does_not_read_x() -> None:
     saved = np.zeros((6, 60))
     saved[3:5] = 1
     dx = np.empty_like(c.x)
-    numba_backend.backward(
-        c.dy, c.x, None, None, saved, 40.0, True, None, IDENTITY, 0.0, False, dx, None, None, None, 1
-    )
+    numba_backend.backward(_call.BackwardCall(dy=c.dy, x=c.x, saved=saved, counted=40.0, frozen=True, dx=dx))
     cases.assert_same_bits(dx, c.dy)
 
 
@@ -601,14 +615,15 @@ def test_describe() -> None:
 START = """
 import os, threading
 import numpy as np
+from fastbn._call import BackwardCall, Call
 from fastbn.backends import numba_backend
 x = np.random.default_rng(0).standard_normal((600, 1000, 1)).astype(np.float32)
 x.flags.writeable = False
 
 def run(threads):
     y, dx, saved = np.empty_like(x), np.empty_like(x), np.empty((6, 1000))
-    numba_backend.forward(x, None, None, None, None, None, None, 0.1, 1, 1e-5, 1, 0.0, y, saved, threads)
-    numba_backend.backward(x, x, None, None, saved, 600.0, False, None, 1, 0.0, False, dx, None, None, None, threads)
+    numba_backend.forward(Call(x, eps=1e-5, code=1, y=y, saved=saved, threads=threads))
+    numba_backend.backward(BackwardCall(x, x, saved, code=1, counted=600.0, dx=dx, threads=threads))
     return y.tobytes() + dx.tobytes()
 
 wanted = run(1)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import fastbn
+from fastbn._call import BackwardCall, Call
 from fastbn._dtypes import rounded
 from fastbn._moments import blend
 
@@ -63,10 +64,10 @@ def test_blend(name: str) -> None:
     rows[0, :2] = np.nan, np.inf
     mean, var = rng.standard_normal(500).astype(dtype), rng.uniform(0, 2, 500).astype(dtype)
     old = mean.astype(np.float64), var.astype(np.float64)
-    blend(rows, 10, mean, var, 0.3, 1)
+    blend(Call(rows, running_mean=mean, running_var=var, momentum=0.3, correction=1), rows, 10)
     cases.assert_same_bits(mean, rounded((1 - 0.3) * old[0] + 0.3 * (rows[0] + rows[1]), dtype))
     cases.assert_same_bits(var, rounded((1 - 0.3) * old[1] + 0.3 * (rows[2] / 9), dtype))
-    blend(rows, 10, None, None, 0.3, 1)
+    blend(Call(rows, momentum=0.3, correction=1), rows, 10)
 
 
 @pytest.mark.parametrize("names", [("float16", "float64"), ("bfloat16", "float32"), ("float64", "float16")])
@@ -76,14 +77,18 @@ def test_forward_and_infer(backend: Any, names: tuple[str, str], shape: tuple[in
     mean, var = (a.astype(dtype_of(name)) for a, name in zip((c.running_mean, c.running_var), names, strict=True))
     old = mean.astype(np.float64), var.astype(np.float64)
     y, saved, rows = np.empty_like(c.x), np.empty((6, shape[1])), np.empty((3, shape[1]))
-    backend.forward(c.x, None, None, c.gamma, c.beta, mean, var, 0.1, 0, 1e-5, 0, 0.0, y, saved, 1)
-    backend.moments(c.x, None, rows, 1)
+    backend.forward(Call(
+        x=c.x, gamma=c.gamma, beta=c.beta, running_mean=mean, running_var=var, momentum=0.1, eps=1e-5, y=y, saved=saved,
+    ))  # fmt: skip
+    backend.moments(Call(x=c.x, moments=rows))
     count = c.x.size // shape[1]
     cases.assert_same_bits(mean, rounded((1 - 0.1) * old[0] + 0.1 * (rows[0] + rows[1]), mean.dtype))
     cases.assert_same_bits(var, rounded((1 - 0.1) * old[1] + 0.1 * (rows[2] / count), var.dtype))
     found = []
     for given in ((mean, var), (mean.astype(np.float64), var.astype(np.float64))):
-        backend.infer(c.x, None, c.gamma, c.beta, *given, 1e-5, 1, 0.0, y, None, 1)
+        backend.infer(
+            Call(x=c.x, gamma=c.gamma, beta=c.beta, running_mean=given[0], running_var=given[1], eps=1e-5, code=1, y=y)
+        )
         found.append(y.copy())
     cases.assert_same_bits(*found)
 
@@ -98,15 +103,18 @@ def test_dx_may_be_dy(backend: Any, shape: tuple[int, int, int], masked: bool, f
     count = c.x.size / shape[1] if mask is None else float(mask.sum())
     saved, y = np.empty((6, shape[1])), np.empty_like(c.x)
     for activation in range(7):
-        backend.forward(c.x, None, mask, c.gamma, c.beta, None, None, 0.1, 1, 1e-5, activation, 0.1, y, saved, 1)
+        backend.forward(Call(
+            x=c.x, mask=mask, gamma=c.gamma, beta=c.beta, momentum=0.1, correction=1, eps=1e-5, code=activation,
+            slope=0.1, y=y, saved=saved,
+        ))  # fmt: skip
         found = []
         for dy, dx in ((c.dy, np.empty_like(c.dy)), (c.dy.copy(), None)):
             out = dy if dx is None else dx
             dresidual = np.empty_like(dy) if activation else None
             dgamma, dbeta = np.empty(shape[1], dtype), np.empty(shape[1], dtype)
-            backend.backward(
-                dy, c.x, c.residual, mask, saved, count, frozen, None, activation, 0.1, False, out, dresidual, dgamma,
-                dbeta, 1,
-            )  # fmt: skip
+            backend.backward(BackwardCall(
+                dy=dy, x=c.x, residual=c.residual, mask=mask, saved=saved, counted=count, frozen=frozen,
+                code=activation, slope=0.1, dx=out, dresidual=dresidual, dgamma=dgamma, dbeta=dbeta,
+            ))  # fmt: skip
             found.append((out, dresidual, dgamma, dbeta))
         cases.assert_same_bits(*found, f"activation {activation}")

@@ -8,7 +8,7 @@ import cases
 import numpy as np
 import pytest
 
-from fastbn import _blocks, _shape
+from fastbn import _blocks, _call, _shape
 from fastbn.backends import numpy_backend
 
 Order = tuple[int, ...]
@@ -33,8 +33,8 @@ DENSE: dict[str, tuple[tuple[int, ...], Order, int, tuple[int, int, int]]] = {
 }
 
 
-def blocks_of(array: np.ndarray, axis: int, *others: np.ndarray) -> _blocks.Blocks:
-    return _blocks.Blocks(numpy_backend, 1, axis, array, *others)
+def blocks_of(array: np.ndarray, axis: int, residual: np.ndarray | None = None) -> _blocks.Blocks:
+    return _blocks.Blocks(_call.Call(array, axis=axis, residual=residual), numpy_backend)
 
 
 @pytest.mark.parametrize("name", DENSE)

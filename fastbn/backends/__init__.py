@@ -9,11 +9,8 @@ from functools import cache
 from importlib.util import find_spec
 from typing import Any, Protocol, cast
 
-import numpy as np
-
 from .. import _check, _config, _threads
-
-Array = np.ndarray[Any, Any]
+from .._call import BackwardCall, Call
 
 SAVED_ROWS = ("mean", "mean_low", "var", "inv_std", "gamma", "beta")
 """The rows of `saved`, the float64 array (rows, channels) that carries a forward call to its backward.
@@ -23,101 +20,46 @@ The mean is mean + mean_low; inv_std is 1/sqrt(var + eps), or 0 where var + eps 
 
 
 class Backend(Protocol):
-    """Fills arrays; never decides. A module is a backend when it has these functions.
+    """Fills the arrays of a call; never decides. A module is a backend when it has these functions.
 
-    Inputs arrive validated, outputs allocated. x, residual, y, dy, dx and dresidual are C-contiguous
-    (outer, channels, inner) of one dtype; y may be x. gamma and beta are (channels,), in one dtype, float64 or the
-    statistics dtype. dgamma and dbeta are (channels,), contiguous, in the statistics dtype; so are running statistics,
-    mean and var, but each in a float dtype of its own, native. mask is bool (outer, inner), contiguous, and any byte
-    but 0 is True: at least one, two for forward, any number for gradients. `activation` is a code of
-    fastbn._activations, and slope is leaky_relu's. Any of the arrays annotated with None may be absent.
+    A call arrives validated, with results allocated. x, residual, y, dy, dx and dresidual are C-contiguous
+    (outer, channels, inner) of one dtype; y may be x, and dx may be dy. gamma and beta are (channels,), in one dtype,
+    float64 or the statistics dtype. dgamma and dbeta are (channels,), contiguous, in the statistics dtype; so are
+    running statistics, but in any float dtype, native. mask is bool (outer, inner), contiguous, and any byte but 0 is
+    True: at least one, two for forward, any number for gradients. saved, moments and sums are float64 (rows, channels).
+    What a `Call` or `BackwardCall` calls None may be absent. A backend reads no other fields than those named here,
+    and the numbers: momentum, correction, eps, code, slope, counted, frozen, from_y and threads.
     """
 
     DTYPES: frozenset[str]
     """The names of the dtypes of data that it takes; the front desk converts others, block by block."""
 
-    def forward(
-        self,
-        x: Array,
-        residual: Array | None,
-        mask: Array | None,
-        gamma: Array | None,
-        beta: Array | None,
-        running_mean: Array | None,
-        running_var: Array | None,
-        momentum: float,
-        correction: int,
-        eps: float,
-        activation: int,
-        slope: float,
-        y: Array,
-        saved: Array,
-        threads: int,
-    ) -> None:
-        """Normalizes with the statistics of x where mask is True; blends the variance over their count - correction."""
+    def forward(self, call: Call) -> None:
+        """Normalizes with the statistics of x where mask is True, fills saved, and updates the running statistics.
 
-    def infer(
-        self,
-        x: Array,
-        residual: Array | None,
-        gamma: Array | None,
-        beta: Array | None,
-        mean: Array | None,
-        var: Array | None,
-        eps: float,
-        activation: int,
-        slope: float,
-        y: Array,
-        saved: Array | None,
-        threads: int,
-    ) -> None:
-        """Normalizes with mean and var, or with the first three rows of saved where those are None; fills saved."""
+        The running variance gets the sum of squares over their count - correction.
+        """
 
-    def moments(self, x: Array, mask: Array | None, into: Array, threads: int) -> None:
-        """Fills into, float64 (3, channels): mean, mean_low and the sum of squares around their sum."""
+    def infer(self, call: Call) -> None:
+        """Normalizes with the running statistics; fills saved, if there is one."""
 
-    def backward_sums(
-        self,
-        dy: Array,
-        x: Array,
-        residual: Array | None,
-        mask: Array | None,
-        saved: Array,
-        activation: int,
-        slope: float,
-        from_y: bool,
-        sums: Array,
-        threads: int,
-    ) -> None:
-        """Fills sums, float64 (2, channels): the sums of dz and of dz * xhat.
+    def apply(self, call: Call) -> None:
+        """Normalizes with the first three rows of saved, and fills the others."""
+
+    def moments(self, call: Call) -> None:
+        """Fills moments, of x where mask is True: mean, mean_low and the sum of squares around their sum."""
+
+    def backward_sums(self, call: BackwardCall) -> None:
+        """Fills sums: those of dz and of dz * xhat.
 
         They are over all positions, but for those where mask is False and dy is 0, which add nothing.
         """
 
-    def backward(
-        self,
-        dy: Array,
-        x: Array,
-        residual: Array | None,
-        mask: Array | None,
-        saved: Array,
-        count: float,
-        frozen: bool,
-        sums: Array | None,
-        activation: int,
-        slope: float,
-        from_y: bool,
-        dx: Array,
-        dresidual: Array | None,
-        dgamma: Array | None,
-        dbeta: Array | None,
-        threads: int,
-    ) -> None:
+    def backward(self, call: BackwardCall) -> None:
         """The gradient of forward (not frozen) or infer (frozen), with `sums` or else those of its own positions.
 
-        `count` values per channel made the statistics, and mask tells which of x's were among them. Where it is False
-        and dy is 0, dx and dresidual are 0, whatever x, the residual and the statistics are. from_y: x holds y, of no
-        activation or of leaky_relu with slope > 0. dx may be dy.
+        `counted` values per channel made the statistics, and mask tells which of x's were among them. Where it is False
+        and dy is 0, dx and dresidual are 0, whatever x, the residual and the statistics are.
         """
 
     def describe(self) -> dict[str, str]:

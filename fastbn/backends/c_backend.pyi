@@ -3,72 +3,18 @@ from typing import Any
 
 import numpy as np
 
+from fastbn._call import BackwardCall, Call
+
 Array = np.ndarray[Any, Any]
 
 DTYPES: frozenset[str]
 
-def forward(
-    x: Array,
-    residual: Array | None,
-    mask: Array | None,
-    gamma: Array | None,
-    beta: Array | None,
-    running_mean: Array | None,
-    running_var: Array | None,
-    momentum: float,
-    correction: int,
-    eps: float,
-    activation: int,
-    slope: float,
-    y: Array,
-    saved: Array,
-    threads: int,
-) -> None: ...
-def infer(
-    x: Array,
-    residual: Array | None,
-    gamma: Array | None,
-    beta: Array | None,
-    mean: Array | None,
-    var: Array | None,
-    eps: float,
-    activation: int,
-    slope: float,
-    y: Array,
-    saved: Array | None,
-    threads: int,
-) -> None: ...
-def moments(x: Array, mask: Array | None, into: Array, threads: int) -> None: ...
-def backward_sums(
-    dy: Array,
-    x: Array,
-    residual: Array | None,
-    mask: Array | None,
-    saved: Array,
-    activation: int,
-    slope: float,
-    from_y: bool,
-    sums: Array,
-    threads: int,
-) -> None: ...
-def backward(
-    dy: Array,
-    x: Array,
-    residual: Array | None,
-    mask: Array | None,
-    saved: Array,
-    count: float,
-    frozen: bool,
-    sums: Array | None,
-    activation: int,
-    slope: float,
-    from_y: bool,
-    dx: Array,
-    dresidual: Array | None,
-    dgamma: Array | None,
-    dbeta: Array | None,
-    threads: int,
-) -> None: ...
+def forward(call: Call) -> None: ...
+def infer(call: Call) -> None: ...
+def apply(call: Call) -> None: ...
+def moments(call: Call) -> None: ...
+def backward_sums(call: BackwardCall) -> None: ...
+def backward(call: BackwardCall) -> None: ...
 def isas() -> tuple[str, ...]: ...
 def isa() -> str: ...
 def select_isa(name: str) -> None: ...

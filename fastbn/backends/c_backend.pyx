@@ -168,16 +168,17 @@ cdef struct Sizes:
     int64_t channels
 
 
-cdef Sizes set_problem_of(c.fbn_problem *p, cnp.ndarray x, int activation, double slope, int threads) except *:
-    """Fills the problem from a three-dimensional x."""
+cdef Sizes set_problem_of(c.fbn_problem *p, object call) except *:
+    """Fills the problem of a call, whose x is three-dimensional."""
     cdef Sizes sizes
-    if cnp.PyArray_NDIM(x) != 3:
-        raise ValueError(f"x: got shape {(<object> x).shape}; allowed: (outer, channels, inner)")
+    cdef cnp.ndarray x = call.x
+    if x is None or cnp.PyArray_NDIM(x) != 3:
+        raise ValueError(f"x: got {'None' if x is None else f'shape {call.x.shape}'}; allowed: (outer, channels, inner)")
     p.machine = &machine
     p.dtype = dtype_of(x)
-    p.activation, p.slope = <c.fbn_activation> activation, slope
+    p.activation, p.slope = <c.fbn_activation> <int> call.code, call.slope
     p.outer, p.channels, p.inner = cnp.PyArray_DIM(x, 0), cnp.PyArray_DIM(x, 1), cnp.PyArray_DIM(x, 2)
-    p.threads = threads
+    p.threads = call.threads
     sizes.data = cnp.PyArray_TYPE(x)
     sizes.statistics = statistics_of(sizes.data)
     sizes.values, sizes.positions, sizes.channels = cnp.PyArray_SIZE(x), p.outer * p.inner, p.channels
@@ -195,106 +196,107 @@ cdef c.fbn_dtype set_pair(cnp.ndarray first, cnp.ndarray second, Sizes sizes, vo
     return dtype_of(first if first is not None else second)
 
 
-cdef double *saved_of(cnp.ndarray saved, Sizes sizes) except? NULL:
-    if saved is not None and (saved.ndim != 2 or cnp.PyArray_DIM(saved, 0) != c.FBN_SAVED_ROWS):
-        raise ValueError(f"saved: got shape {(<object> saved).shape}; allowed: ({c.FBN_SAVED_ROWS}, channels)")
-    return <double *> data_of(saved, cnp.NPY_FLOAT64, c.FBN_SAVED_ROWS * sizes.channels)
+cdef c.fbn_parameters parameters_of(object call, Sizes sizes) except *:
+    cdef c.fbn_parameters found
+    found.dtype = set_pair(call.gamma, call.beta, sizes, <void **> &found.gamma, <void **> &found.beta)
+    return found
+
+
+cdef double *rows_of(cnp.ndarray rows, int count, Sizes sizes) except? NULL:
+    if rows is not None and (cnp.PyArray_NDIM(rows) != 2 or cnp.PyArray_DIM(rows, 0) != count):
+        raise ValueError(f"rows: got shape {(<object> rows).shape}; allowed: ({count}, channels)")
+    return <double *> data_of(rows, cnp.NPY_FLOAT64, count * sizes.channels)
 
 
 # ---- the protocol of fastbn.backends ----
 
 
-def forward(
-    cnp.ndarray x not None, cnp.ndarray residual, cnp.ndarray mask, cnp.ndarray gamma, cnp.ndarray beta,
-    cnp.ndarray running_mean, cnp.ndarray running_var, double momentum, double correction, double eps, int activation,
-    double slope, cnp.ndarray y not None, cnp.ndarray saved not None, int threads,
-):
+def forward(call):
     cdef c.fbn_problem p
     cdef c.fbn_forward_args a
-    cdef Sizes sizes = set_problem_of(&p, x, activation, slope, threads)
+    cdef Sizes sizes = set_problem_of(&p, call)
     cdef int status
-    a.x, a.residual = data_of(x, sizes.data, sizes.values), data_of(residual, sizes.data, sizes.values)
-    a.mask = <unsigned char *> data_of(mask, cnp.NPY_BOOL, sizes.positions)
-    a.parameters.dtype = set_pair(gamma, beta, sizes, <void **> &a.parameters.gamma, <void **> &a.parameters.beta)
-    a.running.dtype = set_pair(running_mean, running_var, sizes, &a.running.mean, &a.running.var)
-    a.running.momentum, a.running.correction, a.eps = momentum, correction, eps
-    a.y, a.saved = data_of(y, sizes.data, sizes.values), saved_of(saved, sizes)
+    a.x, a.residual = data_of(call.x, sizes.data, sizes.values), data_of(call.residual, sizes.data, sizes.values)
+    a.mask = <unsigned char *> data_of(call.mask, cnp.NPY_BOOL, sizes.positions)
+    a.parameters, a.eps = parameters_of(call, sizes), call.eps
+    a.running.dtype = set_pair(call.running_mean, call.running_var, sizes, &a.running.mean, &a.running.var)
+    a.running.momentum, a.running.correction = call.momentum, call.correction
+    a.y, a.saved = data_of(call.y, sizes.data, sizes.values), rows_of(call.saved, c.FBN_SAVED_ROWS, sizes)
     with nogil:
         status = call_forward(&p, &a)
     expect(status)
 
 
-def infer(
-    cnp.ndarray x not None, cnp.ndarray residual, cnp.ndarray gamma, cnp.ndarray beta, cnp.ndarray mean,
-    cnp.ndarray var, double eps, int activation, double slope, cnp.ndarray y not None, cnp.ndarray saved, int threads,
-):
+def infer(call):
     cdef c.fbn_problem p
     cdef c.fbn_infer_args a
-    cdef c.fbn_apply_args b
-    cdef Sizes sizes = set_problem_of(&p, x, activation, slope, threads)
+    cdef Sizes sizes = set_problem_of(&p, call)
     cdef int status
-    a.x, a.residual = data_of(x, sizes.data, sizes.values), data_of(residual, sizes.data, sizes.values)
-    a.parameters.dtype = set_pair(gamma, beta, sizes, <void **> &a.parameters.gamma, <void **> &a.parameters.beta)
-    a.statistics.dtype = set_pair(mean, var, sizes, <void **> &a.statistics.mean, <void **> &a.statistics.var)
-    a.y, a.saved, a.eps = data_of(y, sizes.data, sizes.values), saved_of(saved, sizes), eps
-    if mean is not None:
-        with nogil:
-            status = call_infer(&p, &a)
-    else:
-        b.x, b.residual, b.parameters, b.eps, b.y, b.saved = a.x, a.residual, a.parameters, a.eps, a.y, a.saved
-        with nogil:
-            status = call_apply(&p, &b)
+    a.x, a.residual = data_of(call.x, sizes.data, sizes.values), data_of(call.residual, sizes.data, sizes.values)
+    a.parameters, a.eps = parameters_of(call, sizes), call.eps
+    a.statistics.dtype = set_pair(
+        call.running_mean, call.running_var, sizes, <void **> &a.statistics.mean, <void **> &a.statistics.var
+    )
+    a.y, a.saved = data_of(call.y, sizes.data, sizes.values), rows_of(call.saved, c.FBN_SAVED_ROWS, sizes)
+    with nogil:
+        status = call_infer(&p, &a)
     expect(status)
 
 
-def moments(cnp.ndarray x not None, cnp.ndarray mask, cnp.ndarray into not None, int threads):
+def apply(call):
+    cdef c.fbn_problem p
+    cdef c.fbn_apply_args a
+    cdef Sizes sizes = set_problem_of(&p, call)
+    cdef int status
+    a.x, a.residual = data_of(call.x, sizes.data, sizes.values), data_of(call.residual, sizes.data, sizes.values)
+    a.parameters, a.eps = parameters_of(call, sizes), call.eps
+    a.y, a.saved = data_of(call.y, sizes.data, sizes.values), rows_of(call.saved, c.FBN_SAVED_ROWS, sizes)
+    with nogil:
+        status = call_apply(&p, &a)
+    expect(status)
+
+
+def moments(call):
     cdef c.fbn_problem p
     cdef c.fbn_moments_args a
-    cdef Sizes sizes = set_problem_of(&p, x, c.FBN_IDENTITY, 0, threads)
+    cdef Sizes sizes = set_problem_of(&p, call)
     cdef int status
-    a.x = data_of(x, sizes.data, sizes.values)
-    a.mask = <unsigned char *> data_of(mask, cnp.NPY_BOOL, sizes.positions)
-    a.moments = <double *> data_of(into, cnp.NPY_FLOAT64, 3 * sizes.channels)
+    a.x = data_of(call.x, sizes.data, sizes.values)
+    a.mask = <unsigned char *> data_of(call.mask, cnp.NPY_BOOL, sizes.positions)
+    a.moments = rows_of(call.moments, 3, sizes)
     with nogil:
         status = call_moments(&p, &a)
     expect(status)
 
 
-def backward_sums(
-    cnp.ndarray dy not None, cnp.ndarray x not None, cnp.ndarray residual, cnp.ndarray mask,
-    cnp.ndarray saved not None, int activation, double slope, bint from_y, cnp.ndarray sums not None, int threads,
-):
+def backward_sums(call):
     cdef c.fbn_problem p
     cdef c.fbn_sums_args a
-    cdef Sizes sizes = set_problem_of(&p, x, activation, slope, threads)
+    cdef Sizes sizes = set_problem_of(&p, call)
     cdef int status
-    a.dy, a.x = data_of(dy, sizes.data, sizes.values), data_of(x, sizes.data, sizes.values)
-    a.residual = data_of(residual, sizes.data, sizes.values)
-    a.mask = <unsigned char *> data_of(mask, cnp.NPY_BOOL, sizes.positions)
-    a.saved, a.from_y = saved_of(saved, sizes), from_y
-    a.sums = <double *> data_of(sums, cnp.NPY_FLOAT64, 2 * sizes.channels)
+    a.dy, a.x = data_of(call.dy, sizes.data, sizes.values), data_of(call.x, sizes.data, sizes.values)
+    a.residual = data_of(call.residual, sizes.data, sizes.values)
+    a.mask = <unsigned char *> data_of(call.mask, cnp.NPY_BOOL, sizes.positions)
+    a.saved, a.from_y = rows_of(call.saved, c.FBN_SAVED_ROWS, sizes), call.from_y
+    a.sums = rows_of(call.sums, 2, sizes)
     with nogil:
         status = call_backward_sums(&p, &a)
     expect(status)
 
 
-def backward(
-    cnp.ndarray dy not None, cnp.ndarray x not None, cnp.ndarray residual, cnp.ndarray mask,
-    cnp.ndarray saved not None, double count, bint frozen, cnp.ndarray sums, int activation, double slope, bint from_y,
-    cnp.ndarray dx not None, cnp.ndarray dresidual, cnp.ndarray dgamma, cnp.ndarray dbeta, int threads,
-):
+def backward(call):
     cdef c.fbn_problem p
     cdef c.fbn_backward_args a
-    cdef Sizes sizes = set_problem_of(&p, x, activation, slope, threads)
+    cdef Sizes sizes = set_problem_of(&p, call)
     cdef int status
-    a.dy, a.x = data_of(dy, sizes.data, sizes.values), data_of(x, sizes.data, sizes.values)
-    a.residual = data_of(residual, sizes.data, sizes.values)
-    a.mask = <unsigned char *> data_of(mask, cnp.NPY_BOOL, sizes.positions)
-    a.saved, a.count, a.frozen, a.from_y = saved_of(saved, sizes), count, frozen, from_y
-    a.sums = <double *> data_of(sums, cnp.NPY_FLOAT64, 2 * sizes.channels)
-    a.dx, a.dresidual = data_of(dx, sizes.data, sizes.values), data_of(dresidual, sizes.data, sizes.values)
-    a.dgamma = data_of(dgamma, sizes.statistics, sizes.channels)
-    a.dbeta = data_of(dbeta, sizes.statistics, sizes.channels)
+    a.dy, a.x = data_of(call.dy, sizes.data, sizes.values), data_of(call.x, sizes.data, sizes.values)
+    a.residual = data_of(call.residual, sizes.data, sizes.values)
+    a.mask = <unsigned char *> data_of(call.mask, cnp.NPY_BOOL, sizes.positions)
+    a.saved, a.sums = rows_of(call.saved, c.FBN_SAVED_ROWS, sizes), rows_of(call.sums, 2, sizes)
+    a.count, a.frozen, a.from_y = call.counted, call.frozen, call.from_y
+    a.dx, a.dresidual = data_of(call.dx, sizes.data, sizes.values), data_of(call.dresidual, sizes.data, sizes.values)
+    a.dgamma = data_of(call.dgamma, sizes.statistics, sizes.channels)
+    a.dbeta = data_of(call.dbeta, sizes.statistics, sizes.channels)
     with nogil:
         status = call_backward(&p, &a)
     expect(status)

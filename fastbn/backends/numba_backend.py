@@ -23,6 +23,7 @@ import numba
 import numpy as np
 
 from .. import _threads
+from .._call import BackwardCall, Call
 from .._moments import blend
 from . import SAVED_ROWS
 from . import numba_loops as loops
@@ -376,7 +377,9 @@ def _calculate(
     )  # fmt: skip
     flat, target = _input(x), np.empty(0, x.dtype) if out is None else out.reshape(-1)
     a = _Arrays(
-        *(flat, flat if residual is None else _input(residual), flat if dy is None else _input(dy)),
+        x=flat,
+        residual=flat if residual is None else _input(residual),
+        dy=flat if dy is None else _input(dy),
         mask=_input(np.empty(0, np.uint8) if mask is None else mask.view(np.uint8)),
         out=target,
         dresidual=target if dresidual is None else dresidual.reshape(-1),
@@ -412,43 +415,43 @@ def _count(x: Array, mask: Array | None) -> int:
     return x.shape[0] * x.shape[2] if mask is None else int(np.count_nonzero(mask))
 
 
-def forward(
-    x: Array, residual: Array | None, mask: Array | None, gamma: Array | None, beta: Array | None,
-    running_mean: Array | None, running_var: Array | None, momentum: float, correction: int, eps: float,
-    activation: int, slope: float, y: Array, saved: Array, threads: int,
-) -> None:  # fmt: skip
+def forward(call: Call) -> None:
     """Ioffe & Szegedy 2015, algorithm 1."""
-    if not x.size:
+    if not call.x.size:
         return
-    mask = None if mask is None else mask.view(np.uint8)
-    count = _count(x, mask)
-    saved[GAMMA], saved[BETA] = 1 if gamma is None else gamma, 0 if beta is None else beta
-    _, m2 = _calculate(
-        REDUCE | FINISH | MAP, x, saved, threads, origin=_origin(x, mask), residual=residual, mask=mask, out=y,
-        count=count, eps=eps, activation=activation, slope=slope,
+    mask = None if call.mask is None else call.mask.view(np.uint8)
+    count = _count(call.x, mask)
+    _, m2 = _fill_y(REDUCE | FINISH | MAP, call, call.saved, origin=_origin(call.x, mask), mask=mask, count=count)
+    blend(call, np.stack((call.saved[MEAN], call.saved[MEAN_LOW], m2)), count)
+
+
+def _fill_y(steps: int, call: Call, saved: Array, **more: Any) -> Array:
+    """Fills y."""
+    saved[GAMMA], saved[BETA] = 1 if call.gamma is None else call.gamma, 0 if call.beta is None else call.beta
+    return _calculate(
+        steps, call.x, saved, call.threads, residual=call.residual, out=call.y, eps=call.eps, activation=call.code,
+        slope=call.slope, **more,
     )  # fmt: skip
-    blend(np.stack((saved[MEAN], saved[MEAN_LOW], m2)), count, running_mean, running_var, momentum, correction)
 
 
-def infer(
-    x: Array, residual: Array | None, gamma: Array | None, beta: Array | None, mean: Array | None, var: Array | None,
-    eps: float, activation: int, slope: float, y: Array, saved: Array | None, threads: int,
-) -> None:  # fmt: skip
+def infer(call: Call) -> None:
     """Ioffe & Szegedy 2015, algorithm 2."""
-    known = np.empty((len(SAVED_ROWS), x.shape[1])) if saved is None else saved
-    if mean is not None:
-        known[MEAN], known[MEAN_LOW], known[VAR] = mean, 0, var
-    known[GAMMA], known[BETA] = 1 if gamma is None else gamma, 0 if beta is None else beta
-    steps = FINISH | MAP
-    _calculate(steps, x, known, threads, residual=residual, out=y, eps=eps, activation=activation, slope=slope)
+    saved = np.empty((len(SAVED_ROWS), call.x.shape[1])) if call.saved is None else call.saved
+    saved[MEAN], saved[MEAN_LOW], saved[VAR] = call.running_mean, 0, call.running_var
+    _fill_y(FINISH | MAP, call, saved)
 
 
-def moments(x: Array, mask: Array | None, into: Array, threads: int) -> None:
+def apply(call: Call) -> None:
+    """The same, with the statistics that are in saved."""
+    _fill_y(FINISH | MAP, call, call.saved)
+
+
+def moments(call: Call) -> None:
     """Of the values where mask is True; the mean in two pieces."""
-    mask = None if mask is None else mask.view(np.uint8)
-    saved, origin = np.zeros((len(SAVED_ROWS), x.shape[1])), _origin(x, mask)
-    _, into[2] = _calculate(REDUCE | FINISH, x, saved, threads, origin=origin, mask=mask, count=_count(x, mask))
-    into[:2] = saved[[MEAN, MEAN_LOW]]
+    x, mask = call.x, None if call.mask is None else call.mask.view(np.uint8)
+    saved, origin, count = np.zeros((len(SAVED_ROWS), x.shape[1])), _origin(x, mask), _count(x, mask)
+    _, m2 = _calculate(REDUCE | FINISH, x, saved, call.threads, origin=origin, mask=mask, count=count)
+    call.moments[...] = saved[MEAN], saved[MEAN_LOW], m2
 
 
 @np.errstate(all="ignore")
@@ -465,33 +468,30 @@ def _known(saved: Array, from_y: bool) -> Array:
     return known
 
 
-def backward_sums(
-    dy: Array, x: Array, residual: Array | None, mask: Array | None, saved: Array, activation: int, slope: float,
-    from_y: bool, sums: Array, threads: int,
-) -> None:  # fmt: skip
+def backward_sums(call: BackwardCall) -> None:
     """Of dz, dbeta, and of dz * xhat, dgamma: Ioffe & Szegedy 2015, section 3."""
-    sums[...] = 0
+    call.sums[...] = 0
+    _differentiate(REDUCE, call, sums=call.sums)
+
+
+def _differentiate(steps: int, call: BackwardCall, sums: Array, **more: Any) -> None:
+    """The steps that every gradient needs, and these."""
     _calculate(
-        PREPARE | REDUCE | FINISH, x, _known(saved, from_y), threads, residual=residual, dy=dy, mask=mask, sums=sums,
-        activation=activation, slope=slope, from_y=from_y,
+        PREPARE | FINISH | steps, call.x, _known(call.saved, call.from_y), call.threads, residual=call.residual,
+        dy=call.dy, mask=call.mask, sums=sums, activation=call.code, slope=call.slope, from_y=call.from_y, **more,
     )  # fmt: skip
 
 
-def backward(
-    dy: Array, x: Array, residual: Array | None, mask: Array | None, saved: Array, count: float, frozen: bool,
-    sums: Array | None, activation: int, slope: float, from_y: bool, dx: Array, dresidual: Array | None,
-    dgamma: Array | None, dbeta: Array | None, threads: int,
-) -> None:  # fmt: skip
+def backward(call: BackwardCall) -> None:
     """Ioffe & Szegedy 2015, section 3, the gradients gathered by input."""
-    reduces = sums is None and (not frozen or dgamma is not None or dbeta is not None)
-    totals = np.zeros((2, x.shape[1])) if sums is None else np.array(sums)
-    _calculate(
-        PREPARE | (REDUCE if reduces else 0) | FINISH | MAP, x, _known(saved, from_y), threads, residual=residual,
-        dy=dy, mask=mask, out=dx, dresidual=dresidual, sums=totals, count=count, activation=activation, slope=slope,
-        frozen=frozen, from_y=from_y,
+    reduces = call.sums is None and not (call.frozen and call.dgamma is None and call.dbeta is None)
+    totals = np.zeros((2, call.x.shape[1])) if call.sums is None else np.array(call.sums)
+    _differentiate(
+        MAP | (REDUCE if reduces else 0), call, totals, out=call.dx, dresidual=call.dresidual, count=call.counted,
+        frozen=call.frozen,
     )  # fmt: skip
     with np.errstate(all="ignore"):
-        for gradient, total in ((dbeta, totals[0]), (dgamma, totals[1])):
+        for gradient, total in ((call.dbeta, totals[0]), (call.dgamma, totals[1])):
             if gradient is not None:
                 gradient[...] = total
 

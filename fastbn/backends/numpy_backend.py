@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from .._activations import Activation
-from .._moments import blend
+from .._call import BackwardCall, Call
+from .._moments import blend, save
 
 Array = np.ndarray[Any, Any]
 
@@ -32,16 +33,6 @@ def _where(mask: Array | None) -> Any:
 def _sum(a: Array, mask: Array | None = None) -> Array:
     total: Array = a.sum(axis=(0, 2), dtype=np.float64, where=_where(mask))
     return total
-
-
-def _save(
-    saved: Array, mean: Array, low: Array | float, var: Array, eps: float, g: Array | None, b: Array | None
-) -> None:
-    std = np.sqrt(var + eps)
-    saved[0], saved[1], saved[2] = mean, low, var
-    saved[3] = np.divide(1, std, out=np.zeros_like(std), where=std != 0)
-    saved[4] = 1 if g is None else g
-    saved[5] = 0 if b is None else b
 
 
 def _centred(x: Array, mean: Array, low: Array) -> Array:
@@ -104,14 +95,13 @@ def _activate(z: Array, activation: int, slope: float, y: Array) -> None:
     y[...] = z
 
 
-def _dz(
-    dy: Array, x: Array, residual: Array | None, saved: Array, activation: int, slope: float, from_y: bool
-) -> Array:
+def _dz(call: BackwardCall) -> Array:
     """The gradient before the activation, whose slope at kinks is PyTorch's."""
+    dy, x, saved, activation = call.dy, call.x, call.saved, call.code
     if activation == Activation.IDENTITY:
         return dy.astype(np.float64)
     # Where y stands in for x it has the sign of z.
-    z = x.astype(np.float64) if from_y else _preactivation(_centred(x, saved[0], saved[1]), residual, saved)
+    z = x.astype(np.float64) if call.from_y else _preactivation(_centred(x, saved[0], saved[1]), call.residual, saved)
     if activation in (Activation.SIGMOID, Activation.SILU):
         dz = _smooth_slopes(z, activation)
         dz *= dy
@@ -128,7 +118,7 @@ def _dz(
     if slopes is not None:
         dz *= slopes
     if activation == Activation.LEAKY_RELU:
-        np.multiply(dz, slope, out=dz, where=flat)
+        np.multiply(dz, call.slope, out=dz, where=flat)
     else:
         np.copyto(dz, 0, where=flat)
     return dz
@@ -151,116 +141,85 @@ def _smooth_slopes(z: Array, activation: int) -> Array:
     return larger
 
 
-def _xhat(x: Array, residual: Array | None, saved: Array, activation: int, slope: float, from_y: bool) -> Array:
+def _xhat(call: BackwardCall) -> Array:
     """Normalized x; from_y by way of y, which x then holds: Rota Bulo et al. 2018, section 3.2."""
-    if not from_y:
+    x, saved = call.x, call.saved
+    if not call.from_y:
         xhat = _centred(x, saved[0], saved[1])
         xhat *= _column(saved[3])
         return xhat
     xhat = x.astype(np.float64)
-    if activation == Activation.LEAKY_RELU:
-        np.divide(xhat, slope, out=xhat, where=x <= 0)
-    if residual is not None:
-        xhat -= residual
+    if call.code == Activation.LEAKY_RELU:
+        np.divide(xhat, call.slope, out=xhat, where=x <= 0)
+    if call.residual is not None:
+        xhat -= call.residual
     xhat -= _column(saved[5])
     xhat /= _column(saved[4])
     return xhat
 
 
-def forward(
-    x: Array,
-    residual: Array | None,
-    mask: Array | None,
-    gamma: Array | None,
-    beta: Array | None,
-    running_mean: Array | None,
-    running_var: Array | None,
-    momentum: float,
-    correction: int,
-    eps: float,
-    activation: int,
-    slope: float,
-    y: Array,
-    saved: Array,
-    threads: int,
-) -> None:
+def _normalize(call: Call, saved: Array, centred: Array | None = None) -> None:
+    """Fills y and the other rows of saved, of which the first three are known; overwrites `centred`."""
+    std = np.sqrt(saved[2] + call.eps)
+    saved[3] = np.divide(1, std, out=np.zeros_like(std), where=std != 0)
+    saved[4] = 1 if call.gamma is None else call.gamma
+    saved[5] = 0 if call.beta is None else call.beta
+    if centred is None:
+        centred = _centred(call.x, saved[0], saved[1])
+    _activate(_preactivation(centred, call.residual, saved), call.code, call.slope, call.y)
+
+
+def forward(call: Call) -> None:
     """Ioffe & Szegedy 2015, algorithm 1."""
-    mask = _truth(mask)
-    count = x.shape[0] * x.shape[2] if mask is None else int(np.count_nonzero(mask))
-    rows = np.empty((3, x.shape[1]))
+    mask = _truth(call.mask)
+    count = call.x.shape[0] * call.x.shape[2] if mask is None else int(np.count_nonzero(mask))
+    rows = np.empty((3, call.x.shape[1]))
     with np.errstate(all="ignore"):
-        centred = _moments(x, mask, rows)
-        mean, low, m2 = rows
-        _save(saved, mean, low, m2 / count, eps, gamma, beta)
-        _activate(_preactivation(centred, residual, saved), activation, slope, y)
-    blend(rows, count, running_mean, running_var, momentum, correction)
+        centred = _moments(call.x, mask, rows)
+        save(rows, count, call.saved)
+        _normalize(call, call.saved, centred)
+    blend(call, rows, count)
 
 
-def infer(
-    x: Array,
-    residual: Array | None,
-    gamma: Array | None,
-    beta: Array | None,
-    mean: Array | None,
-    var: Array | None,
-    eps: float,
-    activation: int,
-    slope: float,
-    y: Array,
-    saved: Array | None,
-    threads: int,
-) -> None:
+def infer(call: Call) -> None:
     """Ioffe & Szegedy 2015, algorithm 2."""
-    constants = np.zeros((6, x.shape[1])) if saved is None else saved
-    if mean is not None and var is not None:
-        constants[0], constants[1], constants[2] = mean, 0, var
+    saved = np.empty((6, call.x.shape[1])) if call.saved is None else call.saved
+    saved[0], saved[1], saved[2] = call.running_mean, 0, call.running_var
     with np.errstate(all="ignore"):
-        _save(constants, constants[0], constants[1], constants[2], eps, gamma, beta)
-        centred = _centred(x, constants[0], constants[1])
-        _activate(_preactivation(centred, residual, constants), activation, slope, y)
+        _normalize(call, saved)
 
 
-def moments(x: Array, mask: Array | None, into: Array, threads: int) -> None:
+def apply(call: Call) -> None:
+    """The same, with the statistics that are in saved."""
+    with np.errstate(all="ignore"):
+        _normalize(call, call.saved)
+
+
+def moments(call: Call) -> None:
     """Of the values where mask is True; the mean in two pieces."""
     with np.errstate(all="ignore"):
-        _moments(x, _truth(mask), into)
+        _moments(call.x, _truth(call.mask), call.moments)
 
 
-def backward_sums(
-    dy: Array,
-    x: Array,
-    residual: Array | None,
-    mask: Array | None,
-    saved: Array,
-    activation: int,
-    slope: float,
-    from_y: bool,
-    sums: Array,
-    threads: int,
-) -> None:
+def backward_sums(call: BackwardCall) -> None:
     """Of dz, dbeta, and of dz * xhat, dgamma: Ioffe & Szegedy 2015, section 3."""
     with np.errstate(all="ignore"):
-        dz, xhat = _dz_and_xhat(dy, x, residual, _truth(mask), saved, activation, slope, from_y)
-        _add_up(dz, xhat, sums)
+        dz, xhat = _dz_and_xhat(call, _left_out(call))
+        _add_up(dz, xhat, call.sums)
 
 
-def _dz_and_xhat(
-    dy: Array,
-    x: Array,
-    residual: Array | None,
-    mask: Array | None,
-    saved: Array,
-    activation: int,
-    slope: float,
-    from_y: bool,
-) -> tuple[Array, Array]:
-    """Both are 0 where the mask is False and dy is 0: such a position is nothing to any gradient, whatever x may be."""
-    dz = _dz(dy, x, residual, saved, activation, slope, from_y)
-    xhat = _xhat(x, residual, saved, activation, slope, from_y)
-    if mask is not None:
-        nothing = (dy == 0) & ~_where(mask)
-        np.copyto(dz, 0, where=nothing)
-        np.copyto(xhat, 0, where=nothing)
+def _left_out(call: BackwardCall) -> Array | None:
+    """Where the mask is False and dy is 0: such a position is nothing to any gradient, whatever x may be."""
+    mask = _truth(call.mask)
+    return None if mask is None else (call.dy == 0) & ~_where(mask)
+
+
+def _dz_and_xhat(call: BackwardCall, left_out: Array | None) -> tuple[Array, Array]:
+    """Both are 0 where a position is left out."""
+    dz, xhat = _dz(call), _xhat(call)
+    if left_out is not None:
+        np.copyto(dz, 0, where=left_out)
+        np.copyto(xhat, 0, where=left_out)
     return dz, xhat
 
 
@@ -269,48 +228,31 @@ def _add_up(dz: Array, xhat: Array, sums: Array) -> None:
     sums[1] = np.einsum("nci,nci->c", dz, xhat)
 
 
-def backward(
-    dy: Array,
-    x: Array,
-    residual: Array | None,
-    mask: Array | None,
-    saved: Array,
-    count: float,
-    frozen: bool,
-    sums: Array | None,
-    activation: int,
-    slope: float,
-    from_y: bool,
-    dx: Array,
-    dresidual: Array | None,
-    dgamma: Array | None,
-    dbeta: Array | None,
-    threads: int,
-) -> None:
+def backward(call: BackwardCall) -> None:
     """Ioffe & Szegedy 2015, section 3, the gradients gathered by input; values that mask leaves out move no other."""
     with np.errstate(all="ignore"):
-        mask = _truth(mask)
-        dz, xhat = _dz_and_xhat(dy, x, residual, mask, saved, activation, slope, from_y)
-        nothing = None if mask is None else (dy == 0) & ~_where(mask)
-        if dresidual is not None:
-            dresidual[...] = dz
+        mask, left_out = _truth(call.mask), _left_out(call)
+        dz, xhat = _dz_and_xhat(call, left_out)
+        if call.dresidual is not None:
+            call.dresidual[...] = dz
+        sums = call.sums
         if sums is None:
-            sums = np.empty((2, x.shape[1]))
+            sums = np.empty((2, call.x.shape[1]))
             _add_up(dz, xhat, sums)
-        if dbeta is not None:
-            dbeta[...] = sums[0]
-        if dgamma is not None:
-            dgamma[...] = sums[1]
-        if not frozen:
-            xhat *= _column(sums[1] / count)
-            xhat += _column(sums[0] / count)
+        if call.dbeta is not None:
+            call.dbeta[...] = sums[0]
+        if call.dgamma is not None:
+            call.dgamma[...] = sums[1]
+        if not call.frozen:
+            xhat *= _column(sums[1] / call.counted)
+            xhat += _column(sums[0] / call.counted)
             if mask is not None:
                 np.copyto(xhat, 0, where=~_where(mask))
             dz -= xhat
-        dz *= _column(saved[4] * saved[3])
-        if nothing is not None:
-            np.copyto(dz, 0, where=nothing)
-        dx[...] = dz
+        dz *= _column(call.saved[4] * call.saved[3])
+        if left_out is not None:
+            np.copyto(dz, 0, where=left_out)
+        call.dx[...] = dz
 
 
 def describe() -> dict[str, str]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._activations import SLOPES
 from ..backends import SAVED_ROWS
 from . import formulas
 from .formulas import Activation, Gradients, split
@@ -107,7 +108,7 @@ def _in_dtypes(found: Gradients, gamma: Any, beta: Any) -> tuple[Tensor | None, 
 
 
 def _named(activation: str | None, slope: float) -> Activation:
-    return (activation, slope) if activation == "leaky_relu" else activation
+    return (activation, slope) if activation is not None and activation in SLOPES else activation
 
 
 def _known(where: Place | None, *tensors: Tensor | None) -> Place:
@@ -134,9 +135,21 @@ def operator(
     slope: float,
 ) -> tuple[Tensor, Tensor]:
     """The result and what `normalize` keeps, in training where no statistics are given."""
-    tensors = x, residual, gamma, beta, mean, var
-    where = _known(place(*tensors, x.shape[1], mean is None), *tensors)
-    y, saved = normalize(where, *tensors, mean is None, 0.0, eps, _named(activation, slope))
+    training = mean is None
+    where = place(x, residual, gamma, beta, mean, var, x.shape[1], training)
+    y, saved = normalize(
+        _known(where, x, residual, gamma, beta, mean, var),
+        x=x,
+        residual=residual,
+        gamma=gamma,
+        beta=beta,
+        mean=mean,
+        var=var,
+        training=training,
+        momentum=0.0,
+        eps=eps,
+        activation=_named(activation, slope),
+    )
     return y, torch.from_numpy(saved)
 
 
@@ -216,8 +229,9 @@ def normalize_by_operator(
     activation: Activation,
 ) -> Tensor:
     """What `normalize` does. The operator may not change the running statistics, or it could have no gradient."""
-    given = (None, None) if training else (mean, var)
-    y, saved = operator(x, residual, gamma, beta, *given, eps, *split(activation))
+    given_mean, given_var = (None, None) if training else (mean, var)
+    name, slope = split(activation)
+    y, saved = operator(x, residual, gamma, beta, given_mean, given_var, eps, name, slope)
     if training and mean is not None and var is not None:
         formulas.blend(mean, var, saved, x.numel() // x.shape[1], momentum)
     return y

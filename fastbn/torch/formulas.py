@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._activations import DEFAULT_SLOPE
+from .._activations import SLOPES
 from ..backends import SAVED_ROWS
 
 Activation = str | tuple[str, float] | None
@@ -18,7 +18,7 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 def split(activation: Activation) -> tuple[str | None, float]:
     """An activation's name and slope."""
-    return activation if isinstance(activation, tuple) else (activation, DEFAULT_SLOPE)
+    return activation if isinstance(activation, tuple) else (activation, SLOPES.get(activation, 0.0))
 
 
 def activated(y: Tensor, activation: Activation) -> Tensor:
@@ -26,7 +26,8 @@ def activated(y: Tensor, activation: Activation) -> Tensor:
     name, slope = split(activation)
     if name is None:
         return y
-    return getattr(torch.nn.functional, name)(y, *[slope] * (name == "leaky_relu"))
+    function = getattr(torch.nn.functional, name)
+    return function(y, slope) if name in SLOPES else function(y)
 
 
 def _activation_gradient(dy: Tensor, z: Tensor, activation: Activation) -> Tensor:

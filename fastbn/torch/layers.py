@@ -99,18 +99,18 @@ class _Layer(torch.nn.Module):
         seen = compiles or torch.overrides.has_torch_function((input,))
         if number is not None:  # before the call, which checkpointing may leave as soon as it has what it looks for
             number.add_(1) if seen else count(number)
-        rest = mean, var, batch, momentum, eps, self.activation
+        activation = self.activation
         if seen:
-            y = normalize_by_operator(input, residual, gamma, beta, *rest)
+            y = normalize_by_operator(input, residual, gamma, beta, mean, var, batch, momentum, eps, activation)
         elif torch.is_grad_enabled() and (
             input.requires_grad
             or (gamma is not None and gamma.requires_grad)
             or (beta is not None and beta.requires_grad)
             or (residual is not None and residual.requires_grad)
         ):
-            y = apply(input, residual, gamma, beta, (where, *rest))
+            y = apply(input, residual, gamma, beta, (where, mean, var, batch, momentum, eps, activation))
         else:
-            y, _ = normalize(where, input, residual, gamma, beta, *rest, keeps=False)
+            y, _ = normalize(where, input, residual, gamma, beta, mean, var, batch, momentum, eps, activation, False)
         return y
 
     def _tensors(self, compiles: bool) -> tuple[Any, Any, Any, Any, Any]:
