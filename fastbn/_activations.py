@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import IntEnum
+from typing import Any
 
 
 class Activation(IntEnum):
@@ -17,15 +18,17 @@ class Activation(IntEnum):
     SIGMOID = 6
 
 
-BY_NAME: dict[str | None, Activation] = {
-    None: Activation.IDENTITY,
-    "relu": Activation.RELU,
-    "relu6": Activation.RELU6,
-    "leaky_relu": Activation.LEAKY_RELU,
-    "silu": Activation.SILU,
-    "hardswish": Activation.HARDSWISH,
-    "sigmoid": Activation.SIGMOID,
-}
+BY_NAME: dict[str | None, Activation] = {code.name.lower() if code else None: code for code in Activation}
 
-DEFAULT_SLOPE = 0.01
-"""Of "leaky_relu" alone; ("leaky_relu", slope) has its own."""
+DEFAULT_SLOPES = {"leaky_relu": 0.01}
+"""The activations that take a number, and the one that a name alone stands for: ("leaky_relu", slope) has its own."""
+
+
+def split(activation: Any) -> tuple[str | None, float]:
+    """The name and the slope of an activation as users give it; the slope of those that take none is 0."""
+    return activation if isinstance(activation, tuple) else (activation, DEFAULT_SLOPES.get(activation, 0.0))
+
+
+def joined(name: str | None, slope: float) -> Any:
+    """An activation as users give it, of its name and slope."""
+    return (name, slope) if name in DEFAULT_SLOPES else name

@@ -11,7 +11,7 @@ from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 
-from ._activations import BY_NAME, DEFAULT_SLOPE, Activation
+from ._activations import BY_NAME, DEFAULT_SLOPES, Activation, split
 from ._dtypes import KINDS, DType, find, is_float, kind_of, native
 from ._shape import positions_of
 
@@ -288,17 +288,18 @@ def activation(value: object) -> tuple[Activation, float]:
     """The activation's code, and leaky_relu's slope (0 for others)."""
     if isinstance(value, str) or value is None:
         if value not in BY_NAME:
-            _refuse(ValueError, "activation", shown(value), _ACTIVATIONS)
-        code = BY_NAME[value]
-        return code, DEFAULT_SLOPE if code is Activation.LEAKY_RELU else 0.0
+            _refuse(ValueError, "activation", shown(value), ACTIVATIONS)
+        name, slope = split(value)
+        return BY_NAME[name], slope
     if not isinstance(value, tuple) or len(value) != 2 or not isinstance(value[0], str):
-        _refuse(TypeError, "activation", shown(value), _ACTIVATIONS)
-    if value[0] != "leaky_relu":
-        _refuse(ValueError, "activation", shown(value), _ACTIVATIONS)
-    return Activation.LEAKY_RELU, number("activation's slope", value[1], -math.inf, math.inf)
+        _refuse(TypeError, "activation", shown(value), ACTIVATIONS)
+    if value[0] not in DEFAULT_SLOPES:
+        _refuse(ValueError, "activation", shown(value), ACTIVATIONS)
+    return BY_NAME[value[0]], number("activation's slope", value[1], -math.inf, math.inf)
 
 
-_ACTIVATIONS = f"{_names(BY_NAME)}, ('leaky_relu', slope)"
+ACTIVATIONS = ", ".join([_names(BY_NAME), *(f"({name!r}, slope)" for name in DEFAULT_SLOPES)])
+"""What is allowed, as errors say it."""
 
 
 def mask(value: object, x: Array, channel_axis: int) -> Array | None:

@@ -229,6 +229,11 @@ def _short(values: Array) -> str:
     return np.array2string(values, separator=", ", threshold=8)
 
 
+def blended(old: Any, batch: Any, momentum: Any) -> Any:
+    """A running statistic after one more batch: of arrays, and of torch's tensors, of float64."""
+    return (1 - momentum) * old + momentum * batch
+
+
 def save(rows: Array, count: int, saved: Array) -> None:
     """Into the rows of `saved` from which infer takes its statistics."""
     with np.errstate(all="ignore"):
@@ -236,7 +241,7 @@ def save(rows: Array, count: int, saved: Array) -> None:
 
 
 def blend(rows: Array, count: int, mean: Array | None, var: Array | None, momentum: float, correction: int) -> None:
-    """Updates running statistics, where there are such: new = (1 - momentum) * old + momentum * batch.
+    """Updates running statistics, where there are such.
 
     The rows are mean, mean_low and m2 of the batch, whose variance is m2 / (count - correction). All is computed in
     float64 and rounded once, to the dtype that each of the running statistics has: any float dtype, native.
@@ -245,4 +250,4 @@ def blend(rows: Array, count: int, mean: Array | None, var: Array | None, moment
         return
     with np.errstate(all="ignore"):
         for running, batch in ((mean, rows[0] + rows[1]), (var, rows[2] / (count - correction))):
-            running[...] = rounded((1 - momentum) * running.astype(FLOAT64) + momentum * batch, running.dtype)
+            running[...] = rounded(blended(running.astype(FLOAT64), batch, momentum), running.dtype)

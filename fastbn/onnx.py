@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from . import _check
-from ._dtypes import kind_of
+from ._dtypes import FLOAT64, kind_of, rounded
+from ._moments import blended
 from .ops import forward, infer, moments
 
 try:
@@ -73,7 +74,7 @@ class BatchNormalization(OpRun):
             return (y.reshape(x.shape),)
         y, *found = _trained(data, scale, b, mean, var, float(epsilon), float(momentum))
         with np.errstate(over="ignore"):
-            outputs = [array.astype(like.dtype).reshape(like.shape) for array, like in zip(found, likes, strict=True)]
+            outputs = [rounded(array, like.dtype).reshape(like.shape) for array, like in zip(found, likes, strict=True)]
         return y.reshape(x.shape), *outputs[: 2 if opset >= 14 else 4]
 
 
@@ -87,8 +88,7 @@ def _trained(
         y = forward(x, scale, b, eps=epsilon, moments=found).y
     else:
         y = infer(x, scale, b, *batch, eps=epsilon)
-    blended = (
-        momentum * old.astype(np.float64) + (1 - momentum) * new.astype(np.float64)
-        for old, new in zip((mean, var), batch, strict=True)
-    )
-    return y, *blended, *batch
+    # In ONNX the momentum is that of the old value.
+    pairs = zip((mean, var), batch, strict=True)
+    running = (blended(new.astype(FLOAT64), old.astype(FLOAT64), momentum) for old, new in pairs)
+    return y, *running, *batch

@@ -130,7 +130,7 @@ def replayed(program: Path, c: cases.Call, axis: int, activation: Any, threads: 
 
 def code_and_slope(activation: Any) -> tuple[int, float]:
     """Its code and slope."""
-    name, slope = activation if isinstance(activation, tuple) else (activation, _activations.DEFAULT_SLOPE)
+    name, slope = _activations.split(activation)
     return int(_activations.BY_NAME[name]), slope
 
 

@@ -107,7 +107,10 @@ def _activate(z: Array, activation: int, slope: float, y: Array) -> None:
 def _dz(
     dy: Array, x: Array, residual: Array | None, saved: Array, activation: int, slope: float, from_y: bool
 ) -> Array:
-    """The gradient before the activation, whose slope at kinks is PyTorch's."""
+    """The gradient before the activation, whose slope at kinks is PyTorch's.
+
+    At NaN dy passes, unless z is in the formula of the slope there.
+    """
     if activation == Activation.IDENTITY:
         return dy.astype(np.float64)
     # Where y stands in for x it has the sign of z.
@@ -119,6 +122,8 @@ def _dz(
     flat, slopes = z <= 0, None
     if activation == Activation.RELU6:
         flat |= z >= 6
+    elif activation == Activation.LEAKY_RELU:
+        flat = ~(z > 0)  # at NaN, too
     elif activation == Activation.HARDSWISH:
         flat, slopes = z <= -3, z / 3
         slopes += 0.5
