@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import IntEnum
+from typing import Any
 
 
 class Activation(IntEnum):
@@ -19,5 +20,15 @@ class Activation(IntEnum):
 
 BY_NAME: dict[str | None, Activation] = {code.name.lower() if code else None: code for code in Activation}
 
-SLOPES: dict[str | None, float] = {"leaky_relu": 0.01}
-"""The activations with a parameter, and what it is where their name stands alone; ("leaky_relu", slope) has its own."""
+DEFAULT_SLOPES = {"leaky_relu": 0.01}
+"""The activations that take a number, and the one that a name alone stands for: ("leaky_relu", slope) has its own."""
+
+
+def split(activation: Any) -> tuple[str | None, float]:
+    """The name and the slope of an activation as users give it; the slope of those that take none is 0."""
+    return activation if isinstance(activation, tuple) else (activation, DEFAULT_SLOPES.get(activation, 0.0))
+
+
+def joined(name: str | None, slope: float) -> Any:
+    """An activation as users give it, of its name and slope."""
+    return (name, slope) if name in DEFAULT_SLOPES else name

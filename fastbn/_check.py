@@ -11,7 +11,7 @@ from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 
-from ._activations import BY_NAME, SLOPES, Activation
+from ._activations import BY_NAME, DEFAULT_SLOPES, Activation, split
 from ._dtypes import KINDS, DType, find, is_float, kind_of, native
 from ._shape import positions_of
 
@@ -288,16 +288,18 @@ def activation(value: object) -> tuple[Activation, float]:
     """The activation's code and, if it has one, its slope (else 0)."""
     if isinstance(value, str) or value is None:
         if value not in BY_NAME:
-            _refuse(ValueError, "activation", shown(value), _ACTIVATIONS)
-        return BY_NAME[value], SLOPES.get(value, 0.0)
+            _refuse(ValueError, "activation", shown(value), ACTIVATIONS)
+        name, slope = split(value)
+        return BY_NAME[name], slope
     if not isinstance(value, tuple) or len(value) != 2 or not isinstance(value[0], str):
-        _refuse(TypeError, "activation", shown(value), _ACTIVATIONS)
-    if value[0] not in SLOPES:
-        _refuse(ValueError, "activation", shown(value), _ACTIVATIONS)
+        _refuse(TypeError, "activation", shown(value), ACTIVATIONS)
+    if value[0] not in DEFAULT_SLOPES:
+        _refuse(ValueError, "activation", shown(value), ACTIVATIONS)
     return BY_NAME[value[0]], number("activation's slope", value[1], -math.inf, math.inf)
 
 
-_ACTIVATIONS = ", ".join([_names(BY_NAME), *(f"({name!r}, slope)" for name in SLOPES)])
+ACTIVATIONS = ", ".join([_names(BY_NAME), *(f"({name!r}, slope)" for name in DEFAULT_SLOPES)])
+"""What is allowed, as errors say it."""
 
 
 def mask(value: object, x: Array, channel_axis: int) -> Array | None:

@@ -230,6 +230,11 @@ def _short(values: Array) -> str:
     return np.array2string(values, separator=", ", threshold=8)
 
 
+def blended(old: Any, batch: Any, momentum: Any) -> Any:
+    """A running statistic after one more batch: of arrays, and of torch's tensors, of float64."""
+    return (1 - momentum) * old + momentum * batch
+
+
 def save(rows: Array, count: int, saved: Array) -> None:
     """Into the rows of `saved` from which infer takes its statistics."""
     with np.errstate(all="ignore"):
@@ -237,7 +242,7 @@ def save(rows: Array, count: int, saved: Array) -> None:
 
 
 def blend(call: Call, rows: Array, count: int) -> None:
-    """Updates the call's running statistics, if it has any: new = (1 - momentum) * old + momentum * batch.
+    """Updates the call's running statistics, if it has any.
 
     The rows are mean, mean_low and m2 of the batch, whose variance is m2 / (count - correction). All is computed in
     float64 and rounded once, to the dtype that each of the running statistics has: any float dtype, native.
@@ -247,5 +252,4 @@ def blend(call: Call, rows: Array, count: int) -> None:
     with np.errstate(all="ignore"):
         batch = rows[0] + rows[1], rows[2] / (count - call.correction)
         for running, new in zip((call.running_mean, call.running_var), batch, strict=True):
-            blended = (1 - call.momentum) * running.astype(FLOAT64) + call.momentum * new
-            running[...] = rounded(blended, running.dtype)
+            running[...] = rounded(blended(running.astype(FLOAT64), new, call.momentum), running.dtype)

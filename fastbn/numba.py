@@ -41,7 +41,8 @@ from llvmlite import binding  # type: ignore[import-untyped]
 from numba.core.errors import TypingError
 from numba.extending import overload
 
-from ._activations import BY_NAME, SLOPES
+from . import _check
+from ._activations import BY_NAME, DEFAULT_SLOPES, split
 from ._jit import jit
 from .backends import SAVED_ROWS, select
 
@@ -86,32 +87,30 @@ class Gradients(NamedTuple):
 # The C functions -----------------------------------------------------------------------------------------------------
 
 _BRIDGE: Any = select("c")
-_VERSION = 1  # of the signatures below, in the names by which jitted code on disk finds the functions
-_PROBLEM = (*[types.int64] * 2, types.float64, *[types.int64] * 4)
+_IN_C = _BRIDGE.numbers()
 
 
-def _external(verb: str, *arguments: Any) -> Any:
-    """A function of c_flat.pxi, which says what its arguments mean."""
-    name = f"fastbn_{verb}_{_VERSION}"
-    binding.add_symbol(name, _BRIDGE.flat()[verb])
-    return types.ExternalFunction(name, types.int64(*_PROBLEM, *arguments))
+def _external(verb: str) -> Any:
+    """A function of c_flat.pxi, which says what its arguments mean; jitted code on disk finds it by its signature."""
+    address, signature = _BRIDGE.flat()[verb]
+    name = f"fastbn_{verb}_{signature}"
+    binding.add_symbol(name, address)
+    return types.ExternalFunction(name, types.int64(*map(_TYPES.__getitem__, signature)))
 
 
-_address, _real = types.uintp, types.float64
-_infer = _external("infer", *[_address] * 4, _real, *[_address] * 4)
-_forward = _external("forward", *[_address] * 4, _real, *[_address] * 2, _real, *[_address] * 2)
-_backward = _external("backward", *[_address] * 4, types.int64, *[_address] * 4)
+_TYPES = {"i": types.int64, "d": types.float64, "p": types.uintp}
+_infer, _forward, _backward = map(_external, ("infer", "forward", "backward"))
 
 if hasattr(os, "register_at_fork"):  # GNU OpenMP would wait for the parent's threads for ever
     os.register_at_fork(after_in_child=_BRIDGE.stay_alone)
 
 # What is known when a function is compiled ---------------------------------------------------------------------------
 
-_DTYPES = {types.float32: 0, types.float64: 1}  # as in fastbn.h
-_ACTIVATIONS = tuple(name for name in BY_NAME if name is not None)  # whose codes count from 1
-_WITH_SLOPE = tuple(name for name in _ACTIVATIONS if name in SLOPES)
-_USUAL_SLOPES = tuple(SLOPES.get(name, 0.0) for name in _ACTIVATIONS)
-_ALLOWED = ", ".join(["None", *_ACTIVATIONS, *(f"({name!r}, slope)" for name in _WITH_SLOPE)])
+_DTYPES = {types.float32: _IN_C["FBN_F32"], types.float64: _IN_C["FBN_F64"]}
+_ACTIVATIONS = tuple(name or "" for name in BY_NAME)  # in the order of their codes
+_TAKE_SLOPE = tuple(name in DEFAULT_SLOPES for name in BY_NAME)
+_SLOPES = tuple(split(name)[1] for name in BY_NAME)
+_ALLOWED = _check.ACTIVATIONS
 
 
 def _by_type(choose: Callable[..., Any]) -> Any:
@@ -289,15 +288,21 @@ def _code_and_slope(activation: Any) -> Any:
         return lambda activation: (0, 0.0)
     text = (types.UnicodeType, types.StringLiteral)
     if isinstance(activation, text):
-        return lambda activation: _code(activation)
+
+        def code_and_usual_slope(activation: str) -> tuple[int, float]:
+            code = _code(activation)
+            return code, _SLOPES[code]
+
+        return code_and_usual_slope
     pair = isinstance(activation, types.BaseTuple) and len(activation) == 2
     if not pair or not isinstance(activation[0], text) or not isinstance(activation[1], types.Number):
         _refuse("activation", activation, _ALLOWED)
 
     def code_and_slope(activation: Any) -> tuple[int, float]:
-        if activation[0] not in _WITH_SLOPE:
+        code = _code(activation[0])
+        if not _TAKE_SLOPE[code]:
             raise ValueError(f"activation: got ({activation[0]}, slope); allowed: {_ALLOWED}")
-        return _code(activation[0])[0], float(activation[1])
+        return code, float(activation[1])
 
     return code_and_slope
 
@@ -329,7 +334,7 @@ def _expect_threads(threads: int) -> None:
         raise ValueError(f"threads: got {threads}; allowed: 1 to {_MOST_THREADS}")
 
 
-_MOST_THREADS = 1024
+_MOST_THREADS = _IN_C["FBN_MOST_THREADS"]
 
 
 @_jit
@@ -341,11 +346,10 @@ def _expect_apart(name: str, written: Any, others: Any) -> None:
 
 
 @_jit
-def _code(name: str) -> tuple[int, float]:
-    """An activation's number, and its slope where it is not given."""
-    for i in range(len(_ACTIVATIONS)):
-        if name == _ACTIVATIONS[i]:
-            return i + 1, _USUAL_SLOPES[i]
+def _code(name: str) -> int:
+    for code in range(1, len(_ACTIVATIONS)):
+        if name == _ACTIVATIONS[code]:
+            return code
     raise ValueError(f"activation: got {name}; allowed: {_ALLOWED}")
 
 
@@ -374,8 +378,8 @@ def _expect_cache(
     rows, columns = saved
     if rows != _ROWS or columns != channels:
         raise ValueError(f"cache.saved: got shape ({rows}, {columns}); allowed: ({_ROWS}, {channels}) for this x")
-    if not 0 <= activation <= len(_ACTIVATIONS):
-        raise ValueError(f"cache.activation: got {activation}; allowed: 0 to {len(_ACTIVATIONS)}")
+    if not 0 <= activation < len(_ACTIVATIONS):
+        raise ValueError(f"cache.activation: got {activation}; allowed: 0 to {len(_ACTIVATIONS) - 1}")
     if not np.isfinite(slope):
         raise ValueError("cache.slope: got a number that is not finite; allowed: a finite number")
     if values < 2 and not frozen:
@@ -404,7 +408,8 @@ def _expect(status: int) -> None:
         raise RuntimeError("fastbn.h refuses the call")
 
 
-_NO_MEMORY, _MISALIGNED, _OVERLAP, _BAD_ACTIVATION, _BAD_EPS, _BAD_MOMENTUM = -1, 2, 3, 5, 8, 9
+_NO_MEMORY, _MISALIGNED, _OVERLAP = (_IN_C[name] for name in ("NO_MEMORY", "FBN_MISALIGNED", "FBN_OVERLAP"))
+_BAD_ACTIVATION, _BAD_EPS, _BAD_MOMENTUM = (_IN_C[f"FBN_BAD_{name}"] for name in ("ACTIVATION", "EPS", "MOMENTUM"))
 
 
 @_jit

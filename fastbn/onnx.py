@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 
 from . import _check
-from ._call import Call
-from ._dtypes import kind_of, native
-from ._moments import blend
+from ._dtypes import FLOAT64, kind_of, rounded
+from ._moments import blended
 from .ops import forward, infer, moments
 
 try:
@@ -75,7 +74,7 @@ class BatchNormalization(OpRun):
             return (y.reshape(x.shape),)
         y, *found = _trained(data, scale, b, mean, var, float(epsilon), float(momentum))
         with np.errstate(over="ignore"):
-            outputs = [array.astype(like.dtype).reshape(like.shape) for array, like in zip(found, likes, strict=True)]
+            outputs = [rounded(array, like.dtype).reshape(like.shape) for array, like in zip(found, likes, strict=True)]
         return y.reshape(x.shape), *outputs[: 2 if opset >= 14 else 4]
 
 
@@ -84,11 +83,12 @@ def _trained(
 ) -> tuple[Array, ...]:
     """Result, running mean and variance, and those of the batch; its one value is the mean, where it has no more."""
     found = moments(x)
-    batch_mean, batch_var = found.mean, found.var()
+    batch = found.mean, found.var()
     if found.count > 1:
         y = forward(x, scale, b, eps=epsilon, moments=found).y
     else:
-        y = infer(x, scale, b, batch_mean, batch_var, eps=epsilon)
-    running = tuple(old.astype(native(old.dtype), order="C") for old in (mean, var))
-    blend(Call(x, running_mean=running[0], running_var=running[1], momentum=1 - momentum), found._rows, found.count)
-    return y, *running, batch_mean, batch_var
+        y = infer(x, scale, b, *batch, eps=epsilon)
+    # In ONNX the momentum is that of the old value.
+    pairs = zip((mean, var), batch, strict=True)
+    running = (blended(new.astype(FLOAT64), old.astype(FLOAT64), momentum) for old, new in pairs)
+    return y, *running, *batch

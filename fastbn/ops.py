@@ -211,7 +211,8 @@ def backward(
 
     and dx = gamma / sqrt(var + eps) * dz with frozen statistics (training=False), and where a mask is False: M is the
     number of values that it leaves, while the sums are over all. Where the activation has a kink the slope is torch's:
-    that of its flat side, and leaky_relu's slope at 0.
+    that of its flat side, and leaky_relu's slope at 0. Where it gets a NaN, dz is dy for relu and relu6, dy times the
+    slope for leaky_relu, and NaN for the others.
 
     Parameters
     ----------

@@ -99,8 +99,8 @@ class Curve(NamedTuple):
 
 CURVES = {
     None: Curve(lambda z, a: z, lambda z, a: np.ones_like(z)),
-    "relu": Curve(lambda z, a: np.maximum(z, 0), lambda z, a: long(z > 0)),
-    "relu6": Curve(lambda z, a: np.clip(z, 0, 6), lambda z, a: long((z > 0) & (z < 6))),
+    "relu": Curve(lambda z, a: np.maximum(z, 0), lambda z, a: 1 - long(z <= 0)),
+    "relu6": Curve(lambda z, a: np.clip(z, 0, 6), lambda z, a: 1 - long((z <= 0) | (z >= 6))),
     "leaky_relu": Curve(
         lambda z, a: np.where(z > 0, z, a * z),
         lambda z, a: np.where(z > 0, LONG(1), LONG(a)),
@@ -126,7 +126,7 @@ CURVES = {
         3,
     ),
 }
-"""At a kink the slope is torch's: that of the left side, but hardswish's at 3."""
+"""At a kink the slope is torch's: that of the left side, but hardswish's at 3. At NaN it is 1 where z is not in it."""
 
 
 def curve(activation: Any) -> tuple[Curve, float]:

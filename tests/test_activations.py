@@ -118,7 +118,7 @@ def _hardswish_slope(z: Array) -> Pieces:
 SLOPES: dict[Activation, tuple[Callable[[Array], Pieces], float]] = {
     Activation.IDENTITY: (lambda z: _whole(np.ones_like(z)), 0.5),
     Activation.RELU: (lambda z: _whole(np.where(z <= 0, LONG(0), 1)), 0.5),  # 1 at NaN: it passes
-    Activation.RELU6: (lambda z: _whole(np.where((z > 0) & (z < 6), LONG(1), 0)), 0.5),
+    Activation.RELU6: (lambda z: _whole(np.where((z <= 0) | (z >= 6), LONG(0), 1)), 0.5),
     Activation.LEAKY_RELU: (lambda z: _whole(np.where(z > 0, 1, LONG(SLOPE))), 0.5),
     Activation.SILU: (_silu_slope, 4.5),
     Activation.HARDSWISH: (_hardswish_slope, 1.5),

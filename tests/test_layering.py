@@ -7,6 +7,7 @@ import importlib
 import re
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import cases
 import pytest
@@ -272,7 +273,14 @@ def enum_of(pattern: str) -> dict[str, int]:
 def test_activations() -> None:
     wanted = {f"FBN_{activation.name}": activation.value for activation in _activations.Activation}
     assert enum_of("FBN_RELU") == wanted
-    assert set(_activations.BY_NAME.values()) == set(_activations.Activation)
+    assert list(_activations.BY_NAME.values()) == list(range(len(wanted)))
+
+
+@pytest.mark.parametrize("function", [fastbn.forward, fastbn.BatchNorm, fastbn.InferencePlan])
+def test_activations_that_are_documented(function: Any) -> None:
+    names = ["None", *(f'"{name}"' for name in _activations.BY_NAME if name)]
+    pairs = " or ".join(f'("{name}", slope)' for name in _activations.DEFAULT_SLOPES)
+    assert f"activation : {', '.join(names)} or {pairs}" in function.__doc__
 
 
 @in_checkout

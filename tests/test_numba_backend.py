@@ -478,11 +478,11 @@ def test_activation_over_its_whole_range(activation: str, dtype: str) -> None:
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activation_of_nan(activation: str, dtype: str) -> None:
-    """As in PyTorch: NaN comes out, and where the derivative is made of comparisons dy passes, or takes the slope."""
+    """NaN comes out, and where z is not in the derivative's formula dy passes, or takes the slope."""
     activation_, slope = ACTIVATIONS[activation]
     y, derivative = through(activation_, slope, np.array([1, np.nan, 2], dtype))
     assert np.isnan(y).tolist() == [False, True, False]
-    wanted = {LEAKY_RELU: slope, SILU: np.nan, SIGMOID: np.nan}.get(activation_, 1)
+    wanted = {LEAKY_RELU: slope, SILU: np.nan, HARDSWISH: np.nan, SIGMOID: np.nan}.get(activation_, 1)
     np.testing.assert_allclose(derivative[1], wanted, rtol=1e-6)
 
 

@@ -153,6 +153,40 @@ def test_nan_stays_nan(any_backend: cases.Kernel, dtype: str, activation: Any) -
     assert np.isfinite(y[3, 0])
 
 
+SLOPES = {  # at NaN, inf and -inf
+    "relu": (1, 1, 0),
+    "relu6": (1, 0, 0),
+    ("leaky_relu", 0.25): (0.25, 1, 0.25),
+    "silu": (np.nan, np.nan, np.nan),
+    "hardswish": (np.nan, 1, 0),
+    "sigmoid": (np.nan, 0, 0),
+}
+"""Torch's. At NaN its loops over vectors and what they leave over differ: relu6 has 0 or 1, hardswish NaN or 1. A NaN
+that vanishes is no right gradient, so it is relu's 1 for relu6, and NaN for hardswish, whose slope has z in it."""
+
+
+@pytest.mark.parametrize("kind", FLOATS)
+@pytest.mark.parametrize("activation", SLOPES, ids=str)
+def test_slopes_at_nan_and_infinity(kernel: cases.Kernel, kind: str, activation: Any) -> None:
+    """Of x where statistics are frozen, each position by itself, and of the residual."""
+    for shape in ((3, 5, 43), (70, 5), (2, 5, 3, 3)):
+        x, c = np.zeros(shape, kind), cases.call(shape, kind)
+        x.flat[:] = np.resize([np.nan, np.inf, -np.inf, 0.5], x.size)
+        slopes = np.resize(np.array([*SLOPES[activation], np.nan]), x.size).reshape(shape)
+        dy = np.where(c.dy < 0, -2, 0.5).astype(kind)
+        statistics = np.zeros(5, c.gamma.dtype), np.ones(5, c.gamma.dtype)
+        frozen = fastbn.forward(x, None, None, *statistics, training=False, eps=0, activation=activation)
+        added = [
+            fastbn.forward(c.x, c.gamma, c.beta, *statistics, training=training, activation=activation, residual=x)
+            for training in (True, False)
+        ]
+        known = np.resize([True, True, True, False], x.size).reshape(shape)
+        dx, *dresiduals = fastbn.backward(dy, frozen.cache).dx, *(fastbn.backward(dy, y.cache).dresidual for y in added)
+        for dz in (gradient.astype(np.float64) for gradient in (dx, *dresiduals)):
+            np.testing.assert_array_equal(dz[known], (dy.astype(np.float64) * slopes)[known])
+            assert np.isfinite(dz[~known]).all()
+
+
 def test_slopes_of_leaky_relu(kernel: cases.Kernel) -> None:
     """0 is relu, 1 is nothing at all, and any finite number will do."""
     c = cases.call((6, 5, 3), "float64")

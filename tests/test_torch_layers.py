@@ -95,6 +95,16 @@ def test_options(affine: bool, tracks: bool, momentum: float | None) -> None:
     assert_agree(ours.state_dict(), theirs.state_dict(), 0)
 
 
+@pytest.mark.parametrize("momentum", [1.0, 2.0])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_running_statistics_of_halves_are_rounded_once(dtype: str, momentum: float) -> None:
+    """To the nearest: by way of float32 a number a little above a midpoint would be the midpoint, and then even."""
+    step, bn = DTYPES[dtype], fastbn.torch.BatchNorm1d(1, momentum=momentum)
+    bn.running_mean = bn.running_mean.to(getattr(torch, dtype))
+    bn(torch.full((2, 1), 1 + step / 2 + 2**-40, dtype=torch.float64))
+    assert bn.running_mean.item() == momentum * (1 + step)
+
+
 def test_weight_without_bias() -> None:
     """Which newer versions of torch have."""
     if "bias" not in inspect.signature(torch.nn.BatchNorm2d).parameters:

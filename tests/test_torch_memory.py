@@ -95,15 +95,27 @@ def test_nan_in_every_gradient(activation: str) -> None:
             assert torch.allclose(one, other, equal_nan=True)
 
 
-def test_relu6_and_hardswish_at_nan_can_be_differentiated() -> None:
-    x = torch.randn(5, 3, dtype=torch.float64)
-    x[1, 0] = math.nan
-    for name in ("relu6", "hardswish"):
-        ours, torchs = layer(activation=name).double(), torch.nn.BatchNorm1d(3).double()
-        wanted = torch.autograd.grad(getattr(torch.nn.functional, name)(torchs(x)).sum(), torchs.bias)
-        (got,) = torch.autograd.grad(ours(x).sum(), ours.bias, create_graph=True)
-        assert torch.allclose(got[1:], wanted[0][1:])
-        assert got[0] != 0
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("activation", ["relu", "relu6", "leaky_relu", "silu", "hardswish", "sigmoid"])
+def test_slopes_at_nan_and_infinity(activation: str, training: bool) -> None:
+    """The plain gradient and the one that can be differentiated are torch's, but where its own loops differ."""
+    x, residual = torch.randn(50, 3), torch.tensor([math.nan, math.inf, -math.inf, 0.5]).repeat(38)[:150].view(50, 3)
+    x.requires_grad_(), residual.requires_grad_()
+    ours, torchs = layer(activation=activation).train(training), torch.nn.BatchNorm1d(3).train(training)
+
+    def gradients(y: Any, create_graph: bool) -> list[Any]:
+        found = torch.autograd.grad(y.sum(), [residual, x], create_graph=create_graph)
+        return [gradient.detach() for gradient in found[: 1 if training else 2]]  # of x one NaN makes all NaN
+
+    plain, differentiable = (gradients(ours(x, residual), create) for create in (False, True))
+    wanted = gradients(getattr(torch.nn.functional, activation)(torchs(x) + residual), False)
+    known = ~residual.isnan() if activation in ("relu6", "hardswish") else torch.ones_like(x, dtype=torch.bool)
+    for one, other, theirs in zip(plain, differentiable, wanted, strict=True):
+        torch.testing.assert_close(one, other, equal_nan=True)
+        torch.testing.assert_close(one[known], theirs[known], equal_nan=True)
+    if activation in ("relu6", "hardswish"):  # 0 or dy, NaN or dy; here no NaN vanishes
+        at_nan = torch.tensor(1.0 if activation == "relu6" else math.nan).expand(38)
+        torch.testing.assert_close(plain[0][~known], at_nan, equal_nan=True)
 
 
 def test_a_hook_that_changes_a_shape() -> None:

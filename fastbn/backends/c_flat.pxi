@@ -1,7 +1,6 @@
 # The bridge for jitted code, which has numbers and addresses: flat functions, called by their own address.
 #
 # Each returns a status of fastbn.h, or NO_MEMORY. An array that is absent has the address 0.
-# fastbn/numba.py declares them once more, and gives them names that change where these signatures do.
 
 # Whether this process was forked from one that had OpenMP's threads: jitted code cannot see that.
 cdef bint alone = False
@@ -68,9 +67,21 @@ cdef int64_t flat_backward(
 
 
 def flat():
-    """The addresses of the functions for jitted code, by verb."""
+    """Each verb's function for jitted code: its address, and its arguments: i is int64_t, d double, p an address."""
+    problem = "iidiiii"
     return {
-        "infer": <size_t> &flat_infer, "forward": <size_t> &flat_forward, "backward": <size_t> &flat_backward,
+        "infer": (<size_t> &flat_infer, problem + "ppppdpppp"),
+        "forward": (<size_t> &flat_forward, problem + "ppppdppdpp"),
+        "backward": (<size_t> &flat_backward, problem + "ppppipppp"),
+    }
+
+
+def numbers():
+    """Those of fastbn.h that jitted code knows, by their names there, and NO_MEMORY."""
+    return {
+        "FBN_F32": c.FBN_F32, "FBN_F64": c.FBN_F64, "FBN_MOST_THREADS": c.FBN_MOST_THREADS,
+        "FBN_MISALIGNED": c.FBN_MISALIGNED, "FBN_OVERLAP": c.FBN_OVERLAP, "FBN_BAD_ACTIVATION": c.FBN_BAD_ACTIVATION,
+        "FBN_BAD_EPS": c.FBN_BAD_EPS, "FBN_BAD_MOMENTUM": c.FBN_BAD_MOMENTUM, "NO_MEMORY": NO_MEMORY,
     }
 
 

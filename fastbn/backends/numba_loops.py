@@ -375,7 +375,7 @@ def _activation(activation: int) -> Any:
 
 
 def _derivative(activation: int) -> Any:
-    """The loop that fills dz. At a kink the slope is the left one; at a NaN dy passes, unless a formula has it."""
+    """The loop that fills dz; the slope at kinks is PyTorch's. At NaN dy passes, unless z is in the slope's formula."""
 
     @loop
     def fill(dy: Array, z_: Array, dz: Array, slope: Any) -> None:
@@ -391,7 +391,7 @@ def _derivative(activation: int) -> Any:
                 up, down = _sigmoids(z)
                 dz[k] = dy[k] * (up * (1.0 + z * down))
             elif activation == HARDSWISH:
-                dz[k] = ZERO if z <= -THREE else dy[k] * (z / THREE + HALF) if z < THREE else dy[k]
+                dz[k] = ZERO if z <= -THREE else dy[k] if z >= THREE else dy[k] * (z / THREE + HALF)
             elif activation == SIGMOID:
                 up, down = _sigmoids(z)
                 dz[k] = dy[k] * (up * down)

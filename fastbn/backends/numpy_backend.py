@@ -96,7 +96,10 @@ def _activate(z: Array, activation: int, slope: float, y: Array) -> None:
 
 
 def _dz(call: BackwardCall) -> Array:
-    """The gradient before the activation, whose slope at kinks is PyTorch's."""
+    """The gradient before the activation, whose slope at kinks is PyTorch's.
+
+    At NaN dy passes, unless z is in the formula of the slope there.
+    """
     dy, x, saved, activation = call.dy, call.x, call.saved, call.code
     if activation == Activation.IDENTITY:
         return dy.astype(np.float64)
@@ -109,6 +112,8 @@ def _dz(call: BackwardCall) -> Array:
     flat, slopes = z <= 0, None
     if activation == Activation.RELU6:
         flat |= z >= 6
+    elif activation == Activation.LEAKY_RELU:
+        flat = ~(z > 0)  # at NaN, too
     elif activation == Activation.HARDSWISH:
         flat, slopes = z <= -3, z / 3
         slopes += 0.5

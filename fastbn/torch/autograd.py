@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._activations import SLOPES
+from .._activations import joined, split
 from ..backends import SAVED_ROWS
+from ..ops import Activation
 from . import formulas
-from .formulas import Activation, Gradients, split
+from .formulas import Gradients
 from .tensors import (
     STATISTICS,
     Place,
@@ -107,10 +108,6 @@ def _in_dtypes(found: Gradients, gamma: Any, beta: Any) -> tuple[Tensor | None, 
 # As an operator ------------------------------------------------------------------------------------------------------
 
 
-def _named(activation: str | None, slope: float) -> Activation:
-    return (activation, slope) if activation is not None and activation in SLOPES else activation
-
-
 def _known(where: Place | None, *tensors: Tensor | None) -> Place:
     """The place of tensors that the dispatcher handed over, if they are ones that the operators take."""
     if has_tangent(*tensors):
@@ -148,7 +145,7 @@ def operator(
         training=training,
         momentum=0.0,
         eps=eps,
-        activation=_named(activation, slope),
+        activation=joined(activation, slope),
     )
     return y, torch.from_numpy(saved)
 
@@ -171,7 +168,7 @@ def _operator_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of x, residual, gamma and beta; one that is not wanted is empty."""
     where = _known(place_of_gradient(dy, x, residual), dy, x, residual)
-    found = differentiate(where, dy, x, residual, saved.numpy(), training, _named(activation, slope), wanted)
+    found = differentiate(where, dy, x, residual, saved.numpy(), training, joined(activation, slope), wanted)
     dx, dresidual, dgamma, dbeta = (x.new_empty(0) if gradient is None else gradient for gradient in found)
     return dx, dresidual, dgamma, dbeta
 
@@ -202,7 +199,7 @@ def _differentiate(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled() or transformed() or lacks_memory(dy) or has_tangent(dy):
         check_saved(dy, x, residual)
         wanted = for_x, for_residual, for_gamma, for_beta
-        activation = _named(ctx.activation, ctx.slope)
+        activation = joined(ctx.activation, ctx.slope)
         found = formulas.gradients(dy, x, residual, gamma, beta, saved, ctx.training, ctx.eps, activation, wanted)
     else:
         asked = [for_x, for_residual and ctx.activation is not None, for_gamma, for_beta]

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._activations import SLOPES
+from .._activations import DEFAULT_SLOPES, split
+from .._moments import blended
 from ..backends import SAVED_ROWS
+from ..ops import Activation
 
-Activation = str | tuple[str, float] | None
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 """Of x, residual, gamma and beta; None where not wanted."""
-
-
-def split(activation: Activation) -> tuple[str | None, float]:
-    """An activation's name and slope."""
-    return activation if isinstance(activation, tuple) else (activation, SLOPES.get(activation, 0.0))
 
 
 def activated(y: Tensor, activation: Activation) -> Tensor:
@@ -26,12 +23,15 @@ def activated(y: Tensor, activation: Activation) -> Tensor:
     name, slope = split(activation)
     if name is None:
         return y
-    function = getattr(torch.nn.functional, name)
-    return function(y, slope) if name in SLOPES else function(y)
+    return getattr(torch.nn.functional, name)(y, *[slope] * (name in DEFAULT_SLOPES))
 
 
 def _activation_gradient(dy: Tensor, z: Tensor, activation: Activation) -> Tensor:
-    """The gradient dy times the activation's derivative at z; at a kink, and at NaN, it is torch's."""
+    """The gradient dy times the activation's derivative at z; at a kink it is torch's.
+
+    At NaN, too; where torch's vector code and its scalar code differ, it is dy for relu6 (not 0), and NaN for hardswish
+    (not dy), so that no NaN vanishes.
+    """
     name, slope = split(activation)
     if name == "relu":
         return torch.where(z <= 0, 0, dy)
@@ -113,4 +113,14 @@ def blend(mean: Tensor, var: Tensor, saved: Tensor, count: Any, momentum: Any) -
     rows = dict(zip(SAVED_ROWS, saved.unbind(), strict=True))
     batch = rows["mean"] + rows["mean_low"], rows["var"] * (count / (count - 1))
     for running, new in zip((mean, var), batch, strict=True):
-        running.copy_((1 - momentum) * running.double() + momentum * new)
+        running.copy_(_rounded(blended(running.double(), new, momentum), running.dtype))
+
+
+def _rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """As `rounded` in _dtypes.py: torch, too, would round twice to a half, by way of float32."""
+    if dtype in (torch.float32, torch.float64):
+        return values.to(dtype)
+    single = values.float()
+    even = single.view(torch.int32) & 1 == 0
+    inward = torch.nextafter(single, torch.where(values > single, math.inf, -math.inf))
+    return torch.where((single != values) & even & values.isfinite(), inward, single).to(dtype)

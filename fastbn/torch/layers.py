@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.fx import Proxy
 
 from .. import _check
+from ..ops import Activation
 from .autograd import apply, normalize_by_operator
-from .formulas import Activation, activated
+from .formulas import activated
 from .tensors import STATISTICS, count, normalize, place
 from .watchers import transformed_in_compilation, watched
 

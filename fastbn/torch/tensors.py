@@ -17,8 +17,8 @@ from torch.nn import Parameter
 from .._results import Cache, Parts
 from .._threads import use_num_threads
 from ..backends import get_num_threads, select
-from ..ops import backward, backward_sums, forward, infer
-from .formulas import Activation, Gradients, blend
+from ..ops import Activation, backward, backward_sums, forward, infer
+from .formulas import Gradients, blend
 
 _add_one_at: Callable[[int], None] | None
 try:

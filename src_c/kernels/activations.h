@@ -56,7 +56,7 @@ FBN_APART vec NAME(other_gradient)(vec dy, vec z, real slope, int activation) {
     const vec zero = vset(0);
     switch (activation) {
     case FBN_RELU6:
-        return vwhere_less(zero, z, vwhere_less(z, vset(6), dy, zero), zero);
+        return vkeep_if_positive(z, vkeep_if_positive(vsub(vset(6), z), dy)); /* at NaN dy passes */
     case FBN_LEAKY_RELU:
         return vwhere_less(zero, z, dy, vmul(dy, vset(slope)));
     case FBN_SILU:
