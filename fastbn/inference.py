@@ -27,8 +27,8 @@ class InferencePlan:
     arrays are copied. A plan never changes, may be called from many threads at a time, and pickles.
 
     With the C backend, and x, out and residual alike in dtype and memory order, a call with `out` allocates nothing:
-    for C-contiguous arrays, with channels on any axis, and for channels-last ones seen through a transpose. All other
-    calls, and those of other backends, cost what `infer` costs.
+    for dense arrays (channels-first, channels-last, transposed). All other calls, and those of other backends, cost
+    what `infer` costs.
 
     Parameters
     ----------
