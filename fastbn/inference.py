@@ -1,7 +1,5 @@
 """What is left to do when training is over? Constants computed once (InferencePlan), or no norm at all (fold)."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,7 +13,7 @@ from ._format import packed, unpacked
 from .backends import get_num_threads, select
 from .ops import Activation, infer
 
-Array = np.ndarray[Any, Any]
+Array = np.ndarray
 _Run = Callable[[Any, Any, Any], Array | None]
 
 

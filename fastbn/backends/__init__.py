@@ -1,10 +1,7 @@
 """Which backend does the work? The protocol that each fills, and the choice among them."""
 
-from __future__ import annotations
-
 import importlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from functools import cache
 from importlib.util import find_spec
 from typing import Any, Protocol, cast
@@ -13,7 +10,7 @@ import numpy as np
 
 from .. import _check, _config, _threads
 
-Array = np.ndarray[Any, Any]
+Array = np.ndarray
 
 SAVED_ROWS = ("mean", "mean_low", "var", "inv_std", "gamma", "beta")
 """The rows of `saved`, the float64 array (rows, channels) that carries a forward call to its backward.
@@ -253,8 +250,7 @@ def set_backend(name: str) -> None:
     _config.set_backend_name(name)
 
 
-@contextmanager
-def use_backend(name: str) -> Iterator[None]:
+def use_backend(name: str) -> AbstractContextManager[None]:
     """Within the block, and in this thread or task only, calls that name no backend use this one.
 
     Raises as `set_backend` does.
@@ -265,5 +261,4 @@ def use_backend(name: str) -> Iterator[None]:
     'numpy'
     """
     _named(name)
-    with _config.backend_here(name):
-        yield
+    return _config.backend_here(name)
