@@ -43,7 +43,7 @@ __all__ = [
     "use_num_threads",
 ]
 
-for _public in (BatchNorm, Cache, Forward, Gradients, InferencePlan, Moments, Sums):
+for _public in (BatchNorm, Cache, FoldWarning, Forward, Gradients, InferencePlan, Moments, Sums):
     _public.__module__ = __name__  # the name in pickles, wherever the class is kept
 
 

@@ -1,7 +1,5 @@
 """What does a compiler need to build against fastbn? The C header, the static library, and their flags."""
 
-from __future__ import annotations
-
 import os
 import shlex
 import subprocess

@@ -1,7 +1,5 @@
 """What is installed and chosen here? The version and show_config()."""
 
-from __future__ import annotations
-
 import os
 import platform
 

@@ -1,7 +1,5 @@
 """What can be added up over the parts of a batch? Moments before `forward`, sums before `backward`."""
 
-from __future__ import annotations
-
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -11,7 +9,7 @@ from ._call import Call
 from ._dtypes import FLOAT64, DType, rounded
 from ._format import packed, unpacked
 
-Array = np.ndarray[Any, Any]
+Array = np.ndarray
 
 
 def merged(a: Array, a_count: int, b: Array, b_count: int) -> Array:
@@ -161,7 +159,7 @@ class Moments(_Summed):
         """
         return self._rounded(self._rows[2:], self._count - _check_parts.below(correction, self._count))
 
-    def __add__(self, other: object) -> Moments:
+    def __add__(self, other: object) -> "Moments":
         if not isinstance(other, Moments):
             return NotImplemented
         _check_parts.summed("moments", other._check(), self._check().channels, self.dtype, "the other's")
@@ -215,7 +213,7 @@ class Sums(_Summed):
     def sum_dy_xhat(self) -> Array:
         return self._rounded(self._rows[1:])
 
-    def __add__(self, other: object) -> Sums:
+    def __add__(self, other: object) -> "Sums":
         if not isinstance(other, Sums):
             return NotImplemented
         _check_parts.summed("sums", other._check(), self._check().channels, self.dtype, "the other's")

@@ -3,10 +3,8 @@
 ("Rethinking 'Batch' in BatchNorm".)
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
@@ -15,8 +13,8 @@ from ._moments import Moments
 from ._results import Cache
 from .layer import BatchNorm
 
-Array = np.ndarray[Any, Any]
-T = TypeVar("T")
+Array = np.ndarray
+Batch = TypeVar("Batch")
 
 
 class _Watched:
@@ -55,7 +53,7 @@ class _Watched:
             array[...] = values
 
 
-def recalibrate(layers: Iterable[BatchNorm], batches: Iterable[T], forward: Callable[[T], object]) -> None:
+def recalibrate(layers: Iterable[BatchNorm], batches: Iterable[Batch], forward: Callable[[Batch], object]) -> None:
     """Sets running statistics to those of all values that the layers see, exactly, instead of a moving average.
 
     Calls forward(batch) for each batch, with the layers in training mode, and merges the moments of all their calls:

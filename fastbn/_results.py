@@ -1,10 +1,8 @@
 """What do the calls return? Forward with its cache, and Gradients."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
@@ -15,7 +13,7 @@ from ._moments import Moments
 from ._shape import positions_of
 from .backends import SAVED_ROWS
 
-Array = np.ndarray[Any, Any]
+Array = np.ndarray
 
 
 class Parts(NamedTuple):
@@ -63,7 +61,7 @@ class Parts(NamedTuple):
         """The statistics dtype."""
         return kind_of(self.x.dtype).statistics
 
-    def slices(self) -> Iterator[tuple[slice, Parts]]:
+    def slices(self) -> Iterator[tuple[slice, "Parts"]]:
         """Of axis 0, those that share their statistics, each with parts of its own."""
         size = len(self.x) if self.virtual is None else self.virtual
         for i, start in enumerate(range(0, len(self.x), size)):
@@ -199,7 +197,7 @@ class Gradients(_Gradients):
 
     dresidual: Array | None
 
-    def __new__(cls, dx: Array, dgamma: Array | None, dbeta: Array | None, dresidual: Array | None) -> Gradients:
+    def __new__(cls, dx: Array, dgamma: Array | None, dbeta: Array | None, dresidual: Array | None) -> Self:
         self = super().__new__(cls, dx, dgamma, dbeta)
         self.dresidual = dresidual
         return self

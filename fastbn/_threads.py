@@ -3,11 +3,9 @@
 What a call may use of these is decided where the backend is known: in `backends`.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 
 from . import _cgroup, _check
@@ -99,8 +97,7 @@ def set_num_threads(n: int) -> None:
     _threads = _number(n)
 
 
-@contextmanager
-def use_num_threads(n: int) -> Iterator[None]:
+def use_num_threads(n: int) -> AbstractContextManager[None]:
     """Within the block, and in this thread or task only, calls use at most `n` threads.
 
     Raises TypeError if `n` is no integer, ValueError if it is not from 1 to 1024.
@@ -110,7 +107,12 @@ def use_num_threads(n: int) -> Iterator[None]:
     ...     fastbn.get_num_threads()
     1
     """
-    token = _threads_here.set(_number(n))
+    return _here(_number(n))
+
+
+@contextmanager
+def _here(n: int) -> Iterator[None]:
+    token = _threads_here.set(n)
     try:
         yield
     finally:

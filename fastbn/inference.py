@@ -1,7 +1,5 @@
 """What is left to do when training is over? Constants computed once (InferencePlan), or no norm at all (fold)."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,7 +13,7 @@ from ._format import packed, unpacked
 from .backends import get_num_threads, select
 from .ops import Activation, infer
 
-Array = np.ndarray[Any, Any]
+Array = np.ndarray
 _Run = Callable[[Any, Any, Any], Array | None]
 
 
@@ -27,8 +25,8 @@ class InferencePlan:
     arrays are copied. A plan never changes, may be called from many threads at a time, and pickles.
 
     With the C backend, and x, out and residual alike in dtype and memory order, a call with `out` allocates nothing:
-    for C-contiguous arrays, with channels on any axis, and for channels-last ones seen through a transpose. All other
-    calls, and those of other backends, cost what `infer` costs.
+    for dense arrays (channels-first, channels-last, transposed). All other calls, and those of other backends, cost
+    what `infer` costs.
 
     Parameters
     ----------

@@ -1,10 +1,8 @@
 """The layer: holds gamma, beta and the running statistics, and calls ops."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -16,7 +14,7 @@ from ._results import Cache, Gradients
 from .ops import Activation, forward
 from .ops import backward as backward_of
 
-Array = np.ndarray[Any, Any]
+Array = np.ndarray
 
 _set = object.__setattr__
 """For what is known to be right."""
@@ -95,7 +93,7 @@ class BatchNorm:
         track_running_stats: bool = True,
         axis: int = 1,
         activation: Activation = None,
-        dtype: Any = "float32",
+        dtype: str | type | np.dtype = "float32",
         backend: str | None = None,
         virtual_batch_size: int | None = None,
     ) -> None:
@@ -107,7 +105,7 @@ class BatchNorm:
         self.track_running_stats = track_running_stats
         self.axis = axis
         self.activation = activation
-        self.dtype: DType = dtype
+        self.dtype: DType = dtype  # type: ignore[assignment]  # which __setattr__ makes one
         self.backend = backend
         self.virtual_batch_size = virtual_batch_size
         self.training = True
@@ -141,7 +139,7 @@ class BatchNorm:
         axis: int = -1,
         correction: int = 0,
         **kwargs: Any,
-    ) -> BatchNorm:
+    ) -> Self:
         """A layer with the conventions of keras.layers.BatchNormalization.
 
         `momentum` multiplies the OLD value, the running variance is the biased one (correction=1 is for the fused
@@ -165,7 +163,7 @@ class BatchNorm:
         axis: int = 1,
         correction: int = 0,
         **kwargs: Any,
-    ) -> BatchNorm:
+    ) -> Self:
         """A layer with the conventions of ONNX's BatchNormalization (opset 15).
 
         `momentum` multiplies the OLD value and the running variance is the biased one (opsets before 14 leave that
@@ -188,7 +186,7 @@ class BatchNorm:
         axis: int,
         correction: int,
         others: dict[str, Any],
-    ) -> BatchNorm:
+    ) -> Self:
         """A layer whose momentum is given as the weight of the old value."""
         eps = _check.eps(epsilon, "epsilon")
         new = 1 - _check.momentum(momentum)
@@ -253,12 +251,12 @@ class BatchNorm:
         """The residual's gradient from the last `backward`, or None."""
         return None if self._gradients is None else self._gradients.dresidual
 
-    def train(self, mode: bool = True) -> BatchNorm:
+    def train(self, mode: bool = True) -> Self:
         """Use batch statistics from now on (mode=False: running ones). Returns the layer."""
         self.training = _check.flag("mode", mode)
         return self
 
-    def eval(self) -> BatchNorm:
+    def eval(self) -> Self:
         """Use the running statistics from now on. Returns the layer."""
         return self.train(False)
 
@@ -294,7 +292,7 @@ class BatchNorm:
         names = ("weight", "bias", "running_mean", "running_var")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
-    def load_state_dict(self, state: Mapping[str, Any], prefix: str = "") -> None:
+    def load_state_dict(self, state: Mapping[str, object], prefix: str = "") -> None:
         """Takes over a state of the same layer, or of torch's, whose values may be tensors of any float dtype.
 
         With a prefix such as "layer1.bn.", the state of a whole network, of which the names behind the prefix count.
@@ -329,7 +327,7 @@ class BatchNorm:
                 setattr(self, name, others.pop(name))
             self.__dict__.update(others)
 
-    def __copy__(self) -> BatchNorm:
+    def __copy__(self) -> Self:
         """A layer with arrays of its own: two that train must not share them."""
         return copy.deepcopy(self)
 

@@ -24,8 +24,6 @@ after an update.
 array([1.])
 """
 
-from __future__ import annotations
-
 import functools
 import os
 from collections.abc import Callable, Container
@@ -46,9 +44,13 @@ from ._activations import BY_NAME, DEFAULT_SLOPES, split
 from ._jit import jit
 from .backends import SAVED_ROWS, select
 
-Array = np.ndarray[Any, Any]
+Array = np.ndarray
 
 __all__ = ["Cache", "Forward", "Gradients", "backward", "forward", "infer"]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
 
 
 class Cache(NamedTuple):
@@ -421,7 +423,7 @@ def infer(
     running_var: Array,
     eps: float = 1e-5,
     axis: int = 1,
-    activation: Any = None,
+    activation: str | tuple[str, float] | None = None,
     residual: Array | None = None,
     out: Array | None = None,
     threads: int = 1,
@@ -456,7 +458,7 @@ def forward(
     momentum: float = 0.1,
     eps: float = 1e-5,
     axis: int = 1,
-    activation: Any = None,
+    activation: str | tuple[str, float] | None = None,
     residual: Array | None = None,
     out: Array | None = None,
     threads: int = 1,

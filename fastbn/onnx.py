@@ -1,9 +1,6 @@
 """How does an ONNX model run on fastbn? By its BatchNormalization, in onnx.reference.ReferenceEvaluator."""
 
-from __future__ import annotations
-
 import math
-from typing import Any
 
 import numpy as np
 
@@ -17,7 +14,13 @@ try:
 except ImportError as error:
     raise ImportError('fastbn.onnx needs onnx: pip install "fastbn[onnx]"') from error
 
-Array = np.ndarray[Any, Any]
+Array = np.ndarray
+
+__all__ = ["BatchNormalization"]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
 
 
 class BatchNormalization(OpRun):

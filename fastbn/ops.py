@@ -1,8 +1,6 @@
 """The front desk: forward, infer, backward and what they are built of. Checks, finds who does the work, hands over."""
 
-from __future__ import annotations
-
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 
@@ -12,7 +10,7 @@ from ._moments import Moments, Sums
 from ._results import Cache, Forward, Gradients, Parts, parts_of
 from .backends import get_num_threads, select, threads_of
 
-Array = np.ndarray[Any, Any]
+Array = np.ndarray
 Activation = str | tuple[str, float] | None
 
 

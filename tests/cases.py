@@ -392,6 +392,9 @@ PLACEMENTS: dict[str, Callable[[Array], Array]] = {
 }
 """How the same values may lie in memory; each returns an array equal to its argument."""
 
+DENSE = tuple(PLACEMENTS)[:5]
+"""Without gaps, the axes in one order or another."""
+
 
 # Other processes -----------------------------------------------------------------------------------------------------
 

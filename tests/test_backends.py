@@ -101,22 +101,38 @@ def _spied(original: Any, entry: tuple[str, str], calls: list[tuple[str, str]], 
 
 @pytest.mark.parametrize("kernel", [kernel for kernel in cases.KERNELS if kernel.isa], ids=str, indirect=True)
 @pytest.mark.parametrize("training", [True, False], ids=["training", "frozen"])
-def test_the_express_lane_gives_what_the_front_desk_gives(kernel: cases.Kernel, dtype: str, training: bool) -> None:
-    """To the bit. The front desk gets the calls whose numbers are of a type that the express lane does not know."""
-    for shape, axis in (((40, 19), 1), ((4, 19, 30), 1), ((4, 30, 19), -1), ((4, 5, 30, 19), 3), ((2, 2, 1, 1), 1)):
+@pytest.mark.parametrize("place", cases.DENSE)
+def test_the_express_lane_gives_what_the_front_desk_gives(
+    kernel: cases.Kernel, dtype: str, training: bool, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit, for dense arrays in any order, which it takes itself. The front desk gets types that it does not."""
+    move = cases.PLACEMENTS[place]
+    for shape, axis in (
+        ((40, 19, 1, 1), 1),
+        ((4, 5, 30, 19), 3),
+        ((6, 2, 5, 3), -2),
+        ((2, 2, 1, 1), 0),
+        ((5, 1, 7, 3), 1),
+    ):
         c = cases.call(shape, dtype, axis)
+        x, dy, residual = (move(array) for array in (c.x, c.dy, c.residual))
         found = []
-        for number in (float, np.float64):
+        for express in (True, False):
+            number = float if express else np.float64
             mean, var = c.running_mean.copy(), c.running_var.copy()
-            y, cache = fastbn.forward(
-                c.x, c.gamma, c.beta, mean, var, training=training, momentum=number(0.3), eps=number(0.01), axis=axis,
-                activation="relu", residual=c.residual,
-            )  # fmt: skip
-            dy = c.dy if number is float else np.asfortranarray(c.dy)
-            gradients = fastbn.backward(dy, cache)
-            inferred = fastbn.infer(c.x, c.gamma, None, mean, var, eps=number(0.01), axis=axis, residual=c.residual)
+            with monkeypatch.context() as patched:
+                for verb in ("forward", "infer", "backward") if express else ():
+                    patched.delattr(select("c"), verb)
+                y, cache = fastbn.forward(
+                    x, c.gamma, c.beta, mean, var, training=training, momentum=number(0.3), eps=number(0.01), axis=axis,
+                    activation="relu", residual=residual,
+                )  # fmt: skip
+                gradients = fastbn.backward(dy if express else dy.view(np.memmap), cache)
+                inferred = fastbn.infer(x, c.gamma, None, mean, var, eps=number(0.01), axis=axis, residual=residual)
             found.append((y, mean, var, cache.mean, cache.var, *gradients, gradients.dresidual, inferred))
         cases.assert_same_bits(*found, f"for {shape}, axis {axis}")
+        for express, front in zip(*found, strict=True):
+            assert express.strides == front.strides, f"for {shape}, axis {axis}"
 
 
 def test_block_ends_with_an_exception() -> None:

@@ -8,6 +8,7 @@ import inspect
 import pkgutil
 import re
 from pathlib import Path
+from types import ModuleType
 
 import cases
 import pytest
@@ -15,6 +16,7 @@ import pytest
 import fastbn
 
 README = cases.CHECKOUT / "README.md"
+PUBLIC = ("fastbn", "fastbn.numba", "fastbn.onnx", "fastbn.torch")
 NAMES = tuple(name for name in fastbn.__all__ if name != "__version__")
 
 
@@ -29,13 +31,46 @@ def documented_modules() -> list[str]:
     return [name for name in found if not name.endswith("c_backend")]
 
 
+def imported(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        pytest.skip(f"{name} needs an extra: {error}")
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_completion_offers_what_is_public(name: str) -> None:
+    module = imported(name)
+    assert dir(module) == sorted(module.__all__)
+    assert all(hasattr(module, public) for public in module.__all__)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_signatures_read_well(name: str) -> None:
+    """As help() shows them: types by their names, and no alias that only its module explains."""
+    module = imported(name)
+    for public in (getattr(module, public) for public in module.__all__):
+        if not callable(public) or (inspect.isclass(public) and not signed_here(public)):
+            continue
+        members = [member for key, member in vars(public).items() if key == "__call__" or not key.startswith("_")]
+        for signed in (public, *(member for member in members if inspect.isroutine(member))):
+            found = inspect.signature(getattr(signed, "__func__", signed))
+            named = [p.annotation for p in found.parameters.values() if p.kind is not p.VAR_KEYWORD]
+            for annotation in (*named, found.return_annotation):
+                text = inspect.formatannotation(annotation)
+                assert not isinstance(annotation, str), f"{signed}: {text} is not resolved"
+                assert not re.search(r"\bAny\b|ForwardRef|Array|ndarray\[", text), f"{signed}: {text}"
+
+
+def signed_here(public: type) -> bool:
+    """Whether a class has a constructor of fastbn's own, or a signature that it gives itself."""
+    return "__signature__" in vars(public) or any(name in vars(public) for name in ("__init__", "__new__"))
+
+
 @pytest.mark.parametrize("name", documented_modules())
 def test_docstrings_run(name: str, settings: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    try:
-        module = importlib.import_module(name)
-    except ImportError as error:
-        pytest.skip(f"{name} needs an extra: {error}")
+    module = imported(name)
     report: list[str] = []
     runner = doctest.DocTestRunner()
     for test in doctest.DocTestFinder(exclude_empty=True).find(module, name):

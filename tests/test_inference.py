@@ -170,7 +170,7 @@ def test_what_a_plan_takes(kernel: cases.Kernel) -> None:
     plan = fastbn.InferencePlan(*constants(c))
     for place, move in cases.PLACEMENTS.items():
         x, residual, out = move(c.x), move(c.residual), move(np.zeros_like(c.x))
-        dense = place in ("C order", "channels-last seen as channels-first", "odd address")
+        dense = place in (*cases.DENSE, "odd address")
         assert runs(plan, x, out, residual) == dense, place
     assert runs(plan, cases.PLACEMENTS["read-only"](c.x), np.empty_like(c.x), cases.PLACEMENTS["read-only"](c.x))
     assert runs(plan, c.x, c.x)
@@ -183,7 +183,7 @@ def test_what_a_plan_takes(kernel: cases.Kernel) -> None:
 
 
 @pytest.mark.parametrize("kernel", C_KERNELS, ids=str, indirect=True)
-@pytest.mark.parametrize("place", ["C order", "channels-last seen as channels-first"])
+@pytest.mark.parametrize("place", cases.DENSE)
 @pytest.mark.parametrize("shape", [(1, 64, 1, 1), (8, 32, 40, 40), (2, 3000, 2, 2)], ids=str)
 def test_nothing_is_allocated(kernel: cases.Kernel, shape: tuple[int, ...], place: str) -> None:
     """Beyond the objects of a Python call: no array, and no workspace, which would grow with the channels."""

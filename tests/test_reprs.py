@@ -37,8 +37,3 @@ def test_layers_show_the_convention_that_they_were_given() -> None:
     for again in (copy.copy(keras), copy.deepcopy(keras), pickle.loads(pickle.dumps(keras))):
         assert repr(again) == repr(keras)
     assert "correction=1" in repr(fastbn.BatchNorm.keras(3, correction=1))
-
-
-def test_completion_offers_what_is_public() -> None:
-    assert dir(fastbn) == sorted(fastbn.__all__)
-    assert all(hasattr(fastbn, name) for name in fastbn.__all__)

@@ -1,10 +1,7 @@
 """Which backend does the work? The protocol that each fills, and the choice among them."""
 
-from __future__ import annotations
-
 import importlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from functools import cache
 from importlib.util import find_spec
 from typing import Any, Protocol, cast
@@ -195,8 +192,7 @@ def set_backend(name: str) -> None:
     _config.set_backend_name(name)
 
 
-@contextmanager
-def use_backend(name: str) -> Iterator[None]:
+def use_backend(name: str) -> AbstractContextManager[None]:
     """Within the block, and in this thread or task only, calls that name no backend use this one.
 
     Raises as `set_backend` does.
@@ -207,5 +203,4 @@ def use_backend(name: str) -> Iterator[None]:
     'numpy'
     """
     _named(name)
-    with _config.backend_here(name):
-        yield
+    return _config.backend_here(name)

@@ -12,8 +12,13 @@ cimport numpy as cnp
 
 from fastbn cimport cfastbn as c
 
+from fastbn._activations import BY_NAME, DEFAULT_SLOPE
+
 cdef extern from "Python.h":
     long PyLong_AsLongAndOverflow(object value, int *overflow)
+
+cdef extern from "numpy/arrayobject.h":
+    cnp.ndarray PyArray_NewLikeArray(cnp.ndarray prototype, cnp.NPY_ORDER order, void *dtype, int subok)
 
 cnp.import_array()
 
@@ -39,75 +44,53 @@ cdef inline void *workspace_for(const c.fbn_problem *p, char *small) noexcept no
     return small if size <= SMALL else malloc(size)
 
 
-cdef inline void release(void *workspace, char *small) noexcept nogil:
+cdef inline int release(void *workspace, char *small, int status) noexcept nogil:
+    """The status of the verb that needed it."""
     if workspace != small:
         free(workspace)
+    return status
 
 
 cdef int call_forward(const c.fbn_problem *p, c.fbn_forward_args *args) noexcept nogil:
     cdef char small[SMALL]
     cdef void *workspace = workspace_for(p, small)
-    cdef int status = NO_MEMORY
     args.size = sizeof(c.fbn_forward_args)
-    if workspace != NULL:
-        status = c.fbn_forward(p, args, workspace)
-        release(workspace, small)
-    return status
+    return release(workspace, small, NO_MEMORY if workspace == NULL else c.fbn_forward(p, args, workspace))
 
 
 cdef int call_infer(const c.fbn_problem *p, c.fbn_infer_args *args) noexcept nogil:
     cdef char small[SMALL]
     cdef void *workspace = workspace_for(p, small)
-    cdef int status = NO_MEMORY
     args.size = sizeof(c.fbn_infer_args)
-    if workspace != NULL:
-        status = c.fbn_infer(p, args, workspace)
-        release(workspace, small)
-    return status
+    return release(workspace, small, NO_MEMORY if workspace == NULL else c.fbn_infer(p, args, workspace))
 
 
 cdef int call_apply(const c.fbn_problem *p, c.fbn_apply_args *args) noexcept nogil:
     cdef char small[SMALL]
     cdef void *workspace = workspace_for(p, small)
-    cdef int status = NO_MEMORY
     args.size = sizeof(c.fbn_apply_args)
-    if workspace != NULL:
-        status = c.fbn_apply(p, args, workspace)
-        release(workspace, small)
-    return status
+    return release(workspace, small, NO_MEMORY if workspace == NULL else c.fbn_apply(p, args, workspace))
 
 
 cdef int call_moments(const c.fbn_problem *p, c.fbn_moments_args *args) noexcept nogil:
     cdef char small[SMALL]
     cdef void *workspace = workspace_for(p, small)
-    cdef int status = NO_MEMORY
     args.size = sizeof(c.fbn_moments_args)
-    if workspace != NULL:
-        status = c.fbn_moments(p, args, workspace)
-        release(workspace, small)
-    return status
+    return release(workspace, small, NO_MEMORY if workspace == NULL else c.fbn_moments(p, args, workspace))
 
 
 cdef int call_backward_sums(const c.fbn_problem *p, c.fbn_sums_args *args) noexcept nogil:
     cdef char small[SMALL]
     cdef void *workspace = workspace_for(p, small)
-    cdef int status = NO_MEMORY
     args.size = sizeof(c.fbn_sums_args)
-    if workspace != NULL:
-        status = c.fbn_backward_sums(p, args, workspace)
-        release(workspace, small)
-    return status
+    return release(workspace, small, NO_MEMORY if workspace == NULL else c.fbn_backward_sums(p, args, workspace))
 
 
 cdef int call_backward(const c.fbn_problem *p, c.fbn_backward_args *args) noexcept nogil:
     cdef char small[SMALL]
     cdef void *workspace = workspace_for(p, small)
-    cdef int status = NO_MEMORY
     args.size = sizeof(c.fbn_backward_args)
-    if workspace != NULL:
-        status = c.fbn_backward(p, args, workspace)
-        release(workspace, small)
-    return status
+    return release(workspace, small, NO_MEMORY if workspace == NULL else c.fbn_backward(p, args, workspace))
 
 
 cdef inline int expect(int status) except -1:
@@ -125,33 +108,48 @@ cdef inline int expect(int status) except -1:
 cdef int bfloat16 = -1
 
 
+cdef bint set_dtype(c.fbn_problem *p, int number) noexcept:
+    """By NumPy's number; False for one of no data, or of bfloat16 before `dtype_of` has seen one."""
+    if number == cnp.NPY_FLOAT32:
+        p.dtype = c.FBN_F32
+    elif number == cnp.NPY_FLOAT64:
+        p.dtype = c.FBN_F64
+    elif number == cnp.NPY_FLOAT16:
+        p.dtype = c.FBN_F16
+    elif number == bfloat16:
+        p.dtype = c.FBN_BF16
+    else:
+        return False
+    return True
+
+
 cdef c.fbn_dtype dtype_of(cnp.ndarray array) except *:
     global bfloat16
-    cdef int number = cnp.PyArray_TYPE(array)
-    if number == cnp.NPY_FLOAT32:
-        return c.FBN_F32
-    if number == cnp.NPY_FLOAT64:
-        return c.FBN_F64
-    if number == cnp.NPY_FLOAT16:
-        return c.FBN_F16
-    if number != bfloat16:
+    cdef c.fbn_problem p
+    if not set_dtype(&p, cnp.PyArray_TYPE(array)):
         if array.dtype.name != "bfloat16":
             raise TypeError(f"dtype: got {array.dtype}; allowed: {', '.join(sorted(DTYPES))}")
-        bfloat16 = number
-    return c.FBN_BF16
+        bfloat16 = cnp.PyArray_TYPE(array)
+        return c.FBN_BF16
+    return p.dtype
 
 
 cdef inline int statistics_of(int dtype) noexcept:
     return cnp.NPY_FLOAT64 if dtype == cnp.NPY_FLOAT64 else cnp.NPY_FLOAT32
 
 
+cdef inline bint is_ready(cnp.ndarray array, int dtype) noexcept:
+    """C-contiguous, aligned and native, of this dtype."""
+    return cnp.PyArray_TYPE(array) == dtype and cnp.PyArray_ISCARRAY_RO(array)
+
+
 cdef void *data_of(object value, int dtype, int64_t size) except? NULL:
-    """The memory of a C-contiguous, aligned, native array of so many elements of a dtype; NULL for None."""
+    """The memory of an array that is ready and has so many elements; NULL for None."""
     cdef cnp.ndarray array
     if value is None:
         return NULL
     array = value
-    if cnp.PyArray_TYPE(array) != dtype or not cnp.PyArray_ISCARRAY_RO(array) or cnp.PyArray_SIZE(array) != size:
+    if not is_ready(array, dtype) or cnp.PyArray_SIZE(array) != size:
         raise ValueError(
             f"array: got shape {value.shape}, dtype {value.dtype}, strides {value.strides}; allowed: "
             f"{size} elements of another dtype or memory order (or some of the arrays of this call do not fit together)"

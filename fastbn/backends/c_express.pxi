@@ -1,86 +1,133 @@
 # The express lane of the bridge, for calls so small that checking in Python would cost more than computing.
 #
-# Each function recognizes the plain call: C-contiguous arrays of one native dtype, channels on axis 1 or the last,
-# everything valid and nothing overlapping. It returns None, with nothing done, for any other, which then goes through
-# the front desk; so it holds no error message and decides nothing that the front desk would decide otherwise.
+# Each function recognizes the plain call: dense arrays of one native dtype that lie alike in memory, in any order, with
+# channels on any axis; everything valid and nothing overlapping. It returns None, with nothing done, for any other,
+# which then goes through the front desk; so it holds no error message and decides nothing that the front desk would
+# decide otherwise.
 
 
-# Every activation but identity and relu, which are looked for first.
-cdef dict ACTIVATIONS = {
-    "relu6": c.FBN_RELU6, "leaky_relu": c.FBN_LEAKY_RELU, "silu": c.FBN_SILU, "hardswish": c.FBN_HARDSWISH,
-    "sigmoid": c.FBN_SIGMOID,
-}
+cdef enum:
+    MOST_AXES = 64  # of an array of NumPy's
 
-
-cdef bint is_plain(object value, int dtype) noexcept:
-    """A C-contiguous, aligned, native array of this dtype, and of no subclass."""
-    return (
-        type(value) is cnp.ndarray
-        and cnp.PyArray_TYPE(<cnp.ndarray> value) == dtype
-        and cnp.PyArray_ISCARRAY_RO(<cnp.ndarray> value)
-    )
-
-
-cdef bint set_dtype(c.fbn_problem *p, int number) noexcept:
-    """By NumPy's number."""
-    if number == cnp.NPY_FLOAT32:
-        p.dtype = c.FBN_F32
-    elif number == cnp.NPY_FLOAT64:
-        p.dtype = c.FBN_F64
-    elif number == cnp.NPY_FLOAT16:
-        p.dtype = c.FBN_F16
-    elif number == bfloat16:
-        p.dtype = c.FBN_BF16
-    else:
-        return False
-    return True
+cdef dict ACTIVATIONS = BY_NAME
+cdef double SLOPE = DEFAULT_SLOPE
 
 
 cdef int set_activation(c.fbn_problem *p, object activation) except -1:
     """By its name, with leaky_relu's usual slope; False for any other, a pair with a slope of its own among them."""
-    p.slope = 0.01
-    if activation is None:
-        p.activation = c.FBN_IDENTITY
-    elif type(activation) is not str:
+    code = ACTIVATIONS.get(activation) if activation is None or type(activation) is str else None
+    if code is None:
         return False
-    elif activation == "relu":
-        p.activation = c.FBN_RELU
-    elif activation in ACTIVATIONS:
-        p.activation = <c.fbn_activation> <int> ACTIVATIONS[activation]
-    else:
-        return False
+    p.activation, p.slope = <c.fbn_activation> <int> code, SLOPE
     return True
 
 
-cdef int set_problem(c.fbn_problem *p, object x, object axis, object activation, object threads) except -1:
-    """Fills p for a plain x with values; False if it is not plain. threads() tells how many may work."""
+cdef void set_sizes(c.fbn_problem *p, const cnp.npy_intp *shape, int ndim, int axis) noexcept:
+    """(outer, channels, inner) of memory with values: its shape in memory order, with channels on this axis.
+
+    As fastbn._shape has it: one channel is one contiguous plane, wherever its axis stands.
+    """
+    cdef int i
+    cdef int64_t outer = 1, inner = 1
+    for i in range(axis):
+        outer *= shape[i]
+    for i in range(axis + 1, ndim):
+        inner *= shape[i]
+    p.outer, p.channels, p.inner = outer, shape[axis], inner
+    if p.channels == 1:
+        p.outer, p.inner = 1, outer * inner
+
+
+cdef inline int64_t values_of(const c.fbn_problem *p) noexcept:
+    return p.outer * p.channels * p.inner
+
+
+cdef int order_in_memory(cnp.ndarray x, int axis, cnp.npy_intp *shape) noexcept:
+    """Writes x's shape in memory order, all of its axes counted; where `axis` is in it, or -1 if x is not dense."""
+    cdef int i, at = 0, left = cnp.PyArray_NDIM(x)
+    cdef cnp.npy_intp step = cnp.PyArray_ITEMSIZE(x), size = cnp.PyArray_NBYTES(x)
+    while step < size:
+        for i in range(cnp.PyArray_NDIM(x) - 1, -1, -1):
+            if cnp.PyArray_STRIDE(x, i) == step and cnp.PyArray_DIM(x, i) > 1:
+                break
+        else:
+            return -1
+        left -= 1
+        shape[left] = cnp.PyArray_DIM(x, i)
+        if i == axis:
+            at = left
+        step *= shape[left]
+    for i in range(left):
+        shape[i] = 1
+    return at
+
+
+cdef bint recognize(c.fbn_problem *p, object x, long axis) noexcept:
+    """The dtype and the sizes of a plain x with values, channels on this axis; False if it is not plain."""
     cdef cnp.ndarray array
+    cdef cnp.npy_intp turned[MOST_AXES]
+    cdef const cnp.npy_intp *shape
+    cdef int ndim
+    if type(x) is not cnp.ndarray:
+        return False
+    array, ndim = x, cnp.PyArray_NDIM(<cnp.ndarray> x)
+    axis += ndim if axis < 0 else 0
+    if ndim < 2 or not 0 <= axis < ndim or not set_dtype(p, cnp.PyArray_TYPE(array)):
+        return False
+    if not cnp.PyArray_ISBEHAVED_RO(array):
+        return False
+    shape = cnp.PyArray_DIMS(array)
+    if not cnp.PyArray_IS_C_CONTIGUOUS(array):  # as arrays without values always are
+        axis, shape = order_in_memory(array, <int> axis, turned), turned
+        if axis < 0:
+            return False
+    set_sizes(p, shape, ndim, <int> axis)
+    return values_of(p) > 0
+
+
+cdef bint is_like(object value, cnp.ndarray x) noexcept:
+    """An array that is plain as x is: alike in dtype, shape and strides."""
+    cdef cnp.ndarray array
+    cdef int i, ndim = cnp.PyArray_NDIM(x)
+    if type(value) is not cnp.ndarray:
+        return False
+    array = value
+    if (
+        cnp.PyArray_TYPE(array) != cnp.PyArray_TYPE(x)
+        or cnp.PyArray_NDIM(array) != ndim
+        or not cnp.PyArray_ISBEHAVED_RO(array)
+    ):
+        return False
+    for i in range(ndim):
+        if cnp.PyArray_DIM(array, i) != cnp.PyArray_DIM(x, i):
+            return False
+        if cnp.PyArray_STRIDE(array, i) != cnp.PyArray_STRIDE(x, i) and cnp.PyArray_DIM(x, i) > 1:
+            return False
+    return True
+
+
+cdef bint is_plain(object value, int dtype) noexcept:
+    """A C-contiguous, aligned, native array of this dtype, and of no subclass."""
+    return type(value) is cnp.ndarray and is_ready(value, dtype)
+
+
+cdef int set_problem(c.fbn_problem *p, object x, object axis, object activation, object threads) except -1:
+    """Fills p for a plain x; False if it is not plain. threads() tells how many may work."""
+    cdef int overflow = 0
     cdef long channel_axis
-    cdef int i, dtype, ndim, overflow = 0
-    if type(x) is not cnp.ndarray or type(axis) is not int:
+    if type(axis) is not int:
         return False
-    array = x
-    dtype, ndim = cnp.PyArray_TYPE(array), cnp.PyArray_NDIM(array)
     channel_axis = PyLong_AsLongAndOverflow(axis, &overflow)
-    if overflow or not is_plain(x, dtype) or ndim < 2:
-        return False
-    if not set_dtype(p, dtype) or not set_activation(p, activation):
+    if overflow or not recognize(p, x, channel_axis) or not set_activation(p, activation):
         return False
     p.machine = &machine
-    p.threads = 1 if cnp.PyArray_SIZE(array) < 2 * c.FBN_WORK_PER_THREAD else threads()
-    p.outer = p.inner = 1
-    if channel_axis == 1:
-        p.outer = cnp.PyArray_DIM(array, 0)
-        for i in range(2, ndim):
-            p.inner *= cnp.PyArray_DIM(array, i)
-        p.channels = cnp.PyArray_DIM(array, 1)
-    elif channel_axis == -1 or channel_axis == ndim - 1:
-        for i in range(ndim - 1):
-            p.outer *= cnp.PyArray_DIM(array, i)
-        p.channels = cnp.PyArray_DIM(array, ndim - 1)
-    else:
-        return False
-    return p.channels > 1 and p.outer * p.inner > 0
+    return set_threads(p, threads)
+
+
+cdef inline bint set_threads(c.fbn_problem *p, object threads) except False:
+    """threads(), or 1 for a problem that is too small to ask."""
+    p.threads = 1 if values_of(p) < 2 * c.FBN_WORK_PER_THREAD else threads()
+    return True
 
 
 cdef bint take_channels(object value, cnp.ndarray x, int64_t channels, void **data) noexcept:
@@ -95,12 +142,14 @@ cdef bint take_channels(object value, cnp.ndarray x, int64_t channels, void **da
 
 
 cdef bint take_like(object value, cnp.ndarray x, void **data) noexcept:
-    """The data of a plain array of x's dtype and shape, or of None."""
+    """The data of an array that is plain as x is, or of None."""
+    data[0] = NULL
     if value is None:
-        data[0] = NULL
         return True
-    data[0] = cnp.PyArray_DATA(<cnp.ndarray> value) if is_plain(value, cnp.PyArray_TYPE(x)) else NULL
-    return data[0] != NULL and cnp.PyArray_SAMESHAPE(<cnp.ndarray> value, x)
+    if not is_like(value, x):
+        return False
+    data[0] = cnp.PyArray_DATA(<cnp.ndarray> value)
+    return True
 
 
 cdef inline bint apart(const void *a, int64_t a_bytes, const void *b, int64_t b_bytes) noexcept:
@@ -112,7 +161,8 @@ cdef inline bint is_number(object value, double low, double high) noexcept:
 
 
 cdef inline cnp.ndarray empty_like(cnp.ndarray x):
-    return cnp.PyArray_EMPTY(cnp.PyArray_NDIM(x), cnp.PyArray_DIMS(x), cnp.PyArray_TYPE(x), 0)
+    """In x's memory order."""
+    return PyArray_NewLikeArray(x, cnp.NPY_KEEPORDER, NULL, 0)
 
 
 cdef inline cnp.ndarray empty(int64_t rows, int64_t channels, int dtype):
@@ -327,7 +377,7 @@ def express_backward(
         if p.activation != c.FBN_IDENTITY:
             dresidual = empty_like(x)
         else:
-            dresidual = dy if a.dx != dy_ else cnp.PyArray_NewCopy(<cnp.ndarray> dy, cnp.NPY_CORDER)
+            dresidual = dy if a.dx != dy_ else cnp.PyArray_NewCopy(<cnp.ndarray> dy, cnp.NPY_KEEPORDER)
     a.dresidual = NULL if dresidual is None else cnp.PyArray_DATA(<cnp.ndarray> dresidual)
     if out is None:
         out = empty_like(x)

@@ -7,21 +7,15 @@ cdef bint set_memory_problem(
     c.fbn_problem *p, int number, object shape, int axis, object activation, object threads
 ) except -1:
     """Fills p for memory of a dtype, by its number, and a shape, with channels on axis 1 or -1."""
-    cdef int64_t size = 1, values
-    cdef Py_ssize_t i
-    if not set_dtype(p, number) or not set_activation(p, activation):
+    cdef cnp.npy_intp sizes[MOST_AXES]
+    cdef int i, ndim = <int> len(shape)
+    if ndim > MOST_AXES or not set_dtype(p, number) or not set_activation(p, activation):
         return False
-    for i in range(2, len(shape)):
-        size *= <int64_t> shape[i]
-    values = <int64_t> shape[0] * <int64_t> shape[1] * size
+    for i in range(ndim):
+        sizes[i] = shape[i]
+    set_sizes(p, sizes, ndim, axis if axis == 1 else ndim - 1)
     p.machine = &machine
-    if axis == 1:
-        p.outer, p.channels, p.inner = shape[0], shape[1], size
-    else:
-        p.channels, p.inner = shape[len(shape) - 1], 1
-        p.outer = values // p.channels if p.channels else 0
-    p.threads = 1 if values < 2 * c.FBN_WORK_PER_THREAD else threads()
-    return p.channels > 1 and values > 0
+    return set_threads(p, threads) and values_of(p) > 0
 
 
 cdef bint are_aligned(tuple addresses, size_t other, int count, c.fbn_dtype dtype) noexcept:

@@ -42,3 +42,7 @@ except ImportError as error:
 from .layers import BatchNorm1d, BatchNorm2d, BatchNorm3d, convert_batchnorm, revert_batchnorm
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "convert_batchnorm", "revert_batchnorm"]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

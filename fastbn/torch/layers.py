@@ -1,7 +1,6 @@
 """What are the layers that take the place of torch's, and how does a model get them and give them back?"""
 
-from __future__ import annotations
-
+import inspect
 import math
 from typing import Any
 
@@ -228,6 +227,10 @@ _LAYERS: dict[type, type] = {
     torch.nn.BatchNorm3d: BatchNorm3d,
 }
 _TORCHS = {ours: theirs for theirs, ours in _LAYERS.items()}
+
+for _ours, _theirs in _TORCHS.items():  # what this version's layers take, and an activation
+    _parameters = [*inspect.signature(_theirs).parameters.values(), inspect.signature(_ours).parameters["activation"]]
+    setattr(_ours, "__signature__", inspect.Signature(_parameters))  # noqa: B010
 
 
 def convert_batchnorm(model: torch.nn.Module) -> torch.nn.Module:
