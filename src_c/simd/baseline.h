@@ -36,6 +36,9 @@
 #define FBN_SIMD_H
 
 #include <string.h>
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
 
 #include "../kernels.h"
 
@@ -56,7 +59,11 @@ typedef uint16_t half_lanes __attribute__((vector_size(8)));
 #define EACH(comparison) (comparison)
 #define CONVERT(a, type) __builtin_convertvector(a, type)
 FBN_INLINE f32_half f32_lower(f32_vec a) { return (f32_half){a[0], a[1]}; }
+#ifdef __SSE2__ /* GCC makes four instructions of {a[2], a[3]} */
+FBN_INLINE f32_half f32_upper(f32_vec a) { return f32_lower(_mm_movehl_ps(a, a)); }
+#else
 FBN_INLINE f32_half f32_upper(f32_vec a) { return (f32_half){a[2], a[3]}; }
+#endif
 FBN_INLINE f32_vec f32_both(f32_half lo, f32_half hi) { return (f32_vec){lo[0], lo[1], hi[0], hi[1]}; }
 #else
 enum { F64_WIDTH = 1, F32_WIDTH = 1 };
@@ -69,7 +76,10 @@ typedef uint16_t half_lanes;
 #define CONVERT(a, type) ((type)(a))
 FBN_INLINE f32_half f32_lower(f32_vec a) { return a; }
 FBN_INLINE f32_half f32_upper(f32_vec a) { return a; }
-FBN_INLINE f32_vec f32_both(f32_half lo, f32_half hi) { (void)hi; return lo; }
+FBN_INLINE f32_vec f32_both(f32_half lo, f32_half hi) {
+    (void)hi;
+    return lo;
+}
 #endif
 
 /* float64 */
@@ -189,7 +199,8 @@ FBN_INLINE f32_vec f32_ldexp(f32_vec a, f32_vec k) {
     return a * f32_power_of_2(half) * f32_power_of_2(e - half);
 }
 
-/* float32 widened to float64. A vector of one number has no upper half: what is done with it, the compiler leaves out. */
+/* float32 widened to float64. A vector of one number has no upper half: what is done with it, the compiler leaves out.
+ */
 typedef struct {
     f64_vec lo, hi;
 } f32_wide;
