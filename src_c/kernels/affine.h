@@ -1,102 +1,105 @@
 /* affine.h: y from x, the forward map. */
 
-FBN_INLINE vec NAME(affine_at)(const fbn_affine *a, int64_t i, int64_t n, const NAME(line) * l, int activation,
-                               int has_residual) {
-    const elem *x = (const elem *)a->x + i;
-    if (n == WIDTH) prefetch((const char *)x + FBN_AHEAD);
-    const vec zero = vset(0);
-    const vec v = n == WIDTH ? vload(x) : vload_n(x, n, zero);
-    const elem *residual = has_residual ? (const elem *)a->residual + i : x;
-    const vec r = !has_residual ? zero : n == WIDTH ? vload(residual) : vload_n(residual, n, zero);
-    return NAME(activate)(NAME(preactivation)(v, r, l, has_residual), l, activation);
-}
-
 FBN_INLINE void NAME(affine_put)(elem *y, vec v, int64_t n, int stream) {
     if (n < WIDTH) vstore_n(y, v, n);
     else if (stream) vstream(y, v);
     else vstore(y, v);
 }
 
-/* Elements [i, end), contiguous, from channel c on: all of that channel (period 0), or of the next channel each, which
- * recur after `period`. */
-FBN_INLINE void NAME(affine_run)(const fbn_affine *a, int64_t i, int64_t end, int64_t c, int64_t period, int activation,
-                                 int has_residual) {
-    elem *y = a->y;
-    NAME(line) l = NAME(line_at)(&a->line, c, period);
-    const int64_t head = NAME(least)(NAME(misaligned)(y + i), end - i);
-    if (head) {
-        vstore_n(y + i, NAME(affine_at)(a, i, head, &l, activation, has_residual), head);
-        i += head;
-        c = NAME(onward)(c, head, period);
-    }
-    for (int64_t n; i + WIDTH <= end; i += n, c = NAME(onward)(c, n, period)) {
-        n = NAME(vectors)(end - i, c, period);
+/* The vector of element i, all of it. */
+FBN_INLINE void NAME(affine_at)(const fbn_affine *a, int64_t i, const NAME(line) * l, int activation,
+                                int has_residual) {
+    const elem *x = (const elem *)a->x + i;
+    prefetch((const char *)x + FBN_AHEAD);
+    const vec r = has_residual ? vload((const elem *)a->residual + i) : vset(0);
+    const vec z = NAME(preactivation)(vload(x), r, l, has_residual);
+    NAME(affine_put)((elem *)a->y + i, NAME(activate)(z, l, activation), WIDTH, a->stream);
+}
+
+/* The first n elements of it, from channel c on, of which there are `left`. One function for every activation: its code
+ * is long, and it has few elements. */
+FBN_APART void NAME(affine_part)(const fbn_affine *a, int64_t i, int64_t n, int64_t c, int64_t left,
+                                 const NAME(runs) * r) {
+    const NAME(line) l = NAME(line_over)(&a->line, c, left, r);
+    const vec x = vload_n((const elem *)a->x + i, n, vset(0));
+    const vec residual = a->residual ? vload_n((const elem *)a->residual + i, n, vset(0)) : vset(0);
+    const vec z = NAME(preactivation)(x, residual, &l, a->residual != NULL);
+    NAME(affine_put)((elem *)a->y + i, NAME(activate)(z, &l, (int)a->activation | NAME(ANY)), n, a->stream);
+}
+
+/* Elements [at, end) of rows, from channel c on. */
+FBN_INLINE void NAME(affine_rows)(const fbn_affine *a, const NAME(runs) * r, int64_t at, int64_t end, int64_t c,
+                                  int activation, int has_residual) {
+    const int64_t head = NAME(least)(NAME(misaligned)((elem *)a->y + at), end - at);
+    if (head) NAME(affine_part)(a, at, head, c, WIDTH, r);
+    at += head;
+    c = NAME(onward)(c, head, r->period);
+    for (int64_t n; at + WIDTH <= end; at += n, c = NAME(onward)(c, n, r->period)) {
+        n = NAME(vectors)(end - at, c, r->period);
         for (int64_t k = 0; k < n; k += WIDTH) {
-            if (period) l = NAME(line_at)(&a->line, c + k, period);
-            NAME(affine_put)(y + i + k, NAME(affine_at)(a, i + k, WIDTH, &l, activation, has_residual), WIDTH,
-                             a->stream);
+            const NAME(line) l = NAME(line_at)(&a->line, c + k, 1);
+            NAME(affine_at)(a, at + k, &l, activation, has_residual);
         }
     }
-    if (i == end) return;
-    if (period) l = NAME(line_at)(&a->line, c, period);
-    vstore_n(y + i, NAME(affine_at)(a, i, end - i, &l, activation, has_residual), end - i);
+    if (at < end) NAME(affine_part)(a, at, end - at, c, WIDTH, r);
 }
 
-/* Elements [at, end) of planes that touch, one channel each; the first is element i of their run. */
-FBN_INLINE void NAME(affine_joined)(const fbn_affine *a, NAME(runs) r, int64_t at, int64_t end, int64_t i,
-                                    int activation, int has_residual) {
-    int64_t c = i / r.length, left = (c + 1) * r.length - i, n = NAME(first)((elem *)a->y + at, end - at);
-    while (at < end) {
-        const NAME(line) l = NAME(line_over)(&a->line, c, left, r);
-        do {
-            NAME(affine_put)((elem *)a->y + at, NAME(affine_at)(a, at, n, &l, activation, has_residual), n, a->stream);
-            at += n;
-            left -= n;
-            n = NAME(least)(WIDTH, end - at);
-        } while (left >= WIDTH && n == WIDTH);
-        for (; left <= 0; left += r.length) c++;
+/* Elements [at, end) of planes that touch, from channel c on, of which there are `left`. */
+FBN_INLINE void NAME(affine_planes)(const fbn_affine *a, const NAME(runs) * r, int64_t at, int64_t end, int64_t c,
+                                    int64_t left, int activation, int has_residual) {
+    const int64_t head = NAME(misaligned)((elem *)a->y + at);
+    for (int64_t n = NAME(least)(head ? head : WIDTH, end - at); at < end; n = NAME(least)(WIDTH, end - at)) {
+        if (n < WIDTH || left < WIDTH) NAME(affine_part)(a, at, n, c, left, r);
+        else {
+            const NAME(line) l = NAME(line_at)(&a->line, c, 0);
+            n = NAME(least)(left, end - at) / WIDTH * WIDTH;
+            for (int64_t k = 0; k < n; k += WIDTH) NAME(affine_at)(a, at + k, &l, activation, has_residual);
+        }
+        at += n;
+        for (left -= n; left <= 0; left += r->length) c++;
     }
 }
 
-/* The streams of one run, from channel c on; or of all runs, joined. */
-FBN_INLINE void NAME(affine_turns)(const fbn_affine *a, NAME(runs) r, int joined, int64_t c, int64_t period,
+/* The streams of one run, which holds channel c (rows: all channels), or all runs, joined. */
+FBN_INLINE void NAME(affine_turns)(const fbn_affine *a, const NAME(runs) * r, int joined, int64_t c, int rows,
                                    int activation, int has_residual) {
-    const int64_t start = period || joined ? 0 : c * r.step, length = joined ? r.count * r.length : r.length;
+    const int64_t start = c * r->step, length = joined ? r->count * r->length : r->length;
     const int64_t turn = NAME(turn)(r, a->stream, activation, length);
     int64_t n = NAME(first_turn)((elem *)a->y + start, turn, length);
     for (int64_t i = 0; i < length; i += n, n = NAME(least)(turn, length - i)) {
-        for (int64_t k = 0, at = start + i; k < r.streams; k++, at += r.apart)
-            if (joined) NAME(affine_joined)(a, r, at, at + n, i, activation, has_residual);
-            else NAME(affine_run)(a, at, at + n, c, period, activation, has_residual);
-        c = NAME(onward)(c, n, period);
+        const int64_t past = joined ? i / r->length : 0, left = (past + 1) * r->length - i;
+        for (int64_t k = 0, at = start + i; k < r->streams; k++, at += r->apart)
+            if (rows) NAME(affine_rows)(a, r, at, at + n, c, activation, has_residual);
+            else NAME(affine_planes)(a, r, at, at + n, c + past, left, activation, has_residual);
+        if (rows) c = NAME(onward)(c, n, r->period);
     }
 }
 
-FBN_INLINE void NAME(affine_runs)(fbn_affine a, NAME(runs) r, int64_t period, int activation, int has_residual) {
-    if (!period && NAME(joins)(r, a.stream)) NAME(affine_turns)(&a, r, 1, 0, 0, activation, has_residual);
-    else
-        for (int64_t c = 0; c < r.count; c++) NAME(affine_turns)(&a, r, 0, c, period, activation, has_residual);
+FBN_INLINE void NAME(affine_runs)(fbn_affine a, NAME(runs) r, int rows, int activation, int has_residual) {
+    const int joined = !rows && NAME(joins)(&r, a.stream);
+    const int64_t turns = joined ? 1 : r.count;
+    if (!joined) r.count = 1; /* each by itself */
+    for (int64_t c = 0; c < turns; c++) NAME(affine_turns)(&a, &r, joined, c, rows, activation, has_residual);
 }
 
-/* cf: a run for each channel (period 0). cl: runs that hold every channel, period after period. */
-FBN_INLINE void NAME(affine_call)(const fbn_affine *a, NAME(runs) r, int64_t period) {
+FBN_INLINE void NAME(affine_call)(const fbn_affine *a, NAME(runs) r, int rows) {
     switch (OWN_LOOPS ? (int)a->activation : -1) {
     case FBN_IDENTITY:
-        if (a->residual) NAME(affine_runs)(*a, r, period, FBN_IDENTITY, 1);
-        else NAME(affine_runs)(*a, r, period, FBN_IDENTITY, 0);
+        if (a->residual) NAME(affine_runs)(*a, r, rows, FBN_IDENTITY, 1);
+        else NAME(affine_runs)(*a, r, rows, FBN_IDENTITY, 0);
         break;
     case FBN_RELU:
-        if (a->residual) NAME(affine_runs)(*a, r, period, FBN_RELU, 1);
-        else NAME(affine_runs)(*a, r, period, FBN_RELU, 0);
+        if (a->residual) NAME(affine_runs)(*a, r, rows, FBN_RELU, 1);
+        else NAME(affine_runs)(*a, r, rows, FBN_RELU, 0);
         break;
     case FBN_SILU:
-        NAME(affine_runs)(*a, r, period, FBN_SILU, a->residual != NULL);
+        NAME(affine_runs)(*a, r, rows, FBN_SILU, a->residual != NULL);
         break;
     case FBN_SIGMOID:
-        NAME(affine_runs)(*a, r, period, FBN_SIGMOID, a->residual != NULL);
+        NAME(affine_runs)(*a, r, rows, FBN_SIGMOID, a->residual != NULL);
         break;
     default:
-        NAME(affine_runs)(*a, r, period, (int)a->activation | NAME(ANY), a->residual != NULL);
+        NAME(affine_runs)(*a, r, rows, (int)a->activation | NAME(ANY), a->residual != NULL);
     }
     if (a->stream) stream_fence();
 }
@@ -106,5 +109,5 @@ static void NAME(affine_cf)(const fbn_affine *a, fbn_planes planes) {
 }
 
 static void NAME(affine_cl)(const fbn_affine *a, int64_t rows, int64_t channels) {
-    NAME(affine_call)(a, NAME(runs_of_rows)(rows, channels), channels);
+    NAME(affine_call)(a, NAME(runs_of_rows)(rows, channels), 1);
 }

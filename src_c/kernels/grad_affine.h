@@ -13,7 +13,7 @@ FBN_INLINE NAME(slopes) NAME(slopes_at)(const fbn_grad_affine *g, int64_t c, int
                           NAME(constant_at)(g->slopes.postscale, c, period)};
 }
 
-FBN_INLINE NAME(slopes) NAME(slopes_over)(const fbn_grad_affine *g, int64_t c, int64_t left, NAME(runs) r) {
+FBN_INLINE NAME(slopes) NAME(slopes_over)(const fbn_grad_affine *g, int64_t c, int64_t left, const NAME(runs) * r) {
     return (NAME(slopes)){NAME(line_over)(&g->line, c, left, r), NAME(constant_over)(g->slopes.on_dy, c, left, r),
                           NAME(constant_over)(g->slopes.on_x, c, left, r),
                           NAME(constant_over)(g->slopes.constant, c, left, r),
@@ -26,14 +26,9 @@ typedef struct {
     int activation, has_residual, frozen;
 } NAME(grad_parts);
 
-FBN_INLINE void NAME(grad_affine_at)(const fbn_grad_affine *g, int64_t i, int64_t n, const NAME(slopes) * s,
-                                     NAME(grad_parts) parts) {
-    const elem *x = (const elem *)g->x + i;
-    if (n == WIDTH) {
-        prefetch((const char *)x + FBN_AHEAD);
-        prefetch((const char *)((const elem *)g->dy + i) + FBN_AHEAD);
-    }
-    const elem *residual = parts.has_residual ? (const elem *)g->residual + i : x;
+FBN_INLINE void NAME(grad_affine_n)(const fbn_grad_affine *g, int64_t i, int64_t n, const NAME(slopes) * s,
+                                    NAME(grad_parts) parts) {
+    const elem *x = (const elem *)g->x + i, *residual = parts.has_residual ? (const elem *)g->residual + i : x;
     vec dz = NAME(dz_at)((const elem *)g->dy + i, x, residual, n, &s->line, parts.activation, parts.has_residual);
     vec d;
     if (parts.frozen) d = vmul(s->on_dy, dz);
@@ -53,86 +48,96 @@ FBN_INLINE void NAME(grad_affine_at)(const fbn_grad_affine *g, int64_t i, int64_
     NAME(affine_put)((elem *)g->dresidual + i, dz, n, 0);
 }
 
-/* Elements [i, end), as affine_run has them. */
-FBN_INLINE void NAME(grad_affine_run)(const fbn_grad_affine *g, int64_t i, int64_t end, int64_t c, int64_t period,
-                                      NAME(grad_parts) parts) {
-    NAME(slopes) s = NAME(slopes_at)(g, c, period);
-    const int64_t head = NAME(least)(NAME(misaligned)((elem *)g->dx + i), end - i);
-    if (head) {
-        NAME(grad_affine_at)(g, i, head, &s, parts);
-        i += head;
-        c = NAME(onward)(c, head, period);
-    }
-    for (int64_t n; i + WIDTH <= end; i += n, c = NAME(onward)(c, n, period)) {
-        n = NAME(vectors)(end - i, c, period);
+/* The vector of element i, all of it. */
+FBN_INLINE void NAME(grad_affine_at)(const fbn_grad_affine *g, int64_t i, const NAME(slopes) * s,
+                                     NAME(grad_parts) parts) {
+    prefetch((const char *)((const elem *)g->x + i) + FBN_AHEAD);
+    prefetch((const char *)((const elem *)g->dy + i) + FBN_AHEAD);
+    NAME(grad_affine_n)(g, i, WIDTH, s, parts);
+}
+
+/* The first n elements of it, as in affine.h. */
+FBN_APART void NAME(grad_affine_part)(const fbn_grad_affine *g, int64_t i, int64_t n, int64_t c, int64_t left,
+                                      const NAME(runs) * r) {
+    const NAME(slopes) s = NAME(slopes_over)(g, c, left, r);
+    NAME(grad_affine_n)(g, i, n, &s, (NAME(grad_parts)){g->activation | NAME(ANY), g->residual != NULL, g->frozen});
+}
+
+/* As affine_rows, _planes, _turns and _runs. */
+FBN_INLINE void NAME(grad_affine_rows)(const fbn_grad_affine *g, const NAME(runs) * r, int64_t at, int64_t end,
+                                       int64_t c, NAME(grad_parts) parts) {
+    const int64_t head = NAME(least)(NAME(misaligned)((elem *)g->dx + at), end - at);
+    if (head) NAME(grad_affine_part)(g, at, head, c, WIDTH, r);
+    at += head;
+    c = NAME(onward)(c, head, r->period);
+    for (int64_t n; at + WIDTH <= end; at += n, c = NAME(onward)(c, n, r->period)) {
+        n = NAME(vectors)(end - at, c, r->period);
         for (int64_t k = 0; k < n; k += WIDTH) {
-            if (period) s = NAME(slopes_at)(g, c + k, period);
-            NAME(grad_affine_at)(g, i + k, WIDTH, &s, parts);
+            const NAME(slopes) s = NAME(slopes_at)(g, c + k, 1);
+            NAME(grad_affine_at)(g, at + k, &s, parts);
         }
     }
-    if (i == end) return;
-    if (period) s = NAME(slopes_at)(g, c, period);
-    NAME(grad_affine_at)(g, i, end - i, &s, parts);
+    if (at < end) NAME(grad_affine_part)(g, at, end - at, c, WIDTH, r);
 }
 
-/* Elements [at, end) of planes that touch, one channel each; the first is element i of their run. */
-FBN_INLINE void NAME(grad_affine_joined)(const fbn_grad_affine *g, NAME(runs) r, int64_t at, int64_t end, int64_t i,
-                                         NAME(grad_parts) parts) {
-    int64_t c = i / r.length, left = (c + 1) * r.length - i, n = NAME(first)((elem *)g->dx + at, end - at);
-    while (at < end) {
-        const NAME(slopes) s = NAME(slopes_over)(g, c, left, r);
-        do {
-            NAME(grad_affine_at)(g, at, n, &s, parts);
-            at += n;
-            left -= n;
-            n = NAME(least)(WIDTH, end - at);
-        } while (left >= WIDTH && n == WIDTH);
-        for (; left <= 0; left += r.length) c++;
+FBN_INLINE void NAME(grad_affine_planes)(const fbn_grad_affine *g, const NAME(runs) * r, int64_t at, int64_t end,
+                                         int64_t c, int64_t left, NAME(grad_parts) parts) {
+    const int64_t head = NAME(misaligned)((elem *)g->dx + at);
+    for (int64_t n = NAME(least)(head ? head : WIDTH, end - at); at < end; n = NAME(least)(WIDTH, end - at)) {
+        if (n < WIDTH || left < WIDTH) NAME(grad_affine_part)(g, at, n, c, left, r);
+        else {
+            const NAME(slopes) s = NAME(slopes_at)(g, c, 0);
+            n = NAME(least)(left, end - at) / WIDTH * WIDTH;
+            for (int64_t k = 0; k < n; k += WIDTH) NAME(grad_affine_at)(g, at + k, &s, parts);
+        }
+        at += n;
+        for (left -= n; left <= 0; left += r->length) c++;
     }
 }
 
-/* The streams of one run, from channel c on; or of all runs, joined. */
-FBN_INLINE void NAME(grad_affine_turns)(const fbn_grad_affine *g, NAME(runs) r, int joined, int64_t c, int64_t period,
+FBN_INLINE void NAME(grad_affine_turns)(const fbn_grad_affine *g, const NAME(runs) * r, int joined, int64_t c, int rows,
                                         NAME(grad_parts) parts) {
-    const int64_t start = period || joined ? 0 : c * r.step, length = joined ? r.count * r.length : r.length;
+    const int64_t start = c * r->step, length = joined ? r->count * r->length : r->length;
     const int64_t turn = NAME(turn)(r, g->stream, parts.activation, length);
     int64_t n = NAME(first_turn)((elem *)g->dx + start, turn, length);
     for (int64_t i = 0; i < length; i += n, n = NAME(least)(turn, length - i)) {
-        for (int64_t k = 0, at = start + i; k < r.streams; k++, at += r.apart)
-            if (joined) NAME(grad_affine_joined)(g, r, at, at + n, i, parts);
-            else NAME(grad_affine_run)(g, at, at + n, c, period, parts);
-        c = NAME(onward)(c, n, period);
+        const int64_t past = joined ? i / r->length : 0, left = (past + 1) * r->length - i;
+        for (int64_t k = 0, at = start + i; k < r->streams; k++, at += r->apart)
+            if (rows) NAME(grad_affine_rows)(g, r, at, at + n, c, parts);
+            else NAME(grad_affine_planes)(g, r, at, at + n, c + past, left, parts);
+        if (rows) c = NAME(onward)(c, n, r->period);
     }
 }
 
-FBN_INLINE void NAME(grad_affine_runs)(fbn_grad_affine g, NAME(runs) r, int64_t period, int activation,
-                                       int has_residual, int frozen) {
+FBN_INLINE void NAME(grad_affine_runs)(fbn_grad_affine g, NAME(runs) r, int rows, int activation, int has_residual,
+                                       int frozen) {
     const NAME(grad_parts) parts = {activation, has_residual, frozen};
-    if (!period && NAME(joins)(r, g.stream)) NAME(grad_affine_turns)(&g, r, 1, 0, 0, parts);
-    else
-        for (int64_t c = 0; c < r.count; c++) NAME(grad_affine_turns)(&g, r, 0, c, period, parts);
+    const int joined = !rows && NAME(joins)(&r, g.stream);
+    const int64_t turns = joined ? 1 : r.count;
+    if (!joined) r.count = 1; /* each by itself */
+    for (int64_t c = 0; c < turns; c++) NAME(grad_affine_turns)(&g, &r, joined, c, rows, parts);
 }
 
-FBN_INLINE void NAME(grad_affine_call)(const fbn_grad_affine *g, NAME(runs) r, int64_t period) {
+FBN_INLINE void NAME(grad_affine_call)(const fbn_grad_affine *g, NAME(runs) r, int rows) {
     switch (OWN_LOOPS ? g->activation : -1) {
     case FBN_IDENTITY:
-        if (g->frozen) NAME(grad_affine_runs)(*g, r, period, FBN_IDENTITY, 0, 1);
-        else NAME(grad_affine_runs)(*g, r, period, FBN_IDENTITY, 0, 0);
+        if (g->frozen) NAME(grad_affine_runs)(*g, r, rows, FBN_IDENTITY, 0, 1);
+        else NAME(grad_affine_runs)(*g, r, rows, FBN_IDENTITY, 0, 0);
         break;
     case FBN_RELU:
-        if (g->frozen && g->residual) NAME(grad_affine_runs)(*g, r, period, FBN_RELU, 1, 1);
-        else if (g->frozen) NAME(grad_affine_runs)(*g, r, period, FBN_RELU, 0, 1);
-        else if (g->residual) NAME(grad_affine_runs)(*g, r, period, FBN_RELU, 1, 0);
-        else NAME(grad_affine_runs)(*g, r, period, FBN_RELU, 0, 0);
+        if (g->frozen && g->residual) NAME(grad_affine_runs)(*g, r, rows, FBN_RELU, 1, 1);
+        else if (g->frozen) NAME(grad_affine_runs)(*g, r, rows, FBN_RELU, 0, 1);
+        else if (g->residual) NAME(grad_affine_runs)(*g, r, rows, FBN_RELU, 1, 0);
+        else NAME(grad_affine_runs)(*g, r, rows, FBN_RELU, 0, 0);
         break;
     case FBN_SILU:
-        NAME(grad_affine_runs)(*g, r, period, FBN_SILU, g->residual != NULL, g->frozen);
+        NAME(grad_affine_runs)(*g, r, rows, FBN_SILU, g->residual != NULL, g->frozen);
         break;
     case FBN_SIGMOID:
-        NAME(grad_affine_runs)(*g, r, period, FBN_SIGMOID, g->residual != NULL, g->frozen);
+        NAME(grad_affine_runs)(*g, r, rows, FBN_SIGMOID, g->residual != NULL, g->frozen);
         break;
     default:
-        NAME(grad_affine_runs)(*g, r, period, g->activation | NAME(ANY), g->residual != NULL, g->frozen);
+        NAME(grad_affine_runs)(*g, r, rows, g->activation | NAME(ANY), g->residual != NULL, g->frozen);
     }
     if (g->stream) stream_fence();
 }
@@ -142,5 +147,5 @@ static void NAME(grad_affine_cf)(const fbn_grad_affine *g, fbn_planes planes) {
 }
 
 static void NAME(grad_affine_cl)(const fbn_grad_affine *g, int64_t rows, int64_t channels) {
-    NAME(grad_affine_call)(g, NAME(runs_of_rows)(rows, channels), channels);
+    NAME(grad_affine_call)(g, NAME(runs_of_rows)(rows, channels), 1);
 }

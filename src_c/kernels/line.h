@@ -47,30 +47,33 @@ FBN_INLINE int64_t NAME(up_to)(const elem *p, uint64_t multiple) {
 FBN_INLINE int64_t NAME(misaligned)(const elem *p) { return NAME(up_to)(p, WIDTH); }
 
 /* What a map goes through: `count` runs of `length` contiguous elements, `step` from one to the next, and that
- * `streams` times, `apart` from one to the next, in turns. */
+ * `streams` times, `apart` from one to the next, in turns. A run is a channel (period 0), or rows in which the channels
+ * recur after `period`. */
 typedef struct {
-    int64_t count, step, length, streams, apart;
+    int64_t count, step, length, streams, apart, period;
 } NAME(runs);
 
 FBN_INLINE NAME(runs) NAME(runs_of_planes)(fbn_planes p) {
-    return (NAME(runs)){p.channels, p.step, p.inner, p.images, p.apart};
+    return (NAME(runs)){p.channels, p.step, p.inner, p.images, p.apart, 0};
 }
 
 /* Rows are one run, or FBN_STREAMS of a length. */
 FBN_INLINE NAME(runs) NAME(runs_of_rows)(int64_t rows, int64_t channels) {
     const int64_t streams = rows % FBN_STREAMS ? 1 : FBN_STREAMS, length = rows / streams * channels;
-    return (NAME(runs)){1, length, length, streams, length};
+    return (NAME(runs)){1, length, length, streams, length, channels};
 }
 
-/* Constants where a vector runs from channel c, of which it holds `left` elements, into the next ones of the same runs.
- * The channels of other runs are not looked at: another thread may be writing their constants. */
-FBN_INLINE vec NAME(constant_over)(const void *constants, int64_t c, int64_t left, NAME(runs) r) {
-    vec v = NAME(constant_at)(constants, c, 0);
-    for (; left < WIDTH && c + 1 < r.count; left += r.length) v = vjoin(v, NAME(constant_at)(constants, ++c, 0), left);
+/* Constants of the vector from channel c on, of which it holds `left` elements: it may run into the next channels of
+ * the same runs. Those of other runs are not looked at: another thread may be writing their constants. */
+FBN_INLINE vec NAME(constant_over)(const void *constants, int64_t c, int64_t left, const NAME(runs) * r) {
+    vec v = NAME(constant_at)(constants, c, r->period);
+    if (r->period) return v;
+    for (; left < WIDTH && c + 1 < r->count; left += r->length)
+        v = vjoin(v, NAME(constant_at)(constants, ++c, 0), left);
     return v;
 }
 
-FBN_INLINE NAME(line) NAME(line_over)(const fbn_line *l, int64_t c, int64_t left, NAME(runs) r) {
+FBN_INLINE NAME(line) NAME(line_over)(const fbn_line *l, int64_t c, int64_t left, const NAME(runs) * r) {
     return (NAME(line)){NAME(constant_over)(l->prescale, c, left, r),  NAME(constant_over)(l->neg_mean, c, left, r),
                         NAME(constant_over)(l->scale, c, left, r),     NAME(constant_over)(l->shift, c, left, r),
                         NAME(constant_over)(l->shift_low, c, left, r), (real)l->slope};
@@ -80,16 +83,16 @@ FBN_INLINE NAME(line) NAME(line_over)(const fbn_line *l, int64_t c, int64_t left
 enum { NAME(LINE) = 64 / sizeof(elem) };
 
 /* Whether planes are so small, and their ends so ragged, that vectors should run on from one into the next. */
-FBN_INLINE int NAME(joins)(NAME(runs) r, int stream) {
-    return r.count > 1 && r.step == r.length && (stream || r.length > 4 * WIDTH) && r.length < FBN_SMALL_PLANE &&
-           r.length % (stream ? (int64_t)NAME(LINE) : WIDTH);
+FBN_INLINE int NAME(joins)(const NAME(runs) * r, int stream) {
+    return r->count > 1 && r->step == r->length && (stream || r->length > 4 * WIDTH) && r->length < FBN_SMALL_PLANE &&
+           r->length % (stream ? (int64_t)NAME(LINE) : WIDTH);
 }
 
 /* Elements of a turn: all that there are, where the data is in the cache, the streams do not share their alignment, or
  * so much is computed that one stream keeps up. */
-FBN_INLINE int64_t NAME(turn)(NAME(runs) r, int stream, int activation, int64_t length) {
+FBN_INLINE int64_t NAME(turn)(const NAME(runs) * r, int stream, int activation, int64_t length) {
     const int computes = activation == FBN_SILU || activation == FBN_SIGMOID;
-    const int in_turns = stream && r.streams > 1 && r.apart % NAME(LINE) == 0 && !computes;
+    const int in_turns = stream && r->streams > 1 && r->apart % NAME(LINE) == 0 && !computes;
     return in_turns ? (int64_t)(FBN_TURN / sizeof(elem)) : length;
 }
 
@@ -102,10 +105,4 @@ FBN_INLINE int64_t NAME(first_turn)(const elem *p, int64_t turn, int64_t length)
 FBN_INLINE int64_t NAME(vectors)(int64_t length, int64_t c, int64_t period) {
     const int64_t whole = length / WIDTH * WIDTH;
     return period ? NAME(least)(whole, (period - c + WIDTH - 1) / WIDTH * WIDTH) : whole;
-}
-
-/* Elements up to the first aligned address, or a vector of them. */
-FBN_INLINE int64_t NAME(first)(const elem *p, int64_t most) {
-    const int64_t head = NAME(misaligned)(p);
-    return NAME(least)(head ? head : WIDTH, most);
 }

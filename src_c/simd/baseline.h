@@ -36,228 +36,274 @@
 #define FBN_SIMD_H
 
 #include <string.h>
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
 
 #include "../kernels.h"
 
+/* GCC and Clang have vectors with the operators of C, where a comparison gives -1 or 0 in each lane. Elsewhere a vector
+ * is one number, and the same lines are compiled for it. */
+#ifdef __has_builtin
+#define FBN_HAS_BUILTIN(name) __has_builtin(name)
+#else
+#define FBN_HAS_BUILTIN(name) 0
+#endif
+#if FBN_HAS_BUILTIN(__builtin_convertvector)
+enum { F64_WIDTH = 2, F32_WIDTH = 4 };
+typedef double f64_vec __attribute__((vector_size(16)));
+typedef int64_t f64_lanes __attribute__((vector_size(16)));
+typedef float f32_vec __attribute__((vector_size(16))), f32_half __attribute__((vector_size(8)));
+typedef int32_t f32_lanes __attribute__((vector_size(16)));
+typedef uint16_t half_lanes __attribute__((vector_size(8)));
+#define EACH(comparison) (comparison)
+#define CONVERT(a, type) __builtin_convertvector(a, type)
+FBN_INLINE f32_half f32_lower(f32_vec a) { return (f32_half){a[0], a[1]}; }
+#ifdef __SSE2__ /* GCC makes four instructions of {a[2], a[3]} */
+FBN_INLINE f32_half f32_upper(f32_vec a) { return f32_lower(_mm_movehl_ps(a, a)); }
+#else
+FBN_INLINE f32_half f32_upper(f32_vec a) { return (f32_half){a[2], a[3]}; }
+#endif
+FBN_INLINE f32_vec f32_both(f32_half lo, f32_half hi) { return (f32_vec){lo[0], lo[1], hi[0], hi[1]}; }
+#else
+enum { F64_WIDTH = 1, F32_WIDTH = 1 };
+typedef double f64_vec;
+typedef int64_t f64_lanes;
+typedef float f32_vec, f32_half;
+typedef int32_t f32_lanes;
+typedef uint16_t half_lanes;
+#define EACH(comparison) (-(comparison))
+#define CONVERT(a, type) ((type)(a))
+FBN_INLINE f32_half f32_lower(f32_vec a) { return a; }
+FBN_INLINE f32_half f32_upper(f32_vec a) { return a; }
+FBN_INLINE f32_vec f32_both(f32_half lo, f32_half hi) {
+    (void)hi;
+    return lo;
+}
+#endif
+
 /* float64 */
-enum { F64_WIDTH = 4, F32_WIDTH = 4 };
-typedef struct {
-    double lane[F64_WIDTH];
-} f64_vec;
-
-FBN_INLINE f64_vec f64_set(double s) { return (f64_vec){{s, s, s, s}}; }
-FBN_INLINE double f64_value(const double *p) { return *p; }
-FBN_INLINE f64_vec f64_load(const double *p) { return (f64_vec){{p[0], p[1], p[2], p[3]}}; }
-FBN_INLINE f64_vec f64_load_n(const double *p, int64_t n, f64_vec fill) {
-    for (int64_t i = 0; i < n; i++) fill.lane[i] = p[i];
-    return fill;
-}
-FBN_INLINE void f64_store_n(double *p, f64_vec a, int64_t n) {
-    for (int64_t i = 0; i < n; i++) p[i] = a.lane[i];
-}
-FBN_INLINE void f64_store(double *p, f64_vec a) { f64_store_n(p, a, F64_WIDTH); }
-FBN_INLINE void f64_stream(double *p, f64_vec a) { f64_store(p, a); }
-FBN_INLINE f64_vec f64_join(f64_vec a, f64_vec b, int64_t n) { return f64_load_n(a.lane, n, b); }
-FBN_INLINE f64_vec f64_add(f64_vec a, f64_vec b) {
-    for (int i = 0; i < F64_WIDTH; i++) a.lane[i] += b.lane[i];
-    return a;
-}
-FBN_INLINE f64_vec f64_sub(f64_vec a, f64_vec b) {
-    for (int i = 0; i < F64_WIDTH; i++) a.lane[i] -= b.lane[i];
-    return a;
-}
-FBN_INLINE f64_vec f64_mul(f64_vec a, f64_vec b) {
-    for (int i = 0; i < F64_WIDTH; i++) a.lane[i] *= b.lane[i];
-    return a;
-}
-FBN_INLINE f64_vec f64_fma(f64_vec a, f64_vec b, f64_vec c) { return f64_add(f64_mul(a, b), c); }
-FBN_INLINE f64_vec f64_relu(f64_vec a) {
-    for (int i = 0; i < F64_WIDTH; i++) a.lane[i] = a.lane[i] < 0 ? 0 : a.lane[i];
-    return a;
-}
-FBN_INLINE f64_vec f64_keep_if_positive(f64_vec z, f64_vec a) {
-    for (int i = 0; i < F64_WIDTH; i++) a.lane[i] = z.lane[i] <= 0 ? 0 : a.lane[i];
-    return a;
-}
-FBN_INLINE f64_vec f64_div(f64_vec a, f64_vec b) {
-    for (int i = 0; i < F64_WIDTH; i++) a.lane[i] /= b.lane[i];
-    return a;
-}
-FBN_INLINE f64_vec f64_minus_abs(f64_vec a) {
-    for (int i = 0; i < F64_WIDTH; i++) a.lane[i] = a.lane[i] < 0 ? a.lane[i] : -a.lane[i];
-    return a;
-}
-FBN_INLINE f64_vec f64_where_less(f64_vec a, f64_vec b, f64_vec c, f64_vec d) {
-    for (int i = 0; i < F64_WIDTH; i++) d.lane[i] = a.lane[i] < b.lane[i] ? c.lane[i] : d.lane[i];
-    return d;
-}
-FBN_INLINE f64_vec f64_min(f64_vec a, f64_vec b) { return f64_where_less(a, b, a, b); }
-FBN_INLINE f64_vec f64_max(f64_vec a, f64_vec b) { return f64_where_less(b, a, a, b); }
-static inline double f64_power_of_2(int e) {
-    const uint64_t bits = (uint64_t)(e + 1023) << 52;
-    double power;
-    memcpy(&power, &bits, sizeof power);
-    return power;
-}
-FBN_INLINE f64_vec f64_ldexp(f64_vec a, f64_vec k) {
-    for (int i = 0; i < F64_WIDTH; i++) {
-        const int e = k.lane[i] == k.lane[i] ? (int)k.lane[i] : 0, half = e / 2;
-        a.lane[i] = a.lane[i] * f64_power_of_2(half) * f64_power_of_2(e - half);
-    }
-    return a;
-}
-FBN_INLINE f64_vec f64_zero_nan(f64_vec a) {
-    for (int i = 0; i < F64_WIDTH; i++) a.lane[i] = a.lane[i] == a.lane[i] ? a.lane[i] : 0;
-    return a;
-}
-
-/* float32 */
-typedef struct {
-    float lane[F32_WIDTH];
-} f32_vec;
-
-FBN_INLINE f32_vec f32_set(float s) { return (f32_vec){{s, s, s, s}}; }
-FBN_INLINE double f32_value(const float *p) { return *p; }
-FBN_INLINE f32_vec f32_load(const float *p) { return (f32_vec){{p[0], p[1], p[2], p[3]}}; }
-FBN_INLINE f32_vec f32_load_n(const float *p, int64_t n, f32_vec fill) {
-    for (int64_t i = 0; i < n; i++) fill.lane[i] = p[i];
-    return fill;
-}
-FBN_INLINE void f32_store_n(float *p, f32_vec a, int64_t n) {
-    for (int64_t i = 0; i < n; i++) p[i] = a.lane[i];
-}
-FBN_INLINE void f32_store(float *p, f32_vec a) { f32_store_n(p, a, F32_WIDTH); }
-FBN_INLINE void f32_stream(float *p, f32_vec a) { f32_store(p, a); }
-FBN_INLINE f32_vec f32_join(f32_vec a, f32_vec b, int64_t n) { return f32_load_n(a.lane, n, b); }
-FBN_INLINE f32_vec f32_add(f32_vec a, f32_vec b) {
-    for (int i = 0; i < F32_WIDTH; i++) a.lane[i] += b.lane[i];
-    return a;
-}
-FBN_INLINE f32_vec f32_sub(f32_vec a, f32_vec b) {
-    for (int i = 0; i < F32_WIDTH; i++) a.lane[i] -= b.lane[i];
-    return a;
-}
-FBN_INLINE f32_vec f32_mul(f32_vec a, f32_vec b) {
-    for (int i = 0; i < F32_WIDTH; i++) a.lane[i] *= b.lane[i];
-    return a;
-}
-FBN_INLINE f32_vec f32_fma(f32_vec a, f32_vec b, f32_vec c) {
-    for (int i = 0; i < F32_WIDTH; i++) c.lane[i] = (float)((double)a.lane[i] * b.lane[i] + c.lane[i]);
-    return c;
-}
-FBN_INLINE f32_vec f32_relu(f32_vec a) {
-    for (int i = 0; i < F32_WIDTH; i++) a.lane[i] = a.lane[i] < 0 ? 0 : a.lane[i];
-    return a;
-}
-FBN_INLINE f32_vec f32_keep_if_positive(f32_vec z, f32_vec a) {
-    for (int i = 0; i < F32_WIDTH; i++) a.lane[i] = z.lane[i] <= 0 ? 0 : a.lane[i];
-    return a;
-}
-FBN_INLINE f32_vec f32_div(f32_vec a, f32_vec b) {
-    for (int i = 0; i < F32_WIDTH; i++) a.lane[i] /= b.lane[i];
-    return a;
-}
-FBN_INLINE f32_vec f32_minus_abs(f32_vec a) {
-    for (int i = 0; i < F32_WIDTH; i++) a.lane[i] = a.lane[i] < 0 ? a.lane[i] : -a.lane[i];
-    return a;
-}
-FBN_INLINE f32_vec f32_where_less(f32_vec a, f32_vec b, f32_vec c, f32_vec d) {
-    for (int i = 0; i < F32_WIDTH; i++) d.lane[i] = a.lane[i] < b.lane[i] ? c.lane[i] : d.lane[i];
-    return d;
-}
-FBN_INLINE f32_vec f32_min(f32_vec a, f32_vec b) { return f32_where_less(a, b, a, b); }
-FBN_INLINE f32_vec f32_max(f32_vec a, f32_vec b) { return f32_where_less(b, a, a, b); }
-static inline float f32_power_of_2(int e) {
-    const uint32_t bits = (uint32_t)(e + 127) << 23;
-    float power;
-    memcpy(&power, &bits, sizeof power);
-    return power;
-}
-FBN_INLINE f32_vec f32_ldexp(f32_vec a, f32_vec k) {
-    for (int i = 0; i < F32_WIDTH; i++) {
-        const int e = k.lane[i] == k.lane[i] ? (int)k.lane[i] : 0, half = e / 2;
-        a.lane[i] = a.lane[i] * f32_power_of_2(half) * f32_power_of_2(e - half);
-    }
-    return a;
-}
-FBN_INLINE f32_vec f32_zero_nan(f32_vec a) {
-    for (int i = 0; i < F32_WIDTH; i++) a.lane[i] = a.lane[i] == a.lane[i] ? a.lane[i] : 0;
-    return a;
-}
-
-/* float32 widened to float64 */
-typedef f64_vec f32_wide;
-
-FBN_INLINE f32_wide f32_widen(f32_vec a) { return (f32_wide){{a.lane[0], a.lane[1], a.lane[2], a.lane[3]}}; }
-FBN_INLINE f32_wide f32_wide_load(const float *p) { return f32_widen(f32_load(p)); }
-FBN_INLINE f32_wide f32_wide_set(double s) { return f64_set(s); }
-FBN_INLINE f32_wide f32_wide_get(const double *p) { return f64_load(p); }
-FBN_INLINE void f32_wide_put(double *p, f32_wide a) { f64_store(p, a); }
-FBN_INLINE f32_wide f32_wide_add(f32_wide a, f32_wide b) { return f64_add(a, b); }
-FBN_INLINE f32_wide f32_wide_sub(f32_wide a, f32_wide b) { return f64_sub(a, b); }
-FBN_INLINE f32_wide f32_wide_fma(f32_wide a, f32_wide b, f32_wide c) { return f64_fma(a, b, c); }
-FBN_INLINE f32_wide f32_wide_keep_if_positive(f32_wide z, f32_wide a) { return f64_keep_if_positive(z, a); }
-
-/* float32 as its bits */
-static inline uint32_t f32_bits(float a) {
-    uint32_t bits;
+FBN_INLINE f64_lanes f64_bits(f64_vec a) {
+    f64_lanes bits;
     memcpy(&bits, &a, sizeof bits);
     return bits;
 }
-static inline float f32_of_bits(uint32_t bits) {
-    float a;
+FBN_INLINE f64_vec f64_of_bits(f64_lanes bits) {
+    f64_vec a;
     memcpy(&a, &bits, sizeof a);
     return a;
 }
+FBN_INLINE f64_vec f64_set(double s) { return s - (f64_vec){0}; }
+FBN_INLINE double f64_value(const double *p) { return *p; }
+FBN_INLINE f64_vec f64_load(const double *p) {
+    f64_vec a;
+    memcpy(&a, p, sizeof a);
+    return a;
+}
+FBN_INLINE void f64_store(double *p, f64_vec a) { memcpy(p, &a, sizeof a); }
+FBN_INLINE void f64_stream(double *p, f64_vec a) { f64_store(p, a); }
+FBN_INLINE f64_vec f64_load_n(const double *p, int64_t n, f64_vec fill) {
+    double lane[F64_WIDTH];
+    f64_store(lane, fill);
+    for (int i = 0; i < F64_WIDTH; i++)
+        if (i < n) lane[i] = p[i];
+    return f64_load(lane);
+}
+FBN_INLINE void f64_store_n(double *p, f64_vec a, int64_t n) {
+    double lane[F64_WIDTH];
+    f64_store(lane, a);
+    for (int i = 0; i < F64_WIDTH; i++)
+        if (i < n) p[i] = lane[i];
+}
+FBN_INLINE f64_vec f64_join(f64_vec a, f64_vec b, int64_t n) {
+    double lane[F64_WIDTH];
+    f64_store(lane, a);
+    return f64_load_n(lane, n, b);
+}
+FBN_INLINE f64_vec f64_add(f64_vec a, f64_vec b) { return a + b; }
+FBN_INLINE f64_vec f64_sub(f64_vec a, f64_vec b) { return a - b; }
+FBN_INLINE f64_vec f64_mul(f64_vec a, f64_vec b) { return a * b; }
+FBN_INLINE f64_vec f64_div(f64_vec a, f64_vec b) { return a / b; }
+FBN_INLINE f64_vec f64_where(f64_lanes condition, f64_vec a, f64_vec b) {
+    return f64_of_bits((condition & f64_bits(a)) | (~condition & f64_bits(b)));
+}
+FBN_INLINE f64_vec f64_where_less(f64_vec a, f64_vec b, f64_vec c, f64_vec d) { return f64_where(EACH(a < b), c, d); }
+FBN_INLINE f64_vec f64_min(f64_vec a, f64_vec b) { return f64_where_less(a, b, a, b); }
+FBN_INLINE f64_vec f64_max(f64_vec a, f64_vec b) { return f64_where_less(b, a, a, b); }
+FBN_INLINE f64_vec f64_relu(f64_vec a) { return f64_of_bits(~EACH(a < 0) & f64_bits(a)); }
+FBN_INLINE f64_vec f64_keep_if_positive(f64_vec z, f64_vec a) { return f64_of_bits(~EACH(z <= 0) & f64_bits(a)); }
+FBN_INLINE f64_vec f64_zero_nan(f64_vec a) { return f64_of_bits(EACH(a == a) & f64_bits(a)); }
+FBN_INLINE f64_vec f64_minus_abs(f64_vec a) { return f64_of_bits(f64_bits(f64_set(-(double)0)) | f64_bits(a)); }
+FBN_INLINE f64_vec f64_power_of_2(f64_lanes e) { return f64_of_bits((e + 1023) << 52); }
+FBN_INLINE f64_vec f64_ldexp(f64_vec a, f64_vec k) {
+    const f64_lanes e = CONVERT(f64_zero_nan(k), f64_lanes), half = e >> 1;
+    return a * f64_power_of_2(half) * f64_power_of_2(e - half);
+}
+FBN_INLINE f64_vec f64_fma(f64_vec a, f64_vec b, f64_vec c) { return a * b + c; }
+
+/* float32 */
+FBN_INLINE f32_lanes f32_bits(f32_vec a) {
+    f32_lanes bits;
+    memcpy(&bits, &a, sizeof bits);
+    return bits;
+}
+FBN_INLINE f32_vec f32_of_bits(f32_lanes bits) {
+    f32_vec a;
+    memcpy(&a, &bits, sizeof a);
+    return a;
+}
+FBN_INLINE f32_vec f32_set(float s) { return s - (f32_vec){0}; }
+FBN_INLINE double f32_value(const float *p) { return *p; }
+FBN_INLINE f32_vec f32_load(const float *p) {
+    f32_vec a;
+    memcpy(&a, p, sizeof a);
+    return a;
+}
+FBN_INLINE void f32_store(float *p, f32_vec a) { memcpy(p, &a, sizeof a); }
+FBN_INLINE void f32_stream(float *p, f32_vec a) { f32_store(p, a); }
+FBN_INLINE f32_vec f32_load_n(const float *p, int64_t n, f32_vec fill) {
+    float lane[F32_WIDTH];
+    f32_store(lane, fill);
+    for (int i = 0; i < F32_WIDTH; i++)
+        if (i < n) lane[i] = p[i];
+    return f32_load(lane);
+}
+FBN_INLINE void f32_store_n(float *p, f32_vec a, int64_t n) {
+    float lane[F32_WIDTH];
+    f32_store(lane, a);
+    for (int i = 0; i < F32_WIDTH; i++)
+        if (i < n) p[i] = lane[i];
+}
+FBN_INLINE f32_vec f32_join(f32_vec a, f32_vec b, int64_t n) {
+    float lane[F32_WIDTH];
+    f32_store(lane, a);
+    return f32_load_n(lane, n, b);
+}
+FBN_INLINE f32_vec f32_add(f32_vec a, f32_vec b) { return a + b; }
+FBN_INLINE f32_vec f32_sub(f32_vec a, f32_vec b) { return a - b; }
+FBN_INLINE f32_vec f32_mul(f32_vec a, f32_vec b) { return a * b; }
+FBN_INLINE f32_vec f32_div(f32_vec a, f32_vec b) { return a / b; }
+FBN_INLINE f32_vec f32_where(f32_lanes condition, f32_vec a, f32_vec b) {
+    return f32_of_bits((condition & f32_bits(a)) | (~condition & f32_bits(b)));
+}
+FBN_INLINE f32_vec f32_where_less(f32_vec a, f32_vec b, f32_vec c, f32_vec d) { return f32_where(EACH(a < b), c, d); }
+FBN_INLINE f32_vec f32_min(f32_vec a, f32_vec b) { return f32_where_less(a, b, a, b); }
+FBN_INLINE f32_vec f32_max(f32_vec a, f32_vec b) { return f32_where_less(b, a, a, b); }
+FBN_INLINE f32_vec f32_relu(f32_vec a) { return f32_of_bits(~EACH(a < 0) & f32_bits(a)); }
+FBN_INLINE f32_vec f32_keep_if_positive(f32_vec z, f32_vec a) { return f32_of_bits(~EACH(z <= 0) & f32_bits(a)); }
+FBN_INLINE f32_vec f32_zero_nan(f32_vec a) { return f32_of_bits(EACH(a == a) & f32_bits(a)); }
+FBN_INLINE f32_vec f32_minus_abs(f32_vec a) { return f32_of_bits(f32_bits(f32_set(-(float)0)) | f32_bits(a)); }
+FBN_INLINE f32_vec f32_power_of_2(f32_lanes e) { return f32_of_bits((e + 127) << 23); }
+FBN_INLINE f32_vec f32_ldexp(f32_vec a, f32_vec k) {
+    const f32_lanes e = CONVERT(f32_zero_nan(k), f32_lanes), half = e >> 1;
+    return a * f32_power_of_2(half) * f32_power_of_2(e - half);
+}
+
+/* float32 widened to float64. A vector of one number has no upper half: what is done with it, the compiler leaves out.
+ */
+typedef struct {
+    f64_vec lo, hi;
+} f32_wide;
+
+FBN_INLINE f32_wide f32_widen(f32_vec a) {
+    return (f32_wide){CONVERT(f32_lower(a), f64_vec), CONVERT(f32_upper(a), f64_vec)};
+}
+FBN_INLINE f32_vec f32_narrow(f32_wide a) { return f32_both(CONVERT(a.lo, f32_half), CONVERT(a.hi, f32_half)); }
+FBN_INLINE f32_wide f32_wide_load(const float *p) { return f32_widen(f32_load(p)); }
+FBN_INLINE f32_wide f32_wide_set(double s) { return (f32_wide){f64_set(s), f64_set(s)}; }
+FBN_INLINE f32_wide f32_wide_get(const double *p) {
+    return (f32_wide){f64_load(p), f64_load(p + F32_WIDTH - F64_WIDTH)};
+}
+FBN_INLINE void f32_wide_put(double *p, f32_wide a) {
+    f64_store(p + F32_WIDTH - F64_WIDTH, a.hi);
+    f64_store(p, a.lo);
+}
+FBN_INLINE f32_wide f32_wide_add(f32_wide a, f32_wide b) { return (f32_wide){a.lo + b.lo, a.hi + b.hi}; }
+FBN_INLINE f32_wide f32_wide_sub(f32_wide a, f32_wide b) { return (f32_wide){a.lo - b.lo, a.hi - b.hi}; }
+FBN_INLINE f32_wide f32_wide_fma(f32_wide a, f32_wide b, f32_wide c) {
+    return (f32_wide){f64_fma(a.lo, b.lo, c.lo), f64_fma(a.hi, b.hi, c.hi)};
+}
+FBN_INLINE f32_wide f32_wide_keep_if_positive(f32_wide z, f32_wide a) {
+    return (f32_wide){f64_keep_if_positive(z.lo, a.lo), f64_keep_if_positive(z.hi, a.hi)};
+}
+FBN_INLINE f32_vec f32_fma(f32_vec a, f32_vec b, f32_vec c) {
+    return f32_narrow(f32_wide_fma(f32_widen(a), f32_widen(b), f32_widen(c)));
+}
+
+/* 16-bit elements, in the lower half of a lane */
+FBN_INLINE f32_lanes half_load(const uint16_t *p) {
+    half_lanes a;
+    memcpy(&a, p, sizeof a);
+    return CONVERT(a, f32_lanes);
+}
+FBN_INLINE f32_lanes half_load_n(const uint16_t *p, int64_t n) {
+    uint16_t lane[F32_WIDTH] = {0};
+    for (int i = 0; i < F32_WIDTH; i++)
+        if (i < n) lane[i] = p[i];
+    return half_load(lane);
+}
+FBN_INLINE void half_store(uint16_t *p, f32_lanes a) {
+    const half_lanes halves = CONVERT(a, half_lanes);
+    memcpy(p, &halves, sizeof halves);
+}
+FBN_INLINE void half_store_n(uint16_t *p, f32_lanes a, int64_t n) {
+    uint16_t lane[F32_WIDTH];
+    half_store(lane, a);
+    for (int i = 0; i < F32_WIDTH; i++)
+        if (i < n) p[i] = lane[i];
+}
+FBN_INLINE f32_lanes f32_choose(f32_lanes condition, f32_lanes a, f32_lanes b) {
+    return (condition & a) | (~condition & b);
+}
 
 /* float16. A subnormal is the fraction of a normal number, less what its leading 1 adds. */
-static inline float f16_exact(uint16_t a) {
-    const uint32_t sign = (uint32_t)(a & 0x8000) << 16, rest = (uint32_t)(a & 0x7fff) << 13;
-    const uint32_t scaled = rest + ((uint32_t)(rest < 0x0f800000 ? 127 - 15 : 2 * (127 - 15)) << 23);
-    const float subnormal = f32_of_bits(rest | 113u << 23) - 0x1p-14f;
-    return f32_of_bits(sign | (rest < 1u << 23 ? f32_bits(subnormal) : scaled));
+FBN_INLINE f32_vec f16_exact(f32_lanes a) {
+    const f32_lanes sign = (a & 0x8000) << 16, rest = (a & 0x7fff) << 13;
+    const f32_lanes scaled = rest + ((127 - 15) << 23), special = rest + (2 * (127 - 15) << 23);
+    const f32_lanes subnormal = f32_bits(f32_of_bits(rest | 113 << 23) - 0x1p-14f);
+    const f32_lanes normal = f32_choose(EACH(rest < 0x0f800000), scaled, special);
+    return f32_of_bits(sign | f32_choose(EACH(rest < 1 << 23), subnormal, normal));
 }
-FBN_INLINE uint16_t f16_round(float a) {
-    const uint32_t bits = f32_bits(a), rest = bits & 0x7fffffff, sign = bits >> 16 & 0x8000;
+FBN_INLINE f32_lanes f16_round(f32_vec a) {
+    const f32_lanes bits = f32_bits(a), rest = bits & 0x7fffffff, sign = bits >> 16 & 0x8000;
     /* An addition that leaves the bits of a float16 subnormal at the end rounds as it should. */
-    const uint32_t subnormal = f32_bits(f32_of_bits(rest) + 0.5f) - f32_bits(0.5f);
-    const uint32_t normal = (rest + 0xfff + (rest >> 13 & 1) - ((127u - 15) << 23)) >> 13;
-    const uint32_t special = rest > 0x7f800000 ? 0x7e00 | (rest >> 13 & 0x3ff) : 0x7c00;
-    return (uint16_t)(sign | (rest < 113u << 23 ? subnormal : rest < 143u << 23 ? normal : special));
+    const f32_lanes subnormal = f32_bits(f32_of_bits(rest) + 0.5f) - f32_bits(f32_set(0.5f));
+    const f32_lanes normal = (rest + 0xfff + (rest >> 13 & 1) - ((127 - 15) << 23)) >> 13;
+    const f32_lanes special = (EACH(rest > 0x7f800000) & (0x200 | (rest >> 13 & 0x3ff))) | 0x7c00;
+    const f32_lanes large = f32_choose(EACH(rest < 143 << 23), normal, special);
+    return sign | f32_choose(EACH(rest < 113 << 23), subnormal, large);
 }
-FBN_INLINE double f16_value(const uint16_t *p) { return f16_exact(*p); }
-FBN_INLINE f32_vec f16_load(const uint16_t *p) {
-    return (f32_vec){{f16_exact(p[0]), f16_exact(p[1]), f16_exact(p[2]), f16_exact(p[3])}};
-}
+FBN_INLINE f32_vec f16_load(const uint16_t *p) { return f16_exact(half_load(p)); }
 FBN_INLINE f32_vec f16_load_n(const uint16_t *p, int64_t n, f32_vec fill) {
-    for (int64_t i = 0; i < n; i++) fill.lane[i] = f16_exact(p[i]);
-    return fill;
+    return f32_join(f16_exact(half_load_n(p, n)), fill, n);
 }
-FBN_INLINE void f16_store_n(uint16_t *p, f32_vec a, int64_t n) {
-    for (int64_t i = 0; i < n; i++) p[i] = f16_round(a.lane[i]);
+FBN_INLINE double f16_value(const uint16_t *p) {
+    float lane[F32_WIDTH];
+    f32_store(lane, f16_load_n(p, 1, f32_set(0)));
+    return lane[0];
 }
-FBN_INLINE void f16_store(uint16_t *p, f32_vec a) { f16_store_n(p, a, F32_WIDTH); }
+FBN_INLINE void f16_store(uint16_t *p, f32_vec a) { half_store(p, f16_round(a)); }
+FBN_INLINE void f16_store_n(uint16_t *p, f32_vec a, int64_t n) { half_store_n(p, f16_round(a), n); }
 FBN_INLINE void f16_stream(uint16_t *p, f32_vec a) { f16_store(p, a); }
 FBN_INLINE f32_wide f16_wide_load(const uint16_t *p) { return f32_widen(f16_load(p)); }
 
 /* bfloat16: the upper half of a float32 */
-FBN_INLINE float bf16_exact(uint16_t a) { return f32_of_bits((uint32_t)a << 16); }
-FBN_INLINE uint16_t bf16_round(float a) {
-    const uint32_t bits = f32_bits(a), high = bits >> 16;
-    return (uint16_t)(a == a ? (bits + 0x7fff + (high & 1)) >> 16 : high | 0x40);
+FBN_INLINE f32_vec bf16_exact(f32_lanes a) { return f32_of_bits(a << 16); }
+FBN_INLINE f32_lanes bf16_round(f32_vec a) {
+    const f32_lanes bits = f32_bits(a), high = bits >> 16;
+    return f32_choose(EACH(a == a), (bits + 0x7fff + (high & 1)) >> 16, high | 0x40);
 }
-FBN_INLINE double bf16_value(const uint16_t *p) { return bf16_exact(*p); }
-FBN_INLINE f32_vec bf16_load(const uint16_t *p) {
-    return (f32_vec){{bf16_exact(p[0]), bf16_exact(p[1]), bf16_exact(p[2]), bf16_exact(p[3])}};
-}
+FBN_INLINE f32_vec bf16_load(const uint16_t *p) { return bf16_exact(half_load(p)); }
 FBN_INLINE f32_vec bf16_load_n(const uint16_t *p, int64_t n, f32_vec fill) {
-    for (int64_t i = 0; i < n; i++) fill.lane[i] = bf16_exact(p[i]);
-    return fill;
+    return f32_join(bf16_exact(half_load_n(p, n)), fill, n);
 }
-FBN_INLINE void bf16_store_n(uint16_t *p, f32_vec a, int64_t n) {
-    for (int64_t i = 0; i < n; i++) p[i] = bf16_round(a.lane[i]);
+FBN_INLINE double bf16_value(const uint16_t *p) {
+    float lane[F32_WIDTH];
+    f32_store(lane, bf16_load_n(p, 1, f32_set(0)));
+    return lane[0];
 }
-FBN_INLINE void bf16_store(uint16_t *p, f32_vec a) { bf16_store_n(p, a, F32_WIDTH); }
+FBN_INLINE void bf16_store(uint16_t *p, f32_vec a) { half_store(p, bf16_round(a)); }
+FBN_INLINE void bf16_store_n(uint16_t *p, f32_vec a, int64_t n) { half_store_n(p, bf16_round(a), n); }
 FBN_INLINE void bf16_stream(uint16_t *p, f32_vec a) { bf16_store(p, a); }
 FBN_INLINE f32_wide bf16_wide_load(const uint16_t *p) { return f32_widen(bf16_load(p)); }
 
