@@ -70,9 +70,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session", autouse=True)
 def compiled_in_turns(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Numba takes a third of a minute for each dtype: of xdist's workers each compiles another one, if it is not on disk.
+    """Where Numba's cache is empty, one of xdist's workers compiles for float32, another for float64, 20 seconds each.
 
-    The rest, and the processes that tests start, find it there.
+    All of them, and the processes that tests start, then find it on disk.
     """
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     needed = "numba" in fastbn.backends() and any("numba" in item.nodeid for item in request.session.items)

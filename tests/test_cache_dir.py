@@ -49,7 +49,7 @@ for folder in os.environ["FASTBN_CACHE_DIR"].split(os.pathsep):
 
 
 def run(folders: Path | list[Path], where: Path, script: str = RUN, **environment: str) -> list[str]:
-    """What it prints, line by line, for each folder in turn; one process, whose imports take long, may serve several."""
+    """What it prints, line by line, for each folder in turn: one process for several, since imports take long."""
     given = os.pathsep.join(map(str, folders if isinstance(folders, list) else [folders]))
     environment = {"FASTBN_CACHE_DIR": given, "PYTHONPATH": paths(SOURCES), **environment}
     done = cases.run_python(script, where, timeout=240, **environment)
@@ -248,10 +248,10 @@ import numba, numpy as np
 import fastbn.numba as fbn
 
 @numba.njit(cache=True)
-def layer(x):
-    return fbn.forward(x).y
+def layer(x, gamma, beta, mean, var):
+    return fbn.forward(x, gamma, beta, mean, var, activation="relu").y
 
-layer(np.array([[1.0], [3.0]]))
+layer(np.array([[1.0], [3.0]]), *np.ones((4, 1)))
 print(layer.stats.cache_path)
 print(fbn.forward.stats.cache_path)
 """
@@ -260,12 +260,14 @@ print(fbn.forward.stats.cache_path)
 def test_users_functions_keep_their_place(tmp_path: Path) -> None:
     """Beside their source, or where NUMBA_CACHE_DIR says, even though they call fastbn's."""
     (tmp_path / "layers.py").write_text(USERS, encoding="utf-8")
+    kept = cache_dir()  # with what other tests compiled: the docstring's example makes the same call
+    assert kept is not None
     for given, wanted in (({}, tmp_path), ({"NUMBA_CACHE_DIR": str(tmp_path / "theirs")}, tmp_path / "theirs")):
-        theirs, ours = run(tmp_path / "ours", tmp_path, "import layers", PYTHONPATH=paths(tmp_path), **given)
+        theirs, ours = run(kept, tmp_path, "import layers", PYTHONPATH=paths(tmp_path), **given)
         assert wanted in Path(theirs).parents
-        assert tmp_path / "ours" in Path(ours).parents
+        assert kept in Path(ours).parents
         assert list(Path(theirs).glob("layers.layer*.nbi"))
-        assert not list((tmp_path / "ours").rglob("*layer*"))
+        assert not list(kept.rglob("layers.*"))
 
 
 WRITTEN = """
