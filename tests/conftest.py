@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
+import time
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import cases
+import numpy as np
 import pytest
 
 import fastbn
@@ -62,6 +66,28 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled_in_turns(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Where Numba's cache is empty, one of xdist's workers compiles for float32, another for float64, 20 seconds each.
+
+    All of them, and the processes that tests start, then find it on disk.
+    """
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    needed = "numba" in fastbn.backends() and any("numba" in item.nodeid for item in request.session.items)
+    if workers == 1 or not needed:
+        return
+    place, shared = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")), tmp_path_factory.getbasetemp().parent
+    done = [shared / f"{dtype} is compiled" for dtype in cases.DTYPES]
+    for turn, dtype in enumerate(cases.DTYPES):
+        if turn % workers == place:
+            with contextlib.suppress(Exception):  # which the tests meet as well
+                fastbn.forward(np.ones((2, 1), dtype), backend="numba")
+            done[turn].touch()
+    deadline = time.monotonic() + 120  # should another worker have died
+    while not all(path.exists() for path in done) and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 @pytest.fixture(params=cases.KERNELS, ids=str)

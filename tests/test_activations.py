@@ -73,9 +73,15 @@ def points(dtype: np.dtype[Any]) -> Array:
     return np.concatenate([bits, *(part.astype(dtype) for part in (*spread, ends, -ends))])
 
 
-def _sigmoid(z: Array) -> Array:
+def _sigmoids(z: Array) -> tuple[Array, Array]:
+    """Of z, and of its opposite."""
     small = np.exp(-abs(z))
-    return np.where(z < 0, small, 1) / (1 + small)
+    large, small = 1 / (1 + small), small / (1 + small)
+    return np.where(z < 0, small, large), np.where(z < 0, large, small)
+
+
+def _sigmoid(z: Array) -> Array:
+    return _sigmoids(z)[0]
 
 
 def _relu6(z: Array) -> Array:
@@ -105,7 +111,7 @@ def _whole(slope: Array) -> Pieces:
 
 
 def _silu_slope(z: Array) -> Pieces:
-    s, t = _sigmoid(z), _sigmoid(-z)
+    s, t = _sigmoids(z)
     grown = np.where(np.isinf(z), np.nan, z * s * t)
     return s + grown, s + abs(grown)
 
@@ -122,7 +128,7 @@ SLOPES: dict[Activation, tuple[Callable[[Array], Pieces], float]] = {
     Activation.LEAKY_RELU: (lambda z: _whole(np.where(z > 0, 1, LONG(SLOPE))), 0.5),
     Activation.SILU: (_silu_slope, 4.5),
     Activation.HARDSWISH: (_hardswish_slope, 1.5),
-    Activation.SIGMOID: (lambda z: _whole(_sigmoid(z) * _sigmoid(-z)), 4.5),
+    Activation.SIGMOID: (lambda z: _whole(np.multiply(*_sigmoids(z))), 4.5),
 }
 """The slope and the sum of its terms' magnitudes, and how many ulp of that sum it may be off."""
 
@@ -150,28 +156,32 @@ class Answer(NamedTuple):
 
 
 class Expected:
-    """An answer, ready to be compared with what each instruction set and layout gives."""
+    """An answer, ready to be compared with what each instruction set and layout gives: mostly the same bits."""
 
     def __init__(self, answer: Answer, dtype: np.dtype[Any]) -> None:
         exact, terms, ulps = answer
         self.exact, self.nan, self.dtype, self.ulps = exact, np.isnan(exact), dtype, ulps
         finite = np.isfinite(exact) & ~np.isinf(exact.astype(np.float64).astype(dtype))
         self.places, self.bound = np.flatnonzero(finite), ulp(terms[finite], dtype)
+        self.right: set[bytes] = set()
 
     def check(self, got: Array, z: Array, where: str) -> None:
         """Within that many ulp of the terms; NaN where it should be, infinite only past the largest number."""
         got, filled_up = np.split(got.reshape(-1), [self.exact.size])
         assert np.array_equal(filled_up, got[: filled_up.size], equal_nan=True), where
+        bits = got.tobytes()
+        if bits in self.right:
+            return
         nan = np.isnan(got)
         assert np.array_equal(nan, self.nan), f"{z[nan != self.nan][:5]} {where}"
         assert (got[np.isposinf(self.exact)] == np.inf).all(), where
         assert (got[np.isneginf(self.exact)] == -np.inf).all(), where
         error = abs(got[self.places].astype(self.exact.dtype) - self.exact[self.places]) / self.bound
-        if not error.size:
-            return
-        worst = int(np.argmax(error))
-        allowed = allowed_for(self.ulps, self.dtype)
-        assert error[worst] <= allowed, f"{float(error[worst]):.4g} ulp off at {z[self.places][worst]!r} {where}"
+        if error.size:
+            worst = int(np.argmax(error))
+            allowed = allowed_for(self.ulps, self.dtype)
+            assert error[worst] <= allowed, f"{float(error[worst]):.4g} ulp off at {z[self.places][worst]!r} {where}"
+        self.right.add(bits)
 
 
 def shaped(z: Array, by_rows: bool) -> Array:

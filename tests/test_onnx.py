@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ if find_spec("onnx") is None:
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import onnx
+    import onnx.backend.test.case.node
     import onnx.backend.test.loader
     import onnx.parser
     import onnx.reference
@@ -53,24 +55,31 @@ def has_the_operator(model: Any) -> bool:
     return any(node.op_type == "BatchNormalization" for node in model.graph.node)
 
 
+def with_the_operator(folder: str | Path, pattern: str) -> list[Path]:
+    """The files that name it at all: the others take seconds to run or to read."""
+    return [path for path in sorted(Path(folder).glob(pattern)) if b"BatchNormalization" in path.read_bytes()]
+
+
 def node_cases() -> dict[str, Any]:
-    """Those that ONNX makes for each operator, with the model and the data."""
+    """Those that ONNX makes for each operator, with the model and the data; in modules that it imports all."""
+    package = onnx.backend.test.case.node
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = onnx.backend.test.loader.load_model_tests(kind="node")
-    return {case.name: case for case in found if case.model is not None and has_the_operator(case.model)}
+        for path in with_the_operator(package.__path__[0], "*.py"):
+            import_module(f"{package.__name__}.{path.stem}")
+    return {case.name: case for case in package._NodeTestCases if has_the_operator(case.model)}
 
 
 def stored_cases() -> dict[str, Path]:
     """Those that lie in folders of the package: models that PyTorch exported, and such."""
-    root = Path(onnx.backend.test.loader.DATA_DIR)
-    return {path.parent.name: path for path in sorted(root.glob("*/*/model.onnx")) if has_the_operator(onnx.load(path))}
+    found = with_the_operator(onnx.backend.test.loader.DATA_DIR, "*/*/model.onnx")
+    return {path.parent.name: path for path in found if has_the_operator(onnx.load(path))}
 
 
 def networks() -> dict[str, Path]:
     """Those that are whole networks, without their weights."""
-    root = Path(onnx.backend.test.loader.DATA_DIR) / "light"
-    return {path.stem: path for path in sorted(root.glob("*.onnx")) if has_the_operator(onnx.load(path))}
+    found = with_the_operator(Path(onnx.backend.test.loader.DATA_DIR) / "light", "*.onnx")
+    return {path.stem: path for path in found if has_the_operator(onnx.load(path))}
 
 
 NODE_CASES, STORED_CASES, NETWORKS = node_cases(), stored_cases(), networks()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
+from functools import cache
 from typing import Any
 
 import pytest
@@ -20,19 +21,25 @@ __all__ = ["as_found"]
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch warns of what is its own
 
 pytest.importorskip("expecttest")  # which torch's module needs
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    from torch.testing._internal import common_modules
 
 DTYPES = {"float64": 1e-10, "float32": 2e-5, "bfloat16": 2**-6}
 """And how far results may be apart, gradients in terms of the largest: the errors of torch's layer, not fastbn's."""
 NAMES = {f"BatchNorm{n}d": getattr(torch.nn, f"BatchNorm{n}d") for n in (1, 2, 3)}
-INFOS = {info.module_cls: info for info in common_modules.module_db if info.module_cls in NAMES.values()}
+
+
+@cache
+def info_of(name: str) -> Any:
+    """What torch's tests know of a module. Its import takes seconds, which only a process that runs this spends."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from torch.testing._internal import common_modules
+    (found,) = (info for info in common_modules.module_db if info.module_cls is NAMES[name])
+    return found
 
 
 def samples(name: str, dtype: str, training: bool) -> list[Any]:
     """As torch's tests make them."""
-    info = INFOS[NAMES[name]]
+    info = info_of(name)
     return list(info.module_inputs_func(info, "cpu", getattr(torch, dtype), requires_grad=True, training=training))
 
 
@@ -116,7 +123,7 @@ def test_samples(name: str, check: str, dtype: str, training: bool) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_errors(name: str) -> None:
     """Torch's samples of what its layers refuse, in the same words."""
-    info = INFOS[NAMES[name]]
+    info = info_of(name)
     if info.module_error_inputs_func is None:
         pytest.skip(f"torch {torch.__version__} has no such samples")
     found = list(info.module_error_inputs_func(info, "cpu", torch.float32, requires_grad=False, training=True))
