@@ -12,7 +12,7 @@ cimport numpy as cnp
 
 from fastbn cimport cfastbn as c
 
-from fastbn._activations import BY_NAME, DEFAULT_SLOPE
+from fastbn._activations import BY_NAME, split
 
 cdef extern from "Python.h":
     long PyLong_AsLongAndOverflow(object value, int *overflow)

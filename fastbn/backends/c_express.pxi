@@ -9,16 +9,16 @@
 cdef enum:
     MOST_AXES = 64  # of an array of NumPy's
 
-cdef dict ACTIVATIONS = BY_NAME
-cdef double SLOPE = DEFAULT_SLOPE
+# The codes and the usual slopes of activations, by their names.
+cdef dict ACTIVATIONS = {name: (int(code), split(name)[1]) for name, code in BY_NAME.items()}
 
 
 cdef int set_activation(c.fbn_problem *p, object activation) except -1:
-    """By its name, with leaky_relu's usual slope; False for any other, a pair with a slope of its own among them."""
-    code = ACTIVATIONS.get(activation) if activation is None or type(activation) is str else None
-    if code is None:
+    """By its name, with its usual slope; False for any other, a pair with a slope of its own among them."""
+    cdef tuple known = ACTIVATIONS.get(activation) if activation is None or type(activation) is str else None
+    if known is None:
         return False
-    p.activation, p.slope = <c.fbn_activation> <int> code, SLOPE
+    p.activation, p.slope = <c.fbn_activation> <int> known[0], <double> known[1]
     return True
 
 
