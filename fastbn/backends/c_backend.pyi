@@ -1,4 +1,4 @@
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -88,11 +88,54 @@ def backward_at(
     saved: Array,
     frozen: bool,
     activation: object,
-    has_gamma: bool,
-    has_beta: bool,
+    dgamma: int,
+    dbeta: int,
+    dresidual: int,
     threads: Callable[[], int],
-) -> tuple[Array | None, Array | None, Array | None] | None: ...
+) -> bool | None: ...
 def add_one_at(address: int) -> None: ...
+
+class Tensors:
+    def __init__(
+        self,
+        classes: frozenset[type],
+        exchange: object,
+        empty_like: Callable[[Any], Any],
+        threads: Callable[[], int],
+    ) -> None: ...
+    def place(
+        self,
+        x: object,
+        residual: object,
+        gamma: object,
+        beta: object,
+        mean: object,
+        var: object,
+        channels: object,
+        batch: bool,
+    ) -> tuple[tuple[int, ...], tuple[int, ...], int] | None: ...
+    def normalize(
+        self,
+        where: tuple[object, ...],
+        x: object,
+        momentum: float,
+        eps: float,
+        activation: object,
+        training: bool,
+        keeps: bool,
+    ) -> tuple[Any, Any] | None: ...
+    def differentiate(
+        self,
+        dy: object,
+        x: object,
+        residual: object,
+        gamma: object,
+        beta: object,
+        saved: Array,
+        training: bool,
+        activation: object,
+        wanted: Sequence[bool],
+    ) -> tuple[Any, Any, Any, Any, None] | None: ...
 
 class Plan:
     def __init__(

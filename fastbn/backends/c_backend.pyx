@@ -2,6 +2,7 @@
 """The bridge to the C core: arrays become pointers, the GIL is dropped, one C call is made."""
 
 from cpython.float cimport PyFloat_AS_DOUBLE, PyFloat_CheckExact
+from cpython.pycapsule cimport PyCapsule_GetPointer
 from libc.math cimport isfinite
 from libc.stddef cimport size_t
 from libc.stdint cimport int64_t

@@ -77,38 +77,219 @@ def forward_at(
 
 def backward_at(
     int number, object shape, int axis, tuple addresses, size_t dx, object saved, bint frozen, object activation,
-    bint has_gamma, bint has_beta, object threads,
+    size_t dgamma, size_t dbeta, size_t dresidual, object threads,
 ):
-    """(dgamma, dbeta, dresidual), or None as above; the addresses are those of dy, x and residual."""
+    """True, or None as above; the addresses are those of dy, x and residual.
+
+    dresidual has this dtype and shape, as dx has; dgamma and dbeta are as gamma and beta above. They share no memory.
+    """
     cdef c.fbn_problem p
     cdef c.fbn_backward_args a
-    cdef cnp.npy_intp dims[8]
-    cdef Py_ssize_t i
-    cdef int status, statistics = statistics_of(number)
+    cdef int status
     if not set_memory_problem(&p, number, shape, axis, activation, threads) or not is_saved(saved, p.channels):
         return None
-    if len(shape) > 8 or not frozen and p.outer * p.inner < 2 or not are_aligned(addresses, dx, 3, p.dtype):
+    if not frozen and p.outer * p.inner < 2 or not are_aligned(addresses, dx | dresidual, 3, p.dtype):
         return None
     a.dy, a.x = <void *> <size_t> addresses[0], <void *> <size_t> addresses[1]
-    a.residual, a.mask, a.dx = <void *> <size_t> addresses[2], NULL, <void *> dx
-    dgamma = empty(0, p.channels, statistics) if has_gamma else None
-    dbeta = empty(0, p.channels, statistics) if has_beta else None
-    dresidual = None
-    if a.residual != NULL and p.activation != c.FBN_IDENTITY:
-        for i in range(len(shape)):
-            dims[i] = shape[i]
-        dresidual = cnp.PyArray_EMPTY(<int> len(shape), dims, number, 0)
-    a.dgamma = NULL if dgamma is None else cnp.PyArray_DATA(<cnp.ndarray> dgamma)
-    a.dbeta = NULL if dbeta is None else cnp.PyArray_DATA(<cnp.ndarray> dbeta)
-    a.dresidual = NULL if dresidual is None else cnp.PyArray_DATA(<cnp.ndarray> dresidual)
+    a.residual, a.mask = <void *> <size_t> addresses[2], NULL
+    a.dx, a.dresidual, a.dgamma, a.dbeta = <void *> dx, <void *> dresidual, <void *> dgamma, <void *> dbeta
     a.saved, a.sums, a.from_y = <double *> cnp.PyArray_DATA(<cnp.ndarray> saved), NULL, False
     a.count, a.frozen = <double> p.outer * <double> p.inner, frozen
     with nogil:
         status = call_backward(&p, &a)
     expect(status)
-    return dgamma, dbeta, dresidual
+    return True
 
 
 def add_one_at(size_t address):
     """To the int64 there."""
     (<int64_t *> address)[0] += 1
+
+
+# Usual tensors, which are asked by DLPack's exchange API: the methods that tell the same take longer than a small call.
+
+cdef extern from *:
+    """
+    typedef struct {  /* DLTensor */
+        void *data;
+        int32_t device, device_number, ndim;
+        uint8_t kind, bits;
+        uint16_t lanes;
+        int64_t *shape, *strides;
+        uint64_t byte_offset;
+    } fbn_tensor;
+    typedef struct {  /* DLPackExchangeAPI of major version 1 */
+        uint32_t major, minor;
+        void *earlier, *allocate, *own, *give;
+        int (*look)(void *object, fbn_tensor *tensor);
+    } fbn_exchange;
+    """
+    ctypedef struct fbn_tensor:
+        char *data
+        int device, ndim
+        unsigned char kind, bits
+        int64_t *shape
+        int64_t *strides
+        size_t byte_offset
+    ctypedef struct fbn_exchange:
+        unsigned int major
+        int (*look)(void *object, fbn_tensor *tensor) except -1
+
+# The bounds of fastbn.torch.tensors, which says what they are: an address, bytes and values.
+cdef size_t LOW = 4294967296
+cdef int64_t HUGE = 4194304
+cdef int64_t LITTLE = 16384
+
+cdef enum:  # DLPack's numbers
+    CPU = 1
+    FLOAT = 2
+    BFLOAT = 4
+
+
+cdef bint are_alike(const fbn_tensor *t, const fbn_tensor *other) noexcept nogil:
+    """Whether they have one dtype and shape."""
+    cdef int i
+    if t.kind != other.kind or t.bits != other.bits or t.ndim != other.ndim:
+        return False
+    for i in range(t.ndim):
+        if t.shape[i] != other.shape[i]:
+            return False
+    return True
+
+
+cdef int64_t values_of(const fbn_tensor *t) noexcept nogil:
+    """How many values a contiguous tensor has; -1 if it is not contiguous."""
+    cdef int64_t values = 1
+    cdef int i
+    for i in range(t.ndim - 1, -1, -1):
+        if t.shape[i] != 1 and t.strides[i] != values:
+            return -1
+        values *= t.shape[i]
+    return values
+
+
+cdef int number_of(const fbn_tensor *t) noexcept:
+    """NumPy's number of a dtype; -1 for one that data may not have."""
+    if t.kind == FLOAT and t.bits == 32:
+        return cnp.NPY_FLOAT32
+    if t.kind == FLOAT and t.bits == 64:
+        return cnp.NPY_FLOAT64
+    if t.kind == FLOAT and t.bits == 16:
+        return cnp.NPY_FLOAT16
+    return bfloat16 if t.kind == BFLOAT and t.bits == 16 else -1
+
+
+cdef class Tensors:
+    """The usual calls on tensors of these classes: contiguous, in the CPU's memory and nothing but their values.
+
+    `exchange` is the classes' __dlpack_c_exchange_api__; empty_like(tensor) gives another one.
+    """
+
+    cdef object classes, empty_like, threads
+    cdef const fbn_exchange *exchange
+
+    def __init__(self, classes, exchange, empty_like, threads):
+        self.classes, self.empty_like, self.threads = classes, empty_like, threads
+        self.exchange = <const fbn_exchange *> PyCapsule_GetPointer(exchange, "dlpack_exchange_api")
+        if self.exchange.major != 1 or self.exchange.look == NULL:  # of which this knows nothing
+            self.exchange = NULL
+
+    cdef bint look(self, object value, fbn_tensor *t, bint is_new=False) except -1:
+        """Whether a value is a usual tensor; so is None, without data. A new one is not negated."""
+        t.data = NULL
+        if value is None:
+            return True
+        if self.exchange == NULL or type(value) not in self.classes or not is_new and value.is_neg():
+            return False
+        try:
+            self.exchange.look(<void *> value, t)
+        except RuntimeError:  # it has no memory
+            return False
+        t.data += t.byte_offset
+        return t.device == CPU and <size_t> t.data >= LOW and values_of(t) >= 0
+
+    cdef bint look_at_data(self, object value, fbn_tensor *t, const fbn_tensor *x, bint is_new=False) except -1:
+        """Whether a value is a usual tensor like x, or None."""
+        return self.look(value, t, is_new) and (t.data == NULL or are_alike(t, x))
+
+    cdef bint look_at_channels(self, object value, fbn_tensor *t, const fbn_tensor *x, bint is_new=False) except -1:
+        """Whether a value is a usual tensor with a value of the statistics dtype for each of x's channels, or None."""
+        return self.look(value, t, is_new) and (t.data == NULL or (
+            t.ndim == 1 and t.shape[0] == x.shape[1] and t.kind == FLOAT and t.bits == (64 if x.bits == 64 else 32)
+        ))
+
+    def place(self, x not None, residual, gamma, beta, mean, var, channels, bint batch):
+        """(addresses, shape, 1) for `normalize`; with batch statistics there must be two values a channel."""
+        cdef fbn_tensor t[6]
+        if not self.look(x, &t[0]) or number_of(&t[0]) < 0 or t[0].ndim < 2 or type(channels) is not int:
+            return None
+        if not (
+            self.look_at_data(residual, &t[1], &t[0])
+            and self.look_at_channels(gamma, &t[2], &t[0])
+            and self.look_at_channels(beta, &t[3], &t[0])
+            and self.look_at_channels(mean, &t[4], &t[0])
+            and self.look_at_channels(var, &t[5], &t[0])
+        ):
+            return None
+        if t[0].shape[1] != channels or (batch and values_of(&t[0]) <= t[0].shape[1]):
+            return None
+        addresses = (
+            <size_t> t[0].data, <size_t> t[1].data, <size_t> t[2].data, <size_t> t[3].data, <size_t> t[4].data,
+            <size_t> t[5].data,
+        )
+        return addresses, x.shape, 1
+
+    def normalize(
+        self, tuple where, x not None, double momentum, double eps, activation, bint training, bint keeps
+    ):
+        """(y, saved) by forward_at, of an x that `place` found, and that is not huge; or None."""
+        cdef fbn_tensor t[2]
+        addresses, shape, axis = where
+        if shape is None or axis != 1 or not 0 <= momentum <= 1 or not self.look(x, &t[0], True):
+            return None
+        if number_of(&t[0]) < 0 or values_of(&t[0]) * t[0].bits >= 8 * HUGE:
+            return None
+        y = self.empty_like(x)
+        if not self.look_at_data(y, &t[1], &t[0], True):
+            return None
+        saved = forward_at(
+            number_of(&t[0]), shape, 1, addresses, <size_t> t[1].data, momentum, eps, activation, training, keeps,
+            self.threads,
+        )
+        return None if saved is None else (y, saved)
+
+    def differentiate(
+        self, dy not None, x not None, residual, gamma, beta, saved, bint training, activation, tuple wanted
+    ):
+        """The gradients of x, residual, gamma, beta and nothing, by backward_at, None where not wanted; or None.
+
+        Those of gamma and beta have their dtypes.
+        """
+        cdef fbn_tensor t[7]
+        cdef bint for_x = wanted[0], for_residual = wanted[1], activates = activation is not None
+        if not (
+            self.look(dy, &t[0]) and self.look_at_data(x, &t[1], &t[0]) and self.look_at_data(residual, &t[2], &t[0])
+        ):
+            return None
+        if number_of(&t[0]) < 0 or t[0].ndim < 2 or values_of(&t[0]) * t[0].bits >= 8 * HUGE:
+            return None
+        if not (for_x or for_residual and activates) and values_of(&t[0]) > LITTLE:
+            return None
+        dx = self.empty_like(x)
+        dresidual = self.empty_like(x) if residual is not None and activates else None
+        dgamma = self.empty_like(gamma) if wanted[2] else None
+        dbeta = self.empty_like(beta) if wanted[3] else None
+        if not (
+            self.look_at_data(dx, &t[3], &t[0], True)
+            and self.look_at_data(dresidual, &t[4], &t[0], True)
+            and self.look_at_channels(dgamma, &t[5], &t[0], True)
+            and self.look_at_channels(dbeta, &t[6], &t[0], True)
+        ):
+            return None
+        addresses = <size_t> t[0].data, <size_t> t[1].data, <size_t> t[2].data
+        if backward_at(
+            number_of(&t[0]), dy.shape, 1, addresses, <size_t> t[3].data, saved, not training, activation,
+            <size_t> t[5].data, <size_t> t[6].data, <size_t> t[4].data, self.threads,
+        ) is None:
+            return None
+        return dx if for_x else None, (dresidual if activates else dy) if for_residual else None, dgamma, dbeta, None

@@ -22,6 +22,7 @@ from .tensors import (
     cast,
     check_saved,
     differentiate,
+    differentiate_usual,
     lacks_memory,
     normalize,
     place,
@@ -49,7 +50,7 @@ class Normalization(torch.autograd.Function):
     ) -> Tensor:
         where, mean, var, training, momentum, eps, activation = rest
         y, saved = normalize(where, x, residual, gamma, beta, mean, var, training, momentum, eps, activation)
-        ctx.kept = saved, gamma, beta, _versions(gamma, beta), training, eps, activation
+        ctx.kept = saved, gamma, beta, _version(gamma), _version(beta), training, eps, activation
         if residual is None:
             ctx.save_for_backward(x)
         else:
@@ -58,33 +59,38 @@ class Normalization(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, *others = ctx.saved_tensors
-        residual = others[0] if others else None
-        saved, gamma, beta, versions, training, eps, activation = ctx.kept
+        tensors = ctx.saved_tensors
+        x, residual = tensors if len(tensors) == 2 else (tensors[0], None)
+        saved, gamma, beta, of_gamma, of_beta, training, eps, activation = ctx.kept
         wanted = ctx.needs_input_grad
-        where = None if torch.is_grad_enabled() or watched(dy) else place_of_gradient(dy, x, residual)
+        plain = not (torch.is_grad_enabled() or watched(dy))
+        if plain:
+            usual = differentiate_usual(dy, x, residual, gamma, beta, saved, training, activation, wanted)
+            if usual is not None:
+                return usual
+        where = place_of_gradient(dy, x, residual) if plain else None
         if where is not None:
             found = differentiate(where, dy, x, residual, saved, training, activation, wanted)
         else:
             check_saved(dy, x, residual)
-            _check_unchanged(gamma, None if activation is None else beta, versions)
+            _check_unchanged(gamma, None if activation is None else beta, of_gamma, of_beta)
             rows = torch.from_numpy(saved)
             found = formulas.gradients(dy, x, residual, gamma, beta, rows, training, eps, activation, wanted)
         return _in_dtypes(found, gamma, beta)
 
 
-def _versions(gamma: Tensor | None, beta: Tensor | None) -> tuple[int, int]:
-    """How often they have been modified; inference tensors are not counted, and cannot be differentiated."""
-    return (
-        0 if gamma is None or gamma.is_inference() else gamma._version,
-        0 if beta is None or beta.is_inference() else beta._version,
-    )
+def _version(tensor: Tensor | None) -> int:
+    """How often it has been modified; inference tensors are not counted, and cannot be differentiated."""
+    try:
+        return 0 if tensor is None else tensor._version
+    except RuntimeError:
+        return 0
 
 
-def _check_unchanged(gamma: Tensor | None, beta: Tensor | None, versions: tuple[int, int]) -> None:
+def _check_unchanged(gamma: Tensor | None, beta: Tensor | None, of_gamma: int, of_beta: int) -> None:
     """Of what the differentiable gradient reads and the kernels' does not: the parameters as they are now."""
-    for name, tensor, version in (("weight", gamma, versions[0]), ("bias", beta, versions[1])):
-        if tensor is not None and not tensor.is_inference() and tensor._version != version:
+    for name, tensor, version in (("weight", gamma, of_gamma), ("bias", beta, of_beta)):
+        if tensor is not None and _version(tensor) != version:
             raise RuntimeError(
                 f"{name}: got one modified by an inplace operation since the forward pass; allowed: the same values, "
                 "since the gradient that can be differentiated needs them"
@@ -93,6 +99,9 @@ def _check_unchanged(gamma: Tensor | None, beta: Tensor | None, versions: tuple[
 
 apply = super(torch.autograd.Function, Normalization).apply
 """Normalization.apply without its care for torch.func, which never sees it: half the time."""
+
+# What autograd calls: without the way that looks for a vjp, or for gradients in a list, each time.
+Normalization._backward_cls.apply = Normalization.backward
 
 
 def _in_dtypes(found: Gradients, gamma: Any, beta: Any) -> tuple[Tensor | None, ...]:

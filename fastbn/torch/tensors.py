@@ -5,7 +5,7 @@ A plain call goes to the C backend by the addresses of the tensors; any other, b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -20,11 +20,11 @@ from ..backends import get_num_threads, select
 from ..ops import Activation, backward, backward_sums, forward, infer
 from .formulas import Gradients, blend
 
-_add_one_at: Callable[[int], None] | None
+c_backend: Any
 try:
-    from ..backends.c_backend import add_one_at as _add_one_at
+    from ..backends import c_backend
 except ImportError:  # a build without the extension
-    _add_one_at = None
+    c_backend = None
 
 _increment_version = torch.autograd.graph.increment_version
 
@@ -82,6 +82,12 @@ def _empty_like(x: Tensor) -> Tensor:
 def _threads() -> int:
     """No more threads than torch has, nor than fastbn has."""
     return min(torch.get_num_threads(), get_num_threads())
+
+
+_usual: Any = None
+"""The bridge's quick way for usual tensors, where torch's exchange of addresses is new enough for it."""
+if c_backend is not None and hasattr(Tensor, "__dlpack_c_exchange_api__"):
+    _usual = c_backend.Tensors(_PLAIN, Tensor.__dlpack_c_exchange_api__, torch.empty_like, _threads)
 
 
 # By addresses --------------------------------------------------------------------------------------------------------
@@ -160,6 +166,10 @@ def place(
     batch: bool,
 ) -> Place | None:
     """Where `normalize` finds these tensors, or None if it cannot take one of them."""
+    if _usual is not None:
+        found: Place | None = _usual.place(x, residual, gamma, beta, mean, var, channels, batch)
+        if found is not None:
+            return found
     statistics = STATISTICS.get(x.dtype)
     if statistics is None or not (first := _address(x)) or x.dim() < 2:
         return None
@@ -193,14 +203,6 @@ def place(
 
 def place_of_gradient(dy: Tensor, x: Tensor, residual: Tensor | None) -> Place | None:
     """Where `differentiate` finds these; None if it cannot take them: hooks of saved tensors may have changed those."""
-    if residual is None and type(dy) is Tensor and type(x) in _PLAIN and dy.is_cpu and x.is_cpu:
-        try:  # the usual case, without a call for each tensor
-            of_dy, of_x = dy.data_ptr(), x.data_ptr()
-        except RuntimeError:  # within vmap they have no memory
-            return None
-        alike = x.dtype is dy.dtype and x.shape == dy.shape and not (dy.is_neg() or x.is_neg())
-        if alike and of_dy >= _LOW and of_x >= _LOW and x.is_contiguous() and dy.is_contiguous():
-            return (of_dy, of_x, 0), x.shape, 1
     addresses = _address(dy), _address(x), 0 if residual is None else _address(residual)
     if not addresses[0] or not addresses[1] or x.dtype is not dy.dtype or x.shape != dy.shape:
         return None
@@ -212,8 +214,8 @@ def place_of_gradient(dy: Tensor, x: Tensor, residual: Tensor | None) -> Place |
 def count(number: Tensor) -> None:
     """Adds one to num_batches_tracked; by torch it takes longer than all else that is done for a small batch."""
     address = _address(number) if number.dtype is torch.int64 and number.numel() == 1 else 0
-    if address and _add_one_at is not None and not number.is_inference():
-        _add_one_at(address)
+    if address and c_backend is not None and not number.is_inference():
+        c_backend.add_one_at(address)
         _increment_version(number)
     else:
         number.add_(1)
@@ -266,6 +268,10 @@ def normalize(
 
     In training, mean and var are updated. They, gamma and beta may have any dtype. `where` is the tensors' place.
     """
+    if _usual is not None and select(None) is c_backend:
+        found: tuple[Tensor, Any] | None = _usual.normalize(where, x, momentum, eps, activation, training, keeps)
+        if found is not None:
+            return found
     y = _empty_like(x)
     addresses, shape, axis = where
     if shape is not None and 0 <= momentum <= 1:
@@ -295,6 +301,30 @@ def normalize(
     return y, saved
 
 
+def differentiate_usual(
+    dy: Tensor,
+    x: Tensor,
+    residual: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    saved: Array,
+    training: bool,
+    activation: Activation,
+    wanted: Sequence[bool],
+) -> tuple[Tensor | None, ...] | None:
+    """What Normalization.backward gives for usual tensors, quickly; None for others."""
+    if _usual is None or select(None) is not c_backend:
+        return None
+    found: tuple[Tensor | None, ...] | None
+    found = _usual.differentiate(dy, x, residual, gamma, beta, saved, training, activation, wanted)
+    return found
+
+
+def _of_channels(x: Tensor) -> Tensor:
+    """Memory for one value a channel."""
+    return torch.empty(x.shape[1], dtype=STATISTICS[x.dtype], device="cpu")
+
+
 def differentiate(
     where: Place,
     dy: Tensor,
@@ -313,30 +343,36 @@ def differentiate(
     activates = for_residual and activation is not None
     # A small dx that nobody asked for costs less than another way to the sums.
     dx = _empty_like(x) if for_x or activates or x.numel() <= _SMALL else None
-    found: Any = None
     addresses, shape, axis = where
     if dx is not None and shape is not None:
         express = getattr(select(None), "backward_at", None)
         if express is not None:
-            number, frozen = _NUMBERS[x.dtype], not training
+            dresidual = None if residual is None or activation is None else _empty_like(x)
+            dgamma = _of_channels(x) if for_gamma else None
+            dbeta = _of_channels(x) if for_beta else None
             # fmt: off
-            found = express(number, shape, axis, addresses, dx.data_ptr(), saved, frozen, activation, for_gamma,
-                            for_beta, _threads)
+            done = express(_NUMBERS[x.dtype], shape, axis, addresses, dx.data_ptr(), saved, not training, activation,
+                           dgamma.data_ptr() if dgamma is not None else 0, dbeta.data_ptr() if dbeta is not None else 0,
+                           dresidual.data_ptr() if dresidual is not None else 0, _threads)
             # fmt: on
-    if found is None:
-        axis, (dy_, x_, residual_, dx_) = _channels_together(x, dy, x, residual, dx)
-        cache = Cache(Parts(x_, residual_, saved, axis, not training, activation, for_gamma, for_beta))
-        with use_num_threads(_threads()):
-            if dx is None:
-                sums = backward_sums(dy_, cache)
-                found = sums.sum_dy_xhat, sums.sum_dy, None
-            else:
-                gradients = backward(dy_, cache, out=dx_)
-                found = gradients.dgamma, gradients.dbeta, gradients.dresidual
-    dgamma, dbeta, dresidual = found
+            if done is not None:
+                if not activates:
+                    dresidual = dy if for_residual else None
+                return dx if for_x else None, dresidual, dgamma, dbeta
+    axis, (dy_, x_, residual_, dx_) = _channels_together(x, dy, x, residual, dx)
+    cache = Cache(Parts(x_, residual_, saved, axis, not training, activation, for_gamma, for_beta))
+    found: Any
+    with use_num_threads(_threads()):
+        if dx is None:
+            sums = backward_sums(dy_, cache)
+            found = sums.sum_dy_xhat, sums.sum_dy, None
+        else:
+            gradients = backward(dy_, cache, out=dx_)
+            found = gradients.dgamma, gradients.dbeta, gradients.dresidual
+    of_gamma, of_beta, of_residual = found
     return (
         dx if for_x else None,
-        _tensor(dresidual, axis, x) if activates and dresidual is not None else dy if for_residual else None,
-        torch.from_numpy(dgamma) if for_gamma else None,
-        torch.from_numpy(dbeta) if for_beta else None,
+        _tensor(of_residual, axis, x) if activates and of_residual is not None else dy if for_residual else None,
+        torch.from_numpy(of_gamma) if for_gamma else None,
+        torch.from_numpy(of_beta) if for_beta else None,
     )
