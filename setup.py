@@ -111,7 +111,7 @@ class BuildExt(build_ext):
         self.build_for_embedders(ext.extra_objects, link_flags)
 
     def build_for_embedders(self, objects, link_flags):
-        """The static library, the header, and the flags that link them, where fastbn/_embed.py looks for them."""
+        """The static library, the header, and the flags that link them, where fastbn/config/embed.py looks for them."""
         library = Path(self.build_temp, self.compiler.library_filename("fastbn"))
         library.unlink(missing_ok=True)  # or it would keep objects of sources that are no more
         self.compiler.create_static_lib(objects, "fastbn", output_dir=self.build_temp)
@@ -142,12 +142,12 @@ def copy_files(sources, targets):
 
 
 extension = Extension(
-    "fastbn.backends.c_backend",
-    ["fastbn/backends/c_backend.pyx"],
+    "fastbn._backends.c.bridge",
+    ["fastbn/_backends/c/bridge.pyx"],
     include_dirs=["src_c", np.get_include()],
     extra_compile_args=[] if MSVC else ["-g0"],
     define_macros=[("NPY_NO_DEPRECATED_API", "NPY_1_25_API_VERSION"), ("NPY_TARGET_VERSION", "NPY_1_25_API_VERSION")],
-    depends=[f"fastbn/backends/c_{part}.pxi" for part in ("express", "flat", "memory", "plan")]
+    depends=[f"fastbn/_backends/c/{part}.pxi" for part in ("express", "flat", "memory", "plan")]
     + HEADERS
     + CORE
     + [f"src_c/isa/{isa}.c" for isa in ISAS],

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import fastbn
-from fastbn.backends import select
+from fastbn._backends import select
 
 from .problem import EPS, MOMENTUM, Contestant, Problem
 

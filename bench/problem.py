@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from fastbn._activations import BY_NAME
+from fastbn.call.activations import BY_NAME
 
 from .shapes import Shape
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 import fastbn
-from fastbn.backends import select
+from fastbn._backends import select
 
 from .problem import Variant
 from .shapes import Shape

@@ -1,18 +1,18 @@
 """Batch normalization for CPUs: fast, exact at any offset, the same bits for any number of threads."""
 
-from . import _built
-from ._embed import get_include, get_library
-from ._info import __version__, show_config
+from ._backends import backends, get_backend, get_num_threads, set_backend, use_backend
 from ._moments import Moments, Sums
 from ._recalibrate import recalibrate
-from ._results import Cache, Forward, Gradients
-from ._threads import set_num_threads, use_num_threads
-from .backends import backends, get_backend, get_num_threads, set_backend, use_backend
+from .call.results import Cache, Forward, Gradients
+from .config import built
+from .config.embed import get_include, get_library
+from .config.info import __version__, show_config
+from .config.thread_count import set_num_threads, use_num_threads
 from .inference import FoldWarning, InferencePlan, fold
 from .layer import BatchNorm
 from .ops import backward, backward_sums, forward, infer, moments
 
-_built.require()
+built.require()
 
 __all__ = [
     "BatchNorm",

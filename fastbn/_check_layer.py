@@ -10,10 +10,10 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from . import _check
-from ._check import _array, _names, _overlaps_itself, _refuse, kind, shown
-from ._config import BACKENDS
-from ._dtypes import KINDS, DType, find, is_float, kind_of, native
+from .call import checks
+from .call.checks import _array, _names, _overlaps_itself, _refuse, kind, shown
+from .call.dtypes import KINDS, DType, find, is_float, kind_of, native
+from .config.environment import BACKENDS
 
 Array = np.ndarray[Any, Any]
 
@@ -22,10 +22,10 @@ Array = np.ndarray[Any, Any]
 
 def of_layer(value: object, channels: int, channel_axis: int, layer_dtype: DType) -> Array:
     """An x for a layer: of its dtype, with its channels."""
-    x = _check.data("x", value)
+    x = checks.data("x", value)
     if native(x.dtype) != layer_dtype:
         _refuse(TypeError, "x", f"dtype {x.dtype}", f"the layer's dtype {layer_dtype}")
-    found = x.shape[_check.axis(channel_axis, x)]
+    found = x.shape[checks.axis(channel_axis, x)]
     if found != channels:
         _refuse(ValueError, "x", f"shape {x.shape} with {found} channels", f"the layer's {channels} channels")
     return x
@@ -33,8 +33,8 @@ def of_layer(value: object, channels: int, channel_axis: int, layer_dtype: DType
 
 def planned(value: object, mean: Array, channel_axis: int) -> None:
     """An x for a plan: with its channels, and of its statistics dtype."""
-    x = _check.data("x", value)
-    found = x.shape[_check.axis(channel_axis, x)]
+    x = checks.data("x", value)
+    found = x.shape[checks.axis(channel_axis, x)]
     if found != mean.size:
         _refuse(ValueError, "x", f"shape {x.shape} with {found} channels", f"the plan's {mean.size} channels")
     if kind_of(x.dtype).statistics != mean.dtype:
@@ -57,7 +57,7 @@ def never_called(layer: str) -> NoReturn:
 
 
 def _features(layer: Any, value: object) -> int:
-    count, made_with = _check.count("num_features", value), getattr(layer, "num_features", value)
+    count, made_with = checks.count("num_features", value), getattr(layer, "num_features", value)
     if count != made_with:
         _refuse(ValueError, "num_features", shown(count), f"{made_with}, which the layer was made with")
     return count
@@ -67,7 +67,7 @@ def _kept(flag: str, names: tuple[str, str]) -> Callable[[Any, object], bool]:
     """Of affine and track_running_stats: arrays may be missing where it is False."""
 
     def check(layer: Any, value: object) -> bool:
-        result = _check.flag(flag, value)
+        result = checks.flag(flag, value)
         missing = [name for name in names if getattr(layer, name, 0) is None]
         if result and missing:
             _refuse(ValueError, flag, f"True beside {missing[0]}=None", f"False, or True once {missing[0]} is an array")
@@ -97,7 +97,7 @@ def _array_of(name: str, flag: str) -> Callable[[Any, object], Array | None]:
             _writable(name, array)
         for other in _ARRAYS if updated else _ARRAYS[2:]:
             held = getattr(layer, other, None)
-            if held is not None and other != name and _check.overlap(array, held):
+            if held is not None and other != name and checks.overlap(array, held):
                 _refuse(ValueError, name, f"memory shared with {other}", "an array of its own")
         return value
 
@@ -112,34 +112,34 @@ def _writable(name: str, array: Array) -> None:
 
 
 def _axis(layer: Any, value: object) -> int:
-    index = _check.integer("axis", value)
-    _check.virtual_batch(getattr(layer, "virtual_batch_size", None), index)
+    index = checks.integer("axis", value)
+    checks.virtual_batch(getattr(layer, "virtual_batch_size", None), index)
     return index
 
 
 def _activation(layer: Any, value: object) -> object:
-    _check.activation(value)
+    checks.activation(value)
     return value
 
 
 ASSIGNED: dict[str, Callable[[Any, Any], object]] = {
     "num_features": _features,
-    "eps": lambda layer, value: _check.eps(value),
-    "momentum": lambda layer, value: None if value is None else _check.momentum(value),
-    "correction": lambda layer, value: _check.correction(value),
+    "eps": lambda layer, value: checks.eps(value),
+    "momentum": lambda layer, value: None if value is None else checks.momentum(value),
+    "correction": lambda layer, value: checks.correction(value),
     "affine": _kept("affine", ("weight", "bias")),
     "track_running_stats": _kept("track_running_stats", ("running_mean", "running_var")),
     "axis": _axis,
     "activation": _activation,
-    "dtype": lambda layer, value: _check.dtype("dtype", value),
-    "backend": lambda layer, value: None if value is None else _check.choice("backend", value, BACKENDS),
-    "virtual_batch_size": lambda layer, value: _check.virtual_batch(value, layer.axis),
-    "training": lambda layer, value: _check.flag("training", value),
+    "dtype": lambda layer, value: checks.dtype("dtype", value),
+    "backend": lambda layer, value: None if value is None else checks.choice("backend", value, BACKENDS),
+    "virtual_batch_size": lambda layer, value: checks.virtual_batch(value, layer.axis),
+    "training": lambda layer, value: checks.flag("training", value),
     "weight": _array_of("weight", "affine"),
     "bias": _array_of("bias", "affine"),
     "running_mean": _array_of("running_mean", "track_running_stats"),
     "running_var": _array_of("running_var", "track_running_stats"),
-    "num_batches_tracked": lambda layer, value: _check.natural("num_batches_tracked", value),
+    "num_batches_tracked": lambda layer, value: checks.natural("num_batches_tracked", value),
 }
 """By attribute, in an order in which all can be assigned: what a layer, with those that it has, takes for a value."""
 
@@ -209,7 +209,7 @@ def _targets(arrays: Mapping[str, Array]) -> None:
     for name, array in arrays.items():
         _writable(name, array)
     for one, other in combinations(arrays, 2):
-        if _check.overlap(arrays[one], arrays[other]):
+        if checks.overlap(arrays[one], arrays[other]):
             _refuse(ValueError, one, f"memory shared with {other}", "an array of its own, to load a state into")
 
 

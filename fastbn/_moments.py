@@ -4,10 +4,10 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from . import _check, _check_parts
-from ._call import Call
-from ._dtypes import FLOAT64, DType, rounded
-from ._format import packed, unpacked
+from .call import check_parts, checks
+from .call.dtypes import FLOAT64, DType, rounded
+from .call.pickles import packed, unpacked
+from .call.record import Call
 
 Array = np.ndarray
 
@@ -55,7 +55,7 @@ class _Summed:
     def _check(self) -> Self:
         """Itself, if it holds what it should: copies, pickles and assignments can make anything of it."""
         count, dtype, rows = (getattr(self, name, None) for name in ("_count", "_dtype", "_rows"))
-        _check_parts.contents(self.NAME, count, dtype, rows, self.ROWS)
+        check_parts.contents(self.NAME, count, dtype, rows, self.ROWS)
         return self
 
     def __getstate__(self) -> object:
@@ -138,9 +138,9 @@ class Moments(_Summed):
     NAME, ROWS = "moments", 3
 
     def __init__(self, count: int, mean: Array, m2: Array) -> None:
-        self._count = _check.natural("count", count)
-        (first, second), self._dtype = _check_parts.rows({"mean": mean, "m2": m2})
-        _check_parts.not_negative("m2", second)
+        self._count = checks.natural("count", count)
+        (first, second), self._dtype = check_parts.rows({"mean": mean, "m2": m2})
+        check_parts.not_negative("m2", second)
         rows = np.stack((first, np.zeros_like(first), second))
         self._rows = rows if self._count else np.zeros_like(rows)
 
@@ -157,12 +157,12 @@ class Moments(_Summed):
 
         Raises ValueError unless 0 <= correction < count.
         """
-        return self._rounded(self._rows[2:], self._count - _check_parts.below(correction, self._count))
+        return self._rounded(self._rows[2:], self._count - check_parts.below(correction, self._count))
 
     def __add__(self, other: object) -> "Moments":
         if not isinstance(other, Moments):
             return NotImplemented
-        _check_parts.summed("moments", other._check(), self._check().channels, self.dtype, "the other's")
+        check_parts.summed("moments", other._check(), self._check().channels, self.dtype, "the other's")
         if not self._count or not other._count:
             return self if self._count else other
         rows = merged(self._rows, self._count, other._rows, other._count)
@@ -202,8 +202,8 @@ class Sums(_Summed):
     NAME, ROWS = "sums", 2
 
     def __init__(self, count: int, sum_dy: Array, sum_dy_xhat: Array) -> None:
-        self._count = _check.natural("count", count)
-        self._rows, self._dtype = _check_parts.rows({"sum_dy": sum_dy, "sum_dy_xhat": sum_dy_xhat})
+        self._count = checks.natural("count", count)
+        self._rows, self._dtype = check_parts.rows({"sum_dy": sum_dy, "sum_dy_xhat": sum_dy_xhat})
 
     @property
     def sum_dy(self) -> Array:
@@ -216,7 +216,7 @@ class Sums(_Summed):
     def __add__(self, other: object) -> "Sums":
         if not isinstance(other, Sums):
             return NotImplemented
-        _check_parts.summed("sums", other._check(), self._check().channels, self.dtype, "the other's")
+        check_parts.summed("sums", other._check(), self._check().channels, self.dtype, "the other's")
         with np.errstate(all="ignore"):
             return self._of(self._count + other._count, self._rows + other._rows, self._dtype)
 

@@ -8,9 +8,10 @@ from typing import TypeVar
 
 import numpy as np
 
-from . import _check, _check_layer
+from . import _check_layer
 from ._moments import Moments
-from ._results import Cache
+from .call import checks
+from .call.results import Cache
 from .layer import BatchNorm
 
 Array = np.ndarray
@@ -82,10 +83,10 @@ def recalibrate(layers: Iterable[BatchNorm], batches: Iterable[Batch], forward: 
     >>> bn.running_mean, bn.running_var, bn.num_batches_tracked
     (array([3.]), array([4.66666667]), 0)
     """
-    _check.function("forward", forward)
-    _check.iterable("batches", batches, "what forward takes")
-    layers = _check.iterable("layers", layers, "BatchNorm")
-    given = [_check.instance("layers", layer, BatchNorm, "BatchNorm, all of them") for layer in layers]
+    checks.function("forward", forward)
+    checks.iterable("batches", batches, "what forward takes")
+    layers = checks.iterable("layers", layers, "BatchNorm")
+    given = [checks.instance("layers", layer, BatchNorm, "BatchNorm, all of them") for layer in layers]
     watched = [_Watched(layer) for layer in dict.fromkeys(given)]
     try:
         for one in watched:

@@ -7,8 +7,8 @@ import importlib
 import os
 import sys
 
-from . import _embed
-from ._info import __version__, show_config
+from .config import embed
+from .config.info import __version__, show_config
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -31,11 +31,11 @@ def _run(argv: list[str]) -> int:
         return int(importlib.import_module("fastbn.bench.cli").main(argv[1:]))
     arguments = _parser().parse_args(argv)
     if arguments.command == "info" and (arguments.cflags or arguments.libs):
-        print(*[_embed.cflags()] * arguments.cflags, *[_embed.libs()] * arguments.libs)
+        print(*[embed.cflags()] * arguments.cflags, *[embed.libs()] * arguments.libs)
     elif arguments.command == "info":
         show_config()
     else:
-        importlib.import_module("fastbn.demo").main(arguments.quick, arguments.seeds, arguments.output)
+        importlib.import_module("fastbn.demo.report").main(arguments.quick, arguments.seeds, arguments.output)
     return 0
 
 

@@ -6,11 +6,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import _check, _check_layer, _config
-from ._call import contiguous, parameters
-from ._dtypes import FLOAT32, FLOAT64, DType, kind_of, native, rounded
-from ._format import packed, unpacked
-from .backends import get_num_threads, select
+from . import _check_layer
+from ._backends import get_num_threads, select
+from .call import checks
+from .call.dtypes import FLOAT32, FLOAT64, DType, kind_of, native, rounded
+from .call.pickles import packed, unpacked
+from .call.record import contiguous, parameters
+from .config import environment
 from .ops import Activation, infer
 
 Array = np.ndarray
@@ -72,13 +74,13 @@ class InferencePlan:
         g, b, mean, var = _arrays(gamma, beta, running_mean, running_var)
         self._gamma, self._beta = (None if p is None else _own(p, p.dtype) for p in (g, b))
         self._mean, self._var = _own(mean, mean.dtype), _own(var, var.dtype)
-        self._eps, self._axis = _check.eps(eps), _check.integer("axis", axis)
-        _check.activation(activation)
+        self._eps, self._axis = checks.eps(eps), checks.integer("axis", axis)
+        checks.activation(activation)
         self._activation = activation
 
     def __call__(self, x: Array, out: Array | None = None, residual: Array | None = None) -> Array:
         """Gives y, which is `out` where that is given; x, out and residual are those of `infer`."""
-        backend = _config.backend_name()
+        backend = environment.backend_name()
         prepared_for, run = self._prepared
         if backend != prepared_for:
             run = self._prepare(backend)
@@ -86,7 +88,7 @@ class InferencePlan:
             y = run(x, out, residual)
             if y is not None:
                 return y
-        _check_layer.planned(x, _check.given_statistics(self._mean, self._var)[0], self._axis)
+        _check_layer.planned(x, checks.given_statistics(self._mean, self._var)[0], self._axis)
         return infer(
             x,
             self._gamma,
@@ -103,11 +105,11 @@ class InferencePlan:
     def _prepare(self, backend: str | None) -> _Run | None:
         plan = getattr(select(backend), "Plan", None)
         run: _Run | None = None
-        axis = _check.integer("axis", self._axis)
+        axis = checks.integer("axis", self._axis)
         if plan is not None and abs(axis) < _MOST_AXES:
             gamma, beta, mean, var = _arrays(self._gamma, self._beta, self._mean, self._var)
-            code, slope = _check.activation(self._activation)
-            eps = _check.eps(self._eps)
+            code, slope = checks.activation(self._activation)
+            eps = checks.eps(self._eps)
             run = plan(gamma, beta, mean, var, eps, axis, code, slope, get_num_threads).run
         self._prepared = backend, run
         return run
@@ -122,8 +124,8 @@ class InferencePlan:
         with unpacked("InferencePlan", state) as contents:
             *arrays, eps, axis, activation = contents
             self._gamma, self._beta, self._mean, self._var = _arrays(*arrays)
-            self._eps, self._axis = _check.eps(eps), _check.integer("axis", axis)
-            _check.activation(activation)
+            self._eps, self._axis = checks.eps(eps), checks.integer("axis", axis)
+            checks.activation(activation)
             self._activation = activation
 
     def __repr__(self) -> str:
@@ -148,8 +150,8 @@ class _Arrays(NamedTuple):
 
 def _arrays(gamma: object, beta: object, mean: object, var: object) -> _Arrays:
     """Checked, since what was assigned or unpickled can be anything, too."""
-    m, v = _check.given_statistics(mean, var)
-    g, b = (_check.parameter(name, p, m.size) for name, p in (("gamma", gamma), ("beta", beta)))
+    m, v = checks.given_statistics(mean, var)
+    g, b = (checks.parameter(name, p, m.size) for name, p in (("gamma", gamma), ("beta", beta)))
     statistics = kind_of(m.dtype).statistics
     return _Arrays(*parameters(g, b, statistics), contiguous(m, statistics), contiguous(v, statistics))
 
@@ -239,12 +241,12 @@ def fold(
     >>> bool(np.allclose(x @ w.T + b, fastbn.infer(x @ weight.T, *norm)))
     True
     """
-    given = _check.data("weight", weight)
-    at, groups, channels = _check.outputs(given, output_axis, running_mean)
+    given = checks.data("weight", weight)
+    at, groups, channels = checks.outputs(given, output_axis, running_mean)
     named = {"bias": bias, "gamma": gamma, "beta": beta, "running_mean": running_mean, "running_var": running_var}
-    found = {name: _check.parameter(name, value, channels, "output channel of weight") for name, value in named.items()}
-    _check.both_statistics(found["running_mean"], found["running_var"])
-    eps = _check.eps(eps)
+    found = {name: checks.parameter(name, value, channels, "output channel of weight") for name, value in named.items()}
+    checks.both_statistics(found["running_mean"], found["running_var"])
+    eps = checks.eps(eps)
     absent = {"gamma": 1.0, "running_var": 1.0}
     before, g, after, mean, var = (
         np.full(channels, absent.get(name, 0.0)) if array is None else array.astype(FLOAT64)

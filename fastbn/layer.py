@@ -6,11 +6,12 @@ from typing import Any, Self
 
 import numpy as np
 
-from . import _check, _check_layer
-from ._call import Average
-from ._dtypes import DType, kind_of
-from ._format import packed, unpacked
-from ._results import Cache, Gradients
+from . import _check_layer
+from .call import checks
+from .call.dtypes import DType, kind_of
+from .call.pickles import packed, unpacked
+from .call.record import Average
+from .call.results import Cache, Gradients
 from .ops import Activation, forward
 from .ops import backward as backward_of
 
@@ -188,8 +189,8 @@ class BatchNorm:
         others: dict[str, Any],
     ) -> Self:
         """A layer whose momentum is given as the weight of the old value."""
-        eps = _check.eps(epsilon, "epsilon")
-        new = 1 - _check.momentum(momentum)
+        eps = checks.eps(epsilon, "epsilon")
+        new = 1 - checks.momentum(momentum)
         bn = cls(num_features, momentum=new, eps=eps, axis=axis, correction=correction, **others)
         bn._convention = name
         return bn
@@ -253,7 +254,7 @@ class BatchNorm:
 
     def train(self, mode: bool = True) -> Self:
         """Use batch statistics from now on (mode=False: running ones). Returns the layer."""
-        self.training = _check.flag("mode", mode)
+        self.training = checks.flag("mode", mode)
         return self
 
     def eval(self) -> Self:

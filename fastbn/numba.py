@@ -39,10 +39,10 @@ from llvmlite import binding  # type: ignore[import-untyped]
 from numba.core.errors import TypingError
 from numba.extending import overload
 
-from . import _check
-from ._activations import BY_NAME, DEFAULT_SLOPES, split
-from ._jit import jit
-from .backends import SAVED_ROWS, select
+from ._backends import SAVED_ROWS, select
+from ._backends.jit import jit
+from .call import checks
+from .call.activations import BY_NAME, DEFAULT_SLOPES, split
 
 Array = np.ndarray
 
@@ -93,7 +93,7 @@ _IN_C = _BRIDGE.numbers()
 
 
 def _external(verb: str) -> Any:
-    """A function of c_flat.pxi, which says what its arguments mean; jitted code on disk finds it by its signature."""
+    """A function of flat.pxi, which says what its arguments mean; jitted code on disk finds it by its signature."""
     address, signature = _BRIDGE.flat()[verb]
     name = f"fastbn_{verb}_{signature}"
     binding.add_symbol(name, address)
@@ -112,7 +112,7 @@ _DTYPES = {types.float32: _IN_C["FBN_F32"], types.float64: _IN_C["FBN_F64"]}
 _ACTIVATIONS = tuple(name or "" for name in BY_NAME)  # in the order of their codes
 _TAKE_SLOPE = tuple(name in DEFAULT_SLOPES for name in BY_NAME)
 _SLOPES = tuple(split(name)[1] for name in BY_NAME)
-_ALLOWED = _check.ACTIVATIONS
+_ALLOWED = checks.ACTIVATIONS
 
 
 def _by_type(choose: Callable[..., Any]) -> Any:
@@ -357,7 +357,7 @@ def _code(name: str) -> int:
 
 @_jit
 def _three_of(x: Array, axis: int, name: str = "axis") -> tuple[int, int, int]:
-    """(outer, channels, inner), as in _shape.py."""
+    """(outer, channels, inner), as in call/shape.py."""
     at = axis + x.ndim if axis < 0 else axis
     if not 0 <= at < x.ndim:
         _wrong_axis(name, axis, x.ndim)

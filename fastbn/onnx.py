@@ -4,9 +4,9 @@ import math
 
 import numpy as np
 
-from . import _check
-from ._dtypes import FLOAT64, kind_of, rounded
 from ._moments import blended
+from .call import checks
+from .call.dtypes import FLOAT64, kind_of, rounded
 from .ops import forward, infer, moments
 
 try:
@@ -62,10 +62,10 @@ class BatchNormalization(OpRun):
         spatial: int = 1,
     ) -> tuple[Array, ...]:
         opset = self.run_params["opsets"][self.op_domain]
-        _check.opset("BatchNormalization", opset, 6)
+        checks.opset("BatchNormalization", opset, 6)
         if opset < 14:
             training_mode = not is_test if opset < 7 else any(self.output[1:])
-        data, likes = _check.data("X", x), (mean, var, mean, var)
+        data, likes = checks.data("X", x), (mean, var, mean, var)
         if not spatial:  # every place of a sample is a channel
             data = data.reshape(len(x), math.prod(x.shape[1:]))
             scale, b, mean, var = (array.reshape(-1) for array in (scale, b, mean, var))

@@ -4,11 +4,11 @@ from typing import cast
 
 import numpy as np
 
-from . import _batch, _check, _check_parts, _ghost
-from ._call import Call, check
+from ._backends import get_num_threads, select, threads_of
 from ._moments import Moments, Sums
-from ._results import Cache, Forward, Gradients, Parts, parts_of
-from .backends import get_num_threads, select, threads_of
+from .call import batch, check_parts, checks, ghost
+from .call.record import Call, check
+from .call.results import Cache, Forward, Gradients, Parts, parts_of
 
 Array = np.ndarray
 Activation = str | tuple[str, float] | None
@@ -114,10 +114,10 @@ def forward(
                        out, training, get_num_threads)  # fmt: skip
         if done is not None:
             y, saved = done
-            kept, added = _batch.own(x, residual)
+            kept, added = batch.own(x, residual)
             has_gamma, has_beta = gamma is not None, beta is not None
             return Forward(y, Cache(Parts(kept, added, saved, axis, not training, activation, has_gamma, has_beta)))
-    training = _check.flag("training", training)
+    training = checks.flag("training", training)
     call = Call(
         x=x,
         gamma=gamma,
@@ -135,14 +135,14 @@ def forward(
         threads=threads_of(chosen),
     )
     call = check(call, updates=training, keeps=True)
-    size = _check.virtual_batch(virtual_batch_size, call.axis)
+    size = checks.virtual_batch(virtual_batch_size, call.axis)
     if moments is not None:
-        moments = _check.instance("moments", moments, Moments, "Moments, or None")._check()
+        moments = checks.instance("moments", moments, Moments, "Moments, or None")._check()
         channels = call.x.shape[call.axis]
-        _check_parts.moments(moments, channels, call.statistics, training=training, virtual=size)
+        check_parts.moments(moments, channels, call.statistics, training=training, virtual=size)
     if not training:
-        return Forward(call.out, Cache(_batch.freeze(call, chosen)))
-    parts = _batch.train(call, moments, chosen) if size is None else _ghost.train(call, size, chosen)
+        return Forward(call.out, Cache(batch.freeze(call, chosen)))
+    parts = batch.train(call, moments, chosen) if size is None else ghost.train(call, size, chosen)
     call.put_running_back()
     return Forward(call.out, Cache(parts))
 
@@ -193,7 +193,7 @@ def infer(
         threads=threads_of(chosen),
     )
     call = check(call, updates=False, keeps=False)
-    _batch.infer(call, chosen)
+    batch.infer(call, chosen)
     return cast(Array, call.out)
 
 
@@ -253,14 +253,14 @@ def backward(
             return Gradients(*gradients)
     parts = parts_of(cache)
     if sums is not None:
-        _check_parts.whole("sums", parts.virtual)
-        sums = _check.instance("sums", sums, Sums, "Sums, or None")._check()
-        _check_parts.sums(sums, parts.saved.shape[1], parts.statistics, None if parts.frozen else parts.total)
-    call = _batch.check_backward(dy, parts, out, threads_of(chosen))
+        check_parts.whole("sums", parts.virtual)
+        sums = checks.instance("sums", sums, Sums, "Sums, or None")._check()
+        check_parts.sums(sums, parts.saved.shape[1], parts.statistics, None if parts.frozen else parts.total)
+    call = batch.check_backward(dy, parts, out, threads_of(chosen))
     if parts.virtual is not None:
-        dgamma, dbeta = _ghost.backward(call, parts, chosen)
+        dgamma, dbeta = ghost.backward(call, parts, chosen)
     else:
-        dgamma, dbeta = _batch.backward(call, parts, chosen, sums)
+        dgamma, dbeta = batch.backward(call, parts, chosen, sums)
     return Gradients(call.out, dgamma, dbeta, call.residual_gradient)
 
 
@@ -278,7 +278,7 @@ def moments(x: Array, *, axis: int = 1, mask: Array | None = None, backend: str 
     True
     """
     chosen = select(backend)
-    return _batch.moments(Call(x, axis=axis, mask=mask, threads=threads_of(chosen)), chosen)
+    return batch.moments(Call(x, axis=axis, mask=mask, threads=threads_of(chosen)), chosen)
 
 
 def backward_sums(dy: Array, cache: Cache, *, backend: str | None = None) -> Sums:
@@ -300,5 +300,5 @@ def backward_sums(dy: Array, cache: Cache, *, backend: str | None = None) -> Sum
     """
     chosen = select(backend)
     parts = parts_of(cache)
-    _check_parts.whole("cache", parts.virtual)
-    return _batch.backward_sums(dy, parts, chosen, threads_of(chosen))
+    check_parts.whole("cache", parts.virtual)
+    return batch.backward_sums(dy, parts, chosen, threads_of(chosen))

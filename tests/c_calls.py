@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastbn._call import BackwardCall, Call
-from fastbn.backends import SAVED_ROWS, c_backend
+from fastbn._backends import SAVED_ROWS
+from fastbn._backends.c import bridge
+from fastbn.call.record import BackwardCall, Call
 
 Array = np.ndarray[Any, Any]
 
@@ -44,7 +45,7 @@ def forward(
     channels, dtype = x.shape[1], statistics(x.dtype)
     mean, var = np.zeros(channels, dtype), np.ones(channels, dtype)
     y, saved = np.empty_like(x), np.empty((len(SAVED_ROWS), channels))
-    c_backend.forward(Call(
+    bridge.forward(Call(
         x=x, residual=behind.residual, gamma=gamma, beta=beta, running_mean=mean, running_var=var, momentum=0.1,
         correction=1, eps=eps, code=behind.activation, slope=behind.slope, y=y, saved=saved, threads=threads,
     ))  # fmt: skip
@@ -58,7 +59,7 @@ def infer(
     channels, dtype = x.shape[1], statistics(x.dtype)
     y, saved = np.empty_like(x), np.empty((len(SAVED_ROWS), channels))
     mean, var = np.zeros(channels, dtype), np.ones(channels, dtype)
-    c_backend.infer(Call(
+    bridge.infer(Call(
         x=x, residual=behind.residual, gamma=gamma, beta=beta, running_mean=mean, running_var=var, eps=eps,
         code=behind.activation, slope=behind.slope, y=y, saved=saved, threads=threads,
     ))  # fmt: skip
@@ -78,7 +79,7 @@ def backward(
     dtype = statistics(x.dtype)
     dx, dgamma, dbeta = np.empty_like(x), np.empty(x.shape[1], dtype), np.empty(x.shape[1], dtype)
     dresidual = np.empty_like(x) if behind.residual is not None and behind.activation else None
-    c_backend.backward(BackwardCall(
+    bridge.backward(BackwardCall(
         dy=dy, x=x, residual=behind.residual, saved=saved, counted=float(x.shape[0] * x.shape[2]), frozen=frozen,
         code=behind.activation, slope=behind.slope, from_y=from_y, dx=dx, dresidual=dresidual, dgamma=dgamma,
         dbeta=dbeta, threads=threads,

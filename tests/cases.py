@@ -45,9 +45,9 @@ def isas() -> tuple[str, ...]:
     """The instruction sets that the C backend has on this processor."""
     if "c" not in fastbn.backends():
         return ()
-    from fastbn.backends import c_backend
+    from fastbn._backends.c import bridge
 
-    return tuple(c_backend.isas())
+    return tuple(bridge.isas())
 
 
 KERNELS = tuple(
@@ -66,14 +66,14 @@ def running_on(kernel: Kernel) -> Iterator[None]:
         if kernel.isa is None:
             yield
             return
-        from fastbn.backends import c_backend
+        from fastbn._backends.c import bridge
 
-        before = c_backend.isa()
-        c_backend.select_isa(kernel.isa)
+        before = bridge.isa()
+        bridge.select_isa(kernel.isa)
         try:
             yield
         finally:
-            c_backend.select_isa(before)
+            bridge.select_isa(before)
 
 
 class Call(NamedTuple):

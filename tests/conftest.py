@@ -123,8 +123,8 @@ def threads_of_torch() -> Iterator[None]:
 @pytest.fixture
 def settings() -> Iterator[None]:
     """Puts the process's backend and thread count back."""
-    from fastbn import _config, _threads
+    from fastbn.config import environment, thread_count
 
-    before = _config._backend, _threads._threads
+    before = environment._backend, thread_count._threads
     yield
-    _config._backend, _threads._threads = before
+    environment._backend, thread_count._threads = before

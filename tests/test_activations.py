@@ -19,8 +19,8 @@ if not cases.isas():
 
 import c_calls
 
-from fastbn._activations import Activation
-from fastbn.backends import c_backend
+from fastbn._backends.c import bridge
+from fastbn.call.activations import Activation
 
 Array = np.ndarray[Any, Any]
 LONG = np.longdouble
@@ -42,10 +42,10 @@ def data_dtype(request: pytest.FixtureRequest) -> np.dtype[Any]:
 
 @pytest.fixture(params=cases.isas())
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = c_backend.isa()
-    c_backend.select_isa(request.param)
+    before = bridge.isa()
+    bridge.select_isa(request.param)
     yield request.param
-    c_backend.select_isa(before)
+    bridge.select_isa(before)
 
 
 @pytest.fixture(autouse=True)
@@ -208,15 +208,15 @@ def ways(
     values: Array, *, layouts: tuple[bool, ...] = (False, True), as_residual: tuple[bool, ...] = (False, True)
 ) -> Iterator[Way]:
     """All of them, with the instruction set selected."""
-    before = c_backend.isa()
+    before = bridge.isa()
     try:
         for name in cases.isas():
-            c_backend.select_isa(name)
+            bridge.select_isa(name)
             for by_rows, residual in product(layouts, as_residual):
                 z = shaped(values, by_rows)
                 yield Way(name, np.zeros_like(z), z) if residual else Way(name, z, None)
     finally:
-        c_backend.select_isa(before)
+        bridge.select_isa(before)
 
 
 @pytest.mark.parametrize("activation", Activation)
@@ -312,14 +312,14 @@ def test_same_bits_on_every_instruction_set(data_dtype: np.dtype[Any], activatio
     """That has a fused multiply-add."""
     z = points(data_dtype)
     z = z[~np.isnan(z)].reshape(1, 1, -1)
-    behind, before = c_calls.Behind(activation, SLOPE), c_backend.isa()
+    behind, before = c_calls.Behind(activation, SLOPE), bridge.isa()
     found = []
     for isa in FUSED:
-        c_backend.select_isa(isa)
+        bridge.select_isa(isa)
         done = c_calls.infer(z, None, None, behind)
         dx = c_calls.backward(np.ones_like(z), z, done.saved, behind, frozen=True).dx
         found.append(tuple(np.where(np.isnan(a), 0, a) for a in (done.y, dx)))
-    c_backend.select_isa(before)
+    bridge.select_isa(before)
     for other in found[1:]:
         cases.assert_same_bits(other, found[0])
 

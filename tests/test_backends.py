@@ -14,7 +14,7 @@ import pytest
 from test_checks import assert_refused
 
 import fastbn
-from fastbn.backends import Backend, select
+from fastbn._backends import Backend, select
 
 BACKENDS = fastbn.backends()
 

@@ -16,12 +16,12 @@ import cases
 import numpy as np
 import pytest
 
-from fastbn._cache_dir import cache_dir
+from fastbn.config.cache_dir import cache_dir
 
 pytest.importorskip("numba", reason='Numba is not installed: pip install "fastbn[numba]"')
 
 MODULE = """
-from fastbn._jit import jit
+from fastbn._backends.jit import jit
 
 @jit(cache=True, nogil=True)
 def half(x):
@@ -31,7 +31,7 @@ def half(x):
 RUN = """
 import os, sys, warnings
 import numba
-from fastbn import _jit
+from fastbn._backends import jit
 before = numba.config.CACHE_DIR
 for folder in os.environ["FASTBN_CACHE_DIR"].split(os.pathsep):
     os.environ["FASTBN_CACHE_DIR"] = folder
@@ -44,7 +44,7 @@ for folder in os.environ["FASTBN_CACHE_DIR"].split(os.pathsep):
         print(warning.category.__name__, warning.message)
     print("hits", sum(half.stats.cache_hits.values()), half.stats.cache_path, flush=True)
     del sys.modules["jitted"]
-    _jit._folder.cache_clear()
+    jit._folder.cache_clear()
 """
 
 
@@ -273,7 +273,7 @@ def test_users_functions_keep_their_place(tmp_path: Path) -> None:
 WRITTEN = """
 import pathlib
 import fastbn, fastbn.small
-from fastbn.backends import numba_backend, numba_loops
+from fastbn._backends import numba_backend, numba_loops
 
 modules = [numba_backend, numba_loops]
 if "c" in fastbn.backends():

@@ -10,7 +10,8 @@ from types import ModuleType
 import pytest
 
 import fastbn
-from fastbn import cli, demo
+from fastbn import cli
+from fastbn.demo import report
 
 
 def test_version():
@@ -41,13 +42,13 @@ def test_a_reader_that_stops_early_is_no_error():
 
 def test_demo_takes_its_options(monkeypatch):
     asked = []
-    monkeypatch.setattr(demo, "run", lambda *arguments, **named: asked.append((*arguments, *named.values())))
+    monkeypatch.setattr(report, "run", lambda *arguments, **named: asked.append((*arguments, *named.values())))
     with fastbn.use_num_threads(3):
         assert cli.main(["demo"]) == 0
         assert cli.main(["demo", "--quick", "--seeds", "4", "--output", "x.png"]) == 0
-    assert asked[0] == (demo.FULL, "fastbn-demo.png", 3)
+    assert asked[0] == (report.FULL, "fastbn-demo.png", 3)
     assert asked[1][0].seeds == 4
-    assert asked[1][0].rates == demo.QUICK.rates
+    assert asked[1][0].rates == report.QUICK.rates
     assert asked[1][1:] == ("x.png", 1)
 
 

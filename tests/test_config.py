@@ -12,7 +12,7 @@ import pytest
 from test_checks import assert_refused
 
 import fastbn
-from fastbn import _config
+from fastbn.config import environment
 
 ISAS = cases.isas()
 
@@ -94,8 +94,8 @@ def test_more_threads_than_processors(kernel: cases.Kernel, n: int) -> None:
 
 def test_threads_without_openmp(settings: None) -> None:
     """The C backend has one, whatever is asked for; others have what they are given."""
-    c_backend = pytest.importorskip("fastbn.backends.c_backend")
-    if c_backend.openmp():
+    bridge = pytest.importorskip("fastbn._backends.c.bridge")
+    if bridge.openmp():
         pytest.skip("this build has OpenMP")
     fastbn.set_num_threads(3)
     with fastbn.use_backend("c"):
@@ -113,26 +113,26 @@ def test_baseline_is_everywhere() -> None:
     if not ISAS:
         pytest.skip("the C backend is not built")
     assert ISAS[-1] == "baseline"
-    assert set(ISAS) <= set(_config.ISAS)
+    assert set(ISAS) <= set(environment.ISAS)
 
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_select_isa(isa: str) -> None:
-    from fastbn.backends import c_backend
+    from fastbn._backends.c import bridge
 
-    before = c_backend.isa()
-    c_backend.select_isa(isa)
-    assert c_backend.isa() == isa
-    assert isa in c_backend.describe()["instruction set"]
-    c_backend.select_isa(before)
+    before = bridge.isa()
+    bridge.select_isa(isa)
+    assert bridge.isa() == isa
+    assert isa in bridge.describe()["instruction set"]
+    bridge.select_isa(before)
 
 
 def test_unknown_isa() -> None:
-    c_backend = pytest.importorskip("fastbn.backends.c_backend")
-    before = c_backend.isa()
+    bridge = pytest.importorskip("fastbn._backends.c.bridge")
+    before = bridge.isa()
     with pytest.raises(ValueError, match=r"'mmx'.*baseline"):
-        c_backend.select_isa("mmx")
-    assert c_backend.isa() == before
+        bridge.select_isa("mmx")
+    assert bridge.isa() == before
 
 
 # The environment -----------------------------------------------------------------------------------------------------
@@ -152,11 +152,11 @@ def test_backend_of_the_environment(name: str, tmp_path: Path) -> None:
     assert printed(script, tmp_path, FASTBN_BACKEND=name).split() == [name, "numpy"]
 
 
-@pytest.mark.parametrize("isa", _config.ISAS)
+@pytest.mark.parametrize("isa", environment.ISAS)
 def test_isa_of_the_environment(isa: str, tmp_path: Path) -> None:
     if isa not in ISAS:
         pytest.skip(f"this processor or build has no {isa}")
-    script = USE + "from fastbn.backends import c_backend; print(c_backend.isa())"
+    script = USE + "from fastbn._backends.c import bridge; print(bridge.isa())"
     assert printed(script, tmp_path, FASTBN_ISA=isa) == isa
 
 
@@ -178,7 +178,7 @@ def test_threads_of_the_environment(environment: dict[str, str], threads: str, t
 UNKNOWN = (
     ("FASTBN_BACKEND", "cuda", ("'c'", "'numba'", "'numpy'")),
     ("FASTBN_BACKEND", "NUMPY", ("'c'", "'numba'", "'numpy'")),
-    ("FASTBN_ISA", "sse9", _config.ISAS),
+    ("FASTBN_ISA", "sse9", environment.ISAS),
     ("FASTBN_NUM_THREADS", "0", ("positive integer",)),
     ("FASTBN_NUM_THREADS", "-2", ("positive integer",)),
     ("FASTBN_NUM_THREADS", "many", ("positive integer",)),
@@ -203,7 +203,7 @@ def test_isa_that_this_processor_lacks(tmp_path: Path) -> None:
     """Refused with those that it has; none of them is taken instead."""
     if not ISAS:
         pytest.skip("the C backend is not built")
-    lacking = next(isa for isa in _config.ISAS if isa not in ISAS)
+    lacking = next(isa for isa in environment.ISAS if isa not in ISAS)
     done = cases.run_python(USE, tmp_path, FASTBN_ISA=lacking)
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("ValueError: ")

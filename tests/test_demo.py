@@ -10,10 +10,11 @@ import pytest
 
 import fastbn
 from fastbn import _demo_networks as networks
-from fastbn import cli, demo
-from fastbn._demo_networks import KINDS, Conv, Data, Dense, Job, build, cross_entropy, perform
+from fastbn import cli
+from fastbn.demo import report
+from fastbn.demo.networks import KINDS, Conv, Data, Dense, Job, build, cross_entropy, perform
 
-TINY = demo.Plan(2, 0.05, (0.1, 1.0), (1.0, 3.0), (0.003,), 8)
+TINY = report.Plan(2, 0.05, (0.1, 1.0), (1.0, 3.0), (0.003,), 8)
 
 
 def slope(value, array, direction, step=1e-5):
@@ -132,7 +133,7 @@ def test_two_processes_give_what_one_gives(data):
 
 @pytest.fixture(scope="module")
 def comparison(data):
-    experiment = demo.Experiment(TINY, data)
+    experiment = report.Experiment(TINY, data)
     with networks.executor(data, 1) as execute:
         for jobs in (experiment.rate_jobs, experiment.other_jobs):
             experiment.runs.update(execute(jobs()))
@@ -146,15 +147,15 @@ def test_the_comparison_is_read_off_the_runs(comparison):
         assert plain.steps_to_plain.low <= first <= plain.steps_to_plain.high
     assert own.accuracy.low == own.curves[:, -1].min()
     assert own.accuracy.high == own.curves[:, -1].max()
-    assert plain.times_fewer == demo.Spread(1.0, 1.0, 1.0)
+    assert plain.times_fewer == report.Spread(1.0, 1.0, 1.0)
     assert comparison.without.gradient_norm.low < comparison.without.gradient_norm.high
     assert comparison.without.seconds_per_step > 0
 
 
 def test_targets_that_are_not_reached_are_reported_so():
-    steps = demo._first_reached([3, 5, 9], np.array([[10.0, 60, 50], [10, 20, 30]]), np.array([55.0, 55]))
+    steps = report._first_reached([3, 5, 9], np.array([[10.0, 60, 50], [10, 20, 30]]), np.array([55.0, 55]))
     assert steps.tolist() == [5, np.inf]
-    assert demo.Spread.of(steps).text(demo._steps_text) == "5 (5-never)"
+    assert report.Spread.of(steps).text(report._steps_text) == "5 (5-never)"
 
 
 def told(lines) -> str:
@@ -162,7 +163,7 @@ def told(lines) -> str:
 
 
 def test_the_sentences_follow_the_numbers(comparison):
-    spread = demo.Spread
+    spread = report.Spread
 
     def with_numbers(plain, own, fewer):
         return replace(
@@ -175,24 +176,24 @@ def test_the_sentences_follow_the_numbers(comparison):
 
     small = spread(90, 90, 90), spread(80, 80, 80)
     better = with_numbers(spread(90, 89, 91), spread(97, 96, 98), spread(8, 7, 9))
-    assert "8.0 times fewer at" in told(demo.effects([better]))
-    assert "8.0 times fewer of them, 4.0 times faster by the clock" in told(demo.limits([better], TINY, small))
-    assert "at the end" not in told(demo.limits([better], TINY, small))
+    assert "8.0 times fewer at" in told(report.effects([better]))
+    assert "8.0 times fewer of them, 4.0 times faster by the clock" in told(report.limits([better], TINY, small))
+    assert "at the end" not in told(report.limits([better], TINY, small))
     worse = with_numbers(spread(97, 96, 98), spread(96, 95, 97), spread(0.5, 0.4, 0.6))
-    assert "2.0 times more at" in told(demo.effects([worse]))
-    assert "no gain" in told(demo.limits([worse], TINY, small))
-    assert "no faster by the clock" in told(demo.limits([worse], TINY, small))
+    assert "2.0 times more at" in told(report.effects([worse]))
+    assert "no gain" in told(report.limits([worse], TINY, small))
+    assert "no faster by the clock" in told(report.limits([worse], TINY, small))
     alike = replace(better, plain=replace(better.plain, rate=1.0))
-    assert "whose best learning rate is the same" in told(demo.effects([alike]))
+    assert "whose best learning rate is the same" in told(report.effects([alike]))
     slower = replace(better, same_rate=replace(better.same_rate, times_fewer=spread(0.5, 0.4, 0.6)))
-    assert "at plain's learning rate: 2.0 times more" in told(demo.limits([slower], TINY, small))
+    assert "at plain's learning rate: 2.0 times more" in told(report.limits([slower], TINY, small))
     lost = with_numbers(spread(97, 96, 98), spread(90, 90, 91), spread(0, 0, 0))
-    assert "not reached at" in told(demo.effects([lost]))
+    assert "not reached at" in told(report.effects([lost]))
     chance = with_numbers(spread(10, 9, 11), spread(97, 96, 98), spread(1, 1, 1))
-    assert "stays at chance (10 %)" in told(demo.effects([chance]))
-    assert "times fewer" not in told(demo.effects([chance])).split("Published")[0]
-    assert "does harm" in told(demo.limits([better], TINY, small))
-    assert "no harm" in told(demo.limits([better], TINY, small[::-1]))
+    assert "stays at chance (10 %)" in told(report.effects([chance]))
+    assert "times fewer" not in told(report.effects([chance])).split("Published")[0]
+    assert "does harm" in told(report.limits([better], TINY, small))
+    assert "no harm" in told(report.limits([better], TINY, small[::-1]))
 
 
 def test_the_demo_prints_its_table_and_draws_its_picture(tmp_path, capsys, monkeypatch):
@@ -201,7 +202,7 @@ def test_the_demo_prints_its_table_and_draws_its_picture(tmp_path, capsys, monke
     image = pytest.importorskip("matplotlib.image", reason='needs pip install "fastbn[demo]"')
     colors = pytest.importorskip("matplotlib.colors")
     path = tmp_path / "curves.png"
-    monkeypatch.setattr(demo, "QUICK", TINY)
+    monkeypatch.setattr(report, "QUICK", TINY)
     with fastbn.use_num_threads(1):
         assert cli.main(["demo", "--quick", "--seeds", "1", "--output", str(path)]) == 0
     printed = capsys.readouterr().out
@@ -213,7 +214,7 @@ def test_the_demo_prints_its_table_and_draws_its_picture(tmp_path, capsys, monke
     pixels = image.imread(path)[..., :3]
     assert pixels.shape[0] > 800
     assert pixels.shape[1] > 1000
-    for colour in (demo.COLOURS["plain"], demo.COLOURS["own"]):
+    for colour in (report.COLOURS["plain"], report.COLOURS["own"]):
         assert (np.abs(pixels - colors.to_rgb(colour)).max(axis=2) < 0.02).sum() > 500
 
 
@@ -221,10 +222,10 @@ def test_the_demo_prints_its_table_and_draws_its_picture(tmp_path, capsys, monke
 def test_a_missing_extra_is_named(module, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ImportError, match=r'pip install "fastbn\[demo\]"'):
-        demo.run(TINY, str(tmp_path / "curves.png"), workers=1)
+        report.run(TINY, str(tmp_path / "curves.png"), workers=1)
 
 
 @pytest.mark.parametrize("output", ["curves.jpg", "no/such/folder/curves.png"])
 def test_a_picture_that_cannot_be_written_is_refused_before_the_runs(output):
     with pytest.raises(ValueError, match="output"):
-        demo.run(TINY, output, workers=1)
+        report.run(TINY, output, workers=1)

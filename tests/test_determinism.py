@@ -10,7 +10,7 @@ import cases
 import pytest
 
 import fastbn
-from fastbn import _config
+from fastbn.config import environment
 
 # Enough work for eight threads (32768 values each), or nearly; split in every way that the blocking has.
 SHAPES = (
@@ -153,7 +153,7 @@ for dtype in ("float32", "float64"):
 """
 
 
-@pytest.mark.parametrize("isa", _config.ISAS)
+@pytest.mark.parametrize("isa", environment.ISAS)
 def test_any_number_of_threads_in_processes(isa: str, tmp_path: Path) -> None:
     """As users set it: FASTBN_ISA and FASTBN_NUM_THREADS; and the fused ones agree across processes, too."""
     if isa not in cases.isas():

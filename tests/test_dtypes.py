@@ -15,8 +15,8 @@ if not cases.isas():
 
 import c_calls  # noqa: E402 - it needs the C backend
 
-from fastbn._call import Call  # noqa: E402
-from fastbn.backends import c_backend  # noqa: E402
+from fastbn._backends.c import bridge  # noqa: E402
+from fastbn.call.record import Call  # noqa: E402
 
 Array = np.ndarray[Any, Any]
 HALVES = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -32,10 +32,10 @@ def half(request: pytest.FixtureRequest) -> np.dtype[Any]:
 
 @pytest.fixture(params=cases.isas())
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = c_backend.isa()
-    c_backend.select_isa(request.param)
+    before = bridge.isa()
+    bridge.select_isa(request.param)
     yield request.param
-    c_backend.select_isa(before)
+    bridge.select_isa(before)
 
 
 @pytest.fixture(autouse=True)
@@ -137,7 +137,7 @@ def test_tails_touch_nothing_else(isa: str, half: np.dtype[Any]) -> None:
             outside = np.full(80, 7, half)
             y = outside[start : start + length].reshape(1, 1, length)
             mean, var = np.zeros(1, np.float32), np.ones(1, np.float32)
-            c_backend.infer(Call(x=x.reshape(1, 1, length), running_mean=mean, running_var=var, y=y))
+            bridge.infer(Call(x=x.reshape(1, 1, length), running_mean=mean, running_var=var, y=y))
             assert (y == x).all()
             assert (outside[:start] == 7).all()
             assert (outside[start + length :] == 7).all()
@@ -158,7 +158,7 @@ def test_any_number_of_threads(isa: str, half: np.dtype[Any]) -> None:
 
 
 def test_dtypes_are_named() -> None:
-    assert frozenset(cases.DTYPES) | HALVES.keys() == c_backend.DTYPES
+    assert frozenset(cases.DTYPES) | HALVES.keys() == bridge.DTYPES
 
 
 def test_no_other_dtype() -> None:

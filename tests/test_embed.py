@@ -20,7 +20,9 @@ import numpy as np
 import pytest
 
 import fastbn
-from fastbn import _check, _embed, _shape, cli
+from fastbn import cli
+from fastbn.call import checks, shape
+from fastbn.config import embed
 
 Array = np.ndarray[Any, Any]
 SOURCES = cases.CHECKOUT / "src_c"
@@ -46,7 +48,7 @@ def test_what_is_installed(capsys: pytest.CaptureFixture[str]) -> None:
 def test_what_is_missing_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(_embed, "_HERE", tmp_path)
+    monkeypatch.setattr(embed, "_HERE", tmp_path)
     for function, name in ((fastbn.get_include, "fastbn.h"), (fastbn.get_library, "fastbn.")):
         with pytest.raises(FileNotFoundError, match=re.escape(name)) as raised:
             function()
@@ -59,9 +61,9 @@ def test_spaces_are_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     here = tmp_path / "a folder" / "fastbn"
     shutil.copytree(Path(fastbn.get_include()), here / "include")
     shutil.copytree(Path(fastbn.get_library()).parent, here / "lib")
-    monkeypatch.setattr(_embed, "_HERE", here)
-    assert shlex.split(_embed.cflags()) == [f"-I{here / 'include'}"]
-    assert shlex.split(_embed.libs())[0] == fastbn.get_library()
+    monkeypatch.setattr(embed, "_HERE", here)
+    assert shlex.split(embed.cflags()) == [f"-I{here / 'include'}"]
+    assert shlex.split(embed.libs())[0] == fastbn.get_library()
 
 
 # The same bits, without Python ---------------------------------------------------------------------------------------
@@ -116,7 +118,7 @@ def replayed(program: Path, c: cases.Call, axis: int, activation: Any, threads: 
     """What the program writes for a call."""
     code, slope = code_and_slope(activation)
     numbers = ("float32", "float64", "float16", "bfloat16").index(c.x.dtype.name), code
-    header = struct.pack("7q3d", *numbers, *_shape.three_of(c.x.shape, axis % c.x.ndim), threads, residual,
+    header = struct.pack("7q3d", *numbers, *shape.three_of(c.x.shape, axis % c.x.ndim), threads, residual,
                          slope, 1e-3, 0.3)  # fmt: skip
     assert c.gamma is not None
     assert c.beta is not None
@@ -130,7 +132,7 @@ def replayed(program: Path, c: cases.Call, axis: int, activation: Any, threads: 
 
 def code_and_slope(activation: Any) -> tuple[int, float]:
     """Its code and slope."""
-    code, slope = _check.activation(activation)
+    code, slope = checks.activation(activation)
     return int(code), slope
 
 

@@ -13,8 +13,9 @@ import cases
 import pytest
 
 import fastbn
-from fastbn import _activations, _config, _dtypes
-from fastbn.backends import SAVED_ROWS
+from fastbn._backends import SAVED_ROWS
+from fastbn.call import activations, dtypes
+from fastbn.config import environment
 
 PACKAGE = Path(fastbn.__file__).parent
 SRC_C = cases.CHECKOUT / "src_c"
@@ -23,37 +24,38 @@ in_checkout = pytest.mark.skipif(not SRC_C.is_dir(), reason="src_c is not beside
 # Python --------------------------------------------------------------------------------------------------------------
 
 FLOORS = (
-    {"_activations", "_built", "_dtypes", "_shape"},
-    {"_check"},
-    {"_call", "_config", "_cgroup", "_format"},
-    {"_threads"},
-    {"backends", "_check_layer"},
-    {"_check_parts"},
-    {"_cache_dir", "_moments"},
-    {"_jit"},
-    {"backends.numba_loops"},
-    {"backends.c_backend", "backends.numba_backend", "backends.numpy_backend"},
-    {"_info", "_embed", "numba"},
-    {"_results"},
-    {"_blocks"},
-    {"_batch"},
-    {"_ghost"},
+    {"call.activations", "call.dtypes", "call.shape", "config.built", "config.cgroup", "config.cache_dir"},
+    {"call.checks"},
+    {"call.record", "call.pickles", "config.environment"},
+    {"config.thread_count"},
+    {"_backends", "_check_layer"},
+    {"call.check_parts"},
+    {"_moments"},
+    {"_backends.jit"},
+    {"_backends.numba_loops"},
+    {"_backends.c", "_backends.c.bridge", "_backends.numba_backend", "_backends.numpy_backend"},
+    {"config.info", "config.embed", "numba"},
+    {"call.results"},
+    {"call.blocks"},
+    {"call.batch"},
+    {"call.ghost"},
     {"ops"},
     {"layer", "inference", "onnx", "torch.formulas", "torch.watchers"},
     {"_recalibrate", "torch.tensors"},
     {"torch.autograd"},
     {"torch.layers"},
-    {"torch"},
+    {"call", "config", "demo", "torch"},
     {""},
-    {"_demo_networks", "bench"},
-    {"demo"},
+    {"demo.networks", "bench"},
+    {"demo.report"},
     {"cli"},
     {"__main__"},
 )
 """Modules of fastbn, from the ground up. One imports from the floors below its own; "" is fastbn itself.
 
-Below the backends: what is asked of them (_call). Above, up to the front desk: what can be added up (_moments), what
-is kept for the gradient (_results), arrays of any strides (_blocks), one batch (_batch), several in one call (_ghost).
+Below the backends: what is asked of them (call.record). Above, up to the front desk: what can be added up (_moments),
+what is kept for the gradient (call.results), arrays of any strides (call.blocks), one batch (call.batch), several in
+one call (call.ghost).
 """
 
 FLOOR = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
@@ -106,9 +108,9 @@ def test_imports_go_down(name: str) -> None:
 
 def test_imports_are_seen() -> None:
     """The test above would pass if nothing were found."""
-    assert {"_check", "_batch", "_ghost", "backends"} <= imports("ops", MODULES["ops"])
-    assert {"_check", "_config"} <= imports("backends", MODULES["backends"])
-    assert "_activations" in imports("backends.numpy_backend", MODULES["backends.numpy_backend"])
+    assert {"call.checks", "call.batch", "call.ghost", "_backends"} <= imports("ops", MODULES["ops"])
+    assert {"call.checks", "config.environment"} <= imports("_backends", MODULES["_backends"])
+    assert "call.activations" in imports("_backends.numpy_backend", MODULES["_backends.numpy_backend"])
     assert {"layer", "ops"} <= imports("", MODULES[""])
 
 
@@ -140,9 +142,9 @@ def test_import_is_light(use: str, tmp_path: Path) -> None:
     assert done.stdout.split() == []
 
 
-def test_c_backend_is_imported_with_fastbn(tmp_path: Path) -> None:
+def test_bridge_is_imported_with_fastbn(tmp_path: Path) -> None:
     """So that it knows what OpenMP's own number of threads was then."""
-    script = "import sys, fastbn; print('fastbn.backends.c_backend' in sys.modules)"
+    script = "import sys, fastbn; print('fastbn._backends.c.bridge' in sys.modules)"
     assert cases.run_python(script, tmp_path).stdout.strip() == str("c" in fastbn.backends())
 
 
@@ -271,15 +273,15 @@ def enum_of(pattern: str) -> dict[str, int]:
 
 @in_checkout
 def test_activations() -> None:
-    wanted = {f"FBN_{activation.name}": activation.value for activation in _activations.Activation}
+    wanted = {f"FBN_{activation.name}": activation.value for activation in activations.Activation}
     assert enum_of("FBN_RELU") == wanted
-    assert list(_activations.BY_NAME.values()) == list(range(len(wanted)))
+    assert list(activations.BY_NAME.values()) == list(range(len(wanted)))
 
 
 @pytest.mark.parametrize("function", [fastbn.forward, fastbn.BatchNorm, fastbn.InferencePlan])
 def test_activations_that_are_documented(function: Any) -> None:
-    names = ["None", *(f'"{name}"' for name in _activations.BY_NAME if name)]
-    pairs = " or ".join(f'("{name}", slope)' for name in _activations.DEFAULT_SLOPES)
+    names = ["None", *(f'"{name}"' for name in activations.BY_NAME if name)]
+    pairs = " or ".join(f'("{name}", slope)' for name in activations.DEFAULT_SLOPES)
     assert f"activation : {', '.join(names)} or {pairs}" in function.__doc__
 
 
@@ -291,11 +293,11 @@ def test_rows_of_saved() -> None:
 
 @in_checkout
 def test_dtypes() -> None:
-    short = {f"FBN_{name.upper().replace('FLOAT', 'F')}" for name in _dtypes.KINDS}
+    short = {f"FBN_{name.upper().replace('FLOAT', 'F')}" for name in dtypes.KINDS}
     assert set(enum_of("FBN_F32")) == short
     headers = {path.stem for path in (SRC_C / "dtypes").glob("*.h")} - {"unbind"}
     assert {f"FBN_{name.upper()}" for name in headers} == short
-    assert set(cases.DTYPES) <= set(_dtypes.KINDS)
+    assert set(cases.DTYPES) <= set(dtypes.KINDS)
 
 
 @in_checkout
@@ -311,12 +313,14 @@ def test_dtype_headers_bind_the_same_names() -> None:
 @in_checkout
 def test_instruction_sets() -> None:
     """In the configuration, the kernels, their vocabularies, and the build."""
-    assert {path.stem for path in (SRC_C / "isa").glob("*.c")} == set(_config.ISAS)
-    assert {path.stem for path in (SRC_C / "simd").glob("*.h")} == set(_config.ISAS)
+    assert {path.stem for path in (SRC_C / "isa").glob("*.c")} == set(environment.ISAS)
+    assert {path.stem for path in (SRC_C / "simd").glob("*.h")} == set(environment.ISAS)
     setup = (cases.CHECKOUT / "setup.py").read_text(encoding="utf-8")
-    assert set(re.findall(r'ISAS\["(\w+)"\]', setup)) | set(re.findall(r'ISAS = \{"(\w+)"', setup)) == set(_config.ISAS)
+    assert set(re.findall(r'ISAS\["(\w+)"\]', setup)) | set(re.findall(r'ISAS = \{"(\w+)"', setup)) == set(
+        environment.ISAS
+    )
     dispatched = set(re.findall(r"fbn_kernels_(\w+)", code_of(SRC_C / "dispatch.h")))
-    assert dispatched == set(_config.ISAS)
+    assert dispatched == set(environment.ISAS)
 
 
 @in_checkout
@@ -347,17 +351,17 @@ def test_declarations_for_cython() -> None:
 
 
 @in_checkout
-def test_stub_of_the_c_backend() -> None:
-    """c_backend.pyi names what c_backend.pyx has for Python."""
-    folder = cases.CHECKOUT / "fastbn/backends"
+def test_stub_of_the_bridge() -> None:
+    """bridge.pyi names what bridge.pyx has for Python."""
+    folder = cases.CHECKOUT / "fastbn/_backends/c"
     names = {
         suffix: set(
-            re.findall(r"^def (\w+)", (folder / f"c_backend.{suffix}").read_text(encoding="utf-8"), flags=re.MULTILINE)
+            re.findall(r"^def (\w+)", (folder / f"bridge.{suffix}").read_text(encoding="utf-8"), flags=re.MULTILINE)
         )
         for suffix in ("pyx", "pyi")
     }
     for included in re.findall(
-        r'^include "([^"]+)"', (folder / "c_backend.pyx").read_text(encoding="utf-8"), flags=re.MULTILINE
+        r'^include "([^"]+)"', (folder / "bridge.pyx").read_text(encoding="utf-8"), flags=re.MULTILINE
     ):
         names["pyx"] |= set(
             re.findall(r"^def (\w+)", (folder / included).read_text(encoding="utf-8"), flags=re.MULTILINE)
@@ -366,7 +370,7 @@ def test_stub_of_the_c_backend() -> None:
 
 
 def test_backends() -> None:
-    assert tuple(importlib.import_module("fastbn.backends")._MODULES) == _config.BACKENDS
+    assert tuple(importlib.import_module("fastbn._backends")._MODULES) == environment.BACKENDS
 
 
 @in_checkout

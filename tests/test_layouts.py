@@ -211,8 +211,8 @@ def test_more_values_than_caches_hold(kernel: cases.Kernel) -> None:
 def _shared_cache_bytes() -> int:
     if "c" not in fastbn.backends():
         return 0
-    from fastbn.backends import c_backend
+    from fastbn._backends.c import bridge
 
-    found = c_backend.describe()["caches"]
+    found = bridge.describe()["caches"]
     kibibytes = int(found.split("L3 ")[1].split(" KiB")[0])
     return (kibibytes or 8192) << 10

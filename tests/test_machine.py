@@ -10,7 +10,7 @@ import c_api
 import cases
 import pytest
 
-from fastbn import _cgroup
+from fastbn.config import cgroup
 
 SRC_C = cases.CHECKOUT / "src_c"
 pytestmark = pytest.mark.skipif(not SRC_C.is_dir(), reason="src_c is not beside the tests: no checkout")
@@ -176,7 +176,7 @@ QUOTAS: dict[str, tuple[dict[str, str], int | None]] = {
 @pytest.mark.parametrize("name", QUOTAS)
 def test_quotas(name: str, tmp_path: Path) -> None:
     texts, processors = QUOTAS[name]
-    assert _cgroup.quota(files(tmp_path, texts)) == processors
+    assert cgroup.quota(files(tmp_path, texts)) == processors
 
 
 # 32 bits -------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import pytest
 numba = pytest.importorskip("numba", reason='Numba is not installed: pip install "fastbn[numba]"')
 
 from fastbn import _call  # noqa: E402
-from fastbn.backends import SAVED_ROWS, numba_backend  # noqa: E402
+from fastbn._backends import SAVED_ROWS, numba_backend  # noqa: E402
 
 Array = np.ndarray[Any, Any]
 LONG = np.longdouble
@@ -648,8 +648,8 @@ def test_describe() -> None:
 START = """
 import os, threading
 import numpy as np
-from fastbn._call import BackwardCall, Call
-from fastbn.backends import numba_backend
+from fastbn.call.record import BackwardCall, Call
+from fastbn._backends import numba_backend
 x = np.random.default_rng(0).standard_normal((600, 1000, 1)).astype(np.float32)
 x.flags.writeable = False
 

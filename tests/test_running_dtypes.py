@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 import fastbn
-from fastbn._call import BackwardCall, Call
-from fastbn._dtypes import rounded
 from fastbn._moments import blend
+from fastbn.call.dtypes import rounded
+from fastbn.call.record import BackwardCall, Call
 
 Array = np.ndarray[Any, Any]
 LONG = np.longdouble
@@ -30,7 +30,7 @@ FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 @pytest.fixture(params=[name for name in fastbn.backends() if name != "c"])
 def backend(request: pytest.FixtureRequest) -> Any:
-    return importlib.import_module(f"fastbn.backends.{request.param}_backend")
+    return importlib.import_module(f"fastbn._backends.{request.param}_backend")
 
 
 @pytest.mark.parametrize("name", FLOATS)

@@ -8,8 +8,8 @@ import cases
 import numpy as np
 import pytest
 
-from fastbn import _blocks, _call, _shape
-from fastbn.backends import numpy_backend
+from fastbn._backends import numpy_backend
+from fastbn.call import blocks, record, shape
 
 Order = tuple[int, ...]
 
@@ -33,8 +33,8 @@ DENSE: dict[str, tuple[tuple[int, ...], Order, int, tuple[int, int, int]]] = {
 }
 
 
-def blocks_of(array: np.ndarray, axis: int, residual: np.ndarray | None = None) -> _blocks.Blocks:
-    return _blocks.Blocks(_call.Call(array, axis=axis, residual=residual), numpy_backend)
+def blocks_of(array: np.ndarray, axis: int, residual: np.ndarray | None = None) -> blocks.Blocks:
+    return blocks.Blocks(record.Call(array, axis=axis, residual=residual), numpy_backend)
 
 
 @pytest.mark.parametrize("name", DENSE)
@@ -62,7 +62,7 @@ def test_the_order_is_that_of_a_new_array(placement: str) -> None:
     """In which x and y are then one block alike."""
     for order in ((0, 1, 2), (0, 2, 1), (2, 1, 0)):
         array = cases.PLACEMENTS[placement](np.arange(24.0).reshape(2, 3, 4)).transpose(np.argsort(order))
-        assert np.empty_like(array).transpose(_shape.memory_order(array)).flags.c_contiguous
+        assert np.empty_like(array).transpose(shape.memory_order(array)).flags.c_contiguous
 
 
 @pytest.mark.parametrize("piece", [1, 7, 30, 1 << 19])
@@ -71,13 +71,13 @@ def test_pieces_cover_every_element_once(
     shape: tuple[int, ...], axis: int, piece: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each with all of the channels of its block, and with no more elements than are allowed."""
-    monkeypatch.setattr(_blocks, "PIECE", piece)
-    monkeypatch.setattr(_blocks, "RUN", 1)
+    monkeypatch.setattr(blocks, "PIECE", piece)
+    monkeypatch.setattr(blocks, "RUN", 1)
     array = cases.PLACEMENTS["every second element"](np.zeros(shape))
-    blocks = blocks_of(array, axis)
-    turned = array.transpose(blocks.order)
-    for channels, pieces in blocks.blocks:
-        assert all(index[blocks.at] == channels for index in pieces)
+    cut = blocks_of(array, axis)
+    turned = array.transpose(cut.order)
+    for channels, pieces in cut.blocks:
+        assert all(index[cut.at] == channels for index in pieces)
         for index in pieces:
             assert turned[index].size <= max(piece, 1)
             turned[index] += 1

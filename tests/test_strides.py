@@ -11,7 +11,7 @@ import oracle
 import pytest
 
 import fastbn
-from fastbn import _blocks
+from fastbn.call import blocks
 
 Array = np.ndarray[Any, Any]
 FLOATS = (*cases.DTYPES, *cases.HALVES)
@@ -45,8 +45,8 @@ def test_every_array_in_its_own_order(any_backend: cases.Kernel, dtype: str) -> 
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_pieces_of_any_size(any_backend: cases.Kernel, dtype: str, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of one channel or several, and channels that are cut along their positions, with masks and in place."""
-    monkeypatch.setattr(_blocks, "PIECE", piece)
-    monkeypatch.setattr(_blocks, "RUN", 1 + piece % 5)
+    monkeypatch.setattr(blocks, "PIECE", piece)
+    monkeypatch.setattr(blocks, "RUN", 1 + piece % 5)
     for shape, axis, kind in (
         ((3, 4, 2, 5), 1, "every second element"),
         ((3, 5, 4, 7), 2, "negative strides"),
@@ -75,7 +75,7 @@ def test_pieces_of_any_size(any_backend: cases.Kernel, dtype: str, piece: int, m
 @pytest.mark.parametrize("piece", [1, 60])
 def test_shards_in_pieces(any_backend: cases.Kernel, dtype: str, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Moments and sums of strided arrays."""
-    monkeypatch.setattr(_blocks, "PIECE", piece)
+    monkeypatch.setattr(blocks, "PIECE", piece)
     c = cases.call((24, 5, 3), dtype)
     place = cases.PLACEMENTS["every second element"]
     x, dy, mask = place(c.x), place(c.dy), cases.random_mask(c.x.shape)
@@ -98,7 +98,7 @@ LONG: dict[str, Callable[[Array], Array]] = {
 @pytest.mark.parametrize("shape", [(1, 2, 300_001), (2, 3, 100_000), (1400, 401)], ids=str)
 def test_more_than_one_piece(any_backend: cases.Kernel, kind: str, shape: tuple[int, ...]) -> None:
     """Channels longer than a piece, and more channels than one holds, at the size that pieces have."""
-    assert np.prod(shape) > _blocks.PIECE
+    assert np.prod(shape) > blocks.PIECE
     c = cases.call(shape, offset=1e3)
     x, dy = LONG[kind](c.x), LONG[kind](c.dy)
     wanted, cache = fastbn.forward(c.x, c.gamma, c.beta, activation="relu")
@@ -143,7 +143,7 @@ def test_one_array_for_all_that_is_read(
     any_backend: cases.Kernel, dtype: str, piece: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """x, its residual and dy, whole and in pieces; and y may go into x where there is no residual."""
-    monkeypatch.setattr(_blocks, "PIECE", piece)
+    monkeypatch.setattr(blocks, "PIECE", piece)
     for name in ("every second element", "negative strides", "C order"):
         c = cases.call((4, 5, 6), dtype)
         x = cases.PLACEMENTS[name](c.x)

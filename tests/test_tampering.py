@@ -13,9 +13,9 @@ import pytest
 from test_checks import assert_refused, masked, read_only, zeros
 
 import fastbn
-from fastbn._check import shown
-from fastbn._format import FORMAT
-from fastbn._results import Parts
+from fastbn.call.checks import shown
+from fastbn.call.pickles import FORMAT
+from fastbn.call.results import Parts
 
 Array = np.ndarray[Any, Any]
 SHAPE, C = (6, 5, 4), 5

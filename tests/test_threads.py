@@ -126,9 +126,9 @@ def _several(kernel: cases.Kernel, call: Callable[[], Any]) -> None:
             call()
 
 
-@pytest.mark.skipif(not (cases.CHECKOUT / "fastbn/backends").is_dir(), reason="no sources beside the tests")
+@pytest.mark.skipif(not (cases.CHECKOUT / "fastbn/_backends/c").is_dir(), reason="no sources beside the tests")
 def test_the_extension_says_that_it_needs_no_gil() -> None:
-    first = (cases.CHECKOUT / "fastbn/backends/c_backend.pyx").read_text(encoding="utf-8").partition("\n")[0]
+    first = (cases.CHECKOUT / "fastbn/_backends/c/bridge.pyx").read_text(encoding="utf-8").partition("\n")[0]
     assert re.search(r"^# cython: .*\bfreethreading_compatible=True", first)
 
 
@@ -355,9 +355,9 @@ assert [run(i) for i in range(len(ARRAYS))] == wanted
 def test_limits_of_threadpoolctl(tmp_path: Path) -> None:
     """They count where they are lower than OpenMP's own number was when fastbn was loaded."""
     pytest.importorskip("threadpoolctl")
-    from fastbn.backends import c_backend
+    from fastbn._backends.c import bridge
 
-    if not c_backend.describe()["OpenMP"].startswith("yes"):
+    if not bridge.describe()["OpenMP"].startswith("yes"):
         pytest.skip("this build has no OpenMP")
     check(LIMITS, tmp_path, FASTBN_BACKEND="c", FASTBN_NUM_THREADS="4", OMP_NUM_THREADS="3")
 

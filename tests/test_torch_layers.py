@@ -293,7 +293,7 @@ def test_nothing_is_copied(any_backend: cases.Kernel, place: str, dtype: str, mo
     for verb in ("forward", "backward", "infer"):
         monkeypatch.setattr(tensors, verb, watched(getattr(tensors, verb)))
     if any_backend.backend == "c":
-        backend = importlib.import_module("fastbn.backends.c_backend")
+        backend = importlib.import_module("fastbn._backends.c.bridge")
         for verb in ("forward_at", "backward_at"):
             monkeypatch.setattr(backend, verb, watched_at(getattr(backend, verb)))
     _, ours = pair(2)

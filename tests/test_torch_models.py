@@ -15,7 +15,7 @@ from torch_cases import FORMATS, SHAPES, as_found, assert_agree, data, network, 
 
 import fastbn
 import fastbn.torch
-from fastbn import _threads
+from fastbn.config import thread_count
 from fastbn.torch import tensors
 
 __all__ = ["as_found"]
@@ -216,7 +216,7 @@ def test_threads_are_the_fewer(any_backend: cases.Kernel, monkeypatch: pytest.Mo
     _, ours = pair(2)
     seen: list[int] = []
     if any_backend.backend == "c":
-        backend = importlib.import_module("fastbn.backends.c_backend")
+        backend = importlib.import_module("fastbn._backends.c.bridge")
         express = backend.forward_at
         monkeypatch.setattr(backend, "forward_at", lambda *args: [seen.append(args[-1]()), express(*args)][1])
     forward = tensors.forward
@@ -230,7 +230,7 @@ def test_threads_are_the_fewer(any_backend: cases.Kernel, monkeypatch: pytest.Mo
         torch.set_num_threads(torchs)
         fastbn.set_num_threads(ours_)
         ours(data(SHAPES[2]))
-        assert _threads.asked() == ours_  # what fastbn was told stays; torch's number may be a limit for both
+        assert thread_count.asked() == ours_  # what fastbn was told stays; torch's number may be a limit for both
     assert seen == [1, 2, 2]
 
 

@@ -39,7 +39,7 @@ def run(folder: Path, script: str, *options: str, **environment: str) -> subproc
 
 
 @pytest.mark.parametrize(
-    "script", ["import fastbn", "import fastbn.inference", "from fastbn.backends import numpy_backend"]
+    "script", ["import fastbn", "import fastbn.inference", "from fastbn._backends import numpy_backend"]
 )
 @pytest.mark.parametrize("backend", [None, "", "c", "cuda"])
 def test_import_says_what_happened(unbuilt: Path, script: str, backend: str | None) -> None:
@@ -47,7 +47,7 @@ def test_import_says_what_happened(unbuilt: Path, script: str, backend: str | No
     done = run(unbuilt, script, **({} if backend is None else {"FASTBN_BACKEND": backend}))
     assert done.returncode == 1
     last = done.stderr[done.stderr.index("ImportError") :]
-    for word in (str(unbuilt / "fastbn"), "c_backend", "missing", "not built", f'python -m pip install -e "{unbuilt}"'):
+    for word in (str(unbuilt / "fastbn"), "bridge", "missing", "not built", f'python -m pip install -e "{unbuilt}"'):
         assert word in last
 
 
@@ -82,9 +82,11 @@ def test_a_backend_that_was_asked_for(unbuilt: Path, name: str) -> None:
 
 def test_an_extension_that_cannot_be_loaded(unbuilt: Path, tmp_path: Path) -> None:
     """Is an error at once, but for those who asked for another backend."""
-    [extension] = [path.name for path in (PACKAGE / "backends").glob("c_backend.*") if path.suffix in (".so", ".pyd")]
+    [extension] = [
+        path.name for path in (PACKAGE / "_backends" / "c").glob("bridge.*") if path.suffix in (".so", ".pyd")
+    ]
     shutil.copytree(unbuilt / "fastbn", tmp_path / "fastbn")
-    (tmp_path / "fastbn" / "backends" / extension).write_bytes(b"no library")
+    (tmp_path / "fastbn" / "_backends" / "c" / extension).write_bytes(b"no library")
     script = "import fastbn, numpy as np; print(fastbn.forward(np.array([[1.0], [3.0]]), eps=0.0).y.tolist())"
     done = run(tmp_path, script, FASTBN_BACKEND="numpy")
     assert (done.returncode, done.stdout.strip()) == (0, "[[-1.0], [1.0]]"), done.stderr

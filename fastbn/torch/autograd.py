@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._activations import joined, split
-from ..backends import SAVED_ROWS
+from .._backends import SAVED_ROWS
+from ..call.activations import joined, split
 from ..ops import Activation
 from . import formulas
 from .formulas import Gradients

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._activations import DEFAULT_SLOPES, split
+from .._backends import SAVED_ROWS
 from .._moments import blended
-from ..backends import SAVED_ROWS
+from ..call.activations import DEFAULT_SLOPES, split
 from ..ops import Activation
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import Proxy
 
-from .. import _check
+from ..call import checks
 from ..ops import Activation
 from .autograd import apply, normalize_by_operator
 from .formulas import activated
@@ -68,7 +68,7 @@ class _Layer(torch.nn.Module):
     activation: Activation = None
 
     def __init__(self, num_features: int, *args: Any, activation: Activation = None, **kwargs: Any) -> None:
-        _check.activation(activation)
+        checks.activation(activation)
         super().__init__(num_features, *args, **kwargs)
         self.activation = activation
 
@@ -253,7 +253,7 @@ def convert_batchnorm(model: torch.nn.Module) -> torch.nn.Module:
     >>> isinstance(fastbn.torch.convert_batchnorm(model)[1], fastbn.torch.BatchNorm2d)
     True
     """
-    for module in _check.instance("model", model, torch.nn.Module, "a torch.nn.Module").modules():
+    for module in checks.instance("model", model, torch.nn.Module, "a torch.nn.Module").modules():
         if type(module) in _LAYERS and "activation" not in vars(module):
             module.__class__ = _LAYERS[type(module)]
     return model
@@ -278,7 +278,7 @@ def revert_batchnorm(model: torch.nn.Module) -> torch.nn.Module:
     >>> type(fastbn.torch.revert_batchnorm(model)[1])
     <class 'torch.nn.modules.batchnorm.BatchNorm2d'>
     """
-    named = _check.instance("model", model, torch.nn.Module, "a torch.nn.Module").named_modules()
+    named = checks.instance("model", model, torch.nn.Module, "a torch.nn.Module").named_modules()
     layers = [(name, module) for name, module in named if type(module) in _TORCHS]
     for name, layer in layers:
         if layer.activation is not None:

@@ -14,17 +14,17 @@ from ml_dtypes import bfloat16
 from torch import Tensor
 from torch.nn import Parameter
 
-from .._results import Cache, Parts
-from .._threads import use_num_threads
-from ..backends import get_num_threads, select
+from .._backends import get_num_threads, select
+from ..call.results import Cache, Parts
+from ..config.thread_count import use_num_threads
 from ..ops import Activation, backward, backward_sums, forward, infer
 from .formulas import Gradients, blend
 
-c_backend: Any
+bridge: Any
 try:
-    from ..backends import c_backend
+    from .._backends.c import bridge
 except ImportError:  # a build without the extension
-    c_backend = None
+    bridge = None
 
 _increment_version = torch.autograd.graph.increment_version
 
@@ -86,8 +86,8 @@ def _threads() -> int:
 
 _usual: Any = None
 """The bridge's quick way for usual tensors, where torch's exchange of addresses is new enough for it."""
-if c_backend is not None and hasattr(Tensor, "__dlpack_c_exchange_api__"):
-    _usual = c_backend.Tensors(_PLAIN, Tensor.__dlpack_c_exchange_api__, torch.empty_like, _threads)
+if bridge is not None and hasattr(Tensor, "__dlpack_c_exchange_api__"):
+    _usual = bridge.Tensors(_PLAIN, Tensor.__dlpack_c_exchange_api__, torch.empty_like, _threads)
 
 
 # By addresses --------------------------------------------------------------------------------------------------------
@@ -214,8 +214,8 @@ def place_of_gradient(dy: Tensor, x: Tensor, residual: Tensor | None) -> Place |
 def count(number: Tensor) -> None:
     """Adds one to num_batches_tracked; by torch it takes longer than all else that is done for a small batch."""
     address = _address(number) if number.dtype is torch.int64 and number.numel() == 1 else 0
-    if address and c_backend is not None and not number.is_inference():
-        c_backend.add_one_at(address)
+    if address and bridge is not None and not number.is_inference():
+        bridge.add_one_at(address)
         _increment_version(number)
     else:
         number.add_(1)
@@ -268,7 +268,7 @@ def normalize(
 
     In training, mean and var are updated. They, gamma and beta may have any dtype. `where` is the tensors' place.
     """
-    if _usual is not None and select(None) is c_backend:
+    if _usual is not None and select(None) is bridge:
         found: tuple[Tensor, Any] | None = _usual.normalize(where, x, momentum, eps, activation, training, keeps)
         if found is not None:
             return found
@@ -313,7 +313,7 @@ def differentiate_usual(
     wanted: Sequence[bool],
 ) -> tuple[Tensor | None, ...] | None:
     """What Normalization.backward gives for usual tensors, quickly; None for others."""
-    if _usual is None or select(None) is not c_backend:
+    if _usual is None or select(None) is not bridge:
         return None
     found: tuple[Tensor | None, ...] | None
     found = _usual.differentiate(dy, x, residual, gamma, beta, saved, training, activation, wanted)

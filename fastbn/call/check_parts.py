@@ -8,11 +8,11 @@ from typing import Any, NoReturn, Protocol
 
 import numpy as np
 
-from ._activations import Activation
-from ._check import _array, _refuse, activation, kind, number, shown
-from ._dtypes import FLOAT32, FLOAT64, DType, find, kind_of, native
-from ._shape import positions_of
-from .backends import SAVED_ROWS
+from .._backends import SAVED_ROWS
+from .activations import Activation
+from .checks import _array, _refuse, activation, kind, number, shown
+from .dtypes import FLOAT32, FLOAT64, DType, find, kind_of, native
+from .shape import positions_of
 
 Array = np.ndarray[Any, Any]
 

@@ -7,24 +7,24 @@ from typing import Any
 
 import numpy as np
 
-from . import _check
-from ._activations import Activation
-from ._blocks import Blocks
-from ._call import BackwardCall, Call
-from ._dtypes import native
-from ._moments import Moments, Sums, blend, save
-from ._results import Parts
-from ._shape import positions_of
-from .backends import SAVED_ROWS, Backend
+from .._backends import SAVED_ROWS, Backend
+from .._moments import Moments, Sums, blend, save
+from . import checks
+from .activations import Activation
+from .blocks import Blocks
+from .dtypes import native
+from .record import BackwardCall, Call
+from .results import Parts
+from .shape import positions_of
 
 Array = np.ndarray[Any, Any]
 
 
 def moments(call: Call, backend: Backend) -> Moments:
     """Those of x, which like the axis and the mask is as it was given."""
-    x = _check.data("x", call.x)
-    axis = _check.axis(call.axis, x)
-    mask = _check.mask(call.mask, x, axis)
+    x = checks.data("x", call.x)
+    axis = checks.axis(call.axis, x)
+    mask = checks.mask(call.mask, x, axis)
     positions, channels = positions_of(x.shape, axis), x.shape[axis]
     mask = None if mask is None else np.broadcast_to(mask, positions)
     count = math.prod(positions) if mask is None else int(np.count_nonzero(mask))
@@ -42,7 +42,7 @@ def train(call: Call, given: Moments | None, backend: Backend) -> Parts:
         call = call._replace(saved=saved, mask=mask)
         Blocks(call, backend).forward(call, count)
         return parts_of(call, count=None if mask is None else count)
-    _check.correctable(call.correction, given.count, " in the moments")
+    checks.correctable(call.correction, given.count, " in the moments")
     save(given._rows, given.count, saved)
     blend(call, given._rows, given.count)
     call = call._replace(saved=saved)
@@ -52,8 +52,8 @@ def train(call: Call, given: Moments | None, backend: Backend) -> Parts:
 
 def counted(call: Call, where: str = "") -> tuple[Array | None, int]:
     """The mask, None where it leaves all values, and how many it leaves: 2 per channel or more, and > correction."""
-    count = _check.enough(call.x, call.axis, call.mask, where)
-    _check.correctable(call.correction, count, where)
+    count = checks.enough(call.x, call.axis, call.mask, where)
+    checks.correctable(call.correction, count, where)
     everything = call.mask is None or count == call.mask.size
     return None if everything else call.mask, count
 
@@ -68,7 +68,7 @@ def freeze(call: Call, backend: Backend) -> Parts:
 def infer(call: Call, backend: Backend) -> None:
     """The same, for nothing but y."""
     if call.running_mean is None:
-        _check.statistics_missing()
+        checks.statistics_missing()
     Blocks(call, backend).infer(call)
 
 
@@ -101,7 +101,7 @@ def own(x: Array, residual: Array | None) -> tuple[Array, Array | None]:
 
 def _call_of(dy: Array, parts: Parts, threads: int) -> BackwardCall:
     """The gradient of the call that a cache comes from, with nothing to fill."""
-    code, slope = _check.activation(parts.activation)
+    code, slope = checks.activation(parts.activation)
     return BackwardCall(
         dy=dy,
         x=parts.x,
@@ -121,15 +121,15 @@ def _call_of(dy: Array, parts: Parts, threads: int) -> BackwardCall:
 def check_backward(dy: object, parts: Parts, out: object, threads: int) -> BackwardCall:
     """Checks dy and out, which may be dy itself, and finds where the gradients of data go."""
     x, dtype = parts.x, native(parts.x.dtype)
-    gradient = _check.like("dy", dy, x)
+    gradient = checks.like("dy", dy, x)
     inputs = {"dy": gradient, "x": x, "residual": parts.residual, "mask": parts.mask}
-    target = _check.out(out, x, inputs, may_be="dy")
+    target = checks.out(out, x, inputs, may_be="dy")
     call = _call_of(gradient, parts, threads)
     dresidual = returned = None
     if parts.residual is not None and call.code is not Activation.IDENTITY:
         dresidual = returned = np.empty_like(x, dtype, subok=False)
     elif parts.residual is not None:
-        overwritten = target is not None and _check.same_memory(target, gradient)
+        overwritten = target is not None and checks.same_memory(target, gradient)
         returned = gradient.astype(dtype, copy=overwritten)
     if target is None:
         target = np.empty_like(x, dtype, subok=False)
@@ -138,7 +138,7 @@ def check_backward(dy: object, parts: Parts, out: object, threads: int) -> Backw
 
 def backward_sums(dy: object, parts: Parts, backend: Backend, threads: int) -> Sums:
     """What the positions of parts.x contribute to the gradients' sums."""
-    gradient = _check.like("dy", dy, parts.x)
+    gradient = checks.like("dy", dy, parts.x)
     rows = np.zeros((2, parts.saved.shape[1]))
     if gradient.size:
         call = _call_of(gradient, parts, threads)._replace(sums=rows)

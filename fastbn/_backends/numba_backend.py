@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 import numba
 import numpy as np
 
-from .. import _threads
-from .._call import BackwardCall, Call
 from .._moments import blend
+from ..call.record import BackwardCall, Call
+from ..config import thread_count
 from . import SAVED_ROWS
 from . import numba_loops as loops
 from .numba_loops import BETA, GAMMA, IDENTITY, INV_STD, MEAN, MEAN_LOW, STRIP, VAR, compiled, row_of
@@ -363,7 +363,7 @@ def _calculate(
     """
     if not x.size:
         steps &= FINISH
-    threads = 1 if _threads.in_forked_child() else max(1, min(threads, x.size // WORK_PER_THREAD, _MOST_THREADS))
+    threads = 1 if thread_count.in_forked_child() else max(1, min(threads, x.size // WORK_PER_THREAD, _MOST_THREADS))
     p, channels, changed = _split(x.shape), x.shape[1], x if dy is None else dy
     balanced = 5 * _up(p.strips, threads) * threads <= 7 * p.strips
     q = _Task(

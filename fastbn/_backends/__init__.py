@@ -6,8 +6,9 @@ from functools import cache
 from importlib.util import find_spec
 from typing import Any, Protocol, cast
 
-from .. import _check, _config, _threads
-from .._call import BackwardCall, Call
+from ..call import checks
+from ..call.record import BackwardCall, Call
+from ..config import environment, thread_count
 
 SAVED_ROWS = ("mean", "mean_low", "var", "inv_std", "gamma", "beta")
 """The rows of `saved`, the float64 array (rows, channels) that carries a forward call to its backward.
@@ -63,14 +64,14 @@ class Backend(Protocol):
         """What show_config() prints of this backend."""
 
 
-_MODULES = {"c": "c_backend", "numba": "numba_backend", "numpy": "numpy_backend"}
+_MODULES = {"c": "c.bridge", "numba": "numba_backend", "numpy": "numpy_backend"}
 _loaded: dict[str, Backend] = {}
 
 
 @cache
 def _is_usable(name: str) -> bool:
     if name == "c":
-        return find_spec("fastbn.backends.c_backend") is not None
+        return find_spec("fastbn._backends.c.bridge") is not None
     return name == "numpy" or find_spec("numba") is not None
 
 
@@ -81,7 +82,7 @@ def backends() -> tuple[str, ...]:
     >>> "numpy" in fastbn.backends()
     True
     """
-    return tuple(name for name in _config.BACKENDS if _is_usable(name))
+    return tuple(name for name in environment.BACKENDS if _is_usable(name))
 
 
 def _load(name: str) -> Backend:
@@ -90,7 +91,7 @@ def _load(name: str) -> Backend:
         raise ImportError(f"backend: {name!r} is not usable here; usable: {', '.join(backends())} ({how})")
     backend = cast(Backend, importlib.import_module(f".{_MODULES[name]}", __name__))
     if name == "c":
-        isa = _config.environment_isa()
+        isa = environment.environment_isa()
         if isa is not None:
             backend.select_isa(isa)  # type: ignore[attr-defined]
     return backend
@@ -111,7 +112,7 @@ def get_backend() -> str:
     ...     fastbn.get_backend()
     'numpy'
     """
-    return _config.backend_name() or _best()
+    return environment.backend_name() or _best()
 
 
 def _bridge() -> Any:
@@ -121,7 +122,7 @@ def _bridge() -> Any:
     try:
         return importlib.import_module(f".{_MODULES['c']}", __name__)
     except ImportError:
-        if _config.environment_backend() in ("numba", "numpy"):
+        if environment.environment_backend() in ("numba", "numpy"):
             return None
         raise
 
@@ -132,9 +133,9 @@ _extension = _bridge()
 
 def threads_of(backend: Backend) -> int:
     """The most threads that a call made here and now may use on a backend."""
-    if _threads.in_forked_child():
+    if thread_count.in_forked_child():
         return 1
-    asked = _threads.asked()
+    asked = thread_count.asked()
     if _extension is None or (backend is not _extension and not _extension.openmp()):
         return asked
     return min(asked, int(_extension.most_threads()))
@@ -170,7 +171,7 @@ def select(name: str | None) -> Backend:
 
 
 def _named(name: str) -> Backend:
-    name = _check.choice("backend", name, _config.BACKENDS)
+    name = checks.choice("backend", name, environment.BACKENDS)
     if name not in _loaded:
         _loaded[name] = _load(name)
     return _loaded[name]
@@ -189,7 +190,7 @@ def set_backend(name: str) -> None:
     >>> fastbn.set_backend(before)
     """
     _named(name)
-    _config.set_backend_name(name)
+    environment.set_backend_name(name)
 
 
 def use_backend(name: str) -> AbstractContextManager[None]:
@@ -203,4 +204,4 @@ def use_backend(name: str) -> AbstractContextManager[None]:
     'numpy'
     """
     _named(name)
-    return _config.backend_here(name)
+    return environment.backend_here(name)

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from . import _check
-from ._demo_networks import KINDS, Array, Data, Job, Kind, Run, executor, extra, load_data, seconds_per_step
-from .backends import get_num_threads
+from .._backends import get_num_threads
+from ..call import checks
+from .networks import KINDS, Array, Data, Job, Kind, Run, executor, extra, load_data, seconds_per_step
 
 CHANCE = 10.0
 TRAINS = 80.0
@@ -469,5 +469,5 @@ def main(quick: bool = False, seeds: int | None = None, output: str = "fastbn-de
     """The command `fastbn demo`. The quick runs take less time than further processes need to start."""
     plan = QUICK if quick else FULL
     if seeds is not None:
-        plan = replace(plan, seeds=_check.count("seeds", seeds))
+        plan = replace(plan, seeds=checks.count("seeds", seeds))
     run(plan, output, workers=1 if quick else min(get_num_threads(), 8))

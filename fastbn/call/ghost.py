@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from . import _batch, _check, _check_parts
-from ._call import Average, BackwardCall, Call, rows_of
-from ._dtypes import FLOAT64
-from ._results import Parts
-from .backends import Backend
+from .._backends import Backend
+from . import batch, check_parts, checks
+from .dtypes import FLOAT64
+from .record import Average, BackwardCall, Call, rows_of
+from .results import Parts
 
 Array = np.ndarray[Any, Any]
 
@@ -22,10 +22,10 @@ Array = np.ndarray[Any, Any]
 def slices_of(call: Call, size: int) -> list[slice]:
     """Of axis 0; the last may be smaller. All have 2 values per channel or more, and more than `correction`."""
     length = call.x.shape[0]
-    _check.enough(call.x, call.axis, call.mask)
+    checks.enough(call.x, call.axis, call.mask)
     slices = [slice(start, min(start + size, length)) for start in range(0, length, size)]
     for some in slices:
-        _batch.counted(rows_of(call, some), f" in the virtual batch {some.start}:{some.stop}")
+        batch.counted(rows_of(call, some), f" in the virtual batch {some.start}:{some.stop}")
     return slices
 
 
@@ -40,11 +40,11 @@ def train(call: Call, size: int, backend: Backend) -> Parts:
     """Normalizes each slice with its own statistics, and blends them into the running ones slice after slice."""
     slices = slices_of(call, size)
     done = [
-        _batch.train(rows_of(call, some)._replace(momentum=weight), None, backend).saved
+        batch.train(rows_of(call, some)._replace(momentum=weight), None, backend).saved
         for some, weight in zip(slices, momenta(call.momentum, len(slices)), strict=True)
     ]
     count = None if call.mask is None else int(np.count_nonzero(call.mask))
-    parts = _batch.parts_of(call._replace(saved=np.stack(done, axis=1)), count=count)
+    parts = batch.parts_of(call._replace(saved=np.stack(done, axis=1)), count=count)
     return parts._replace(virtual=size)
 
 
@@ -52,9 +52,9 @@ def backward(call: BackwardCall, whole: Parts, backend: Backend) -> tuple[Array 
     """Fills dx and dresidual; gives dgamma and dbeta, added up in float64."""
     slices = list(whole.slices())
     for _, parts in slices:  # of which a mask may have become another since the call
-        _check_parts.cache(parts)
+        check_parts.cache(parts)
     found = [
-        _batch.backward(
+        batch.backward(
             rows_of(call, some)._replace(mask=parts.mask, saved=parts.saved, counted=float(parts.total)), parts, backend
         )
         for some, parts in slices

@@ -25,7 +25,7 @@ cdef int set_activation(c.fbn_problem *p, object activation) except -1:
 cdef void set_sizes(c.fbn_problem *p, const cnp.npy_intp *shape, int ndim, int axis) noexcept:
     """(outer, channels, inner) of memory with values: its shape in memory order, with channels on this axis.
 
-    As fastbn._shape has it: one channel is one contiguous plane, wherever its axis stands.
+    As fastbn.call.shape has it: one channel is one contiguous plane, wherever its axis stands.
     """
     cdef int i
     cdef int64_t outer = 1, inner = 1

@@ -5,7 +5,7 @@ import shlex
 import subprocess
 from pathlib import Path
 
-_HERE = Path(__file__).parent
+_HERE = Path(__file__).parent.parent
 _LIBRARY = "fastbn.lib" if os.name == "nt" else "libfastbn.a"
 
 

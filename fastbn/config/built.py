@@ -8,9 +8,9 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
-EXTENSION = "fastbn.backends.c_backend"
+EXTENSION = "fastbn._backends.c.bridge"
 UNKNOWN = "0+unknown"
-FOLDER = Path(__file__).resolve().parent
+FOLDER = Path(__file__).resolve().parent.parent
 
 
 @cache

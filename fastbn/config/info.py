@@ -5,10 +5,10 @@ import platform
 
 import numpy as np
 
-from . import _built, _config, _threads
-from .backends import backends, get_backend, get_num_threads, select
+from .._backends import backends, get_backend, get_num_threads, select
+from . import built, environment, thread_count
 
-__version__ = _built.version_here()
+__version__ = built.version_here()
 
 
 def show_config() -> None:
@@ -23,7 +23,7 @@ def show_config() -> None:
         "NumPy": np.__version__,
         "backends": ", ".join(backends()),
         "backend": f"{get_backend()} ({_why_backend()})",
-        "threads": f"{get_num_threads()} ({'a forked child' if _threads.in_forked_child() else _threads.why()})",
+        "threads": f"{get_num_threads()} ({_why_threads()})",
         "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", _WAIT_POLICY),
     }
     for name in backends():
@@ -39,7 +39,11 @@ _WAIT_POLICY = "not set (passive, set before Python starts, is better where othe
 the system takes it from them."""
 
 
+def _why_threads() -> str:
+    return "a forked child" if thread_count.in_forked_child() else thread_count.why()
+
+
 def _why_backend() -> str:
-    if _config.backend_name() is None:
+    if environment.backend_name() is None:
         return "the best that is usable"
-    return "FASTBN_BACKEND" if _config.backend_name() == _config.environment_backend() else "asked for"
+    return "FASTBN_BACKEND" if environment.backend_name() == environment.environment_backend() else "asked for"

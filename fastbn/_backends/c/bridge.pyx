@@ -13,7 +13,7 @@ cimport numpy as cnp
 
 from fastbn cimport cfastbn as c
 
-from fastbn._activations import BY_NAME, split
+from fastbn.call.activations import BY_NAME, split
 
 cdef extern from "Python.h":
     long PyLong_AsLongAndOverflow(object value, int *overflow)
@@ -207,7 +207,7 @@ cdef double *rows_of(cnp.ndarray rows, int count, Sizes sizes) except? NULL:
     return <double *> data_of(rows, cnp.NPY_FLOAT64, count * sizes.channels)
 
 
-# ---- the protocol of fastbn.backends ----
+# ---- the protocol of fastbn._backends ----
 
 
 def forward(call):
@@ -353,7 +353,7 @@ def describe():
     }
 
 
-include "c_express.pxi"
-include "c_memory.pxi"
-include "c_plan.pxi"
-include "c_flat.pxi"
+include "express.pxi"
+include "memory.pxi"
+include "plan.pxi"
+include "flat.pxi"

@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from .._activations import Activation
-from .._jit import jit
+from ..call.activations import Activation
 from . import SAVED_ROWS
+from .jit import jit
 
 Array = np.ndarray[Any, Any]
 

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from . import _check
-from ._activations import Activation
-from ._dtypes import FLOAT64, DType, kind_of, native, rounded
-from ._shape import positions_of
+from . import checks
+from .activations import Activation
+from .dtypes import FLOAT64, DType, kind_of, native, rounded
+from .shape import positions_of
 
 Array = np.ndarray[Any, Any]
 
@@ -31,7 +31,7 @@ _UNSET: Any = None
 class Call(NamedTuple):
     """What forward and infer are to do: first as it was given, then, from `check`, valid and complete.
 
-    Arrays of data and the mask have any strides, but in a backend's calls: see `fastbn.backends.Backend`. Arrays of
+    Arrays of data and the mask have any strides, but in a backend's calls: see `fastbn._backends.Backend`. Arrays of
     (channels,) are, once they are checked, as backends take them.
     """
 
@@ -62,7 +62,7 @@ class Call(NamedTuple):
     slope: float = 0.0
     """leaky_relu's."""
     saved: Any = None
-    """What a gradient will need: the rows of `fastbn.backends.SAVED_ROWS`; None for infer where nothing will."""
+    """What a gradient will need: the rows of `fastbn._backends.SAVED_ROWS`; None for infer where nothing will."""
     moments: Array = _UNSET
     """The rows mean, mean_low and the sum of squares around their sum, which the verb `moments` fills."""
 
@@ -145,26 +145,26 @@ class Average(float):
 
 def check(call: Call, *, updates: bool, keeps: bool) -> Call:
     """The call completed. `updates`: running statistics will be written; `keeps`: a backward pass will want x back."""
-    momentum = call.momentum if isinstance(call.momentum, Average) else _check.momentum(call.momentum)
-    correction = _check.correction(call.correction)
-    x = _check.data("x", call.x)
-    axis = _check.axis(call.axis, x)
+    momentum = call.momentum if isinstance(call.momentum, Average) else checks.momentum(call.momentum)
+    correction = checks.correction(call.correction)
+    x = checks.data("x", call.x)
+    axis = checks.axis(call.axis, x)
     channels = x.shape[axis]
-    code, slope = _check.activation(call.activation)
-    eps = _check.eps(call.eps)
-    gamma, beta = _check.parameter("gamma", call.gamma, channels), _check.parameter("beta", call.beta, channels)
-    given = _check.running(call.running_mean, call.running_var, channels, written=updates)
-    residual = None if call.residual is None else _check.like("residual", call.residual, x)
-    mask = _check.mask(call.mask, x, axis)
+    code, slope = checks.activation(call.activation)
+    eps = checks.eps(call.eps)
+    gamma, beta = checks.parameter("gamma", call.gamma, channels), checks.parameter("beta", call.beta, channels)
+    given = checks.running(call.running_mean, call.running_var, channels, written=updates)
+    residual = None if call.residual is None else checks.like("residual", call.residual, x)
+    mask = checks.mask(call.mask, x, axis)
     inputs = {"x": x, "residual": residual, "gamma": gamma, "beta": beta, "mask": mask}
     inputs |= {"running_mean": given[0], "running_var": given[1]}
-    out = _check.out(call.out, x, inputs, may_be="x")
-    in_place = out is not None and _check.same_memory(out, x)
+    out = checks.out(call.out, x, inputs, may_be="x")
+    in_place = out is not None and checks.same_memory(out, x)
     gamma, beta = parameters(gamma, beta, kind_of(x.dtype).statistics)
     if in_place and keeps:
-        _check.invertible(code, slope, gamma=gamma, beta=beta, residual=residual, channels=channels, dtype=x.dtype)
+        checks.invertible(code, slope, gamma=gamma, beta=beta, residual=residual, channels=channels, dtype=x.dtype)
     if updates:
-        _check.running_apart(inputs)
+        checks.running_apart(inputs)
     if mask is not None:
         mask = np.broadcast_to(mask, positions_of(x.shape, axis))
     if out is None:

@@ -6,12 +6,12 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from . import _check, _check_parts
-from ._dtypes import DType, kind_of
-from ._format import packed, unpacked
-from ._moments import Moments
-from ._shape import positions_of
-from .backends import SAVED_ROWS
+from .._backends import SAVED_ROWS
+from .._moments import Moments
+from . import check_parts, checks
+from .dtypes import DType, kind_of
+from .pickles import packed, unpacked
+from .shape import positions_of
 
 Array = np.ndarray
 
@@ -109,7 +109,7 @@ class Cache:
     def __setstate__(self, state: object) -> None:
         with unpacked("Cache", state) as contents:
             parts = Parts(*contents)
-            _check_parts.cache(parts)
+            check_parts.cache(parts)
             self._parts = parts
 
     def __repr__(self) -> str:
@@ -155,10 +155,10 @@ class Cache:
 
 def parts_of(cache: object) -> Parts:
     """What a cache holds, checked, since pickles, copies and assignments can make anything of it."""
-    parts = getattr(_check.instance("cache", cache, Cache, _check_parts.FROM_FORWARD), "_parts", None)
+    parts = getattr(checks.instance("cache", cache, Cache, check_parts.FROM_FORWARD), "_parts", None)
     if not isinstance(parts, Parts) or len(parts) != len(Parts._fields):
-        _check_parts.no_parts(parts)
-    _check_parts.cache(parts)
+        check_parts.no_parts(parts)
+    check_parts.cache(parts)
     return parts
 
 

@@ -3,7 +3,7 @@ from typing import Any
 
 import numpy as np
 
-from fastbn._call import BackwardCall, Call
+from fastbn.call.record import BackwardCall, Call
 
 Array = np.ndarray[Any, Any]
 

@@ -11,9 +11,9 @@ from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 
-from ._activations import BY_NAME, DEFAULT_SLOPES, Activation, split
-from ._dtypes import KINDS, DType, find, is_float, kind_of, native
-from ._shape import positions_of
+from .activations import BY_NAME, DEFAULT_SLOPES, Activation, split
+from .dtypes import KINDS, DType, find, is_float, kind_of, native
+from .shape import positions_of
 
 Array = np.ndarray[Any, Any]
 T = TypeVar("T")

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 
-from . import _cgroup, _check
+from ..call import checks
+from . import cgroup
 
 MOST_THREADS = 1024
 """FBN_MOST_THREADS of fastbn.h. GNU OpenMP ends the process when the system gives it no more threads."""
@@ -60,7 +61,7 @@ def _processors() -> int:
 
 
 _ALLOWED = f"a positive integer up to {MOST_THREADS}"
-_quota = _cgroup.quota()
+_quota = cgroup.quota()
 _default = _of_environment()
 
 
@@ -76,7 +77,7 @@ def why() -> str:
 
 
 def _number(n: object) -> int:
-    return _check.between("n", n, 1, MOST_THREADS)
+    return checks.between("n", n, 1, MOST_THREADS)
 
 
 def set_num_threads(n: int) -> None:

@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ._call import CHANNELS, READ, ROWS, WRITTEN, AnyCall, BackwardCall, Call, arrays_of, replaced
-from ._dtypes import FLOAT32, kind_of, native
-from ._moments import blend, merged, save
-from ._shape import memory_order, three_of
-from .backends import Backend
+from .._backends import Backend
+from .._moments import blend, merged, save
+from .dtypes import FLOAT32, kind_of, native
+from .record import CHANNELS, READ, ROWS, WRITTEN, AnyCall, BackwardCall, Call, arrays_of, replaced
+from .shape import memory_order, three_of
 
 Array = np.ndarray[Any, Any]
 Index = tuple[slice, ...]

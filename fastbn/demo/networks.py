@@ -17,8 +17,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ._threads import set_num_threads, use_num_threads
-from .layer import BatchNorm
+from ..config.thread_count import set_num_threads, use_num_threads
+from ..layer import BatchNorm
 
 Array = np.ndarray[Any, Any]
 MOMENTUM = 0.9

@@ -29,9 +29,9 @@ import numba
 from numba.core.caching import FunctionCache
 from numba.core.serialize import dumps
 
-from ._cache_dir import cache_dir
+from ..config.cache_dir import cache_dir
 
-SOURCES = ("_jit.py", "numba.py", "backends/numba_backend.py", "backends/numba_loops.py")
+SOURCES = ("_backends/jit.py", "numba.py", "_backends/numba_backend.py", "_backends/numba_loops.py")
 
 _lock = threading.Lock()
 
@@ -60,7 +60,7 @@ def _folder() -> Path | None:
     base = cache_dir()
     if base is None:
         return None
-    package = Path(__file__).parent
+    package = Path(__file__).parent.parent
     version = zlib.crc32(b"".join((package / name).read_bytes() for name in SOURCES))
     folder = base / f"numba-{numba.__version__}-{sys.implementation.cache_tag}-{version:08x}"
     try:

@@ -157,7 +157,7 @@ cdef bint are_alike(const fbn_tensor *t, const fbn_tensor *other) noexcept nogil
     return True
 
 
-cdef int64_t values_of(const fbn_tensor *t) noexcept nogil:
+cdef int64_t elements_of(const fbn_tensor *t) noexcept nogil:
     """How many values a contiguous tensor has; -1 if it is not contiguous."""
     cdef int64_t values = 1
     cdef int i
@@ -206,7 +206,7 @@ cdef class Tensors:
         except RuntimeError:  # it has no memory
             return False
         t.data += t.byte_offset
-        return t.device == CPU and <size_t> t.data >= LOW and values_of(t) >= 0
+        return t.device == CPU and <size_t> t.data >= LOW and elements_of(t) >= 0
 
     cdef bint look_at_data(self, object value, fbn_tensor *t, const fbn_tensor *x, bint is_new=False) except -1:
         """Whether a value is a usual tensor like x, or None."""
@@ -231,7 +231,7 @@ cdef class Tensors:
             and self.look_at_channels(var, &t[5], &t[0])
         ):
             return None
-        if t[0].shape[1] != channels or (batch and values_of(&t[0]) <= t[0].shape[1]):
+        if t[0].shape[1] != channels or (batch and elements_of(&t[0]) <= t[0].shape[1]):
             return None
         addresses = (
             <size_t> t[0].data, <size_t> t[1].data, <size_t> t[2].data, <size_t> t[3].data, <size_t> t[4].data,
@@ -247,7 +247,7 @@ cdef class Tensors:
         addresses, shape, axis = where
         if shape is None or axis != 1 or not 0 <= momentum <= 1 or not self.look(x, &t[0], True):
             return None
-        if number_of(&t[0]) < 0 or values_of(&t[0]) * t[0].bits >= 8 * HUGE:
+        if number_of(&t[0]) < 0 or elements_of(&t[0]) * t[0].bits >= 8 * HUGE:
             return None
         y = self.empty_like(x)
         if not self.look_at_data(y, &t[1], &t[0], True):
@@ -271,9 +271,9 @@ cdef class Tensors:
             self.look(dy, &t[0]) and self.look_at_data(x, &t[1], &t[0]) and self.look_at_data(residual, &t[2], &t[0])
         ):
             return None
-        if number_of(&t[0]) < 0 or t[0].ndim < 2 or values_of(&t[0]) * t[0].bits >= 8 * HUGE:
+        if number_of(&t[0]) < 0 or t[0].ndim < 2 or elements_of(&t[0]) * t[0].bits >= 8 * HUGE:
             return None
-        if not (for_x or for_residual and activates) and values_of(&t[0]) > LITTLE:
+        if not (for_x or for_residual and activates) and elements_of(&t[0]) > LITTLE:
             return None
         dx = self.empty_like(x)
         dresidual = self.empty_like(x) if residual is not None and activates else None

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from .._activations import Activation
-from .._call import BackwardCall, Call
 from .._moments import blend, save
+from ..call.activations import Activation
+from ..call.record import BackwardCall, Call
 
 Array = np.ndarray[Any, Any]
 

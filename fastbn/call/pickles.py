@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ._check import _refuse, kind, shown
+from .checks import _refuse, kind, shown
 
 FORMAT = 1
 """Of what is written. A release that writes another one still reads this."""

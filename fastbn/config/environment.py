@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 
-from . import _check
+from ..call import checks
 
 BACKENDS = ("c", "numba", "numpy")
 """Every backend, best first."""
@@ -24,14 +24,14 @@ _backend_here: ContextVar[str | None] = ContextVar("fastbn_backend", default=Non
 def environment_backend() -> str | None:
     """FASTBN_BACKEND."""
     value = os.environ.get("FASTBN_BACKEND")
-    return _check.choice("FASTBN_BACKEND", value, BACKENDS) if value else None
+    return checks.choice("FASTBN_BACKEND", value, BACKENDS) if value else None
 
 
 @cache
 def environment_isa() -> str | None:
     """FASTBN_ISA."""
     value = os.environ.get("FASTBN_ISA")
-    return _check.choice("FASTBN_ISA", value, ISAS) if value else None
+    return checks.choice("FASTBN_ISA", value, ISAS) if value else None
 
 
 def backend_name() -> str | None:

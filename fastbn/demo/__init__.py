@@ -1,0 +1,1 @@
+"""`fastbn demo`: networks with and without batch norm, trained on real handwritten digits."""
