@@ -142,7 +142,7 @@ in_checkout = pytest.mark.skipif(not EXAMPLES.is_dir(), reason="examples are not
 def test_examples_are_in_the_readme(example: Path) -> None:
     """And each is run by a test: those of what it shows, here or elsewhere."""
     assert f"examples/{example.name}" in README.read_text(encoding="utf-8")
-    tests = (path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("test_*.py"))
+    tests = (path.read_text(encoding="utf-8") for path in (cases.CHECKOUT / "tests").rglob("test_*.py"))
     assert any(f'"{example.name}"' in text for text in tests)
 
 

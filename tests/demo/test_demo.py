@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 import fastbn
-from fastbn import _demo_networks as networks
 from fastbn import cli
-from fastbn.demo import report
+from fastbn.demo import networks, report
 from fastbn.demo.networks import KINDS, Conv, Data, Dense, Job, build, cross_entropy, perform
 
 TINY = report.Plan(2, 0.05, (0.1, 1.0), (1.0, 3.0), (0.003,), 8)

@@ -1,5 +1,5 @@
 /* sizes.c: are sizes that do not fit a size_t refused? Compiled for 32 bits, with the core and without kernels. */
-#include "../src_c/dispatch.h"
+#include "../../src_c/dispatch.h"
 
 #include <stdio.h>
 #include <string.h>
