@@ -2,8 +2,8 @@
 
 A call reduces (adds up each channel), finishes (makes a channel's constants of its sums) and maps (makes y or dx of
 the constants). The data is walked in strips, parts of the channels, and in the rows of a strip, which are runs of
-memory: of one channel where planes are large, else of as many channels as fit in, and of several samples where all do.
-Whatever a run has, each of its columns has a channel's constants, and sums of its own, which are then put together.
+memory: a piece of one channel's plane where planes are large, else columns of as many channels as fit in, and of
+several samples where all do. Each column has its channel's constants, and sums of its own, which are then put together.
 Sums are float64, about a value near the mean, so that a common offset cancels before anything is squared.
 
 Where strips fit in the cache, one thread does all steps on a strip. Otherwise all threads do one step after the other,
@@ -110,7 +110,8 @@ def _split(shape: tuple[int, int, int]) -> _Split:
     return _Split(
         size=outer * channels * inner, channels=channels, inner=inner, block=block, strips=_up(channels, block),
         plane=plane, pieces=pieces, length=length, width=width, stride=repeats * channels * inner, rows=rows,
-        segment=segment, segments=max(1, _up(rows, segment)), columns=1 if plane else length, span=1 if plane else inner,
+        segment=segment, segments=max(1, _up(rows, segment)), columns=1 if plane else length,
+        span=1 if plane else inner,
     )  # fmt: skip
 
 
@@ -136,31 +137,18 @@ def _spread(p: _Split, values: Array, c0: int, c1: int, row: Array) -> None:
             loops.copy(given, here)
         else:
             for i in range(given.size):
-                loops.fill(here[i * p.span : (i + 1) * p.span], given[i])
-
-
-@compiled(fastmath={"reassoc"})
-def _sum(values: Array) -> float:
-    """In any order, but the same one each time."""
-    total = 0.0
-    for k in range(values.size):
-        total += values[k]
-    return total
+                here[i * p.span : (i + 1) * p.span] = given[i]
 
 
 @_jit
 def _fold(p: _Split, row: Array, c0: int, c1: int, totals: Array) -> None:
     """Adds up what the columns of each channel have."""
     of_block = totals[c0:c1]
-    loops.fill(of_block, 0.0)
+    of_block[:] = 0.0
     for start in range(0, p.columns, p.block * p.span):
         here = row[start:]
-        if p.span == 1:
-            for i in range(of_block.size):
-                of_block[i] += here[i]
-        else:
-            for i in range(of_block.size):
-                of_block[i] += _sum(here[i * p.span : (i + 1) * p.span])
+        for i in range(of_block.size):
+            of_block[i] += here[i] if p.span == 1 else loops.total(here[i * p.span : (i + 1) * p.span])
 
 
 @_jit
@@ -174,13 +162,6 @@ def _keep(p: _Split, mask: Array, c0: int, c1: int, start: int, kept: Array) -> 
         for i in range(end - k):
             kept[k + i] = mask[first if p.inner == 1 else first + i] != 0
         k = end
-
-
-@_jit
-def _four(array: Array, start: int, end: int, stride: int) -> tuple[Array, ...]:
-    """A run and its neighbours in the next three rows."""
-    n, i, j, k = end - start, start + stride, start + 2 * stride, start + 3 * stride
-    return array[start:end], array[i : i + n], array[j : j + n], array[k : k + n]
 
 
 @_part
@@ -199,16 +180,19 @@ def _prepare(p: _Split, q: _Task, i: int, end: int, line: Array, kept: Array) ->
 
 
 @_part
-def _walk(p: _Split, q: _Task, adding: bool, c0: int, c1: int, segment: int, line: Array, kept: Array, sums: Array) -> None:
+def _walk(
+    p: _Split, q: _Task, adding: bool, c0: int, c1: int, segment: int, line: Array, kept: Array, sums: Array
+) -> None:
     """Adds the rows of a segment to the sums, or fills what comes of them."""
     row, last = segment * p.segment, min(p.rows, (segment + 1) * p.segment)
-    prepared, moved = q.backward and not (q.as_it_is and not q.in_place), q.in_place and not q.backward
+    in_place = q.in_place and not adding  # LLVM's loops are faster from one array to another
+    prepared, moved = q.backward and (in_place or not q.as_it_is), not q.backward and in_place
     xs, dzs = line if q.from_y or moved else q.x, line if prepared else q.dy if q.backward else q.x
+    four = adding and q.as_it_is and not p.plane
     while row < last:
         i, end = _run(p, c0, c1, row)
-        if adding and q.as_it_is and not p.plane and row + 4 <= last and end + 3 * p.stride <= p.size:
-            x = _four(q.x, i, end, p.stride)
-            loops.add_four(q.backward, _four(q.dy, i, end, p.stride) if q.backward else x, x, sums)
+        if four and row + 4 <= last and end + 3 * p.stride <= p.size:
+            loops.add_four(q.backward, dzs, xs, i, end, p.stride, sums)
             row += 4
             continue
         if q.mask.size:
@@ -281,18 +265,17 @@ def _share(steps: int, unit: int, last: int, p: _Split, q: _Task) -> None:
                 for c in range(c0, c1):
                     loops.set_line(q.saved, q.constants, c)
             if step == REDUCE:
-                _spread(p, q.origin, c0, c1, sums[loops.ORIGIN * STRIP :])
+                _spread(p, q.origin, c0, c1, sums)
             if step == MAP or (step == REDUCE and not q.as_it_is):
                 for k in range(loops.CONSTANTS if q.backward else loops.FORWARD_CONSTANTS):
                     _spread(p, q.constants[k], c0, c1, line[k * STRIP :])
-            for some in range(first, end if step == REDUCE or step == MAP else first):
-                segment = some if step == REDUCE else first + end - 1 - some
+            for n in range(end - first if step in (REDUCE, MAP) else 0):
+                segment = first + n if step == REDUCE else end - 1 - n
                 if step == REDUCE:
-                    loops.fill(sums[loops.SUM * STRIP :], 0.0)
+                    sums[STRIP:] = 0.0
                 _walk(p, q, step == REDUCE, c0, c1, segment, line, kept, sums)
-                if step == REDUCE:
-                    _fold(p, sums[loops.SUM * STRIP :], c0, c1, q.parts[segment, 0])
-                    _fold(p, sums[loops.PRODUCT * STRIP :], c0, c1, q.parts[segment, 1])
+                for k in range(2 if step == REDUCE else 0):
+                    _fold(p, sums[(1 + k) * STRIP :], c0, c1, q.parts[segment, k])
         unit += end - first
 
 

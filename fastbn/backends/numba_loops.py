@@ -1,8 +1,9 @@
 """What does the Numba backend do with one channel, and with one run of memory, in loops that LLVM makes vector code?
 
-A run is at most STRIP elements that lie together, each of which is a column. The constants of the columns are rows of
-one array, `line`, each STRIP values long, and so are intermediate results; the sums of the columns are rows of another,
-`sums`. Distances within an array are known when a loop is compiled, so LLVM need not ask whether its rows overlap.
+A run is at most STRIP elements that lie together: of one channel's plane, or columns of several channels. The constants
+of the columns are rows of one array, `line`, each STRIP values long, and so are intermediate results; the sums of the
+columns are rows of another, `sums`. A plane has its constants and sums in column 0; LLVM makes two loops of the one
+that asks which it is. Distances within an array are known to it, so it need not ask whether the rows overlap.
 
 Loops may fuse a * b + c. Arithmetic with constants of float32 keeps the dtype of the data.
 """
@@ -129,6 +130,15 @@ def add(gradients: bool, dz: Array, x: Array, kept: Array, sums: Array) -> None:
         sums[PRODUCT * STRIP + k] += g * d
 
 
+@compiled(fastmath={"reassoc"})
+def total(values: Array) -> float:
+    """In any order, but the same one each time."""
+    found = 0.0
+    for k in range(values.size):
+        found += values[k]
+    return found
+
+
 @compiled(fastmath={"contract", "reassoc"})
 def add_plane(gradients: bool, dz: Array, x: Array, kept: Array, sums: Array) -> None:
     """The same where all columns are of one channel: in any order, but the same one each time."""
@@ -143,10 +153,12 @@ def add_plane(gradients: bool, dz: Array, x: Array, kept: Array, sums: Array) ->
 
 
 @loop
-def add_four(gradients: bool, dz: tuple[Array, ...], x: tuple[Array, ...], sums: Array) -> None:
+def add_four(gradients: bool, dz: Array, x: Array, start: int, end: int, stride: int, sums: Array) -> None:
     """The same of four rows of which all counts, so that the sums are loaded and stored once for all."""
-    (g0, g1, g2, g3), (x0, x1, x2, x3) = dz, x
-    for k in range(x0.size):
+    n, i, j, m = end - start, start + stride, start + 2 * stride, start + 3 * stride
+    x0, x1, x2, x3 = x[start:end], x[i : i + n], x[j : j + n], x[m : m + n]
+    g0, g1, g2, g3 = dz[start:end], dz[i : i + n], dz[j : j + n], dz[m : m + n]
+    for k in range(n):
         d0, d1 = np.float64(x0[k]) - sums[k], np.float64(x1[k]) - sums[k]
         d2, d3 = np.float64(x2[k]) - sums[k], np.float64(x3[k]) - sums[k]
         a0, a1 = (np.float64(g0[k]), np.float64(g1[k])) if gradients else (d0, d1)
@@ -223,13 +235,6 @@ def copy(a: Array, b: Array) -> None:
         b[k] = a[k]
 
 
-@loop
-def fill(a: Array, value: float) -> None:
-    """Fills a."""
-    for k in range(a.size):
-        a[k] = value
-
-
 # Activations --------------------------------------------------------------------------------------------------------
 
 LOG2E, LN2_HIGH, LN2_LOW = 1.4426950408889634, 0.693359375, -2.121944400546905827679e-4  # n * LN2_HIGH is exact
@@ -245,28 +250,22 @@ def _power_of_two(n: Any) -> float:
 
 
 @inline
-def _exp(x: Any, real: Any) -> Any:
-    """The exponential of x <= 0 to an ulp: two to the n times the power series of what is left, |r| <= log(2) / 2.
+def _sigmoids(z: Any, real: Any) -> Any:
+    """Of z and of -z, each as accurate as the other, in the dtype `real`. They are made of e = exp(-|z|) <= 1.
 
-    The power is applied in two steps, so that a denormal result is rounded once.
+    That is two to the n times the power series of what is left, |r| <= log(2) / 2. The power is applied in two steps,
+    so that a denormal result is rounded once.
     """
-    x = real(-1100) if x < real(-1100) else x
+    x = real(-1100) if abs(z) > real(1100) else -abs(z)
     n = np.rint(x * real(LOG2E))
     r = (x - n * real(LN2_HIGH)) - n * real(LN2_LOW)
     total = real(0)
     for i in range(14):
         total = total * r + real(SERIES[i])
     half = np.rint(n * HALF)
-    return total * real(_power_of_two(half)) * real(_power_of_two(n - half))
-
-
-@inline
-def _sigmoids(z: Any, real: Any) -> Any:
-    """Of z and of -z, each as accurate as the other; exp(-|z|) cannot overflow."""
-    e = _exp(-abs(z), real)
+    e = total * real(_power_of_two(half)) * real(_power_of_two(n - half))
     larger = ONE / (ONE + e)
-    smaller = e * larger
-    return (smaller, larger) if z < ZERO else (larger, smaller)
+    return (e * larger, larger) if z < ZERO else (larger, e * larger)
 
 
 @loop
