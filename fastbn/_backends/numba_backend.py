@@ -2,9 +2,9 @@
 
 A call reduces (adds up each channel), finishes (makes a channel's constants of its sums) and maps (makes y or dx of
 the constants). The data is walked in strips, parts of the channels, and in the rows of a strip, which are runs of
-memory. There are three ways through memory: channels-last data and tiny planes have rows of all channels, small planes
-rows of a block of channels, and large planes rows of one channel. Sums are float64, about a value near the mean, so
-that a common offset cancels before anything is squared.
+memory: a piece of one channel's plane where planes are large, else columns of as many channels as fit in, and of
+several samples where all do. Each column has its channel's constants, and sums of its own, which are then put together.
+Sums are float64, about a value near the mean, so that a common offset cancels before anything is squared.
 
 Where strips fit in the cache, one thread does all steps on a strip. Otherwise all threads do one step after the other,
 and map from the end backwards, which the cache still holds. A strip is summed by segments of its rows. Both follow
@@ -27,12 +27,11 @@ from ..call.record import BackwardCall, Call
 from ..config import thread_count
 from . import SAVED_ROWS
 from . import numba_loops as loops
-from .numba_loops import BETA, GAMMA, IDENTITY, INV_STD, MEAN, MEAN_LOW, STRIP, VAR, compiled, row_of
+from .numba_loops import BETA, DZ, GAMMA, IDENTITY, INV_STD, MEAN, MEAN_LOW, STRIP, VAR, X, compiled, row_of
 
 DTYPES = frozenset({"float32", "float64"})
 
 Array = np.ndarray[Any, Any]
-Range = tuple[int, int]
 SEGMENT_ROWS, SEGMENTS_MOST = 64, 64  # rows that a segment has at least, and segments that a strip has at most
 STRIP_BYTES = 1 << 22  # of a strip that one thread takes by itself
 WORK_PER_THREAD = 32768  # values that are worth waking a thread for
@@ -41,50 +40,32 @@ _MOST_THREADS = int(numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined
 PREPARE, REDUCE, FINISH, MAP = 1, 2, 4, 8
 
 _jit = compiled()
-_inline = compiled(forceinline=True)
+_part = compiled(inline="always")  # of the one function that calls it
 _kept = compiled(cache=True)
 
 
 class _Split(NamedTuple):
-    """How a call is cut, which follows from its shape alone."""
+    """How data is cut, which follows from its shape alone."""
 
     size: int
     channels: int
     inner: int
-    plane: bool  # whether a strip is one channel
-    width: int  # of what a strip has of the whole rows, or of a plane
-    columns: int  # of a row, but where fewer are left
-    pieces: int  # rows in a plane
-    stride: int  # from one plane, or row, to the next in its strip
-    rows: int
     block: int  # channels in a strip
     strips: int
+    plane: bool  # a row is a piece of one channel's plane
+    pieces: int  # in a plane
+    length: int  # of a row, but where less is left
+    width: int  # of what the pieces are cut from
+    stride: int  # from there to the next in the strip
+    rows: int  # in a strip
     segment: int  # rows in a segment
     segments: int
+    columns: int  # with constants and sums of their own: those of a row, one of a plane
+    span: int  # columns of one channel that lie together
 
 
 class _Task(NamedTuple):
-    """What a call computes, and how."""
-
-    steps: int
-    threads: int
-    by_strips: bool  # one thread does all steps on a strip
-    backward: bool
-    plain: bool  # no activation, mask or residual that matters, and x is x
-    in_place: bool
-    activation: int
-    slope: float
-    eps: float
-    count: float  # type: ignore[assignment]  # of the values in each channel's statistics
-    adds: bool  # a residual
-    keeps: bool  # its gradient
-    masked: bool
-    frozen: bool
-    from_y: bool
-
-
-class _Arrays(NamedTuple):
-    """The arrays of one call, those of data flat. Where one is absent, another stands there unused."""
+    """What a call computes, and its arrays, those of data flat. An array that is absent has no elements."""
 
     x: Array
     residual: Array
@@ -93,10 +74,19 @@ class _Arrays(NamedTuple):
     out: Array  # y or dx
     dresidual: Array
     origin: Array  # of the sums of each channel; the mean in a backward call
-    parts: Array  # (segments, 2, channels): the sums
+    parts: Array  # (segments, 2, channels): the sums; no segments where none are taken
     totals: Array  # (2, channels): sum and m2, or dbeta and dgamma
     saved: Array  # (6, channels)
     constants: Array  # (loops.CONSTANTS, channels), in the data's dtype
+    count: float  # type: ignore[assignment]  # of the values in each channel's statistics
+    eps: float
+    activation: int
+    slope: float
+    backward: bool
+    frozen: bool
+    from_y: bool
+    as_it_is: bool  # the sums and dx come of dy and x as they are
+    in_place: bool
 
 
 def _up(a: int, b: int) -> int:
@@ -106,63 +96,60 @@ def _up(a: int, b: int) -> int:
 @functools.lru_cache(maxsize=256)
 def _split(shape: tuple[int, int, int]) -> _Split:
     outer, channels, inner = shape
-    row, pieces, repeats, plane = max(1, channels * inner), 1, 1, inner > STRIP // 2
-    block = 1 if plane else min(channels, STRIP // max(1, inner))
-    columns = block * inner
-    if plane:  # equal pieces, if they are not short
-        columns = next((n for n in range(min(inner, STRIP), STRIP // 2, -1) if inner % n == 0), STRIP)
-        pieces = _up(inner, columns)
-    elif block == channels:
-        repeats = max(1, min(outer, STRIP // row))
-        columns = repeats * row
+    plane, pieces, repeats = inner > STRIP // 2, 1, 1
+    if plane:
+        block, width = 1, inner  # into equal pieces, if they are not short
+        length = next((n for n in range(min(inner, STRIP), STRIP // 2, -1) if inner % n == 0), STRIP)
+        pieces = _up(inner, length)
+    else:
+        block = max(1, min(channels, STRIP // max(1, inner)))
+        if block == channels:
+            repeats = max(1, min(outer, STRIP // max(1, channels * inner)))
+        length = width = repeats * block * inner
     rows = _up(outer, repeats) * pieces
     segment = max(SEGMENT_ROWS, _up(rows, SEGMENTS_MOST))
     return _Split(
-        *(outer * channels * inner, channels, inner, plane, repeats * block * inner, columns, pieces, repeats * row),
-        *(rows, block, _up(channels, max(1, block)), segment, _up(rows, segment)),
-    )
+        size=outer * channels * inner, channels=channels, inner=inner, block=block, strips=_up(channels, block),
+        plane=plane, pieces=pieces, length=length, width=width, stride=repeats * channels * inner, rows=rows,
+        segment=segment, segments=max(1, _up(rows, segment)), columns=1 if plane else length,
+        span=1 if plane else inner,
+    )  # fmt: skip
 
 
 # The rows of a strip -------------------------------------------------------------------------------------------------
 
 
-@_inline
-def _run(p: _Split, c0: int, c1: int, row: int) -> Range:
+@compiled(forceinline=True)
+def _run(p: _Split, c0: int, c1: int, row: int) -> tuple[int, int]:
     """Where a row begins and ends."""
-    at = row % p.pieces * p.columns
+    at = row % p.pieces * p.length
     start = row // p.pieces * p.stride + c0 * p.inner + at
-    width = p.width if c1 - c0 == p.block else (c1 - c0) * p.inner
-    return start, min(start + min(p.columns, width - at), p.size)
+    width = p.width - (p.block - (c1 - c0)) * p.inner
+    return start, min(start + min(p.length, width - at), p.size)
 
 
 @_jit
 def _spread(p: _Split, values: Array, c0: int, c1: int, row: Array) -> None:
     """Gives each column its channel's value."""
-    k, columns = 0, 1 if p.plane else p.columns
-    while k < columns:
-        if p.inner == 1:
-            n = min(c1 - c0, columns - k)
-            for i in range(n):
-                row[k + i] = values[c0 + i]
-            k += n
+    given = values[c0:c1]
+    for start in range(0, p.columns, p.block * p.span):
+        here = row[start:]
+        if p.span == 1:
+            loops.copy(given, here)
         else:
-            for c in range(c0, c1):
-                row[k : min(k + p.inner, columns)] = values[c]
-                k += p.inner
+            for i in range(given.size):
+                here[i * p.span : (i + 1) * p.span] = given[i]
 
 
-@loops.sum_loop
+@_jit
 def _fold(p: _Split, row: Array, c0: int, c1: int, totals: Array) -> None:
     """Adds up what the columns of each channel have."""
-    totals[c0:c1] = 0.0
-    k, columns = 0, 1 if p.plane else p.columns
-    while k < columns:
-        for c in range(c0, c1):
-            total = 0.0
-            for i in range(k, min(k + p.inner, columns)):
-                total += row[i]
-            totals[c] += total
-            k += p.inner
+    of_block = totals[c0:c1]
+    of_block[:] = 0.0
+    for start in range(0, p.columns, p.block * p.span):
+        here = row[start:]
+        for i in range(of_block.size):
+            of_block[i] += here[i] if p.span == 1 else loops.total(here[i * p.span : (i + 1) * p.span])
 
 
 @_jit
@@ -172,154 +159,124 @@ def _keep(p: _Split, mask: Array, c0: int, c1: int, start: int, kept: Array) -> 
     while k < kept.size:
         at = (start + k) % p.inner
         first = (start + k) // (p.channels * p.inner) * p.inner + at
-        if p.inner == 1:
-            end = min(kept.size, k + c1 - c0)
-            kept[k:end] = mask[first] != 0
-        else:
-            end = min(kept.size, k + p.inner - at)
-            for i in range(end - k):
-                kept[k + i] = mask[first + i] != 0
+        end = min(kept.size, k + (c1 - c0 if p.inner == 1 else p.inner - at))
+        for i in range(end - k):
+            kept[k + i] = mask[first if p.inner == 1 else first + i] != 0
         k = end
 
 
-@_jit
-def _prepare_row(p: _Split, q: _Task, a: _Arrays, c0: int, c1: int, run: Range, line: Array, kept: Array) -> None:
-    """Fills the rows of `line` from which both the sums and dx come: dz, and x or what stands for it."""
-    start, end = run
-    n, slope, x = end - start, line.dtype.type(q.slope), a.x[start:end]
-    seen, z, dz = row_of(line, loops.X, n), row_of(line, loops.Z, n), row_of(line, loops.DZ, n)
-    if q.masked:
-        _keep(p, a.mask, c0, c1, start, kept[:n])
-    loops.copy(x, seen)
-    if not q.backward:
-        return
-    if q.from_y:  # y tells on which side of a kink z was, and gamma * xhat + beta stands for x
-        loops.copy(x, z)
-        loops.deactivate(q.activation, x, seen, slope)
-        for k in range(n if q.adds else 0):
-            seen[k] -= a.residual[start + k]
-    elif q.activation != IDENTITY and q.adds:
-        loops.normalize_and_add(p.plane, x, a.residual[start:end], z, line)
+@_part
+def _prepare(p: _Split, q: _Task, i: int, end: int, line: Array, kept: Array) -> None:
+    """Fills the rows of `line` from which the sums and dx of a run come: dz, and what stands for x where x does not."""
+    n, slope = end - i, line.dtype.type(q.slope)
+    if q.from_y:
+        loops.deactivate(q.activation, q.x[i:end], q.residual[i:end], row_of(line, DZ, n), row_of(line, X, n), slope)
+    elif q.activation != IDENTITY and q.residual.size:
+        loops.normalize_and_add(p.plane, q.x[i:end], q.residual[i:end], row_of(line, DZ, n), line)
     elif q.activation != IDENTITY:
-        loops.normalize(p.plane, x, z, line)
-    loops.activate_gradient(q.activation, a.dy[start:end], z, dz, slope)
-    if q.masked:
-        loops.judge(kept[:n], a.dy[start:end], dz)
+        loops.normalize(p.plane, q.x[i:end], row_of(line, DZ, n), line)
+    loops.activate_gradient(q.activation, q.dy[i:end], row_of(line, DZ, n), slope)
+    if q.mask.size:
+        loops.judge(q.frozen, kept[:n], q.dy[i:end], row_of(line, DZ, n))
 
 
-@_jit
-def _reduce(
-    p: _Split, q: _Task, a: _Arrays, c0: int, c1: int, segment: int, line: Array, kept: Array, sums: Array
+@_part
+def _walk(
+    p: _Split, q: _Task, adding: bool, c0: int, c1: int, segment: int, line: Array, kept: Array, sums: Array
 ) -> None:
-    """The sums of a segment."""
-    x, dy, row, last = a.x, a.dy, segment * p.segment, min(p.rows, (segment + 1) * p.segment)
-    for k in range(1 if p.plane else p.columns):
-        sums[loops.SUM * STRIP + k] = sums[loops.PRODUCT * STRIP + k] = 0.0
-    as_it_is = not q.masked and (q.plain or not q.backward)
+    """Adds the rows of a segment to the sums, or fills what comes of them."""
+    row, last = segment * p.segment, min(p.rows, (segment + 1) * p.segment)
+    in_place = q.in_place and not adding  # LLVM's loops are faster from one array to another
+    prepared, moved = q.backward and (in_place or not q.as_it_is), not q.backward and in_place
+    xs, dzs = line if q.from_y or moved else q.x, line if prepared else q.dy if q.backward else q.x
+    four = adding and q.as_it_is and not p.plane
     while row < last:
         i, end = _run(p, c0, c1, row)
-        n, j, k, m = end - i, i + p.stride, i + 2 * p.stride, i + 3 * p.stride
-        if as_it_is and p.plane:
-            loops.add(q.backward, True, dy[i:end], x[i:end], kept, sums)
-        elif as_it_is and row + 4 <= last and m + n <= p.size:
-            dys = dy[i:end], dy[j : j + n], dy[k : k + n], dy[m : m + n]
-            xs = x[i:end], x[j : j + n], x[k : k + n], x[m : m + n]
-            loops.add_four(q.backward, dys, xs, sums)
-            row += 3
-        else:
-            _prepare_row(p, q, a, c0, c1, (i, end), line, kept)
-            loops.add(q.backward, p.plane, row_of(line, loops.DZ, n), row_of(line, loops.X, n), kept, sums)
-        row += 1
-    _fold(p, sums[loops.SUM * STRIP :], c0, c1, a.parts[segment, 0])
-    _fold(p, sums[loops.PRODUCT * STRIP :], c0, c1, a.parts[segment, 1])
-
-
-@_inline
-def _map(p: _Split, q: _Task, a: _Arrays, c0: int, c1: int, segment: int, line: Array, kept: Array) -> None:
-    """Fills y, or dx and dresidual, in the rows of a segment."""
-    x, dy, out, plain = a.x, a.dy, a.out, q.plain and not q.in_place
-    for row in range(segment * p.segment, min(p.rows, (segment + 1) * p.segment)):
-        i, end = _run(p, c0, c1, row)
-        z, dz = row_of(line, loops.Z, end - i), row_of(line, loops.DZ, end - i)
-        if plain and not q.backward:
-            loops.normalize(p.plane, x[i:end], out[i:end], line)
-        elif plain and q.frozen:
-            loops.differentiate_frozen(p.plane, dy[i:end], out[i:end], line)
-        elif plain:
-            loops.differentiate(p.plane, dy[i:end], x[i:end], out[i:end], line)
+        if four and row + 4 <= last and end + 3 * p.stride <= p.size:
+            loops.add_four(q.backward, dzs, xs, i, end, p.stride, sums)
+            row += 4
+            continue
+        if q.mask.size:
+            _keep(p, q.mask, c0, c1, i, kept[: end - i])
+        if prepared:
+            _prepare(p, q, i, end, line, kept)
+        if moved:
+            loops.copy(q.x[i:end], row_of(line, X, end - i))
+        k, j = X * STRIP if q.from_y or moved else i, DZ * STRIP if prepared else i
+        k_end, j_end = k + end - i, j + end - i
+        if adding and p.plane:
+            loops.add_plane(q.backward, dzs[j:j_end], xs[k:k_end], kept, sums)
+        elif adding:
+            loops.add(q.backward, dzs[j:j_end], xs[k:k_end], kept, sums)
         elif q.backward:
-            _prepare_row(p, q, a, c0, c1, (i, end), line, kept)
-            if q.frozen:
-                loops.differentiate_frozen(p.plane, dz, out[i:end], line)
-            else:
-                loops.differentiate(p.plane, dz, row_of(line, loops.X, end - i), out[i:end], line)
-            if q.masked:
-                loops.leave_out(p.plane, kept, dz, out[i:end], line)
-            if q.keeps:
-                loops.copy(dz, a.dresidual[i:end])
+            if not q.frozen:
+                loops.differentiate(p.plane, dzs[j:j_end], xs[k:k_end], q.out[i:end], line)
+            if q.frozen or q.mask.size:
+                loops.leave_out(p.plane, kept, dzs[j:j_end], q.out[i:end], line)
+            if q.dresidual.size:
+                loops.copy(dzs[j:j_end], q.dresidual[i:end])
         else:
-            if q.adds:
-                loops.normalize_and_add(p.plane, x[i:end], a.residual[i:end], z, line)
+            if q.residual.size:
+                loops.normalize_and_add(p.plane, xs[k:k_end], q.residual[i:end], q.out[i:end], line)
             else:
-                loops.normalize(p.plane, x[i:end], z, line)
-            loops.activate(q.activation, z, out[i:end], line.dtype.type(q.slope))
+                loops.normalize(p.plane, xs[k:k_end], q.out[i:end], line)
+            if q.activation != IDENTITY:
+                loops.activate(q.activation, q.out[i:end], line.dtype.type(q.slope))
+        row += 1
 
 
-@_jit
-def _set_constants(steps: int, q: _Task, a: _Arrays, c0: int, c1: int) -> None:
-    """What the loops need of the channels. A backward call has its line before the sums, others have it after them."""
-    for segment in range(a.parts.shape[0] if steps & FINISH else 0):
+@_part
+def _finish(q: _Task, c0: int, c1: int) -> None:
+    """Makes the constants of y, or of dx, of the channels' sums."""
+    reduced = q.parts.shape[0] > 0
+    for segment in range(q.parts.shape[0]):
         for k in range(2):
             for c in range(c0, c1):
-                a.totals[k, c] = a.parts[segment, k, c] + (a.totals[k, c] if segment else 0.0)
+                q.totals[k, c] += q.parts[segment, k, c]
     for c in range(c0, c1):
-        if steps & FINISH and not q.backward:
-            if q.steps & REDUCE:
-                loops.set_moments(a.origin, a.totals, q.count, a.saved, c)
-            var = a.saved[VAR, c] + q.eps
-            a.saved[INV_STD, c] = 0.0 if var == 0 else 1 / math.sqrt(var)
-        if steps & (PREPARE if q.backward else FINISH):
-            loops.set_line(a.saved, a.constants, c)
-        if steps & FINISH and q.backward:
-            if q.steps & REDUCE:
-                a.totals[1, c] = (a.totals[1, c] - a.totals[0, c] * a.saved[MEAN_LOW, c]) * a.saved[INV_STD, c]
-            loops.set_gradient(a.saved, a.totals, q.count, a.constants, c)
+        if q.backward:
+            if reduced:
+                q.totals[1, c] = (q.totals[1, c] - q.totals[0, c] * q.saved[MEAN_LOW, c]) * q.saved[INV_STD, c]
+            loops.set_gradient(q.saved, q.totals, q.count, q.constants, c)
+        else:
+            if reduced:
+                loops.set_moments(q.origin, q.totals, q.count, q.saved, c)
+            var = q.saved[VAR, c] + q.eps
+            q.saved[INV_STD, c] = 0.0 if var == 0 else 1 / math.sqrt(var)
 
 
 # Threads -------------------------------------------------------------------------------------------------------------
 
 
 @_kept
-def _share(steps: int, t: int, p: _Split, q: _Task, a: _Arrays) -> None:
-    """Thread t's share of the steps: some strips; or, of one step, some segments of all strips, or some channels."""
-    n = p.strips if q.by_strips else p.channels if steps & (PREPARE | FINISH) else p.strips * p.segments
-    unit, last = n * t // q.threads, n * (t + 1) // q.threads
-    if not q.by_strips and steps & (PREPARE | FINISH):
-        _set_constants(steps, q, a, unit, last)
-        return
-    if q.by_strips:
-        unit, last = unit * p.segments, last * p.segments
-    line, sums = np.zeros(loops.LINE_ROWS * STRIP, a.constants.dtype), np.empty(loops.SUM_ROWS * STRIP)
-    kept = np.ones(STRIP, np.uint8)
+def _share(steps: int, unit: int, last: int, p: _Split, q: _Task) -> None:
+    """The steps of some segments, counted through all strips. PREPARE and FINISH are those of whole strips."""
+    line, sums = np.zeros(loops.LINE_ROWS * STRIP, q.constants.dtype), np.empty(loops.SUM_ROWS * STRIP)
+    kept = np.full(STRIP, loops.MOVES_NO_OTHER if q.frozen else loops.COUNTS, np.uint8)
     while unit < last:
-        strip = unit // p.segments
-        first, end = unit - strip * p.segments, min(last - strip * p.segments, p.segments)
+        strip, first = unit // p.segments, unit % p.segments
+        end = min(first + last - unit, p.segments)
         c0, c1 = strip * p.block, min((strip + 1) * p.block, p.channels)
-        if steps & PREPARE:
-            _set_constants(PREPARE, q, a, c0, c1)
-        if steps & REDUCE:
-            _spread(p, a.origin, c0, c1, sums[loops.ORIGIN * STRIP :])
-            for k in range(loops.FORWARD_CONSTANTS if q.backward and not q.plain else 0):
-                _spread(p, a.constants[k], c0, c1, line[k * STRIP :])
-            for segment in range(first, end):
-                _reduce(p, q, a, c0, c1, segment, line, kept, sums)
-        if steps & FINISH:
-            _set_constants(FINISH, q, a, c0, c1)
-        if steps & MAP:
-            for k in range(loops.CONSTANTS if q.backward else loops.FORWARD_CONSTANTS):
-                _spread(p, a.constants[k], c0, c1, line[k * STRIP :])
-            for segment in range(end - 1, first - 1, -1):
-                _map(p, q, a, c0, c1, segment, line, kept)
+        for step in (PREPARE, REDUCE, FINISH, MAP):
+            if not steps & step:
+                continue
+            if step == FINISH:
+                _finish(q, c0, c1)
+            if step == (PREPARE if q.backward else FINISH):
+                for c in range(c0, c1):
+                    loops.set_line(q.saved, q.constants, c)
+            if step == REDUCE:
+                _spread(p, q.origin, c0, c1, sums)
+            if step == MAP or (step == REDUCE and not q.as_it_is):
+                for k in range(loops.CONSTANTS if q.backward else loops.FORWARD_CONSTANTS):
+                    _spread(p, q.constants[k], c0, c1, line[k * STRIP :])
+            for n in range(end - first if step in (REDUCE, MAP) else 0):
+                segment = first + n if step == REDUCE else end - 1 - n
+                if step == REDUCE:
+                    sums[STRIP:] = 0.0
+                _walk(p, q, step == REDUCE, c0, c1, segment, line, kept, sums)
+                for k in range(2 if step == REDUCE else 0):
+                    _fold(p, sums[(1 + k) * STRIP :], c0, c1, q.parts[segment, k])
         unit += end - first
 
 
@@ -328,14 +285,17 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(_MOST_THREADS, thread_name_prefix="fastbn")
 
 
-def _in_parallel(steps: int, p: _Split, q: _Task, a: _Arrays) -> None:
-    """Every thread's share, on threads of Python's, which run compiled code without the GIL.
+def _in_parallel(steps: int, threads: int, strips_whole: bool, p: _Split, q: _Task) -> None:
+    """Shares the work among threads of Python's, which run compiled code without the GIL.
 
     Numba's own prange would compile `_share` once more, and LLVM may then fuse and order its operations otherwise: the
     bits would depend on the number of threads.
     """
-    others = [_pool().submit(_share, steps, t, p, q, a) for t in range(1, q.threads)]
-    _share(steps, 0, p, q, a)
+    length = p.segments if strips_whole else 1
+    units = p.strips * p.segments // length
+    ends = [units * t // threads * length for t in range(threads + 1)]
+    others = [_pool().submit(_share, steps, ends[t], ends[t + 1], p, q) for t in range(1, threads)]
+    _share(steps, ends[0], ends[1], p, q)
     for other in others:
         other.result()
 
@@ -363,38 +323,31 @@ def _calculate(
     """
     if not x.size:
         steps &= FINISH
-    threads = 1 if thread_count.in_forked_child() else max(1, min(threads, x.size // WORK_PER_THREAD, _MOST_THREADS))
     p, channels, changed = _split(x.shape), x.shape[1], x if dy is None else dy
-    balanced = 5 * _up(p.strips, threads) * threads <= 7 * p.strips
+    absent, to_fill = _input(np.empty(0, x.dtype)), np.empty(0, x.dtype)
     q = _Task(
-        steps=steps, threads=threads, by_strips=x.size > 0 and balanced and x.nbytes <= STRIP_BYTES * p.strips,
-        backward=dy is not None,
-        plain=activation == IDENTITY and not from_y and mask is None and dresidual is None
-        and (residual is None or dy is not None),
-        in_place=out is not None and out.ctypes.data == changed.ctypes.data,
-        activation=int(activation), slope=float(slope), eps=float(eps), count=float(count), adds=residual is not None,
-        keeps=dresidual is not None, masked=mask is not None, frozen=bool(frozen), from_y=bool(from_y),
-    )  # fmt: skip
-    flat, target = _input(x), np.empty(0, x.dtype) if out is None else out.reshape(-1)
-    a = _Arrays(
-        x=flat,
-        residual=flat if residual is None else _input(residual),
-        dy=flat if dy is None else _input(dy),
+        x=_input(x), residual=absent if residual is None else _input(residual), dy=absent if dy is None else _input(dy),
         mask=_input(np.empty(0, np.uint8) if mask is None else mask.view(np.uint8)),
-        out=target,
-        dresidual=target if dresidual is None else dresidual.reshape(-1),
+        out=to_fill if out is None else out.reshape(-1),
+        dresidual=to_fill if dresidual is None else dresidual.reshape(-1),
         origin=saved[MEAN] if origin is None else origin,
         parts=np.empty((p.segments if steps & REDUCE else 0, 2, channels)),
         totals=np.zeros((2, channels)) if sums is None else sums,
-        saved=saved,
-        constants=np.empty((loops.CONSTANTS, channels), x.dtype),
-    )
-    for some in (steps,) if q.by_strips else (step for step in (PREPARE, REDUCE, FINISH, MAP) if step & steps):
-        if threads > 1:
-            _in_parallel(some, p, q, a)
-        else:
-            _share(some, 0, p, q, a)
-    return a.totals
+        saved=saved, constants=np.empty((loops.CONSTANTS, channels), x.dtype),
+        count=float(count), eps=float(eps), activation=int(activation), slope=float(slope),
+        backward=dy is not None, frozen=bool(frozen), from_y=bool(from_y),
+        as_it_is=mask is None and (dy is None or (activation == IDENTITY and not from_y)),
+        in_place=out is not None and out.ctypes.data == changed.ctypes.data,
+    )  # fmt: skip
+    threads = 1 if thread_count.in_forked_child() else max(1, min(threads, x.size // WORK_PER_THREAD, _MOST_THREADS))
+    balanced = 5 * _up(p.strips, threads) * threads <= 7 * p.strips
+    if balanced and x.nbytes <= STRIP_BYTES * p.strips:
+        _in_parallel(steps, threads, True, p, q)
+        return q.totals
+    for step in (PREPARE, REDUCE, FINISH, MAP):
+        if steps & step:
+            _in_parallel(step, threads, step in (PREPARE, FINISH), p, q)
+    return q.totals
 
 
 def _origin(x: Array, mask: Array | None) -> Array:

@@ -1,11 +1,11 @@
 """What does the Numba backend do with one channel, and with one run of memory, in loops that LLVM makes vector code?
 
-A run is at most STRIP elements that lie together: columns of one or more channels, or a piece of one channel's plane.
-The constants of the columns are rows of one array, `line`, each STRIP values long, and so are intermediate results;
-the sums of the columns are rows of another, `sums`. A plane has its constants and sums in column 0. Distances within
-an array are known when the loop is compiled, so LLVM need not ask whether its rows overlap.
+A run is at most STRIP elements that lie together: of one channel's plane, or columns of several channels. The constants
+of the columns are rows of one array, `line`, each STRIP values long, and so are intermediate results; the sums of the
+columns are rows of another, `sums`. A plane has its constants and sums in column 0; LLVM makes two loops of the one
+that asks which it is. Distances within an array are known to it, so it need not ask whether the rows overlap.
 
-Loops may fuse a * b + c, and add up a plane in any order, but the same one each time.
+Loops may fuse a * b + c. Arithmetic with constants of float32 keeps the dtype of the data.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ MEAN, MEAN_LOW, VAR, INV_STD, GAMMA, BETA = range(len(SAVED_ROWS))
 STRIP = 1024  # the most columns of a run
 PRESCALE, NEG_MEAN, SCALE, SHIFT, SHIFT_LOW, ON_DY, ON_X, CONSTANT, POSTSCALE = range(9)  # the constants of a column,
 CONSTANTS, FORWARD_CONSTANTS = 9, 5  # and how many of them there are
-X, Z, DZ, LINE_ROWS = 9, 10, 11, 12  # further rows of `line`: x or what stands for it, the preactivation, its gradient
+X, DZ, LINE_ROWS = 9, 10, 11  # further rows of `line`: x or what stands for it; the preactivation, then its gradient
 ORIGIN, SUM, PRODUCT, SUM_ROWS = 0, 1, 2, 3  # rows of `sums`: what is subtracted from x, and what is added up
 NOTHING, COUNTS, MOVES_NO_OTHER = 0, 1, 2  # what a position is to the gradients, by the mask and dy
 IDENTITY, RELU, RELU6, LEAKY_RELU, SILU, HARDSWISH, SIGMOID = map(int, Activation)
+ZERO, HALF, ONE, THREE, SIX = (np.float32(value) for value in (0, 0.5, 1, 3, 6))
 
 
 def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
@@ -37,40 +38,15 @@ def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     return jit(nogil=True, error_model="numpy", **options)
 
 
-scalar = compiled(forceinline=True)
 loop = compiled(fastmath={"contract"})
-sum_loop = compiled(fastmath={"contract", "reassoc"})
 inline = compiled(fastmath={"contract"}, forceinline=True)
+scalar = compiled(forceinline=True)
 
 
 @inline
 def row_of(line: Array, k: int, n: int) -> Array:
     """The first n columns of row k."""
     return line[k * STRIP : k * STRIP + n]
-
-
-@inline
-def _its_own(k: int) -> int:
-    return k
-
-
-@inline
-def _that_of_all(k: int) -> int:
-    return 0
-
-
-def for_columns_and_planes(make: Callable[[Any], Any]) -> Any:
-    """A loop over columns and one over a plane: `make` gets a function that tells which column has k's constants."""
-    in_columns, in_plane = make(_its_own), make(_that_of_all)
-
-    @inline
-    def either(plane: bool, *arrays: Any) -> None:
-        if plane:
-            in_plane(*arrays)
-        else:
-            in_columns(*arrays)
-
-    return either
 
 
 # Constants ----------------------------------------------------------------------------------------------------------
@@ -144,69 +120,51 @@ def set_gradient(saved: Array, totals: Array, count: float, constants: Array, c:
 # Sums ---------------------------------------------------------------------------------------------------------------
 
 
-def _adding(gradients: bool) -> Any:
-    """Loops that add to the sums dz and dz * d, where d is x - origin where x counts, else 0; or d and its square.
-
-    One row; four of which all counts, so that the sums are loaded and stored once for all; a piece of a plane.
-    """
-
-    @loop
-    def add_row(dz: Array, x: Array, kept: Array, sums: Array) -> None:
-        for k in range(x.size):
-            d = np.float64(x[k]) - sums[k] if kept[k] else 0.0
-            g = np.float64(dz[k]) if gradients else d
-            sums[SUM * STRIP + k] += g
-            sums[PRODUCT * STRIP + k] += g * d
-
-    @loop
-    def add_four(dz: tuple[Array, ...], x: tuple[Array, ...], sums: Array) -> None:
-        (g0, g1, g2, g3), (x0, x1, x2, x3) = dz, x
-        for k in range(x0.size):
-            d0, d1 = np.float64(x0[k]) - sums[k], np.float64(x1[k]) - sums[k]
-            d2, d3 = np.float64(x2[k]) - sums[k], np.float64(x3[k]) - sums[k]
-            a0, a1 = (np.float64(g0[k]), np.float64(g1[k])) if gradients else (d0, d1)
-            a2, a3 = (np.float64(g2[k]), np.float64(g3[k])) if gradients else (d2, d3)
-            sums[SUM * STRIP + k] += (a0 + a1) + (a2 + a3)
-            sums[PRODUCT * STRIP + k] += (a0 * d0 + a1 * d1) + (a2 * d2 + a3 * d3)
-
-    @sum_loop
-    def add_plane(dz: Array, x: Array, kept: Array, sums: Array) -> None:
-        origin, total, products = sums[0], 0.0, 0.0
-        for k in range(x.size):
-            d = np.float64(x[k]) - origin if kept[k] else 0.0
-            g = np.float64(dz[k]) if gradients else d
-            total += g
-            products += g * d
-        sums[SUM * STRIP] += total
-        sums[PRODUCT * STRIP] += products
-
-    return add_row, add_four, add_plane
+@loop
+def add(gradients: bool, dz: Array, x: Array, kept: Array, sums: Array) -> None:
+    """Adds to the sums d and its square, where d is x - origin where x counts, else 0; or dz and dz * d."""
+    for k in range(x.size):
+        d = np.float64(x[k]) - sums[k] if kept[k] else 0.0
+        g = np.float64(dz[k]) if gradients else d
+        sums[SUM * STRIP + k] += g
+        sums[PRODUCT * STRIP + k] += g * d
 
 
-_add_row, _add_four, _add_plane = _adding(False)
-_add_gradient_row, _add_four_gradients, _add_gradient_plane = _adding(True)
+@compiled(fastmath={"reassoc"})
+def total(values: Array) -> float:
+    """In any order, but the same one each time."""
+    found = 0.0
+    for k in range(values.size):
+        found += values[k]
+    return found
 
 
-@inline
-def add(gradients: bool, plane: bool, dz: Array, x: Array, kept: Array, sums: Array) -> None:
-    """Adds a run to the sums."""
-    if gradients and plane:
-        _add_gradient_plane(dz, x, kept, sums)
-    elif gradients:
-        _add_gradient_row(dz, x, kept, sums)
-    elif plane:
-        _add_plane(dz, x, kept, sums)
-    else:
-        _add_row(dz, x, kept, sums)
+@compiled(fastmath={"contract", "reassoc"})
+def add_plane(gradients: bool, dz: Array, x: Array, kept: Array, sums: Array) -> None:
+    """The same where all columns are of one channel: in any order, but the same one each time."""
+    origin, total, products = sums[0], 0.0, 0.0
+    for k in range(x.size):
+        d = np.float64(x[k]) - origin if kept[k] else 0.0
+        g = np.float64(dz[k]) if gradients else d
+        total += g
+        products += g * d
+    sums[SUM * STRIP] += total
+    sums[PRODUCT * STRIP] += products
 
 
-@inline
-def add_four(gradients: bool, dz: tuple[Array, ...], x: tuple[Array, ...], sums: Array) -> None:
-    """Adds four rows to the sums."""
-    if gradients:
-        _add_four_gradients(dz, x, sums)
-    else:
-        _add_four(dz, x, sums)
+@loop
+def add_four(gradients: bool, dz: Array, x: Array, start: int, end: int, stride: int, sums: Array) -> None:
+    """The same of four rows of which all counts, so that the sums are loaded and stored once for all."""
+    n, i, j, m = end - start, start + stride, start + 2 * stride, start + 3 * stride
+    x0, x1, x2, x3 = x[start:end], x[i : i + n], x[j : j + n], x[m : m + n]
+    g0, g1, g2, g3 = dz[start:end], dz[i : i + n], dz[j : j + n], dz[m : m + n]
+    for k in range(n):
+        d0, d1 = np.float64(x0[k]) - sums[k], np.float64(x1[k]) - sums[k]
+        d2, d3 = np.float64(x2[k]) - sums[k], np.float64(x3[k]) - sums[k]
+        a0, a1 = (np.float64(g0[k]), np.float64(g1[k])) if gradients else (d0, d1)
+        a2, a3 = (np.float64(g2[k]), np.float64(g3[k])) if gradients else (d2, d3)
+        sums[SUM * STRIP + k] += (a0 + a1) + (a2 + a3)
+        sums[PRODUCT * STRIP + k] += (a0 * d0 + a1 * d1) + (a2 * d2 + a3 * d3)
 
 
 # Maps ---------------------------------------------------------------------------------------------------------------
@@ -218,84 +176,55 @@ def _centred(x: Any, line: Array, c: int) -> Any:
     return x * line[PRESCALE * STRIP + c] + line[NEG_MEAN * STRIP + c]
 
 
-@for_columns_and_planes
-def normalize(column: Any) -> Any:
+@loop
+def normalize(plane: bool, x: Array, y: Array, line: Array) -> None:
     """Fills y. shift_low is what shift lost to rounding, and is added last: y is near the shift where it matters."""
-
-    @loop
-    def fill(x: Array, y: Array, line: Array) -> None:
-        for k in range(x.size):
-            c = column(k)
-            d = _centred(x[k], line, c)
-            y[k] = (d * line[SCALE * STRIP + c] + line[SHIFT * STRIP + c]) + line[SHIFT_LOW * STRIP + c]
-
-    return fill
+    for k in range(x.size):
+        c = 0 if plane else k
+        scaled = _centred(x[k], line, c) * line[SCALE * STRIP + c]
+        y[k] = (scaled + line[SHIFT * STRIP + c]) + line[SHIFT_LOW * STRIP + c]
 
 
-@for_columns_and_planes
-def normalize_and_add(column: Any) -> Any:
+@loop
+def normalize_and_add(plane: bool, x: Array, residual: Array, y: Array, line: Array) -> None:
     """The same with a residual. It may cancel the shift, so their sum keeps what its rounding loses (Knuth's two-sum).
 
     Where the sum is infinite there is nothing to keep.
     """
-
-    @loop
-    def fill(x: Array, residual: Array, y: Array, line: Array) -> None:
-        for k in range(x.size):
-            c, r = column(k), residual[k]
-            d, shift = _centred(x[k], line, c), line[SHIFT * STRIP + c]
-            total = shift + r
-            back = total - shift
-            lost = ((shift - (total - back)) + (r - back)) + line[SHIFT_LOW * STRIP + c]
-            y[k] = (d * line[SCALE * STRIP + c] + total) + (lost if lost == lost else ZERO)
-
-    return fill
-
-
-@for_columns_and_planes
-def differentiate(column: Any) -> Any:
-    """Fills dx."""
-
-    @loop
-    def fill(dz: Array, x: Array, dx: Array, line: Array) -> None:
-        for k in range(x.size):
-            c = column(k)
-            rest = line[ON_DY * STRIP + c] * dz[k] + line[CONSTANT * STRIP + c]
-            dx[k] = (line[ON_X * STRIP + c] * _centred(x[k], line, c) + rest) * line[POSTSCALE * STRIP + c]
-
-    return fill
-
-
-@for_columns_and_planes
-def differentiate_frozen(column: Any) -> Any:
-    """The same where the statistics are given: x is not read."""
-
-    @loop
-    def fill(dz: Array, dx: Array, line: Array) -> None:
-        for k in range(dz.size):
-            dx[k] = line[ON_DY * STRIP + column(k)] * dz[k] * line[POSTSCALE * STRIP + column(k)]
-
-    return fill
-
-
-@for_columns_and_planes
-def leave_out(column: Any) -> Any:
-    """Corrects dx where the mask is False."""
-
-    @loop
-    def correct(kept: Array, dz: Array, dx: Array, line: Array) -> None:
-        for k in range(dx.size):
-            alone = line[ON_DY * STRIP + column(k)] * dz[k] * line[POSTSCALE * STRIP + column(k)]
-            dx[k] = dx[k] if kept[k] == COUNTS else alone if kept[k] == MOVES_NO_OTHER else ZERO
-
-    return correct
+    for k in range(x.size):
+        c = 0 if plane else k
+        r, shift = residual[k], line[SHIFT * STRIP + c]
+        total = shift + r
+        back = total - shift
+        lost = ((shift - (total - back)) + (r - back)) + line[SHIFT_LOW * STRIP + c]
+        scaled = _centred(x[k], line, c) * line[SCALE * STRIP + c]
+        y[k] = (scaled + total) + (lost if lost == lost else ZERO)
 
 
 @loop
-def judge(kept: Array, dy: Array, dz: Array) -> None:
+def differentiate(plane: bool, dz: Array, x: Array, dx: Array, line: Array) -> None:
+    """Fills dx."""
+    for k in range(x.size):
+        c = 0 if plane else k
+        rest = line[ON_DY * STRIP + c] * dz[k] + line[CONSTANT * STRIP + c]
+        dx[k] = (line[ON_X * STRIP + c] * _centred(x[k], line, c) + rest) * line[POSTSCALE * STRIP + c]
+
+
+@loop
+def leave_out(plane: bool, kept: Array, dz: Array, dx: Array, line: Array) -> None:
+    """Corrects dx where a position is not in the statistics; such dx need not have been filled."""
+    for k in range(dx.size):
+        c = 0 if plane else k
+        alone = line[ON_DY * STRIP + c] * dz[k] * line[POSTSCALE * STRIP + c]
+        dx[k] = dx[k] if kept[k] == COUNTS else alone if kept[k] == MOVES_NO_OTHER else ZERO
+
+
+@loop
+def judge(frozen: bool, kept: Array, dy: Array, dz: Array) -> None:
     """Makes of the mask what each position is to the gradients. Where it is nothing, so is dz, whatever x may be."""
+    in_statistics = np.uint8(MOVES_NO_OTHER if frozen else COUNTS)
     for k in range(dy.size):
-        kept[k] = COUNTS if kept[k] else MOVES_NO_OTHER if dy[k] != 0 else NOTHING
+        kept[k] = in_statistics if kept[k] else MOVES_NO_OTHER if dy[k] != 0 else NOTHING
         dz[k] = dz[k] if kept[k] else ZERO
 
 
@@ -308,128 +237,102 @@ def copy(a: Array, b: Array) -> None:
 
 # Activations --------------------------------------------------------------------------------------------------------
 
-# Arithmetic with float32 keeps the dtype of the data, be it float32 or float64.
-ZERO, HALF, ONE, THREE, SIX = (np.float32(value) for value in (0, 0.5, 1, 3, 6))
 LOG2E, LN2_HIGH, LN2_LOW = 1.4426950408889634, 0.693359375, -2.121944400546905827679e-4  # n * LN2_HIGH is exact
-TO_INTEGER = 1.5 * 2.0**52  # when it is added, a small number is rounded to an integer, in the last bits
+SERIES = np.array([1 / math.factorial(n) for n in range(13, -1, -1)])  # of the exponential
+TO_INTEGER = 1.5 * 2.0**52  # when it is added, an integer stands in the last bits of the sum
 
 
 @inline
-def _power_of_two(n: float) -> float:
+def _power_of_two(n: Any) -> float:
     """Two to the n, a whole number between -1022 and 1023, by its bits."""
     bits = np.float64(n + TO_INTEGER).view(np.int64)
     return np.int64((bits + 1023) << 52).view(np.float64)
 
 
 @inline
-def _exp(x: float) -> Any:
-    """The exponential of x <= 0 to an ulp: two to the n times the power series of what is left, |r| <= log(2) / 2.
+def _sigmoids(z: Any, real: Any) -> Any:
+    """Of z and of -z, each as accurate as the other, in the dtype `real`. They are made of e = exp(-|z|) <= 1.
 
-    The power is applied in two steps, so that a denormal result is rounded once.
+    That is two to the n times the power series of what is left, |r| <= log(2) / 2. The power is applied in two steps,
+    so that a denormal result is rounded once.
     """
-    x = -1100.0 if x < -1100.0 else x
-    n = (x * LOG2E + TO_INTEGER) - TO_INTEGER
-    r = (x - n * LN2_HIGH) - n * LN2_LOW
-    s = r * r
-    low = ((r * (1 / 5040) + 1 / 720) * s + (r * (1 / 120) + 1 / 24)) * s + (r * (1 / 6) + 1 / 2)
-    high = (r * (1 / 6227020800) + 1 / 479001600) * s + (r * (1 / 39916800) + 1 / 3628800)
-    high = high * s + (r * (1 / 362880) + 1 / 40320)
-    total = ((high * (s * s * s) + low) * s + r) + 1
-    half = (n * 0.5 + TO_INTEGER) - TO_INTEGER
-    return total * _power_of_two(half) * _power_of_two(n - half)
-
-
-@inline
-def _sigmoids(z: Any) -> tuple[float, float]:
-    """Of z and of -z, in float64, each as accurate as the other; exp(-|z|) cannot overflow."""
-    e = _exp(-abs(np.float64(z)))
-    larger = 1.0 / (1.0 + e)
-    smaller = e * larger
-    return (smaller if z < 0 else larger), (larger if z < 0 else smaller)
-
-
-def _activation(activation: int) -> Any:
-    """The loop that fills y. A NaN stays one."""
-
-    @loop
-    def fill(z_: Array, y: Array, slope: Any) -> None:
-        for k in range(z_.size):
-            z = z_[k]
-            if activation == RELU:
-                y[k] = ZERO if z < ZERO else z
-            elif activation == RELU6:
-                y[k] = ZERO if z < ZERO else SIX if z > SIX else z
-            elif activation == LEAKY_RELU:
-                y[k] = z if z > ZERO else z * slope
-            elif activation == SILU:
-                y[k] = z * _sigmoids(z)[0]
-            elif activation == HARDSWISH:
-                gate = z + THREE
-                y[k] = z * ((ZERO if gate < ZERO else SIX if gate > SIX else gate) / SIX)
-            elif activation == SIGMOID:
-                y[k] = _sigmoids(z)[0]
-            else:
-                y[k] = z
-
-    return fill
-
-
-def _derivative(activation: int) -> Any:
-    """The loop that fills dz; the slope at kinks is PyTorch's. At NaN dy passes, unless z is in the slope's formula."""
-
-    @loop
-    def fill(dy: Array, z_: Array, dz: Array, slope: Any) -> None:
-        for k in range(dy.size):
-            z = z_[k]
-            if activation == RELU:
-                dz[k] = ZERO if z <= ZERO else dy[k]
-            elif activation == RELU6:
-                dz[k] = ZERO if z <= ZERO or z >= SIX else dy[k]
-            elif activation == LEAKY_RELU:
-                dz[k] = dy[k] if z > ZERO else dy[k] * slope
-            elif activation == SILU:
-                up, down = _sigmoids(z)
-                dz[k] = dy[k] * (up * (1.0 + z * down))
-            elif activation == HARDSWISH:
-                dz[k] = ZERO if z <= -THREE else dy[k] if z >= THREE else dy[k] * (z / THREE + HALF)
-            elif activation == SIGMOID:
-                up, down = _sigmoids(z)
-                dz[k] = dy[k] * (up * down)
-            else:
-                dz[k] = dy[k]
-
-    return fill
-
-
-def _chosen(make: Callable[[int], Any]) -> Any:
-    """A function that chooses among the loops of the activations."""
-    identity, relu, relu6, leaky_relu, silu, hardswish, sigmoid = map(make, range(len(Activation)))
-
-    @loop
-    def choose(activation: int, *arguments: Any) -> None:
-        if activation == IDENTITY:
-            identity(*arguments)
-        elif activation == RELU:
-            relu(*arguments)
-        elif activation == RELU6:
-            relu6(*arguments)
-        elif activation == LEAKY_RELU:
-            leaky_relu(*arguments)
-        elif activation == SILU:
-            silu(*arguments)
-        elif activation == HARDSWISH:
-            hardswish(*arguments)
-        else:
-            sigmoid(*arguments)
-
-    return choose
-
-
-activate, activate_gradient = _chosen(_activation), _chosen(_derivative)
+    x = real(-1100) if abs(z) > real(1100) else -abs(z)
+    n = np.rint(x * real(LOG2E))
+    r = (x - n * real(LN2_HIGH)) - n * real(LN2_LOW)
+    total = real(0)
+    for i in range(14):
+        total = total * r + real(SERIES[i])
+    half = np.rint(n * HALF)
+    e = total * real(_power_of_two(half)) * real(_power_of_two(n - half))
+    larger = ONE / (ONE + e)
+    return (e * larger, larger) if z < ZERO else (larger, e * larger)
 
 
 @loop
-def deactivate(activation: int, y: Array, z: Array, slope: Any) -> None:
-    """Fills z, of which the activation made y: identity or leaky_relu."""
+def activate(activation: int, y: Array, slope: Any) -> None:
+    """Makes y of the preactivation, in its place. A NaN stays one."""
+    real = y.dtype.type
+    if activation == RELU:
+        for k in range(y.size):
+            y[k] = ZERO if y[k] < ZERO else y[k]
+    elif activation == RELU6:
+        for k in range(y.size):
+            y[k] = ZERO if y[k] < ZERO else SIX if y[k] > SIX else y[k]
+    elif activation == LEAKY_RELU:
+        for k in range(y.size):
+            y[k] = y[k] if y[k] > ZERO else y[k] * slope
+    elif activation == SILU:
+        for k in range(y.size):
+            y[k] = y[k] * _sigmoids(y[k], real)[0]
+    elif activation == HARDSWISH:
+        for k in range(y.size):
+            gate = y[k] + THREE
+            y[k] = y[k] * ((ZERO if gate < ZERO else SIX if gate > SIX else gate) / SIX)
+    elif activation == SIGMOID:
+        for k in range(y.size):
+            y[k] = _sigmoids(y[k], real)[0]
+
+
+@loop
+def activate_gradient(activation: int, dy: Array, dz: Array, slope: Any) -> None:
+    """Makes dz of the preactivation, in its place.
+
+    At a kink the slope is the left one; at a NaN dy passes, unless a formula has it.
+    """
+    real = dz.dtype.type
+    if activation == RELU:
+        for k in range(dy.size):
+            dz[k] = ZERO if dz[k] <= ZERO else dy[k]
+    elif activation == RELU6:
+        for k in range(dy.size):
+            dz[k] = ZERO if dz[k] <= ZERO or dz[k] >= SIX else dy[k]
+    elif activation == LEAKY_RELU:
+        for k in range(dy.size):
+            dz[k] = dy[k] if dz[k] > ZERO else dy[k] * slope
+    elif activation == SILU:
+        for k in range(dy.size):
+            up, down = _sigmoids(dz[k], real)
+            dz[k] = dy[k] * (up * (ONE + dz[k] * down))
+    elif activation == HARDSWISH:
+        for k in range(dy.size):
+            z = dz[k]
+            dz[k] = ZERO if z <= -THREE else dy[k] if z >= THREE else dy[k] * (z / THREE + HALF)  # NaN at NaN
+    elif activation == SIGMOID:
+        for k in range(dy.size):
+            up, down = _sigmoids(dz[k], real)
+            dz[k] = dy[k] * (up * down)
+    else:
+        copy(dy, dz)
+
+
+@loop
+def deactivate(activation: int, y: Array, residual: Array, z: Array, seen: Array, slope: Any) -> None:
+    """Fills z with y, which tells on which side of a kink z was, and `seen` with gamma * xhat + beta.
+
+    The activation was identity or leaky_relu.
+    """
     for k in range(y.size):
-        z[k] = y[k] / slope if activation == LEAKY_RELU and y[k] <= ZERO else y[k]
+        z[k] = y[k]
+        seen[k] = y[k] / slope if activation == LEAKY_RELU and y[k] <= ZERO else y[k]
+    for k in range(residual.size):
+        seen[k] -= residual[k]
