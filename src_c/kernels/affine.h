@@ -55,8 +55,8 @@ FBN_INLINE void NAME(affine_planes)(const fbn_affine *a, const NAME(runs) * r, i
         if (n == WIDTH && left >= WIDTH) {
             n = NAME(least)(left, end - at) / WIDTH * WIDTH;
             for (int64_t k = 0; k < n; k += WIDTH) NAME(affine_at)(a, at + k, &l, activation, has_residual);
-        } else if (NAME(is_short)(activation)) {
-            const NAME(line) part = left < n ? NAME(line_over)(&a->line, c, left, r) : l;
+        } else if (NAME(is_short)(activation) && (left >= n || left + r->length >= WIDTH)) {
+            const NAME(line) part = left < n ? NAME(line_of_two)(&a->line, c, left, r) : l;
             NAME(affine_n)(a, at, n, &part, activation, has_residual);
         } else NAME(affine_part)(a, at, n, c, left, r);
         at += n;

@@ -20,6 +20,13 @@ FBN_INLINE NAME(slopes) NAME(slopes_over)(const fbn_grad_affine *g, int64_t c, i
                           NAME(constant_over)(g->slopes.postscale, c, left, r)};
 }
 
+FBN_INLINE NAME(slopes) NAME(slopes_of_two)(const fbn_grad_affine *g, int64_t c, int64_t left, const NAME(runs) * r) {
+    return (NAME(slopes)){NAME(line_of_two)(&g->line, c, left, r), NAME(constant_of_two)(g->slopes.on_dy, c, left, r),
+                          NAME(constant_of_two)(g->slopes.on_x, c, left, r),
+                          NAME(constant_of_two)(g->slopes.constant, c, left, r),
+                          NAME(constant_of_two)(g->slopes.postscale, c, left, r)};
+}
+
 /* Which of the kernel's parts a call has; every field is a constant where the loops are instantiated for identity
  * and relu. */
 typedef struct {
@@ -88,8 +95,8 @@ FBN_INLINE void NAME(grad_affine_planes)(const fbn_grad_affine *g, const NAME(ru
         if (n == WIDTH && left >= WIDTH) {
             n = NAME(least)(left, end - at) / WIDTH * WIDTH;
             for (int64_t k = 0; k < n; k += WIDTH) NAME(grad_affine_at)(g, at + k, &s, parts);
-        } else if (NAME(is_short)(parts.activation)) {
-            const NAME(slopes) part = left < n ? NAME(slopes_over)(g, c, left, r) : s;
+        } else if (NAME(is_short)(parts.activation) && (left >= n || left + r->length >= WIDTH)) {
+            const NAME(slopes) part = left < n ? NAME(slopes_of_two)(g, c, left, r) : s;
             NAME(grad_affine_n)(g, at, n, &part, parts);
         } else NAME(grad_affine_part)(g, at, n, c, left, r);
         at += n;

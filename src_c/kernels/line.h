@@ -87,6 +87,18 @@ FBN_INLINE NAME(line) NAME(line_over)(const fbn_line *l, int64_t c, int64_t left
                         NAME(constant_over)(l->shift_low, c, left, r), (real)l->slope};
 }
 
+/* The same where the vector holds two channels at most, and without a branch. */
+FBN_INLINE vec NAME(constant_of_two)(const void *constants, int64_t c, int64_t left, const NAME(runs) * r) {
+    const int64_t next = c + 1 < r->count ? c + 1 : c;
+    return vjoin(NAME(constant_at)(constants, c, 0), NAME(constant_at)(constants, next, 0), left);
+}
+
+FBN_INLINE NAME(line) NAME(line_of_two)(const fbn_line *l, int64_t c, int64_t left, const NAME(runs) * r) {
+    return (NAME(line)){NAME(constant_of_two)(l->prescale, c, left, r),  NAME(constant_of_two)(l->neg_mean, c, left, r),
+                        NAME(constant_of_two)(l->scale, c, left, r),     NAME(constant_of_two)(l->shift, c, left, r),
+                        NAME(constant_of_two)(l->shift_low, c, left, r), (real)l->slope};
+}
+
 /* Elements of a cache line. What is streamed should be whole ones: memory takes a part of one much more slowly. */
 enum { NAME(LINE) = 64 / sizeof(elem) };
 
