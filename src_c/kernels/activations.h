@@ -97,5 +97,7 @@ FBN_INLINE vec NAME(inverse)(vec y, const NAME(line) * l, int activation) {
     return vwhere_less(vset(0), y, y, vdiv(y, vset(l->slope)));
 }
 
-/* Whether an activation is so short that loops need not leave parts of vectors to a function. */
-FBN_INLINE int NAME(is_short)(int activation) { return activation == FBN_IDENTITY || activation == FBN_RELU; }
+/* Whether an activation's code is so short, or a call, that loops need not leave parts of vectors to a function. */
+FBN_INLINE int NAME(is_short)(int activation) {
+    return activation == FBN_IDENTITY || activation == FBN_RELU || activation & NAME(ANY);
+}
