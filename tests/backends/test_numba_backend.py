@@ -15,8 +15,8 @@ import pytest
 
 numba = pytest.importorskip("numba", reason='Numba is not installed: pip install "fastbn[numba]"')
 
-from fastbn import _call  # noqa: E402
 from fastbn._backends import SAVED_ROWS, numba_backend  # noqa: E402
+from fastbn.call import record  # noqa: E402
 
 Array = np.ndarray[Any, Any]
 LONG = np.longdouble
@@ -223,7 +223,7 @@ def forward(
 ) -> Forward:
     channels = c.x.shape[1]
     got = Forward(np.empty_like(c.x), np.empty((6, channels)), np.full(channels, 3, c.x.dtype), np.ones_like(c.gamma))
-    numba_backend.forward(_call.Call(
+    numba_backend.forward(record.Call(
         x=c.x, residual=c.residual if residual else None, mask=mask, gamma=c.gamma, beta=c.beta,
         running_mean=got.running_mean, running_var=got.running_var, momentum=0.1, correction=1, eps=eps,
         code=activation, slope=slope, y=got.y, saved=got.saved, threads=threads,
@@ -237,7 +237,7 @@ def infer(
 ) -> Array:  # fmt: skip
     y = np.empty_like(c.x)
     verb = numba_backend.apply if mean is None else numba_backend.infer
-    verb(_call.Call(
+    verb(record.Call(
         x=c.x, residual=c.residual if residual else None, gamma=c.gamma, beta=c.beta, running_mean=mean,
         running_var=var, eps=EPS, code=activation, slope=slope, y=y, saved=saved, threads=threads,
     ))  # fmt: skip
@@ -253,7 +253,7 @@ def backward(
     if residual and activation != IDENTITY:
         got["dresidual"] = np.empty_like(c.x)
     count = c.x.size / c.x.shape[1] if mask is None else mask.sum()
-    numba_backend.backward(_call.BackwardCall(
+    numba_backend.backward(record.BackwardCall(
         dy=c.dy if dy is None else dy, x=c.x if from_y is None else from_y, residual=c.residual if residual else None,
         mask=mask, saved=saved, counted=float(count), frozen=frozen, sums=sums, code=activation, slope=slope,
         from_y=from_y is not None, dx=got["dx"], dresidual=got.get("dresidual"), dgamma=got["dgamma"],
@@ -337,7 +337,7 @@ def test_moments(shape: tuple[int, int, int], masked: bool, dtype: str) -> None:
     c = call(shape, dtype, offset=1e4)
     mask = c.mask if masked else None
     exact, into = exact_forward(c, IDENTITY, 0, False, mask), np.empty((3, shape[1]))
-    numba_backend.moments(_call.Call(x=c.x, mask=mask, moments=into))
+    numba_backend.moments(record.Call(x=c.x, mask=mask, moments=into))
     count = c.x.size // shape[1] if mask is None else int(mask.sum())
     assert_close("the mean", into[0].astype(LONG) + into[1], exact.mean, 1e-12 + 0 * exact.mean)
     assert_close("m2", into[2], exact.var * count, 1e-12 * count * (exact.var + 1e-4))
@@ -364,7 +364,7 @@ def test_sums(activation: str, shape: tuple[int, int, int], dtype: str) -> None:
     saved = forward(c, activation_, slope, residual=True).saved
     sums = np.empty((2, shape[1]))
     numba_backend.backward_sums(
-        _call.BackwardCall(dy=c.dy, x=c.x, residual=c.residual, saved=saved, code=activation_, slope=slope, sums=sums)
+        record.BackwardCall(dy=c.dy, x=c.x, residual=c.residual, saved=saved, code=activation_, slope=slope, sums=sums)
     )
     alone = backward(c, saved, activation_, slope, residual=True)
     given = backward(c, saved, activation_, slope, residual=True, sums=sums)
@@ -387,14 +387,14 @@ def test_parts_of_a_batch(dtype: str) -> None:
     for part in parts:
         y.append(infer(part, None, None, saved, SILU))
         some = np.empty((2, 20))
-        numba_backend.backward_sums(_call.BackwardCall(dy=part.dy, x=part.x, saved=saved, code=SILU, sums=some))
+        numba_backend.backward_sums(record.BackwardCall(dy=part.dy, x=part.x, saved=saved, code=SILU, sums=some))
         sums += some
     cases.assert_same_bits(np.concatenate(y), whole.y)
     wanted = backward(c, whole.saved, SILU)
     got = []
     for part in parts:
         dx, dgamma, dbeta = np.empty_like(part.x), np.empty_like(c.gamma), np.empty_like(c.beta)
-        numba_backend.backward(_call.BackwardCall(
+        numba_backend.backward(record.BackwardCall(
             dy=part.dy, x=part.x, saved=saved, counted=30.0 * 60, sums=sums, code=SILU, dx=dx, dgamma=dgamma,
             dbeta=dbeta,
         ))  # fmt: skip
@@ -418,7 +418,7 @@ def test_from_y(activation: str, residual: bool, shape: tuple[int, int, int], dt
     wanted = backward(c, saved, activation_, slope, residual, dy=dy)
     got = backward(c, saved, activation_, slope, residual, from_y=y, dy=dy)
     sums = np.empty((2, shape[1]))
-    numba_backend.backward_sums(_call.BackwardCall(
+    numba_backend.backward_sums(record.BackwardCall(
         dy=dy, x=y, residual=c.residual if residual else None, saved=saved, code=activation_, slope=slope, from_y=True,
         sums=sums,
     ))  # fmt: skip
@@ -442,7 +442,7 @@ def test_in_place(shape: tuple[int, int, int], dtype: str) -> None:
     c = call(shape, dtype)
     wanted = forward(c, SILU, residual=True).y
     y = c.x.copy()
-    numba_backend.forward(_call.Call(
+    numba_backend.forward(record.Call(
         x=y, residual=c.residual, gamma=c.gamma, beta=c.beta, momentum=0.1, correction=1, eps=EPS, code=SILU, y=y,
         saved=np.empty((6, shape[1])),
     ))  # fmt: skip
@@ -453,7 +453,7 @@ def test_parameters_may_be_absent_or_wider(dtype: str) -> None:
     c = call((9, 130, 49), dtype)
     y = np.empty_like(c.x)
     saved = np.empty((6, 130))
-    numba_backend.forward(_call.Call(x=c.x, momentum=0.1, correction=1, eps=EPS, y=y, saved=saved))
+    numba_backend.forward(record.Call(x=c.x, momentum=0.1, correction=1, eps=EPS, y=y, saved=saved))
     plain = c._replace(gamma=np.ones(130), beta=np.zeros(130))
     cases.assert_same_bits(y, forward(plain).y)
     assert (saved[4] == 1).all()
@@ -468,7 +468,7 @@ def test_empty(shape: tuple[int, int, int], dtype: str) -> None:
     infer(c, c.beta, c.gamma, saved)
     np.testing.assert_allclose(saved[3], 1 / np.sqrt(1 + EPS))
     assert (backward(c, saved, frozen=True)["dgamma"] == 0).all()
-    numba_backend.backward_sums(_call.BackwardCall(dy=x, x=x, saved=saved, sums=sums))
+    numba_backend.backward_sums(record.BackwardCall(dy=x, x=x, saved=saved, sums=sums))
     assert (sums == 0).all()
 
 
@@ -481,9 +481,9 @@ def through(activation: int, slope: float, z: Array) -> tuple[Array, Array]:
     one, zero = np.ones(1), np.zeros(1)
     y, dz, saved = np.empty_like(z), np.empty_like(z), np.empty((6, 1))
     numba_backend.infer(
-        _call.Call(x=z, running_mean=zero, running_var=one, code=activation, slope=slope, y=y, saved=saved)
+        record.Call(x=z, running_mean=zero, running_var=one, code=activation, slope=slope, y=y, saved=saved)
     )
-    numba_backend.backward(_call.BackwardCall(
+    numba_backend.backward(record.BackwardCall(
         dy=np.ones_like(z), x=z, saved=saved, counted=1.0, frozen=True, code=activation, slope=slope, dx=dz,
     ))  # fmt: skip
     return y.ravel(), dz.ravel()
@@ -526,8 +526,8 @@ def everything(c: Call, threads: int) -> tuple[Array, ...]:
     """All that the functions fill."""
     y, saved, *running = forward(c, SILU, residual=True, mask=c.mask, threads=threads)
     into, sums = np.empty((3, c.x.shape[1])), np.empty((2, c.x.shape[1]))
-    numba_backend.moments(_call.Call(x=c.x, moments=into, threads=threads))
-    numba_backend.backward_sums(_call.BackwardCall(dy=c.dy, x=c.x, saved=saved, code=RELU, sums=sums, threads=threads))
+    numba_backend.moments(record.Call(x=c.x, moments=into, threads=threads))
+    numba_backend.backward_sums(record.BackwardCall(dy=c.dy, x=c.x, saved=saved, code=RELU, sums=sums, threads=threads))
     gradients = backward(c, saved, SILU, residual=True, mask=c.mask, threads=threads)
     inverted = backward(c, saved, IDENTITY, from_y=c.x, threads=threads)
     inferred = infer(c, saved[0], saved[2], None, RELU, threads=threads)
@@ -551,7 +551,7 @@ def test_places_in_memory_do_not_change_a_bit(shape: tuple[int, int, int], dtype
     y = np.full(c.x.size + 40, 7, dtype)
     for skip in (3, 16, 19):
         out = y[skip : skip + c.x.size].reshape(shape)
-        numba_backend.infer(_call.Call(
+        numba_backend.infer(record.Call(
             x=c.x, gamma=c.gamma, beta=c.beta, running_mean=c.beta, running_var=abs(c.gamma), eps=EPS, code=RELU, y=out,
         ))  # fmt: skip
         cases.assert_same_bits(out.copy(), infer(c, c.beta, abs(c.gamma), None, RELU))
@@ -625,7 +625,7 @@ def test_frozen_gradient_does_not_read_x() -> None:
     saved = np.zeros((6, 60))
     saved[3:5] = 1
     dx = np.empty_like(c.x)
-    numba_backend.backward(_call.BackwardCall(dy=c.dy, x=c.x, saved=saved, counted=40.0, frozen=True, dx=dx))
+    numba_backend.backward(record.BackwardCall(dy=c.dy, x=c.x, saved=saved, counted=40.0, frozen=True, dx=dx))
     cases.assert_same_bits(dx, c.dy)
 
 
