@@ -37,6 +37,7 @@ cdef extern from "fastbn.h" nogil:
         FBN_SILU
         FBN_HARDSWISH
         FBN_SIGMOID
+        FBN_ACTIVATIONS
 
     ctypedef struct fbn_kernels:
         pass

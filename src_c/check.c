@@ -29,7 +29,7 @@ const char *fbn_status_text(fbn_status status) {
 /* ---- numbers ---- */
 
 static fbn_status check_activation(const fbn_problem *p) {
-    if ((int)p->activation < FBN_IDENTITY || (int)p->activation > FBN_SIGMOID) return FBN_BAD_ACTIVATION;
+    if ((int)p->activation < FBN_IDENTITY || (int)p->activation >= FBN_ACTIVATIONS) return FBN_BAD_ACTIVATION;
     return p->activation != FBN_LEAKY_RELU || isfinite(p->slope) ? FBN_OK : FBN_BAD_ACTIVATION;
 }
 

@@ -79,7 +79,8 @@ typedef enum {
     FBN_LEAKY_RELU = 3,
     FBN_SILU = 4,
     FBN_HARDSWISH = 5,
-    FBN_SIGMOID = 6
+    FBN_SIGMOID = 6,
+    FBN_ACTIVATIONS /* how many there are */
 } fbn_activation;
 
 /* The kernels of one instruction set. Opaque; see fbn_kernels_at. */

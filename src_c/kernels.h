@@ -32,11 +32,13 @@ enum { FBN_CHANNEL_PAD = 16 };
 
 /* Or'ed to an activation that has an inverse (identity, leaky_relu): instead of x a kernel gets y = activation(gamma *
  * xhat + beta + residual), and gamma * xhat + beta stands for x. */
-enum { FBN_FROM_Y = 8 };
+enum { FBN_FROM_Y = 256 };
 
 /* Or'ed to the activation of a gradient's kernel for positions that do not count towards the statistics: where dy is 0
  * they add nothing and their results are 0, whatever x, the residual and the constants are. */
-enum { FBN_OUTSIDE = 32, FBN_WHICH = 7 }; /* FBN_WHICH leaves the fbn_activation */
+enum { FBN_OUTSIDE = 1024, FBN_WHICH = 255 }; /* FBN_WHICH leaves the fbn_activation */
+
+_Static_assert(FBN_ACTIVATIONS <= FBN_WHICH + 1, "the flags must not be bits of an activation");
 
 /* y = ((x * prescale + neg_mean) * scale + shift) + shift_low, per channel, in the compute type (float or double) of
  * the dtype. shift_low is what shift lost to rounding. prescale is a power of two, 1 but for channels whose spread or

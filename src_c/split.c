@@ -10,7 +10,8 @@ enum {
     BLOCK_CHANNELS = 64,  /* the most channels in a channels-first block */
     IMAGES = 8,           /* planes of a channel that a kernel gets at once */
     CHUNK_BYTES = 262144, /* bytes of rows that are mapped at a time */
-    CHANNELS_TO_SHARE = 16384 /* from so many channels on, threads share what is done once per channel */
+    CHANNELS_TO_SHARE = 16384, /* from so many channels on, threads share what is done once per channel */
+    PART_OF_CACHE = 8          /* a result larger than this part of the shared cache is written around it */
 };
 
 static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -56,6 +57,7 @@ fbn_split fbn_split_of(const fbn_problem *p, int arrays) {
     s.block = block_of(&s, p->machine->core_cache, arrays);
     s.by_channels = by_channels(&s);
     s.shares_channels = p->channels >= CHANNELS_TO_SHARE;
+    s.large = values * s.elem > p->machine->shared_cache / PART_OF_CACHE;
     return s;
 }
 

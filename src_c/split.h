@@ -22,6 +22,7 @@ typedef struct {
     int threads;              /* how many threads have enough work */
     int by_channels;          /* a thread does all steps on one block before it turns to the next */
     int shares_channels;      /* there are so many channels that threads share the work done once per channel */
+    int large;                /* a result is so large that it is written around the cache */
 } fbn_split;
 
 /* The split of a valid problem, for a call that reads this number of large arrays. */

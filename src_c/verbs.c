@@ -161,10 +161,7 @@ static fbn_job job_of(const fbn_problem *p, const fbn_operation *operation, int 
 
 /* A streaming store saves the read of the line that it writes, but drops from the cache what could have stayed there.
  * So it is used for results that are too large for the cache. */
-static int streams(const fbn_job *j) {
-    const int64_t bytes = j->p->outer * j->p->channels * j->p->inner * j->split.elem;
-    return bytes > j->p->machine->shared_cache / 8 && (uintptr_t)j->result % (size_t)j->split.elem == 0;
-}
+static int streams(const fbn_job *j) { return j->split.large && (uintptr_t)j->result % (size_t)j->split.elem == 0; }
 
 /* A job that maps x to y. Its rows go to `saved`, unless that is NULL. */
 static fbn_job job_of_x(const fbn_problem *p, const fbn_operation *operation, const void *x, const void *residual,

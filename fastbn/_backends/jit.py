@@ -31,7 +31,8 @@ from numba.core.serialize import dumps
 
 from ..config.cache_dir import cache_dir
 
-SOURCES = ("_backends/jit.py", "numba.py", "_backends/numba_backend.py", "_backends/numba_loops.py")
+SOURCES = ("numba.py", "_backends/*.py", "call/*.py", "include/*.h")
+"""Whatever compiled code may have been made of: its own text, and the numbers that it holds as constants."""
 
 _lock = threading.Lock()
 
@@ -60,8 +61,7 @@ def _folder() -> Path | None:
     base = cache_dir()
     if base is None:
         return None
-    package = Path(__file__).parent.parent
-    version = zlib.crc32(b"".join((package / name).read_bytes() for name in SOURCES))
+    version = _version(Path(__file__).parent.parent)
     folder = base / f"numba-{numba.__version__}-{sys.implementation.cache_tag}-{version:08x}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -69,6 +69,11 @@ def _folder() -> Path | None:
     except OSError:
         return None
     return folder
+
+
+def _version(package: Path) -> int:
+    """A number that changes with any of the sources."""
+    return zlib.crc32(b"".join(path.read_bytes() for name in SOURCES for path in sorted(package.glob(name))))
 
 
 def _cache_in(folder: Path, function: Callable[..., Any]) -> _Cache:

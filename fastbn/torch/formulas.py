@@ -117,7 +117,7 @@ def blend(mean: Tensor, var: Tensor, saved: Tensor, count: Any, momentum: Any) -
 
 
 def _rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """As `rounded` in _dtypes.py: torch, too, would round twice to a half, by way of float32."""
+    """As `rounded` in call/dtypes.py: torch, too, would round twice to a half, by way of float32."""
     if dtype in (torch.float32, torch.float64):
         return values.to(dtype)
     single = values.float()

@@ -33,7 +33,7 @@ FBN_INLINE vec NAME(sigmoid_slope)(vec z, int times_z) {
 }
 
 /* Or'ed to the activation in loops that are there for any. */
-enum { NAME(ANY) = 16 };
+enum { NAME(ANY) = 512 };
 
 /* Not inlined: a call costs little beside what it does, and so the loops need not be there once for each. */
 FBN_APART vec NAME(other)(vec z, real slope, int activation) {

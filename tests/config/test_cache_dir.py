@@ -16,9 +16,12 @@ import cases
 import numpy as np
 import pytest
 
+import fastbn
 from fastbn.config.cache_dir import cache_dir
 
 pytest.importorskip("numba", reason='Numba is not installed: pip install "fastbn[numba]"')
+
+from fastbn._backends import jit
 
 MODULE = """
 from fastbn._backends.jit import jit
@@ -142,6 +145,18 @@ def test_a_file_of_older_source(folder: Path, tmp_path: Path) -> None:
     finally:
         (SOURCES / "jitted.py").write_text(MODULE, encoding="utf-8")
     assert files(folder, "*.nbc") == before
+
+
+@pytest.mark.parametrize("name", ["call/activations.py", "_backends/__init__.py", "numba.py", "include/fastbn.h"])
+def test_constants_of_older_sources(name: str, tmp_path: Path) -> None:
+    """Compiled code holds the numbers of these files, so it is not used once one of them has changed."""
+    package, copy = Path(fastbn.__file__).parent, tmp_path / "fastbn"
+    shutil.copytree(package, copy, ignore=shutil.ignore_patterns("*.so", "*.pyd", "*.a", "__pycache__"))
+    before = jit._version(copy)
+    assert before == jit._version(package)
+    with (copy / name).open("a", encoding="utf-8") as file:
+        file.write("\n")
+    assert jit._version(copy) != before
 
 
 def test_a_file_that_is_missing(folder: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ class Split(ct.Structure):
     """fbn_split of split.h."""
 
     _fields_ = tuple(
-        (name, ct.c_int if name in ("rows", "threads", "by_channels", "shares_channels") else ct.c_int64)
+        (name, ct.c_int if name in ("rows", "threads", "by_channels", "shares_channels", "large") else ct.c_int64)
         for name in [
             "outer",
             "channels",
@@ -37,6 +37,7 @@ class Split(ct.Structure):
             "threads",
             "by_channels",
             "shares_channels",
+            "large",
         ]
     )
 

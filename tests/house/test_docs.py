@@ -160,3 +160,33 @@ def test_streaming_example(tmp_path: Path) -> None:
     assert mean < 1e-5
     assert low == pytest.approx(1, rel=1e-4)
     assert high == pytest.approx(1, rel=1e-4)
+
+
+NAMED = re.compile(r"(?<![\w/.<-])((?:\w+/)*\w+\.(?:pyx|pxi|pxd|pyi|py|cpp|c|h))\b(?!\()")
+SOURCES = ("py", "pyx", "pxi", "pxd", "pyi", "c", "h")
+ELSEWHERE = {"Python.h", "numpy/arrayobject.h", "dnnl_types.h", "probe.c"}
+
+
+@in_checkout
+def test_files_that_are_named_exist() -> None:
+    """In texts, comments and docstrings of the package, the core, the bench and the build."""
+    files = {
+        path.relative_to(cases.CHECKOUT).as_posix()
+        for folder in ("fastbn", "src_c", "bench", "tests", "examples")
+        for path in (cases.CHECKOUT / folder).rglob("*.*")
+    } | {"setup.py"}
+    texts = [cases.CHECKOUT / name for name in ("README.md", "CONTRIBUTING.md", "src_c/README.md", "setup.py")]
+    for folder in ("fastbn", "src_c", "bench"):
+        texts += [
+            path
+            for path in (cases.CHECKOUT / folder).rglob("*.*")
+            if path.suffix[1:] in SOURCES and path.name != "bridge.c"
+        ]
+    missing = [
+        f"{path.relative_to(cases.CHECKOUT)}: {name}"
+        for path in texts
+        if path.name != "bridge.c"  # which a build has made
+        for name in NAMED.findall(path.read_text(encoding="utf-8"))
+        if name not in ELSEWHERE and not any(file == name or file.endswith(f"/{name}") for file in files)
+    ]
+    assert missing == []

@@ -274,7 +274,7 @@ def enum_of(pattern: str) -> dict[str, int]:
 @in_checkout
 def test_activations() -> None:
     wanted = {f"FBN_{activation.name}": activation.value for activation in activations.Activation}
-    assert enum_of("FBN_RELU") == wanted
+    assert enum_of("FBN_RELU") == {**wanted, "FBN_ACTIVATIONS": len(wanted)}
     assert list(activations.BY_NAME.values()) == list(range(len(wanted)))
 
 
@@ -348,6 +348,25 @@ def test_declarations_for_cython() -> None:
 
     assert functions(header)
     assert functions(pxd) == functions(header)
+
+
+@in_checkout
+def test_structs_for_cython() -> None:
+    """cfastbn.pxd declares the structs of fastbn.h, each with its fields, and the members of its enums."""
+    header = code_of(SRC_C / "fastbn.h")
+    structs = {
+        name: re.findall(r"(\w+)(?=\s*[,;])", body)
+        for body, name in re.findall(r"typedef struct \{(.*?)\} (\w+);", header, flags=re.DOTALL)
+    }
+    members = set(re.findall(r"\bFBN_\w+", " ".join(re.findall(r"enum \{(.*?)\}", header, flags=re.DOTALL))))
+    pxd = (cases.CHECKOUT / "fastbn/cfastbn.pxd").read_text(encoding="utf-8")
+    declared = {
+        name: re.findall(r"(\w+)$", body, flags=re.MULTILINE)
+        for name, body in re.findall(r"ctypedef struct (\w+):\n((?:        .*\n)+)", pxd)
+    }
+    assert len(structs) > 10
+    assert {name: fields for name, fields in declared.items() if fields != ["pass"]} == structs
+    assert members <= set(re.findall(r"\bFBN_\w+", pxd))
 
 
 @in_checkout

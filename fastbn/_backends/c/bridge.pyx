@@ -31,6 +31,17 @@ DTYPES = frozenset(("float16", "bfloat16", "float32", "float64"))
 
 # ---- calls: each verb with a workspace of its own ----
 
+# What a call starts from: every field is 0, which is absent in fastbn.h, so that only what is given need be set.
+cdef c.fbn_problem NO_PROBLEM
+cdef c.fbn_forward_args NO_FORWARD
+cdef c.fbn_infer_args NO_INFER
+cdef c.fbn_apply_args NO_APPLY
+cdef c.fbn_moments_args NO_MOMENTS
+cdef c.fbn_sums_args NO_SUMS
+cdef c.fbn_backward_args NO_BACKWARD
+cdef c.fbn_plan_args NO_PLAN
+cdef c.fbn_run_args NO_RUN
+
 cdef enum:
     SMALL = 16384  # workspaces up to this size live on the stack
     NO_MEMORY = -1  # beside the statuses of fastbn.h
@@ -126,7 +137,7 @@ cdef bint set_dtype(c.fbn_problem *p, int number) noexcept:
 
 cdef c.fbn_dtype dtype_of(cnp.ndarray array) except *:
     global bfloat16
-    cdef c.fbn_problem p
+    cdef c.fbn_problem p = NO_PROBLEM
     if not set_dtype(&p, cnp.PyArray_TYPE(array)):
         if array.dtype.name != "bfloat16":
             raise TypeError(f"dtype: got {array.dtype}; allowed: {', '.join(sorted(DTYPES))}")
@@ -211,8 +222,8 @@ cdef double *rows_of(cnp.ndarray rows, int count, Sizes sizes) except? NULL:
 
 
 def forward(call):
-    cdef c.fbn_problem p
-    cdef c.fbn_forward_args a
+    cdef c.fbn_problem p = NO_PROBLEM
+    cdef c.fbn_forward_args a = NO_FORWARD
     cdef Sizes sizes = set_problem_of(&p, call)
     cdef int status
     a.x, a.residual = data_of(call.x, sizes.data, sizes.values), data_of(call.residual, sizes.data, sizes.values)
@@ -227,8 +238,8 @@ def forward(call):
 
 
 def infer(call):
-    cdef c.fbn_problem p
-    cdef c.fbn_infer_args a
+    cdef c.fbn_problem p = NO_PROBLEM
+    cdef c.fbn_infer_args a = NO_INFER
     cdef Sizes sizes = set_problem_of(&p, call)
     cdef int status
     a.x, a.residual = data_of(call.x, sizes.data, sizes.values), data_of(call.residual, sizes.data, sizes.values)
@@ -243,8 +254,8 @@ def infer(call):
 
 
 def apply(call):
-    cdef c.fbn_problem p
-    cdef c.fbn_apply_args a
+    cdef c.fbn_problem p = NO_PROBLEM
+    cdef c.fbn_apply_args a = NO_APPLY
     cdef Sizes sizes = set_problem_of(&p, call)
     cdef int status
     a.x, a.residual = data_of(call.x, sizes.data, sizes.values), data_of(call.residual, sizes.data, sizes.values)
@@ -256,8 +267,8 @@ def apply(call):
 
 
 def moments(call):
-    cdef c.fbn_problem p
-    cdef c.fbn_moments_args a
+    cdef c.fbn_problem p = NO_PROBLEM
+    cdef c.fbn_moments_args a = NO_MOMENTS
     cdef Sizes sizes = set_problem_of(&p, call)
     cdef int status
     a.x = data_of(call.x, sizes.data, sizes.values)
@@ -269,8 +280,8 @@ def moments(call):
 
 
 def backward_sums(call):
-    cdef c.fbn_problem p
-    cdef c.fbn_sums_args a
+    cdef c.fbn_problem p = NO_PROBLEM
+    cdef c.fbn_sums_args a = NO_SUMS
     cdef Sizes sizes = set_problem_of(&p, call)
     cdef int status
     a.dy, a.x = data_of(call.dy, sizes.data, sizes.values), data_of(call.x, sizes.data, sizes.values)
@@ -284,8 +295,8 @@ def backward_sums(call):
 
 
 def backward(call):
-    cdef c.fbn_problem p
-    cdef c.fbn_backward_args a
+    cdef c.fbn_problem p = NO_PROBLEM
+    cdef c.fbn_backward_args a = NO_BACKWARD
     cdef Sizes sizes = set_problem_of(&p, call)
     cdef int status
     a.dy, a.x = data_of(call.dy, sizes.data, sizes.values), data_of(call.x, sizes.data, sizes.values)

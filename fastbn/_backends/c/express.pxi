@@ -185,6 +185,9 @@ cdef struct Call:
     bint statistics
 
 
+cdef Call NO_CALL
+
+
 cdef void set_bytes(Call *call) noexcept:
     """How large the arrays of a problem are, and which dtype those of its channels have."""
     cdef const c.fbn_problem *p = &call.problem
@@ -260,8 +263,8 @@ def express_infer(
     object residual, object out, object threads,
 ):
     """y, or None."""
-    cdef Call call
-    cdef c.fbn_infer_args a
+    cdef Call call = NO_CALL
+    cdef c.fbn_infer_args a = NO_INFER
     cdef int status
     if not take(&call, x, gamma, beta, mean, var, eps, axis, activation, residual, out, threads):
         return None
@@ -280,13 +283,13 @@ def express_infer(
 cdef void fill_infer(c.fbn_infer_args *a, const Call *call) noexcept nogil:
     a.x, a.residual, a.parameters, a.eps = call.x, call.residual, call.parameters, call.eps
     a.statistics.mean, a.statistics.var, a.statistics.dtype = call.mean, call.var, call.parameters.dtype
-    a.y, a.saved = call.y, NULL
+    a.y = call.y
 
 
 cdef void fill_forward(
     c.fbn_forward_args *a, const Call *call, double momentum, double correction, double *saved
 ) noexcept nogil:
-    a.x, a.residual, a.mask = call.x, call.residual, NULL
+    a.x, a.residual = call.x, call.residual
     a.parameters, a.eps, a.y, a.saved = call.parameters, call.eps, call.y, saved
     a.running.mean, a.running.var, a.running.dtype = call.mean, call.var, call.parameters.dtype
     a.running.momentum, a.running.correction = momentum, correction
@@ -297,9 +300,9 @@ def express_forward(
     object axis, object activation, object residual, object out, bint training, object threads,
 ):
     """(y, saved), or None."""
-    cdef Call call
-    cdef c.fbn_forward_args a
-    cdef c.fbn_infer_args b
+    cdef Call call = NO_CALL
+    cdef c.fbn_forward_args a = NO_FORWARD
+    cdef c.fbn_infer_args b = NO_INFER
     cdef cnp.ndarray saved
     cdef int status
     if not take(&call, x, gamma, beta, mean, var, eps, axis, activation, residual, out, threads):
@@ -351,8 +354,8 @@ def express_backward(
     object has_gamma, object has_beta, object out, object threads,
 ):
     """(dx, dgamma, dbeta, dresidual), or None."""
-    cdef c.fbn_problem p
-    cdef c.fbn_backward_args a
+    cdef c.fbn_problem p = NO_PROBLEM
+    cdef c.fbn_backward_args a = NO_BACKWARD
     cdef void *dy_ = NULL
     cdef void *residual_ = NULL
     cdef int64_t bytes
@@ -365,7 +368,7 @@ def express_backward(
         return None
     if not frozen and p.outer * p.inner < 2:
         return None
-    a.x, a.dy, a.residual, a.mask = cnp.PyArray_DATA(<cnp.ndarray> x), dy_, residual_, NULL
+    a.x, a.dy, a.residual = cnp.PyArray_DATA(<cnp.ndarray> x), dy_, residual_
     bytes = cnp.PyArray_NBYTES(<cnp.ndarray> x)
     if a.dx != NULL and not (
         cnp.PyArray_ISWRITEABLE(<cnp.ndarray> out) and apart(a.dx, bytes, a.x, bytes)
@@ -389,7 +392,7 @@ def express_backward(
         dbeta = empty(0, p.channels, statistics)
     a.dgamma = NULL if dgamma is None else cnp.PyArray_DATA(<cnp.ndarray> dgamma)
     a.dbeta = NULL if dbeta is None else cnp.PyArray_DATA(<cnp.ndarray> dbeta)
-    a.saved, a.sums, a.from_y = <double *> cnp.PyArray_DATA(<cnp.ndarray> saved), NULL, False
+    a.saved = <double *> cnp.PyArray_DATA(<cnp.ndarray> saved)
     a.count, a.frozen = <double> p.outer * <double> p.inner, frozen
     with nogil:
         status = call_backward(&p, &a)

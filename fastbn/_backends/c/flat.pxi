@@ -9,7 +9,7 @@ cdef bint alone = False
 cdef c.fbn_problem flat_problem(
     int64_t dtype, int64_t activation, double slope, int64_t outer, int64_t channels, int64_t inner, int64_t threads,
 ) noexcept nogil:
-    cdef c.fbn_problem p
+    cdef c.fbn_problem p = NO_PROBLEM
     p.machine = &machine
     p.dtype, p.activation, p.slope = <c.fbn_dtype> dtype, <c.fbn_activation> activation, slope
     p.outer, p.channels, p.inner = outer, channels, inner
@@ -20,7 +20,7 @@ cdef c.fbn_problem flat_problem(
 
 
 cdef c.fbn_parameters flat_parameters(const c.fbn_problem *p, size_t gamma, size_t beta) noexcept nogil:
-    cdef c.fbn_parameters parameters
+    cdef c.fbn_parameters parameters = NO_INFER.parameters
     parameters.gamma, parameters.beta = <void *> gamma, <void *> beta
     parameters.dtype = c.FBN_F64 if p.dtype == c.FBN_F64 else c.FBN_F32
     return parameters
@@ -31,7 +31,7 @@ cdef int64_t flat_infer(
     size_t x, size_t residual, size_t gamma, size_t beta, double eps, size_t mean, size_t var, size_t y, size_t saved,
 ) noexcept nogil:
     cdef c.fbn_problem p = flat_problem(dtype, activation, slope, outer, channels, inner, threads)
-    cdef c.fbn_infer_args a
+    cdef c.fbn_infer_args a = NO_INFER
     a.x, a.residual, a.parameters, a.eps = <void *> x, <void *> residual, flat_parameters(&p, gamma, beta), eps
     a.statistics.mean, a.statistics.var, a.statistics.dtype = <void *> mean, <void *> var, a.parameters.dtype
     a.y, a.saved = <void *> y, <double *> saved
@@ -44,8 +44,8 @@ cdef int64_t flat_forward(
     size_t y, size_t saved,
 ) noexcept nogil:
     cdef c.fbn_problem p = flat_problem(dtype, activation, slope, outer, channels, inner, threads)
-    cdef c.fbn_forward_args a
-    a.x, a.residual, a.mask = <void *> x, <void *> residual, NULL
+    cdef c.fbn_forward_args a = NO_FORWARD
+    a.x, a.residual = <void *> x, <void *> residual
     a.parameters, a.eps = flat_parameters(&p, gamma, beta), eps
     a.running.mean, a.running.var, a.running.dtype = <void *> mean, <void *> var, a.parameters.dtype
     a.running.momentum, a.running.correction = momentum, 1
@@ -59,9 +59,9 @@ cdef int64_t flat_backward(
     size_t dbeta,
 ) noexcept nogil:
     cdef c.fbn_problem p = flat_problem(dtype, activation, slope, outer, channels, inner, threads)
-    cdef c.fbn_backward_args a
-    a.dy, a.x, a.residual, a.mask, a.saved = <void *> dy, <void *> x, <void *> residual, NULL, <double *> saved
-    a.count, a.frozen, a.from_y, a.sums = <double> outer * <double> inner, frozen != 0, False, NULL
+    cdef c.fbn_backward_args a = NO_BACKWARD
+    a.dy, a.x, a.residual, a.saved = <void *> dy, <void *> x, <void *> residual, <double *> saved
+    a.count, a.frozen = <double> outer * <double> inner, frozen != 0
     a.dx, a.dresidual, a.dgamma, a.dbeta = <void *> dx, <void *> dresidual, <void *> dgamma, <void *> dbeta
     return call_backward(&p, &a)
 

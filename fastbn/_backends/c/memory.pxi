@@ -42,9 +42,9 @@ def forward_at(
     The addresses are those of x, residual, gamma, beta, mean and var. x and y have this dtype and shape; the others
     one value a channel in the statistics dtype. momentum is from 0 to 1. threads() tells how many may work.
     """
-    cdef Call call
-    cdef c.fbn_forward_args a
-    cdef c.fbn_infer_args b
+    cdef Call call = NO_CALL
+    cdef c.fbn_forward_args a = NO_FORWARD
+    cdef c.fbn_infer_args b = NO_INFER
     cdef cnp.ndarray saved = None
     cdef int status
     if not set_memory_problem(&call.problem, number, shape, axis, activation, threads) or not (0 <= eps < 1e300):
@@ -83,17 +83,17 @@ def backward_at(
 
     dresidual has this dtype and shape, as dx has; dgamma and dbeta are as gamma and beta above. They share no memory.
     """
-    cdef c.fbn_problem p
-    cdef c.fbn_backward_args a
+    cdef c.fbn_problem p = NO_PROBLEM
+    cdef c.fbn_backward_args a = NO_BACKWARD
     cdef int status
     if not set_memory_problem(&p, number, shape, axis, activation, threads) or not is_saved(saved, p.channels):
         return None
     if not frozen and p.outer * p.inner < 2 or not are_aligned(addresses, dx | dresidual, 3, p.dtype):
         return None
     a.dy, a.x = <void *> <size_t> addresses[0], <void *> <size_t> addresses[1]
-    a.residual, a.mask = <void *> <size_t> addresses[2], NULL
+    a.residual = <void *> <size_t> addresses[2]
     a.dx, a.dresidual, a.dgamma, a.dbeta = <void *> dx, <void *> dresidual, <void *> dgamma, <void *> dbeta
-    a.saved, a.sums, a.from_y = <double *> cnp.PyArray_DATA(<cnp.ndarray> saved), NULL, False
+    a.saved = <double *> cnp.PyArray_DATA(<cnp.ndarray> saved)
     a.count, a.frozen = <double> p.outer * <double> p.inner, frozen
     with nogil:
         status = call_backward(&p, &a)

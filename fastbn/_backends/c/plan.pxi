@@ -17,7 +17,7 @@ cdef class Plan:
         int axis, int activation, double slope, object threads,
     ):
         """The parameters are as `infer` takes them; the axis may be negative; threads() tells how many may work."""
-        cdef c.fbn_plan_args a
+        cdef c.fbn_plan_args a = NO_PLAN
         cdef Sizes sizes
         memset(&sizes, 0, sizeof(sizes))
         sizes.channels = mean.shape[0]
@@ -40,8 +40,8 @@ cdef class Plan:
 
     def run(self, object x, object out, object residual):
         """y, or None."""
-        cdef c.fbn_problem p
-        cdef c.fbn_run_args a
+        cdef c.fbn_problem p = NO_PROBLEM
+        cdef c.fbn_run_args a = NO_RUN
         cdef int64_t bytes
         cdef int status
         if not recognize(&p, x, self.axis) or p.channels != self.problem.channels:
