@@ -34,7 +34,7 @@ def _two_sum(a: Array, b: Array) -> tuple[Array, Array]:
 
 
 class _Summed:
-    """A count, and rows of float64 with a column per channel. They never change, so they can be hashed."""
+    """A count, and rows of float64 with a column per channel. Objects never change, so they can be hashed."""
 
     __slots__ = ("_count", "_dtype", "_rows")
 

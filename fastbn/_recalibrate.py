@@ -74,8 +74,8 @@ def recalibrate(layers: Iterable[BatchNorm], batches: Iterable[Batch], forward: 
     Raises
     ------
     TypeError, ValueError
-        If an object is not such a layer, and if a layer was never called. After any error, including those that
-        `batches` and `forward` raise, the layers are as they were.
+        If an object is not a layer with running statistics, and if a layer was never called. After any error,
+        including those that `batches` and `forward` raise, the layers are as they were.
 
     >>> import numpy as np, fastbn
     >>> bn = fastbn.BatchNorm(1, dtype="float64")
@@ -89,13 +89,13 @@ def recalibrate(layers: Iterable[BatchNorm], batches: Iterable[Batch], forward: 
     given = [checks.instance("layers", layer, BatchNorm, "BatchNorm layers only") for layer in layers]
     watched = [_Watched(layer) for layer in dict.fromkeys(given)]
     try:
-        for one in watched:
-            one.watch()
+        for entry in watched:
+            entry.watch()
         for batch in batches:
             forward(batch)
-        found = [one.statistics() for one in watched]
+        found = [entry.statistics() for entry in watched]
     finally:
-        for one in watched:
-            one.restore()
-    for one, statistics in zip(watched, found, strict=True):
-        one.set(statistics)
+        for entry in watched:
+            entry.restore()
+    for entry, statistics in zip(watched, found, strict=True):
+        entry.set(statistics)

@@ -1,4 +1,4 @@
-"""What is left to do when training is over? Constants computed once (InferencePlan), or no norm at all (fold)."""
+"""What is left of batch norm after training? Constants computed once (InferencePlan), or nothing (fold)."""
 
 import warnings
 from collections.abc import Callable

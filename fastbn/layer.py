@@ -238,7 +238,7 @@ class BatchNorm:
         return y
 
     def backward(self, dy: Array, *, out: Array | None = None) -> Array:
-        """Returns dx of the last call, in training mode or not; `gradients()` then has those of weight and bias.
+        """Returns dx of the last call, in training mode or not, and sets `gradients()` of weight and bias.
 
         Raises RuntimeError if there was no call yet, and the errors of fastbn.backward.
         """
@@ -273,7 +273,7 @@ class BatchNorm:
         return {name: gradient for name, gradient in found.items() if gradient is not None}
 
     def state_dict(self, prefix: str = "") -> dict[str, Array]:
-        """Copies of all arrays, under the names of torch's BatchNorm1d/2d/3d behind the prefix.
+        """Copies of all arrays, by the prefix followed by their names in torch's BatchNorm1d/2d/3d.
 
         >>> import fastbn
         >>> list(fastbn.BatchNorm(3, track_running_stats=False).state_dict("layer1.bn."))
@@ -294,7 +294,7 @@ class BatchNorm:
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def load_state_dict(self, state: Mapping[str, object], prefix: str = "") -> None:
-        """Loads the state of such a layer, or of one of torch's, whose values may be tensors of any float dtype.
+        """Loads a state of fastbn's or torch's layer, whose values may be arrays or tensors of any float dtype.
 
         With a prefix such as "layer1.bn.", it may be the state of a whole network; other names are then ignored.
         As in torch, num_batches_tracked may be missing or of shape (1,); it may also be a float with an integer value.

@@ -1,4 +1,4 @@
-"""What do forward, infer, backward and their building blocks do? Check a call, and hand it to a backend."""
+"""What do forward, infer, backward and their building blocks do? They check a call and hand it to a backend."""
 
 from typing import cast
 

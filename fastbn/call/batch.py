@@ -77,7 +77,7 @@ def _new_saved(call: Call) -> Array:
 
 
 def parts_of(call: Call, *, frozen: bool = False, count: int | None = None) -> Parts:
-    """What a cache keeps of the call."""
+    """The parts of the call that a cache keeps."""
     x, residual = views(call.y if call.in_place else call.x, call.residual)
     return Parts(
         x=x,

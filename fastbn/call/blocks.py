@@ -27,7 +27,7 @@ PIECE = 1 << 19
 """The most elements that are copied at a time: a few megabytes."""
 
 RUN = 64
-"""The fewest elements of a block that are adjacent in every array, so that most of each cache line is used."""
+"""The fewest adjacent elements that a block takes from an array, so that most of each cache line is used."""
 
 
 class Block(NamedTuple):

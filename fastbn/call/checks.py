@@ -37,7 +37,7 @@ def shown(value: object) -> str:
 
 
 def kind(value: object) -> str:
-    """How messages show a value of the wrong kind: by its type, after the value of a number, a string or None."""
+    """How messages show a value of the wrong kind: by its type and, if it is a number, string or None, its value."""
     name = type(value).__name__
     return f"{shown(value)} ({name})" if value is None or isinstance(value, str | bytes | Number | np.generic) else name
 
@@ -390,7 +390,7 @@ def instance(name: str, value: object, of: type[T], allowed: str) -> T:
 
 
 def iterable(name: str, value: Iterable[T], of: str) -> Iterable[T]:
-    """An iterable."""
+    """Checks that the value is iterable."""
     if not isinstance(value, Iterable):
         _refuse(TypeError, name, kind(value), f"an iterable of {of}")
     return value

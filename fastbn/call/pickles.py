@@ -19,7 +19,7 @@ def packed(contents: object) -> tuple[int, object]:
 
 @contextmanager
 def unpacked(name: str, state: Any) -> Iterator[Any]:
-    """Gives the contents of a state of the class `name`; ValueError if the block cannot use them."""
+    """Yields the contents of a state of the class `name`. An error in the `with` block becomes a ValueError."""
     if not isinstance(state, tuple) or len(state) != 2 or type(state[0]) is not int:
         _refuse(ValueError, name, f"a pickle without a format number ({kind(state)})", f"format {FORMAT}")
     if state[0] != FORMAT:

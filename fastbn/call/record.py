@@ -22,8 +22,8 @@ READ = ("x", "residual", "dy")
 WRITTEN = ("y", "dx", "dresidual")
 CHANNELS = ("gamma", "beta", "running_mean", "running_var", "dgamma", "dbeta")
 ROWS = ("saved", "moments", "sums")
-"""The arrays of a call by shape: that of x for those that are READ and WRITTEN; (channels,); and (rows, channels), of
-float64. Only the mask is not listed: it has x's shape without the channel axis."""
+"""The arrays of a call by shape. Those READ and WRITTEN have x's shape, CHANNELS have (channels,), and ROWS, which are
+float64, have (rows, channels). Only the mask is not listed: it has x's shape without the channel axis."""
 
 _UNSET: Any = None
 
@@ -199,7 +199,7 @@ def contiguous(array: Array, dtype: DType) -> Array:
 
 
 def _statistics(mean: Array | None, var: Array | None) -> tuple[Array | None, Array | None]:
-    """Running statistics in one dtype: their own, or if they differ float64, which can hold all values of both."""
+    """Running statistics in one dtype: the one they share, or else float64, which can hold the values of both."""
     if mean is None or var is None:
         return None, None
     dtype = native(mean.dtype) if native(mean.dtype) == native(var.dtype) else FLOAT64

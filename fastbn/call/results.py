@@ -17,7 +17,7 @@ Array = np.ndarray
 
 
 class Parts(NamedTuple):
-    """What a cache holds: a forward call's x and residual, what the backend saved, and how it was called."""
+    """The contents of a cache: a forward call's x and residual, what the backend saved, and how it was called."""
 
     x: Array
     residual: Array | None
@@ -79,7 +79,7 @@ def _described(array: Array | None) -> str:
 
 
 class Cache:
-    """What `backward` needs of a `forward` call.
+    """What `backward` needs from a `forward` call.
 
     It refers to x (which holds y after out=x), residual and mask: do not change them before `backward`.
 
@@ -89,8 +89,8 @@ class Cache:
         The statistics that the call normalized with: the batch's mean and biased variance, those of given moments, or
         the running ones; and 1/sqrt(var + eps), or 0 where var + eps is 0. With virtual_batch_size: (slices, C).
     count : int
-        The number of values per channel behind mean and var: those that the mask leaves, or the count of given moments;
-        with running statistics, all values of x. With virtual_batch_size it is an array of shape (slices,).
+        The number of values per channel that mean and var come from: those that the mask leaves, or the given moments'
+        count; with running statistics, all values of x. With virtual_batch_size it is an array of shape (slices,).
 
     >>> import numpy as np, fastbn
     >>> y, cache = fastbn.forward(np.array([[1.0], [3.0]]))
@@ -163,7 +163,7 @@ def parts_of(cache: object) -> Parts:
 
 
 class Forward(NamedTuple):
-    """What `forward` returns.
+    """The result of `forward`.
 
     >>> import numpy as np, fastbn
     >>> y, cache = fastbn.forward(np.array([[1.0], [3.0]]), eps=0.0)
@@ -185,7 +185,7 @@ class _Gradients(NamedTuple):
 
 
 class Gradients(_Gradients):
-    """What `backward` returns: (dx, dgamma, dbeta), and `dresidual` beside them (None without a residual).
+    """The result of `backward`: (dx, dgamma, dbeta), and the attribute `dresidual`, None without a residual.
 
     >>> import numpy as np, fastbn
     >>> x = np.array([[1.0], [3.0]])

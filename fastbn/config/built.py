@@ -28,7 +28,7 @@ def version_here() -> str:
 
 
 def require() -> None:
-    """Raises ImportError unless the extension is there, or FASTBN_BACKEND names a backend that does not need it."""
+    """Raises ImportError unless the extension exists, or FASTBN_BACKEND names a backend that does not need it."""
     if is_built() or os.environ.get("FASTBN_BACKEND") in ("numba", "numpy"):
         return
     checkout = FOLDER.parent
