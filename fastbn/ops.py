@@ -206,10 +206,10 @@ def backward(
         dbeta = sum(dz),  dgamma = sum(dz * xhat)
         dx = gamma / sqrt(var + eps) * (dz - dbeta / M - xhat * dgamma / M)
 
-    With frozen statistics (training=False), and where a mask is False, dx = gamma / sqrt(var + eps) * dz. M counts only
-    the values that a mask leaves, but the sums are over all. At a kink of the activation the derivative is that of its
-    flat side, and for leaky_relu its slope, as in torch. Where the activation gets a NaN, dz is dy for relu and relu6,
-    dy times the slope for leaky_relu, and NaN for the others.
+    With frozen statistics (training=False), and where a mask is False, dx = gamma / sqrt(var + eps) * dz. M is the
+    number of values per channel that count, but the sums are over all. At a kink of the activation, the derivative
+    is that of its flat side, and for leaky_relu its slope, as in torch. Where the activation gets a NaN, dz is dy for
+    relu and relu6, dy times the slope for leaky_relu, and NaN for the others.
 
     Parameters
     ----------
