@@ -49,7 +49,7 @@ def tracked(mean: Array | None, var: Array | None) -> tuple[Array, Array]:
 
 
 def never_called(layer: str) -> NoReturn:
-    """Refuses a layer to recalibrate that no batch reached."""
+    """Refuses to recalibrate a layer that no batch reached."""
     _refuse(ValueError, "layers", f"{layer}, which forward(batch) never called", "layers that see a batch")
 
 
@@ -160,7 +160,7 @@ def refuse_misspelled(name: str) -> None:
     """Raises AttributeError if the name of a new attribute looks like a misspelled one of BatchNorm."""
     lower = name.lower()
     close = difflib.get_close_matches(lower, ASSIGNED, n=1, cutoff=0.75)
-    close += [own for own in ASSIGNED if sorted(own) == sorted(lower)]  # letters that changed places
+    close += [own for own in ASSIGNED if sorted(own) == sorted(lower)]  # swapped letters
     meant = ELSEWHERE.get(lower) or (close[0] if close else None)
     if meant is not None:
         raise AttributeError(f"BatchNorm has no attribute {shown(name)}; did you mean {meant!r}?")

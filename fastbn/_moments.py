@@ -34,12 +34,12 @@ def _two_sum(a: Array, b: Array) -> tuple[Array, Array]:
 
 
 class _Summed:
-    """A count, and rows of float64 with a column per channel. Objects never change, so they can be hashed."""
+    """A count, and rows of float64 with a column per channel. Instances never change, so they can be hashed."""
 
     __slots__ = ("_count", "_dtype", "_rows")
 
     NAME: ClassVar[str]
-    """The name of the argument that takes them."""
+    """The name of the argument that takes such an object."""
     ROWS: ClassVar[int]
 
     _count: int

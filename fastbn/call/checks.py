@@ -319,7 +319,7 @@ def mask(value: object, x: Array, channel_axis: int) -> Array | None:
 
 
 def booleans(array: Array) -> Array:
-    """The array with all bytes but 0 made 1, since some functions of NumPy do not take the others for True."""
+    """The array with all nonzero bytes set to 1, since some functions of NumPy do not take others for True."""
     octets = array.view(np.uint8)
     return array if octets.max(initial=0) <= 1 else octets != 0
 

@@ -1,4 +1,4 @@
-"""What does a backend get? A call or a gradient, as one record; and how is a call checked?
+"""What does a backend get? A call or a gradient, as one record. `check` makes sure that a call is valid.
 
 One record crosses each boundary: ops.py fills it, `check` completes it, virtual batches and blocks take rows, channels
 and pieces of it, and a backend reads it. READ, WRITTEN, CHANNELS and ROWS tell how each of its arrays is cut.

@@ -28,7 +28,7 @@ class Parts(NamedTuple):
     has_gamma: bool
     has_beta: bool
     mask: Array | None = None
-    """None if all positions count. With frozen statistics, it tells where a dy of 0 gives a dx of exactly 0."""
+    """The mask, or None if all positions count. With frozen statistics, it tells where a dy of 0 gives a dx of 0."""
     counted: int | None = None
     """The count of the statistics; None if they come from all values of x and from no others."""
     from_y: bool = False
@@ -87,7 +87,7 @@ class Cache:
     ----------
     mean, var, inv_std : arrays of shape (C,), in the statistics dtype
         The statistics that the call normalized with: the batch's mean and biased variance, those of given moments, or
-        the running ones; and 1/sqrt(var + eps), or 0 where var + eps is 0. With virtual_batch_size: (slices, C).
+        the running ones; and 1/sqrt(var + eps), 0 where var + eps is 0. Of shape (slices, C) with virtual_batch_size.
     count : int
         The number of values per channel that mean and var come from: those that the mask leaves, or the given moments'
         count; with running statistics, all values of x. With virtual_batch_size it is an array of shape (slices,).
