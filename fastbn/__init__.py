@@ -44,9 +44,9 @@ __all__ = [
 ]
 
 for _public in (BatchNorm, Cache, FoldWarning, Forward, Gradients, InferencePlan, Moments, Sums):
-    _public.__module__ = __name__  # the name in pickles, wherever the class is kept
+    _public.__module__ = __name__  # the module that pickles name, wherever the class is defined
 
 
 def __dir__() -> list[str]:
-    """What users call, and no module that it is kept in."""
+    """The public names, without the modules that define them."""
     return sorted(__all__)

@@ -1,4 +1,4 @@
-"""Is what layers and plans are given valid? Their x, attributes that are assigned, and states that are loaded."""
+"""Is the input of layers and plans valid? Checks of x, of assigned attributes and of loaded states."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from .config.environment import BACKENDS
 
 Array = np.ndarray[Any, Any]
 
-# What they normalize -------------------------------------------------------------------------------------------------
+# The input x ---------------------------------------------------------------------------------------------------------
 
 
-def of_layer(value: object, channels: int, channel_axis: int, layer_dtype: DType) -> Array:
-    """An x for a layer: of its dtype, with its channels."""
+def layer_input(value: object, channels: int, channel_axis: int, layer_dtype: DType) -> Array:
+    """Checks x in a call of a layer, which needs the layer's dtype and number of channels."""
     x = checks.data("x", value)
     if native(x.dtype) != layer_dtype:
         _refuse(TypeError, "x", f"dtype {x.dtype}", f"the layer's dtype {layer_dtype}")
@@ -31,8 +31,8 @@ def of_layer(value: object, channels: int, channel_axis: int, layer_dtype: DType
     return x
 
 
-def planned(value: object, mean: Array, channel_axis: int) -> None:
-    """An x for a plan: with its channels, and of its statistics dtype."""
+def plan_input(value: object, mean: Array, channel_axis: int) -> None:
+    """Checks x in a call of a plan, which needs the plan's number of channels and statistics dtype."""
     x = checks.data("x", value)
     found = x.shape[checks.axis(channel_axis, x)]
     if found != mean.size:
@@ -42,14 +42,14 @@ def planned(value: object, mean: Array, channel_axis: int) -> None:
 
 
 def tracked(mean: Array | None, var: Array | None) -> tuple[Array, Array]:
-    """The running statistics of a layer that has them."""
+    """The running statistics of a layer, which must have them."""
     if mean is None or var is None:
-        _refuse(ValueError, "layers", "one without running statistics", "layers with track_running_stats=True")
+        _refuse(ValueError, "layers", "a layer without running statistics", "layers with track_running_stats=True")
     return mean, var
 
 
 def never_called(layer: str) -> NoReturn:
-    """A layer that is to be recalibrated sees a batch."""
+    """Refuses to recalibrate a layer that no batch reached."""
     _refuse(ValueError, "layers", f"{layer}, which forward(batch) never called", "layers that see a batch")
 
 
@@ -63,8 +63,8 @@ def _features(layer: Any, value: object) -> int:
     return count
 
 
-def _kept(flag: str, names: tuple[str, str]) -> Callable[[Any, object], bool]:
-    """Of affine and track_running_stats: arrays may be missing where it is False."""
+def _flag(flag: str, names: tuple[str, str]) -> Callable[[Any, object], bool]:
+    """Makes the check of affine or track_running_stats, which can be True only while the layer has the arrays."""
 
     def check(layer: Any, value: object) -> bool:
         result = checks.flag(flag, value)
@@ -77,7 +77,7 @@ def _kept(flag: str, names: tuple[str, str]) -> Callable[[Any, object], bool]:
 
 
 def _array_of(name: str, flag: str) -> Callable[[Any, object], Array | None]:
-    """Of weight, bias and the running statistics, which calls update in place."""
+    """Makes the check of weight, bias or a running statistic; calls update the latter in place."""
     updated = name.startswith("running")
 
     def check(layer: Any, value: object) -> Array | None:
@@ -127,8 +127,8 @@ ASSIGNED: dict[str, Callable[[Any, Any], object]] = {
     "eps": lambda layer, value: checks.eps(value),
     "momentum": lambda layer, value: None if value is None else checks.momentum(value),
     "correction": lambda layer, value: checks.correction(value),
-    "affine": _kept("affine", ("weight", "bias")),
-    "track_running_stats": _kept("track_running_stats", ("running_mean", "running_var")),
+    "affine": _flag("affine", ("weight", "bias")),
+    "track_running_stats": _flag("track_running_stats", ("running_mean", "running_var")),
     "axis": _axis,
     "activation": _activation,
     "dtype": lambda layer, value: checks.dtype("dtype", value),
@@ -141,7 +141,7 @@ ASSIGNED: dict[str, Callable[[Any, Any], object]] = {
     "running_var": _array_of("running_var", "track_running_stats"),
     "num_batches_tracked": lambda layer, value: checks.natural("num_batches_tracked", value),
 }
-"""By attribute, in an order in which all can be assigned: what a layer, with those that it has, takes for a value."""
+"""The check of each attribute, which returns the value to keep. All attributes can be assigned in this order."""
 
 _ARRAYS = ("weight", "bias", "running_mean", "running_var")
 
@@ -153,14 +153,14 @@ ELSEWHERE = {
     "moving_var": "running_var",
     "moving_variance": "running_var",
 }
-"""What functions of fastbn, and other libraries, call attributes of a layer."""
+"""Names that functions of fastbn, and other libraries, have for attributes of a layer."""
 
 
-def unlike_an_attribute(name: str) -> None:
-    """A further attribute of a layer, whose name is none of its own with a slip."""
+def refuse_misspelled(name: str) -> None:
+    """Raises AttributeError if the name of a new attribute looks like a misspelled one of BatchNorm."""
     lower = name.lower()
     close = difflib.get_close_matches(lower, ASSIGNED, n=1, cutoff=0.75)
-    close += [own for own in ASSIGNED if sorted(own) == sorted(lower)]  # letters that changed places
+    close += [own for own in ASSIGNED if sorted(own) == sorted(lower)]  # swapped letters
     meant = ELSEWHERE.get(lower) or (close[0] if close else None)
     if meant is not None:
         raise AttributeError(f"BatchNorm has no attribute {shown(name)}; did you mean {meant!r}?")
@@ -170,9 +170,9 @@ def unlike_an_attribute(name: str) -> None:
 
 
 def state(value: Mapping[str, Any], prefix: str, arrays: Mapping[str, Array], optional: str | None) -> dict[str, Any]:
-    """What to write into `arrays`, by their names, and the integer `optional`, if it is there.
+    """Returns the values to write into `arrays`, by name, and the integer `optional` if the state has it.
 
-    `value` has them under their names behind `prefix`, and others only where there is a prefix.
+    The names in `value` begin with `prefix`. If there is a prefix, other names are ignored; else they are errors.
     """
     if not isinstance(value, Mapping):
         _refuse(TypeError, "state", kind(value), "a mapping from names to arrays")
@@ -188,24 +188,24 @@ def state(value: Mapping[str, Any], prefix: str, arrays: Mapping[str, Array], op
 
 
 def _names_of_state(names: list[Any], prefix: str, arrays: Iterable[str], optional: str | None) -> None:
-    wanted = [prefix + name for name in arrays]
-    if set(names) - ({prefix + optional} if optional else set()) == set(wanted):
+    required = [prefix + name for name in arrays]
+    if set(names) - ({prefix + optional} if optional else set()) == set(required):
         return
     given = f"the names {_names(names)}" if names else "no name"
     beside = f" with the prefix {prefix!r}" if prefix else ""
-    may_be = f"; {prefix}{optional} may be there, too" if optional else ""
-    _refuse(ValueError, "state", given + beside, f"{_names(wanted)}{may_be}")
+    other = f"; {prefix}{optional} is optional" if optional else ""
+    _refuse(ValueError, "state", given + beside, f"{_names(required)}{other}")
 
 
 def prefixed(prefix: object) -> str:
-    """What the names of a state begin with."""
+    """Checks the prefix of the names in a state."""
     if not isinstance(prefix, str):
         _refuse(TypeError, "prefix", kind(prefix), 'a string such as "layer1.bn."')
     return prefix
 
 
 def _targets(arrays: Mapping[str, Array]) -> None:
-    """The layer's arrays can all be filled."""
+    """Checks that a state can be written into the layer's arrays."""
     for name, array in arrays.items():
         _writable(name, array)
     for one, other in combinations(arrays, 2):
@@ -214,12 +214,12 @@ def _targets(arrays: Mapping[str, Array]) -> None:
 
 
 def _loadable(name: str, value: Any) -> Array:
-    """An array; of a torch tensor on any device, of any dtype, that requires a gradient or not."""
+    """Makes an array of a value in a state, which may be a torch tensor on any device, with or without gradient."""
     try:
         if callable(getattr(value, "detach", None)) and callable(getattr(value, "is_floating_point", None)):
             value = value.detach().cpu()
             value = value.double() if value.is_floating_point() else value  # NumPy has no bfloat16
-    except Exception as error:  # that of a tensor without data, for one
+    except Exception as error:  # such as that of a tensor without data
         raise TypeError(f"{name}: got {type(value).__name__}; allowed: an array or a tensor ({error})") from error
     return _array(name, value)
 
@@ -232,12 +232,12 @@ def _state_array(name: str, value: Array, like: Array) -> Array:
     with np.errstate(all="ignore"):
         cast = value.astype(like.dtype)
     if (np.isinf(cast) & ~np.isinf(value)).any():
-        _refuse(ValueError, name, f"values up to {abs(value).max()}", f"what {like.dtype} can hold")
+        _refuse(ValueError, name, f"values up to {abs(value).max()}", f"values that {like.dtype} can hold")
     return cast
 
 
 def _counter(name: str, value: Array) -> int:
-    """One integer; a float that is whole counts as one."""
+    """Returns the integer in an array of one element, which may be a float with an integer value."""
     if value.size != 1:
         _refuse(TypeError, name, f"shape {value.shape}", "one integer >= 0")
     given = value.item()

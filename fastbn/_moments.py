@@ -13,10 +13,10 @@ Array = np.ndarray
 
 
 def merged(a: Array, a_count: int, b: Array, b_count: int) -> Array:
-    """The rows mean, mean_low, m2 of two disjoint sets of values together.
+    """Merges the rows mean, mean_low and m2 of two disjoint sets of values.
 
-    Chan, Golub & LeVeque 1979, "Updating formulae and a pairwise algorithm for computing sample variances", (2.1);
-    the mean in two pieces, added as Knuth's two-sum, so that no offset costs digits.
+    Chan, Golub & LeVeque 1979, "Updating formulae and a pairwise algorithm for computing sample variances", (2.1).
+    The mean is in two pieces, which are added with Knuth's two-sum, so that no offset costs digits.
     """
     with np.errstate(all="ignore"):
         delta = (b[0] - a[0]) + (b[1] - a[1])
@@ -27,19 +27,19 @@ def merged(a: Array, a_count: int, b: Array, b_count: int) -> Array:
 
 
 def _two_sum(a: Array, b: Array) -> tuple[Array, Array]:
-    """The sum in float64, and what its rounding left over."""
+    """The sum in float64, and its rounding error."""
     total = a + b
     of_b = total - a
     return total, (a - (total - of_b)) + (b - of_b)
 
 
 class _Summed:
-    """A count, and rows of float64 with a column per channel. Nothing changes them, so that they have a hash."""
+    """A count, and rows of float64 with a column per channel. Instances never change, so they can be hashed."""
 
     __slots__ = ("_count", "_dtype", "_rows")
 
     NAME: ClassVar[str]
-    """Of the argument that takes them."""
+    """The name of the argument that takes such an object."""
     ROWS: ClassVar[int]
 
     _count: int
@@ -53,7 +53,7 @@ class _Summed:
         return self
 
     def _check(self) -> Self:
-        """Itself, if it holds what it should: copies, pickles and assignments can make anything of it."""
+        """Returns self, or raises if the contents are not valid: a pickle or an assignment may have changed them."""
         count, dtype, rows = (getattr(self, name, None) for name in ("_count", "_dtype", "_rows"))
         check_parts.contents(self.NAME, count, dtype, rows, self.ROWS)
         return self
@@ -68,7 +68,7 @@ class _Summed:
             self._check()
 
     def __eq__(self, other: object) -> bool:
-        """Whether all is the same inside, bit for bit: a NaN is equal to itself, and 0.0 not to -0.0."""
+        """Whether the contents have the same bits: a NaN equals itself, and 0.0 does not equal -0.0."""
         if not isinstance(other, _Summed) or type(other) is not type(self):
             return NotImplemented
         return self._bits() == other._bits()
@@ -81,12 +81,12 @@ class _Summed:
 
     @property
     def count(self) -> int:
-        """How many values per channel are in."""
+        """The number of values per channel."""
         return self._count
 
     @property
     def channels(self) -> int:
-        """C."""
+        """The number of channels, C."""
         return int(self._rows.shape[1])
 
     @property
@@ -95,29 +95,29 @@ class _Summed:
         return self._dtype
 
     def _rounded(self, terms: Array, by: float = 1) -> Array:
-        """Rows added up and divided, in the statistics dtype."""
+        """The sum of the rows, divided, in the statistics dtype."""
         with np.errstate(all="ignore"):
             rounded: Array = (terms.sum(axis=0) / by).astype(self._dtype)
         return rounded
 
     def __radd__(self, other: object) -> Self:
-        """For sum(), which starts with 0."""
+        """Accepts the 0 that sum() starts with."""
         return self if type(other) is int and other == 0 else NotImplemented
 
 
 class Moments(_Summed):
-    """Count, mean and sum of squares around the mean of every channel; `+` and sum() merge those of disjoint batches.
+    """The count, mean and sum of squares about the mean of each channel; `+` and sum() merge disjoint batches.
 
-    The merge is that of Chan, Golub & LeVeque 1983, "Algorithms for computing the sample variance". Inside, all is
-    kept in float64 and the mean in two pieces, which copies and pickles keep: merged in any order, moments give what
-    the whole batch gives, to rounding. Count 0 is the neutral element. `==` compares all that is inside, bit for bit.
+    The merge is that of Chan, Golub & LeVeque 1983, "Algorithms for computing the sample variance". Moments,
+    their copies and their pickles hold float64 values, and the mean in two pieces. Merged in any order, the moments of
+    parts equal those of the whole, up to rounding. Count 0 is the neutral element. `==` compares contents bit for bit.
 
     Parameters
     ----------
     count : int >= 0
         Values per channel.
     mean, m2 : arrays of shape (C,), both float32 or both float64
-        The mean and the sum of squares around it, as another process has them. Their dtype is the statistics dtype.
+        The mean and the sum of squares about it, such as those of another process. Their dtype is the statistics dtype.
 
     Attributes
     ----------
@@ -173,21 +173,21 @@ class Moments(_Summed):
 
 
 class Sums(_Summed):
-    """What the gradients of a batch's statistics add up to; `+` and sum() give those of all its parts.
+    """The sums over a batch that its gradients need; `+` and sum() add those of its parts.
 
-    `==` compares all that is inside, bit for bit.
+    `==` compares contents bit for bit.
 
     Parameters
     ----------
     count : int >= 0
         Values per channel that counted towards the statistics.
     sum_dy, sum_dy_xhat : arrays of shape (C,), both float32 or both float64
-        The sums of dz and dz * xhat, dz being the gradient before the activation (dy without one).
+        The sums of dz and dz * xhat, where dz is the gradient before the activation (dy without one).
 
     Attributes
     ----------
     count : int
-    sum_dy, sum_dy_xhat : arrays of shape (C,) in the statistics dtype (float64 inside, copies and pickles too)
+    sum_dy, sum_dy_xhat : arrays of shape (C,) in the statistics dtype (held in float64, in copies and pickles too)
     channels, dtype : C and the statistics dtype
 
     >>> import numpy as np, fastbn
@@ -229,12 +229,12 @@ def _short(values: Array) -> str:
 
 
 def blended(old: Any, batch: Any, momentum: Any) -> Any:
-    """A running statistic after one more batch: of arrays, and of torch's tensors, of float64."""
+    """The new value of a running statistic, from float64 arrays or torch tensors."""
     return (1 - momentum) * old + momentum * batch
 
 
 def save(rows: Array, count: int, saved: Array) -> None:
-    """Into the rows of `saved` from which infer takes its statistics."""
+    """Writes the mean, in two pieces, and the variance to the rows of `saved` that `apply` reads."""
     with np.errstate(all="ignore"):
         saved[0], saved[1], saved[2] = rows[0], rows[1], rows[2] / count
 
@@ -242,8 +242,8 @@ def save(rows: Array, count: int, saved: Array) -> None:
 def blend(call: Call, rows: Array, count: int) -> None:
     """Updates the call's running statistics, if it has any.
 
-    The rows are mean, mean_low and m2 of the batch, whose variance is m2 / (count - correction). All is computed in
-    float64 and rounded once, to the dtype that each of the running statistics has: any float dtype, native.
+    The rows are mean, mean_low and m2 of the batch, whose variance is m2 / (count - correction). The new values are
+    computed in float64 and rounded once, to the dtype of each running statistic: any float dtype in native byte order.
     """
     if call.running_mean is None or call.running_var is None:
         return

@@ -19,7 +19,7 @@ Batch = TypeVar("Batch")
 
 
 class _Watched:
-    """A layer in training mode, the moments of what it sees, and how it was."""
+    """A layer in training mode, the moments of its inputs, and the state to restore."""
 
     RESTORED = ("training", "num_batches_tracked", "_cache", "_watch")
 
@@ -39,12 +39,12 @@ class _Watched:
         self.seen = moments if self.seen is None else self.seen + moments
 
     def statistics(self) -> tuple[Array, Array]:
-        """The running statistics of all that was seen."""
+        """The running statistics of all inputs."""
         if self.seen is None:
             _check_layer.never_called(repr(self.layer))
         return self.seen.mean, self.seen.var(self.layer.correction)
 
-    def put_back(self) -> None:
+    def restore(self) -> None:
         for name, value in self.state.items():
             setattr(self.layer, name, value)
         self.set(self.before)
@@ -55,27 +55,27 @@ class _Watched:
 
 
 def recalibrate(layers: Iterable[BatchNorm], batches: Iterable[Batch], forward: Callable[[Batch], object]) -> None:
-    """Sets running statistics to those of all values that the layers see, exactly, instead of a moving average.
+    """Sets running statistics to the exact ones of all values that the layers get, instead of to a moving average.
 
-    Calls forward(batch) for each batch, with the layers in training mode, and merges the moments of all their calls:
-    the variance between batches is in. The running variance is over M - correction, for the layer's correction and M
-    values in all. Everything else about the layers is afterwards as it was: their mode, num_batches_tracked, and
-    what a pending `backward` needs.
+    Calls forward(batch) for each batch, with the layers in training mode, and merges the moments of all their calls,
+    so the variance includes that between batches. It is the sum of squares over M - correction, for the layer's
+    correction and M values per channel in all. Nothing else about the layers changes: neither their mode and
+    num_batches_tracked nor what a pending `backward` needs.
 
     Parameters
     ----------
     layers : iterable of BatchNorm
-        With running statistics.
+        Layers with running statistics.
     batches : iterable
-        Of whatever `forward` takes.
+        The arguments for `forward`.
     forward : callable
-        Calls the layers, each once or more in all.
+        A function that calls the layers, each at least once in all.
 
     Raises
     ------
     TypeError, ValueError
-        For an object that is no such layer, and for a layer that was never called. After these and after whatever
-        `batches` and `forward` raise, the layers are as they were.
+        If an object is not a layer with running statistics, and if a layer was never called. After any error,
+        including those that `batches` and `forward` raise, the layers are as they were.
 
     >>> import numpy as np, fastbn
     >>> bn = fastbn.BatchNorm(1, dtype="float64")
@@ -86,16 +86,16 @@ def recalibrate(layers: Iterable[BatchNorm], batches: Iterable[Batch], forward: 
     checks.function("forward", forward)
     checks.iterable("batches", batches, "what forward takes")
     layers = checks.iterable("layers", layers, "BatchNorm")
-    given = [checks.instance("layers", layer, BatchNorm, "BatchNorm, all of them") for layer in layers]
+    given = [checks.instance("layers", layer, BatchNorm, "BatchNorm layers only") for layer in layers]
     watched = [_Watched(layer) for layer in dict.fromkeys(given)]
     try:
-        for one in watched:
-            one.watch()
+        for entry in watched:
+            entry.watch()
         for batch in batches:
             forward(batch)
-        found = [one.statistics() for one in watched]
+        found = [entry.statistics() for entry in watched]
     finally:
-        for one in watched:
-            one.put_back()
-    for one, statistics in zip(watched, found, strict=True):
-        one.set(statistics)
+        for entry in watched:
+            entry.restore()
+    for entry, statistics in zip(watched, found, strict=True):
+        entry.set(statistics)

@@ -1,4 +1,4 @@
-"""What can one do from the command line? fastbn demo, fastbn bench, fastbn info."""
+"""Which commands does the command line have? fastbn demo, fastbn bench, fastbn info."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def _run(argv: list[str]) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command and returns its exit status: 2, and a line on stderr, for what the user has to mend."""
+    """Runs one command and returns its exit status: 2, with a line on stderr, for an error of the user's."""
     try:
         status = _run(sys.argv[1:] if argv is None else argv)
-        sys.stdout.flush()  # here, not at exit, where nothing could be made of an error
+        sys.stdout.flush()  # here rather than at exit, so that an error can be handled
         return status
-    except BrokenPipeError:  # the reader has seen enough: fastbn info | grep -q OpenMP
+    except BrokenPipeError:  # the reader has closed the pipe, as in fastbn info | grep -q OpenMP
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ImportError, OSError, TypeError, ValueError) as error:

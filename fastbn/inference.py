@@ -1,4 +1,4 @@
-"""What is left to do when training is over? Constants computed once (InferencePlan), or no norm at all (fold)."""
+"""What is left of batch norm after training? Constants computed once (InferencePlan), or nothing (fold)."""
 
 import warnings
 from collections.abc import Callable
@@ -20,15 +20,14 @@ _Run = Callable[[Any, Any, Any], Array | None]
 
 
 class InferencePlan:
-    """`infer` with given parameters and statistics, whose constants are computed once.
+    """`infer` for given parameters and statistics, with its constants computed once.
 
     y = activation((x - running_mean) / sqrt(running_var + eps) * gamma + beta + residual): Ioffe & Szegedy 2015,
-    algorithm 2. The bits of y, and the errors, are those of `infer`, but that of an x which does not fit the plan. The
-    arrays are copied. A plan never changes, may be called from many threads at a time, and pickles.
+    algorithm 2. y has the bits that `infer` gives, and the errors are the same, except for an x that does not fit the
+    plan. The arrays are copied. A plan never changes, may be called from several threads at once, and can be pickled.
 
-    With the C backend, and x, out and residual alike in dtype and memory order, a call with `out` allocates nothing:
-    for dense arrays (channels-first, channels-last, transposed). All other calls, and those of other backends, cost
-    what `infer` costs.
+    With the C backend, a call with `out` allocates nothing if x, out and residual are dense (channels-first,
+    channels-last, transposed) and have the same dtype and memory order. Any other call costs what `infer` costs.
 
     Parameters
     ----------
@@ -43,7 +42,7 @@ class InferencePlan:
     Raises
     ------
     TypeError, ValueError
-        Naming the argument, what was given and what is allowed.
+        The message names the argument, what was given and what is allowed.
 
     >>> import numpy as np, fastbn
     >>> plan = fastbn.InferencePlan(None, None, np.array([2.0, 20.0]), np.array([1.0, 100.0]), eps=0.0)
@@ -57,8 +56,8 @@ class InferencePlan:
     """
 
     _prepared: tuple[str | None, _Run | None] = ("", None)
-    """The backend asked for (None: by none), and `run` of its plan, if it has plans. One attribute, so that threads see
-    both or neither."""
+    """The backend that was requested (None if none was), and `run` of its plan, if it has plans. Both are in one
+    attribute, so that another thread never sees one without the other."""
 
     def __init__(
         self,
@@ -72,14 +71,14 @@ class InferencePlan:
         activation: Activation = None,
     ) -> None:
         g, b, mean, var = _arrays(gamma, beta, running_mean, running_var)
-        self._gamma, self._beta = (None if p is None else _own(p, p.dtype) for p in (g, b))
-        self._mean, self._var = _own(mean, mean.dtype), _own(var, var.dtype)
+        self._gamma, self._beta = (None if p is None else _copied(p, p.dtype) for p in (g, b))
+        self._mean, self._var = _copied(mean, mean.dtype), _copied(var, var.dtype)
         self._eps, self._axis = checks.eps(eps), checks.integer("axis", axis)
         checks.activation(activation)
         self._activation = activation
 
     def __call__(self, x: Array, out: Array | None = None, residual: Array | None = None) -> Array:
-        """Gives y, which is `out` where that is given; x, out and residual are those of `infer`."""
+        """Returns y, which is `out` if that is given; x, out and residual are as in `infer`."""
         backend = environment.backend_name()
         prepared_for, run = self._prepared
         if backend != prepared_for:
@@ -88,7 +87,7 @@ class InferencePlan:
             y = run(x, out, residual)
             if y is not None:
                 return y
-        _check_layer.planned(x, checks.given_statistics(self._mean, self._var)[0], self._axis)
+        _check_layer.plan_input(x, checks.given_statistics(self._mean, self._var)[0], self._axis)
         return infer(
             x,
             self._gamma,
@@ -115,7 +114,7 @@ class InferencePlan:
         return run
 
     def __getstate__(self) -> object:
-        """Without what a backend prepared."""
+        """The arguments of the plan, without what a backend prepared."""
         return packed(
             (self._gamma, self._beta, self._mean, self._var, self._eps, self._axis, self._activation),
         )
@@ -136,11 +135,11 @@ class InferencePlan:
 
 
 _MOST_AXES = 64
-"""Those of a NumPy array. A plan for an axis beyond refuses every x, in `infer`."""
+"""The most axes of a NumPy array. A plan whose axis lies beyond them refuses every x, in `infer`."""
 
 
 class _Arrays(NamedTuple):
-    """As backends take them."""
+    """Parameters and statistics in the form that backends take."""
 
     gamma: Array | None
     beta: Array | None
@@ -149,14 +148,14 @@ class _Arrays(NamedTuple):
 
 
 def _arrays(gamma: object, beta: object, mean: object, var: object) -> _Arrays:
-    """Checked, since what was assigned or unpickled can be anything, too."""
+    """Checks and converts the arrays, which may also come from an assignment or a pickle."""
     m, v = checks.given_statistics(mean, var)
     g, b = (checks.parameter(name, p, m.size) for name, p in (("gamma", gamma), ("beta", beta)))
     statistics = kind_of(m.dtype).statistics
     return _Arrays(*parameters(g, b, statistics), contiguous(m, statistics), contiguous(v, statistics))
 
 
-def _own(array: Array, dtype: DType) -> Array:
+def _copied(array: Array, dtype: DType) -> Array:
     return array.astype(dtype, order="C", copy=True, subok=False)
 
 
@@ -178,11 +177,11 @@ class FoldWarning(RuntimeWarning):
 
 
 TINY = 0.01
-"""A variance below this part of eps is tiny: the channel is all but constant, and eps decides its slope."""
+"""A variance below this part of eps is tiny: the channel is almost constant, and eps determines its scale."""
 
-STEEP = 2.0**10
-"""A slope that multiplies the weights, and the errors of the layer, by more than this is huge; and a mean of more than
-this many standard deviations leaves 10 bits fewer of what is added to a folded bias."""
+HUGE = 2.0**10
+"""A scale above this is huge, since it multiplies the errors of the layer as well as its weights. A mean of more than
+this many standard deviations costs the folded bias 10 bits."""
 
 
 def fold(
@@ -196,10 +195,10 @@ def fold(
     eps: float = 1e-5,
     output_axis: int = 0,
 ) -> tuple[Array, Array]:
-    """The weight and bias of a convolution or linear layer that includes the batch norm which follows it.
+    """The weight and bias of a convolution or linear layer that includes the batch norm after it.
 
     w = weight * gamma / sqrt(running_var + eps) and b = (bias - running_mean) * gamma / sqrt(running_var + eps) + beta,
-    per output channel: Jacob et al. 2018, section 3.2. All is computed in float64 and rounded once.
+    per output channel: Jacob et al. 2018, section 3.2. They are computed in float64 and rounded once.
 
     Parameters
     ----------
@@ -208,31 +207,32 @@ def fold(
     gamma, beta : arrays of shape (C,), any float dtype, or None for ones and zeros
     running_mean, running_var : arrays of shape (C,), any float dtype
     eps : float, finite and >= 0
-        Where running_var + eps is 0, y is beta as in `infer`: w is 0.
+        Where running_var + eps is 0, w is 0 and b is beta, so that y is beta as in `infer`.
     output_axis : int
         The axis of weight with the output channels: 0 in torch's linear layers and convolutions, grouped and depthwise
-        ones too; 1 in its transposed convolutions, (in, out / groups, ...); -1 in Keras's, and -2 in its transposed
-        ones. With output_axis 1 and 3 axes or more, C may be a multiple of weight.shape[1], which is then taken for
-        that of a transposed convolution in C / weight.shape[1] groups; the groups must divide weight.shape[0]. Any
-        other C is refused, and so are weights whose output channels are spread over two axes otherwise, as those of
-        Keras's depthwise convolutions (..., in, multiplier): reshape these to (..., in * multiplier).
+        ones too; 1 in its transposed convolutions, (in, out / groups, ...); -1 in Keras's layers, and -2 in its
+        transposed convolutions. If output_axis is 1 and weight has at least 3 axes, C may be a multiple of
+        weight.shape[1]: then weight is taken to be that of a transposed convolution with C / weight.shape[1] groups,
+        which must divide weight.shape[0]. Any other C is refused. Where the output channels take up two axes, as in
+        Keras's depthwise convolutions, (..., in, multiplier), reshape weight to (..., in * multiplier).
 
     Returns
     -------
     (w, b)
-        Fresh arrays of weight's dtype: w of its shape, b of shape (C,).
+        New arrays of weight's dtype; w has weight's shape, and b has shape (C,).
 
     Warns
     -----
     FoldWarning
-        Naming the channels in which accuracy is lost: the variance is below 1% of eps; gamma / sqrt(running_var + eps)
-        is beyond 2**10; the mean is more than 2**10 standard deviations from the bias, and what the layer adds up
-        cancels it; w or b is not finite in weight's dtype; or the largest weight is no longer a normal number.
+        The message names the channels that lose accuracy, and why: the variance is below 1% of eps; the magnitude of
+        gamma / sqrt(running_var + eps) exceeds 2**10; the mean is more than 2**10 standard deviations from the bias,
+        so that the layer's sum cancels most of b; w or b is not finite in weight's dtype; or the largest weight is no
+        longer a normal number.
 
     Raises
     ------
     TypeError, ValueError
-        Naming the argument, what was given and what is allowed.
+        The message names the argument, what was given and what is allowed.
 
     >>> import numpy as np, fastbn
     >>> weight, x = np.array([[1.0, 2.0], [3.0, 4.0]]), np.array([[5.0, 6.0]])
@@ -254,21 +254,21 @@ def fold(
     )
     with np.errstate(all="ignore"):
         std = np.sqrt(var + eps)
-        slope = np.divide(g, std, out=np.zeros_like(std), where=std != 0)
+        scale = np.divide(g, std, out=np.zeros_like(std), where=std != 0)
         wide = given.astype(FLOAT64)
         largest = _largest(wide, at, groups)
-        wide *= _spread(slope, wide.shape, at, groups)
+        wide *= _spread(scale, wide.shape, at, groups)
         w = rounded(wide, native(given.dtype))
-        b = rounded((before - mean) * slope + after, native(given.dtype))
+        b = rounded((before - mean) * scale + after, native(given.dtype))
         distance = abs(mean - before) / std
-        reasons = _losses(_largest(w.astype(FLOAT64), at, groups), b, largest, slope, var, eps, distance)
+        reasons = _losses(_largest(w.astype(FLOAT64), at, groups), b, largest, scale, var, eps, distance)
     if reasons:
         warnings.warn(f"fold: accuracy is lost in {_listed(reasons)}", FoldWarning, stacklevel=2)
     return w, b
 
 
 def _spread(values: Array, shape: tuple[int, ...], at: int, groups: int) -> Array:
-    """One value per output channel, in a shape that broadcasts over the weight's."""
+    """Reshapes one value per output channel so that it broadcasts over the weight."""
     if groups == 1:
         return values.reshape([-1 if axis == at else 1 for axis in range(len(shape))])
     by_input = np.repeat(values.reshape(groups, -1), shape[0] // groups, axis=0)
@@ -276,7 +276,7 @@ def _spread(values: Array, shape: tuple[int, ...], at: int, groups: int) -> Arra
 
 
 def _largest(weight: Array, at: int, groups: int) -> Array:
-    """The largest absolute weight of each output channel, NaN where one is."""
+    """The largest absolute weight of each output channel, or NaN if one is NaN."""
     size: Array = np.abs(weight)
     if groups == 1:
         rows = np.moveaxis(size, at, 0)
@@ -288,25 +288,25 @@ def _largest(weight: Array, at: int, groups: int) -> Array:
 
 
 def _losses(
-    largest: Array, b: Array, largest_given: Array, slope: Array, var: Array, eps: float, distance: Array
+    largest: Array, b: Array, largest_given: Array, scale: Array, var: Array, eps: float, distance: Array
 ) -> dict[int, str]:
-    """Why accuracy is lost, by channel. `distance` is that of the mean from the bias, in standard deviations."""
+    """Why accuracy is lost, by channel. `distance` is from the mean to the bias, in standard deviations."""
     normal = float(np.finfo(b.dtype if b.dtype.kind == "f" else FLOAT32).tiny)
-    alive = slope != 0
+    alive = scale != 0
     tests = (
         (~(np.isfinite(largest) & np.isfinite(b.astype(FLOAT64))), "w or b is not finite in {dtype}"),
         (alive & (var < TINY * eps), "variance {var:.3g} is below {TINY:.0%} of eps {eps:.3g}"),
-        (abs(slope) > STEEP, "gamma / sqrt(variance + eps) is {slope:.3g}"),
-        (alive & (distance > STEEP), "the mean is {distance:.3g} standard deviations away"),
+        (abs(scale) > HUGE, "gamma / sqrt(variance + eps) is {scale:.3g}"),
+        (alive & (distance > HUGE), "the mean is {distance:.3g} standard deviations away"),
         (
             alive & (largest < normal) & (largest_given >= normal),
-            "the largest weight, {largest:.3g}, is no normal number of {dtype}",
+            "the largest weight, {largest:.3g}, is not a normal number of {dtype}",
         ),
     )
     found: dict[int, str] = {}
     for lost, reason in tests:
         for c in map(int, np.flatnonzero(lost)):
-            values = {"var": var[c], "slope": slope[c], "distance": distance[c], "largest": largest[c]}
+            values = {"var": var[c], "scale": scale[c], "distance": distance[c], "largest": largest[c]}
             found.setdefault(c, reason.format(dtype=b.dtype, TINY=TINY, eps=eps, **values))
     return dict(sorted(found.items()))
 

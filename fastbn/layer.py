@@ -1,4 +1,4 @@
-"""The layer: holds gamma, beta and the running statistics, and calls ops."""
+"""What does a layer keep between calls? Its parameters, its running statistics, and what `backward` needs."""
 
 import copy
 from collections.abc import Callable, Mapping
@@ -18,34 +18,34 @@ from .ops import backward as backward_of
 Array = np.ndarray
 
 _set = object.__setattr__
-"""For what is known to be right."""
+"""Sets an attribute without the checks of `__setattr__`, for values that are known to be valid."""
 
 
 class BatchNorm:
-    """Batch normalization with its parameters and running statistics, as PyTorch's BatchNorm1d/2d/3d.
+    """Batch normalization with its parameters and running statistics, like PyTorch's BatchNorm1d/2d/3d.
 
-    In training (the state it starts in) a call normalizes with the batch's statistics, blends them into the running
-    ones and keeps what `backward` needs; after `eval()` it normalizes with the running statistics.
+    In training mode, in which a layer starts, a call normalizes with the batch's statistics and blends them into the
+    running ones. After `eval()`, it normalizes with the running statistics. Both keep what `backward` needs.
 
     Parameters
     ----------
     num_features : int
-        C, the channels.
+        C, the number of channels.
     eps : float, finite and >= 0
     momentum : float from 0 to 1, or None
-        The weight of the new value in the running statistics; None is the average over all batches so far.
+        The weight of the new value in the running statistics; None gives the average over all batches so far.
     correction : int >= 0
-        The running variance is over M - correction, M being the values per channel of a batch: unbiased by default.
+        The running variance is the sum of squares over M - correction, for M values per channel: unbiased by default.
     affine : bool
-        Whether to have weight (gamma, which starts as ones) and bias (beta, zeros).
+        Whether to have weight (gamma, initially ones) and bias (beta, initially zeros).
     track_running_stats : bool
-        Without running statistics, batch statistics are used after `eval()` too.
+        If False, batch statistics are used after `eval()` too.
     axis : int
         The channel axis.
     activation : None, "relu", "relu6", "leaky_relu", "silu", "hardswish", "sigmoid" or ("leaky_relu", slope)
     dtype : float16, bfloat16, float32 or float64
-        That of the inputs. Parameters and running statistics have its statistics dtype: float64 for float64, else
-        float32. "bfloat16" needs ml_dtypes: pip install "fastbn[bfloat16]".
+        The dtype of the inputs. Parameters and running statistics start in its statistics dtype: float64 for float64,
+        else float32. "bfloat16" needs ml_dtypes: pip install "fastbn[bfloat16]".
     backend : "c", "numba", "numpy" or None
     virtual_batch_size : int or None
         In training, how many elements of axis 0 share their statistics; see fastbn.forward.
@@ -57,11 +57,11 @@ class BatchNorm:
     running_mean, running_var : arrays of shape (C,), any float dtype
         None only while `track_running_stats` is False.
     num_batches_tracked : int
-        Calls in training; virtual batches of one call count as one.
+        The number of calls in training; all virtual batches of a call count as one.
     training : bool
 
-    All parameters are attributes, too, and what is assigned to an attribute is checked as the argument is, with the
-    same errors; num_features stays as it is. A name with a slip in it (`wieght`) raises AttributeError, but in
+    All parameters are attributes, too. A value that is assigned to an attribute is checked like the argument, with the
+    same errors; num_features cannot be changed. A misspelled name (`wieght`) raises AttributeError, except in
     subclasses, which may have attributes of any name.
 
     >>> import numpy as np, fastbn
@@ -79,9 +79,9 @@ class BatchNorm:
     _cache: Cache | None = None
     _gradients: Gradients | None = None
     _convention: str = ""
-    """Of the constructor that made the layer: "keras", "onnx", or none."""
+    """Which constructor made the layer: "keras", "onnx", or "" for neither."""
     _watch: Callable[[Cache], None] | None = None
-    """Called with the cache of each call in training, by `recalibrate`."""
+    """A function that `recalibrate` sets; each call in training passes its cache to it."""
 
     def __init__(
         self,
@@ -106,23 +106,23 @@ class BatchNorm:
         self.track_running_stats = track_running_stats
         self.axis = axis
         self.activation = activation
-        self.dtype: DType = dtype  # type: ignore[assignment]  # which __setattr__ makes one
+        self.dtype: DType = dtype  # type: ignore[assignment]  # __setattr__ converts it
         self.backend = backend
         self.virtual_batch_size = virtual_batch_size
         self.training = True
         self.reset_parameters()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Assigns what the layer can work with, or raises and changes nothing. Reading costs nothing."""
+        """Assigns a valid value, or raises and changes nothing. Reading an attribute costs nothing extra."""
         check = _check_layer.ASSIGNED.get(name)
         if check is not None:
             value = check(self, value)
         elif type(self) is BatchNorm and not hasattr(self, name):
-            _check_layer.unlike_an_attribute(name)
+            _check_layer.refuse_misspelled(name)
         _set(self, name, value)
 
     def reset_parameters(self) -> None:
-        """Weight ones, bias zeros, and the running statistics as before any batch."""
+        """Sets weight to ones, bias to zeros, and the running statistics to those before any batch."""
         size, statistics = self.num_features, kind_of(self.dtype).statistics
         self.weight = np.ones(size, statistics) if self.affine else None
         self.bias = np.zeros(size, statistics) if self.affine else None
@@ -143,9 +143,9 @@ class BatchNorm:
     ) -> Self:
         """A layer with the conventions of keras.layers.BatchNormalization.
 
-        `momentum` multiplies the OLD value, the running variance is the biased one (correction=1 is for the fused
-        kernels of TensorFlow, which have the unbiased one), channels come last, and epsilon is 1e-3. Other arguments
-        are those of BatchNorm.
+        `momentum` multiplies the OLD value, the running variance is biased (correction=1 makes it unbiased, as
+        TensorFlow's fused kernels do), channels come last, and epsilon is 1e-3. Other arguments are those of
+        BatchNorm.
 
         >>> import fastbn
         >>> bn = fastbn.BatchNorm.keras(8)
@@ -167,8 +167,8 @@ class BatchNorm:
     ) -> Self:
         """A layer with the conventions of ONNX's BatchNormalization (opset 15).
 
-        `momentum` multiplies the OLD value and the running variance is the biased one (opsets before 14 leave that
-        open: correction=1 is the unbiased one). Other arguments are those of BatchNorm.
+        `momentum` multiplies the OLD value and the running variance is biased (opsets before 14 allow either;
+        correction=1 makes it unbiased). Other arguments are those of BatchNorm.
 
         >>> import fastbn
         >>> bn = fastbn.BatchNorm.onnx(8)
@@ -198,12 +198,12 @@ class BatchNorm:
     def __call__(
         self, x: Array, *, residual: Array | None = None, out: Array | None = None, mask: Array | None = None
     ) -> Array:
-        """Normalizes x, with x's channels as the layer's; see fastbn.forward for residual, out and mask.
+        """Normalizes x, which has the layer's dtype and channels; residual, out and mask are as in fastbn.forward.
 
-        Raises TypeError if x has not the layer's dtype, ValueError if it has not its channels, and whatever
-        `forward` and `infer` raise; then nothing has been changed.
+        Raises TypeError if x has another dtype than the layer, ValueError if it has another number of channels, and
+        the errors of fastbn.forward. Then nothing has been changed.
         """
-        x = _check_layer.of_layer(x, self.num_features, self.axis, self.dtype)
+        x = _check_layer.layer_input(x, self.num_features, self.axis, self.dtype)
         batch = self.training or not self.track_running_stats
         tracks = self.training and self.track_running_stats
         mean, var = (self.running_mean, self.running_var) if tracks or not batch else (None, None)
@@ -238,12 +238,12 @@ class BatchNorm:
         return y
 
     def backward(self, dy: Array, *, out: Array | None = None) -> Array:
-        """Gives dx for the last call, in training mode or not; `gradients()` then gives those of weight and bias.
+        """Returns dx of the last call, in training mode or not, and sets `gradients()` of weight and bias.
 
-        Raises RuntimeError if there was no call yet, and whatever fastbn.backward raises.
+        Raises RuntimeError if there was no call yet, and the errors of fastbn.backward.
         """
         if self._cache is None:
-            raise RuntimeError("backward: no call of the layer came before it")
+            raise RuntimeError("backward: the layer has not been called yet")
         self._gradients = backward_of(dy, self._cache, out=out, backend=self.backend)
         return self._gradients.dx
 
@@ -262,7 +262,7 @@ class BatchNorm:
         return self.train(False)
 
     def parameters(self) -> dict[str, Array]:
-        """The arrays to train, by name: "weight" and "bias", themselves and not copies. Empty without affine."""
+        """The arrays to train, by name: "weight" and "bias" themselves, not copies. Empty if both are None."""
         return {name: array for name, array in self._state().items() if name in ("weight", "bias")}
 
     def gradients(self) -> dict[str, Array]:
@@ -273,7 +273,7 @@ class BatchNorm:
         return {name: gradient for name, gradient in found.items() if gradient is not None}
 
     def state_dict(self, prefix: str = "") -> dict[str, Array]:
-        """Copies of all arrays, under the names of torch's BatchNorm1d/2d/3d behind the prefix.
+        """Copies of all arrays, by the prefix followed by their names in torch's BatchNorm1d/2d/3d.
 
         >>> import fastbn
         >>> list(fastbn.BatchNorm(3, track_running_stats=False).state_dict("layer1.bn."))
@@ -286,7 +286,7 @@ class BatchNorm:
         return state
 
     def _counter(self) -> str | None:
-        """The name of the counter in a state that has one: beside running statistics, as in torch."""
+        """The counter's name in a state, or None: as in torch, only running statistics come with a counter."""
         return None if self.running_mean is None and self.running_var is None else "num_batches_tracked"
 
     def _state(self) -> dict[str, Array]:
@@ -294,13 +294,13 @@ class BatchNorm:
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def load_state_dict(self, state: Mapping[str, object], prefix: str = "") -> None:
-        """Takes over a state of the same layer, or of torch's, whose values may be tensors of any float dtype.
+        """Loads a state of fastbn's or torch's layer, whose values may be arrays or tensors of any float dtype.
 
-        With a prefix such as "layer1.bn.", the state of a whole network, of which the names behind the prefix count.
-        As in torch, num_batches_tracked may be missing, and may have shape (1,); it may be a float that is whole.
+        With a prefix such as "layer1.bn.", it may be the state of a whole network; other names are then ignored.
+        As in torch, num_batches_tracked may be missing or of shape (1,); it may also be a float with an integer value.
 
-        Raises ValueError or TypeError, with nothing changed, if a name is missing or unknown, a shape or kind is
-        another, a value too large for the layer's dtype, or an array of the layer read-only.
+        Raises ValueError or TypeError, with nothing changed, if a name is missing or unknown, if an array has another
+        shape or kind, if a value is too large for the layer's dtype, or if an array of the layer is read-only.
 
         >>> import numpy as np, fastbn
         >>> network = {"bn.weight": np.full(3, 2.0), "bn.bias": np.zeros(3), "linear.weight": np.ones((3, 3))}
@@ -329,12 +329,12 @@ class BatchNorm:
             self.__dict__.update(others)
 
     def __copy__(self) -> Self:
-        """A layer with arrays of its own: two that train must not share them."""
+        """Copies the arrays too: two layers that train must not share them."""
         return copy.deepcopy(self)
 
     def __repr__(self) -> str:
         name, numbers = "BatchNorm", f"eps={self.eps}, momentum={self.momentum}"
-        if self._convention:  # whose momentum is the weight of the old value
+        if self._convention:  # then the momentum is shown as the weight of the old value
             old = None if self.momentum is None else round(1 - self.momentum, 15)
             name, numbers = f"BatchNorm.{self._convention}", f"epsilon={self.eps}, momentum={old}"
         usual = 0 if self._convention else 1

@@ -1,4 +1,4 @@
-"""How does an ONNX model run on fastbn? By its BatchNormalization, in onnx.reference.ReferenceEvaluator."""
+"""How does an ONNX model run on fastbn? With this BatchNormalization, in onnx.reference.ReferenceEvaluator."""
 
 import math
 
@@ -24,12 +24,12 @@ def __dir__() -> list[str]:
 
 
 class BatchNormalization(OpRun):
-    """ONNX's BatchNormalization, opsets 6 to 15 and those after it that kept the operator.
+    """ONNX's BatchNormalization of opsets 6 to 15, and of later opsets that keep the operator.
 
-    https://onnx.ai/onnx/operators/onnx__BatchNormalization.html; in training, y and the population variance are those
-    of Ioffe & Szegedy 2015, algorithm 1. Accuracy and errors are those of fastbn.forward and fastbn.infer, but one
-    value per channel is enough in training too. Training is what training_mode (opset 14) or is_test (opset 6) say,
-    and in opsets 7 and 9 a node with more outputs than Y. Statistics come out in the dtypes of mean and var.
+    See https://onnx.ai/onnx/operators/onnx__BatchNormalization.html. In training, y and the population variance are
+    those of Ioffe & Szegedy 2015, algorithm 1. Accuracy and errors are those of fastbn.forward and fastbn.infer, except
+    that one value per channel is enough in training too. A node trains if training_mode (opset 14) or is_test (opset 6)
+    says so, and in opsets 7 and 9 if it has more outputs than Y. Statistics have the dtypes of mean and var.
 
     >>> import numpy as np
     >>> import onnx.parser, onnx.reference
@@ -66,7 +66,7 @@ class BatchNormalization(OpRun):
         if opset < 14:
             training_mode = not is_test if opset < 7 else any(self.output[1:])
         data, likes = checks.data("X", x), (mean, var, mean, var)
-        if not spatial:  # every place of a sample is a channel
+        if not spatial:  # each element of a sample is then a channel
             data = data.reshape(len(x), math.prod(x.shape[1:]))
             scale, b, mean, var = (array.reshape(-1) for array in (scale, b, mean, var))
         elif x.ndim == 1:
@@ -84,14 +84,14 @@ class BatchNormalization(OpRun):
 def _trained(
     x: Array, scale: Array, b: Array, mean: Array, var: Array, epsilon: float, momentum: float
 ) -> tuple[Array, ...]:
-    """Result, running mean and variance, and those of the batch; its one value is the mean, where it has no more."""
+    """Returns y, the running statistics and those of the batch, which may have only one value per channel."""
     found = moments(x)
     batch = found.mean, found.var()
     if found.count > 1:
         y = forward(x, scale, b, eps=epsilon, moments=found).y
     else:
         y = infer(x, scale, b, *batch, eps=epsilon)
-    # In ONNX the momentum is that of the old value.
+    # In ONNX the momentum is the weight of the old value.
     pairs = zip((mean, var), batch, strict=True)
     running = (blended(new.astype(FLOAT64), old.astype(FLOAT64), momentum) for old, new in pairs)
     return y, *running, *batch

@@ -1,4 +1,4 @@
-"""The front desk: forward, infer, backward and what they are built of. Checks, finds who does the work, hands over."""
+"""What do forward, infer, backward and their building blocks do? They check a call and hand it to a backend."""
 
 from typing import cast
 
@@ -42,43 +42,42 @@ def forward(
     Parameters
     ----------
     x : array of float16, bfloat16, float32 or float64, at least 2-D
-        Any strides. Dense arrays (channels-first, channels-last, transposed) are not copied, others block by block.
-        The statistics dtype is float64 for float64, else float32.
+        Any strides. Dense arrays (channels-first, channels-last, transposed) are not copied; others are copied block by
+        block. The statistics dtype is float64 for float64, else float32.
     gamma, beta : arrays of shape (C,), any float dtype, or None
         Scale and shift; None means ones and zeros.
     running_mean, running_var : arrays of shape (C,), each of any float dtype, both or neither
-        In training, updated in place: (1 - momentum) * old + momentum * batch.
+        Training updates them in place, to (1 - momentum) * old + momentum * batch.
     training : bool
-        False normalizes with the running statistics, which are then required and left alone.
+        False normalizes with the running statistics, which are then required and do not change.
     momentum : float, 0 to 1
     correction : int, 0 to M - 1
-        The running variance gets the sum of squares over M - correction, for the M values per channel that count (of
-        the moments, if given; of each virtual batch): the unbiased variance by default, as in PyTorch, and the biased
-        one with 0, as in Keras, ONNX and Flax. With training=False it is not used.
+        The running variance is updated with the sum of squares over M - correction, for the M values per channel that
+        count (of the moments, if given; of each virtual batch). This is the unbiased variance by default, as in
+        PyTorch, and the biased one with 0, as in Keras, ONNX and Flax. With training=False it is not used.
     eps : float, finite and >= 0
         With eps == 0 a constant channel still gives beta exactly.
     axis : int
         The channel axis.
     mask : array of bool that broadcasts to x's shape without the channel axis, or None
-        Only positions that are True count towards the statistics: 2 or more in training. All are normalized.
+        Only positions where it is True count towards the statistics; training needs 2 or more. All are normalized.
     activation : None, "relu", "relu6", "leaky_relu", "silu", "hardswish", "sigmoid" or ("leaky_relu", slope)
         "leaky_relu" alone has slope 0.01.
     residual : array like x, or None
         Added before the activation.
     out : array of x's shape and dtype, or None
-        Where y goes, with any strides. It may be x itself (the same memory, shape and strides), and may share no
-        memory with an input otherwise. With out=x the gradient comes from y, as in in-place activated batch norm
-        (Rota Bulo et al. 2018): so only without an activation or with leaky_relu of a slope > 0 (and not so small
-        that x's dtype has it with fewer digits), and where |gamma| is at least sqrt(eps of x's dtype) * max(1, |beta|)
-        in every channel, and no residual is larger than |gamma| / sqrt(eps). The cache then refers to y: leave that
-        as it is.
+        Where to write y, with any strides. It may be x itself (the same memory, shape and strides); otherwise it must
+        not share memory with an input. With out=x the gradient is computed from y, as in in-place activated batch norm
+        (Rota Bulo et al. 2018). This requires no activation, or leaky_relu with a slope that is at least the smallest
+        normal number of x's dtype; |gamma| >= sqrt(e) * max(1, |beta|) in every channel, where e is the eps of x's
+        dtype; and |residual| <= min(|gamma|) / sqrt(e). The cache then refers to y, which must stay as it is.
     backend : "c", "numba", "numpy" or None
     moments : Moments or None
-        Normalizes with these instead of the batch's own, in training; the running statistics get these, too. A mask
-        then says which positions they count.
+        In training, normalizes with these instead of the batch's own, and blends them into the running statistics. A
+        mask then says which positions of x they include.
     virtual_batch_size : int or None
-        In training, that many elements of axis 0 (the last time, what is left) share their statistics: ghost batch
-        norm (Hoffer et al. 2017). The running statistics are updated after each.
+        In training, how many elements of axis 0 share their statistics (the last virtual batch may be smaller): ghost
+        batch norm (Hoffer et al. 2017). The running statistics are updated after each virtual batch.
 
     Returns
     -------
@@ -88,16 +87,16 @@ def forward(
     Raises
     ------
     TypeError, ValueError
-        Naming the argument, what was given and what is allowed; nothing has been changed. Among them: fewer than 2
-        values per channel in training, be it of x, of the mask, of the moments or of a virtual batch.
+        The message names the argument, what was given and what is allowed; nothing has been changed. Training requires
+        at least 2 values per channel: of x, of the mask, of the moments and of each virtual batch.
 
     Notes
     -----
-    For finite float32 input y is within 2 ulp of max(1, |xhat|) times |gamma| plus 1 ulp of |y|, at any offset, with
-    every backend and layout. Sums are kept in float64: those of the largest float32 do not overflow, and denormal
-    numbers count like others; the squares of float64 overflow beyond 1e154. A constant channel gives beta exactly,
-    for eps == 0 too, where xhat is 0. A NaN or infinity makes its own channel NaN and no other. Without channels
-    (C == 0) but with values per channel, y is empty, in training as well.
+    For finite float32 input, the error of y is at most 2 ulp of max(1, |xhat|) times |gamma| plus 1 ulp of |y|, at any
+    offset, with every backend and layout. Sums are kept in float64, so those of the largest float32 do not overflow,
+    and denormal numbers count like others; the squares of float64 overflow beyond 1e154. A constant channel gives beta
+    exactly, even if eps == 0, where xhat is 0. A NaN or infinity makes its own channel NaN and no other. If there are
+    values per channel but no channels (C == 0), y is empty, in training as well.
 
     >>> import numpy as np, fastbn
     >>> x = np.array([[1.0, 10.0], [3.0, 30.0]])
@@ -114,7 +113,7 @@ def forward(
                        out, training, get_num_threads)  # fmt: skip
         if done is not None:
             y, saved = done
-            kept, added = batch.own(x, residual)
+            kept, added = batch.views(x, residual)
             has_gamma, has_beta = gamma is not None, beta is not None
             return Forward(y, Cache(Parts(kept, added, saved, axis, not training, activation, has_gamma, has_beta)))
     training = checks.flag("training", training)
@@ -161,11 +160,11 @@ def infer(
     out: Array | None = None,
     backend: str | None = None,
 ) -> Array:
-    """Batch normalization with given statistics, nothing kept for a backward pass.
+    """Batch normalization with given statistics, without a backward pass.
 
     y = activation((x - running_mean) / sqrt(running_var + eps) * gamma + beta + residual): Ioffe & Szegedy 2015,
-    algorithm 2. Arguments, accuracy and errors are those of `forward`, but any call may be in place (out=x), one value
-    per channel is enough, and an x without values gives an empty y.
+    algorithm 2. Arguments, accuracy and errors are those of `forward`, except that any call may be in place (out=x),
+    one value per channel is enough, and an x without values gives an empty y.
 
     >>> import numpy as np, fastbn
     >>> x = np.array([[1.0, 10.0], [3.0, 30.0]])
@@ -202,15 +201,15 @@ def backward(
 ) -> Gradients:
     """The exact gradient of the `forward` call that made `cache`.
 
-    With dz the gradient before the activation (dy without one), in training, after Ioffe & Szegedy 2015, section 3:
+    Let dz be the gradient before the activation (dy without one). In training (Ioffe & Szegedy 2015, section 3):
 
         dbeta = sum(dz),  dgamma = sum(dz * xhat)
         dx = gamma / sqrt(var + eps) * (dz - dbeta / M - xhat * dgamma / M)
 
-    and dx = gamma / sqrt(var + eps) * dz with frozen statistics (training=False), and where a mask is False: M is the
-    number of values that it leaves, while the sums are over all. Where the activation has a kink the slope is torch's:
-    that of its flat side, and leaky_relu's slope at 0. Where it gets a NaN, dz is dy for relu and relu6, dy times the
-    slope for leaky_relu, and NaN for the others.
+    With frozen statistics (training=False), and where a mask is False, dx = gamma / sqrt(var + eps) * dz. M is the
+    number of values per channel that count, but the sums are over all. At a kink of the activation, the derivative
+    is that of its flat side, and for leaky_relu its slope, as in torch. Where the activation gets a NaN, dz is dy for
+    relu and relu6, dy times the slope for leaky_relu, and NaN for the others.
 
     Parameters
     ----------
@@ -218,24 +217,24 @@ def backward(
     cache : Cache
         It may be used more than once.
     out : array of x's shape and dtype, or None
-        Where dx goes, with any strides. It may be dy itself (the same memory, shape and strides), and may share no
-        memory with dy, x, the residual or the mask otherwise.
+        Where to write dx, with any strides. It may be dy itself (the same memory, shape and strides); otherwise it must
+        not share memory with dy, x, the residual or the mask.
     backend : "c", "numba", "numpy" or None
     sums : Sums or None
-        Those of all the batches whose moments the forward call was given, this one's included: sums of
-        `backward_sums`. dx then counts what this batch does to the others, and dgamma, dbeta are those of all.
+        The total of `backward_sums` over all batches whose moments the forward call was given, including this one. dx
+        then includes the effect of x on the results of the others, and dgamma and dbeta are those of all batches.
 
     Returns
     -------
     Gradients
         Unpacks as (dx, dgamma, dbeta); dgamma and dbeta are in the statistics dtype, and None where gamma and beta
-        were. `.dresidual` is the residual's gradient, or None; without an activation it is dy itself, or with out=dy a
-        copy of it.
+        were. `.dresidual` is the residual's gradient, or None without a residual. Without an activation it is dy
+        itself, or a copy of dy if out is dy.
 
     Raises
     ------
     TypeError, ValueError
-        Naming the argument, what was given and what is allowed; nothing has been changed.
+        The message names the argument, what was given and what is allowed; nothing has been changed.
 
     >>> import numpy as np, fastbn
     >>> y, cache = fastbn.forward(np.array([[1.0], [2.0], [6.0]]), np.array([2.0]))
@@ -265,10 +264,10 @@ def backward(
 
 
 def moments(x: Array, *, axis: int = 1, mask: Array | None = None, backend: str | None = None) -> Moments:
-    """The Moments of x: count, mean and sum of squares around it, per channel.
+    """The Moments of x: count, mean and sum of squares about the mean, per channel.
 
-    Those of the parts of a batch merge into those of the whole, which `forward(moments=...)` normalizes with. x and
-    mask are as in `forward`, and may leave no value: count is then 0.
+    The moments of the parts of a batch merge into those of the whole, with which `forward(moments=...)` normalizes. x
+    and mask are as in `forward`, but may leave no value; count is then 0.
 
     >>> import numpy as np, fastbn
     >>> x = np.array([[1.0], [2.0], [6.0]])
@@ -282,9 +281,9 @@ def moments(x: Array, *, axis: int = 1, mask: Array | None = None, backend: str 
 
 
 def backward_sums(dy: Array, cache: Cache, *, backend: str | None = None) -> Sums:
-    """What one of several batches, normalized with the moments of all, adds to the sums that their gradients need.
+    """One batch's part of the sums for the gradients of several batches, which are normalized with the moments of all.
 
-    Their total goes to the `backward` of each. `.count` is what the batch added to the count of the moments.
+    Pass the total of all parts to `backward` for each batch. `.count` is the batch's part of the moments' count.
 
     Raises TypeError or ValueError as `backward` does, and ValueError for a cache of virtual batches.
 

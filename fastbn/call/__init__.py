@@ -1,1 +1,1 @@
-"""What was asked for, and how is it carried out? The record of a call, its checks, its pieces and its results."""
+"""What does a call ask for, and how is it carried out? Its record, its checks, its pieces and its results."""

@@ -1,4 +1,4 @@
-"""What may follow the normalization, and under which number do the backends know it?"""
+"""Which activations may follow the normalization, and which codes do the backends use for them?"""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 class Activation(IntEnum):
-    """The codes of `fbn_activation` in fastbn.h; a test holds the two lists together."""
+    """The codes of `fbn_activation` in fastbn.h; a test compares the two lists."""
 
     IDENTITY = 0
     RELU = 1
@@ -21,14 +21,14 @@ class Activation(IntEnum):
 BY_NAME: dict[str | None, Activation] = {code.name.lower() if code else None: code for code in Activation}
 
 DEFAULT_SLOPES = {"leaky_relu": 0.01}
-"""The activations that take a number, and the one that a name alone stands for: ("leaky_relu", slope) has its own."""
+"""The activations that have a slope, and the slope that the name alone means; ("leaky_relu", slope) gives another."""
 
 
 def split(activation: Any) -> tuple[str | None, float]:
-    """The name and the slope of an activation as users give it; the slope of those that take none is 0."""
+    """The name and the slope of an activation as users give it; the slope is 0 for activations that have none."""
     return activation if isinstance(activation, tuple) else (activation, DEFAULT_SLOPES.get(activation, 0.0))
 
 
 def joined(name: str | None, slope: float) -> Any:
-    """An activation as users give it, of its name and slope."""
+    """An activation as users give it, from its name and slope."""
     return (name, slope) if name in DEFAULT_SLOPES else name

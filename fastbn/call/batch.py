@@ -1,4 +1,4 @@
-"""How is one batch normalized, and how is it differentiated? Checked arguments in, results and their parts out."""
+"""How is one batch normalized, and how is its gradient computed? Takes checked arguments, fills the results."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Array = np.ndarray[Any, Any]
 
 
 def moments(call: Call, backend: Backend) -> Moments:
-    """Those of x, which like the axis and the mask is as it was given."""
+    """The moments of x. The call's x, axis and mask are as the caller gave them, and are checked here."""
     x = checks.data("x", call.x)
     axis = checks.axis(call.axis, x)
     mask = checks.mask(call.mask, x, axis)
@@ -51,7 +51,7 @@ def train(call: Call, given: Moments | None, backend: Backend) -> Parts:
 
 
 def counted(call: Call, where: str = "") -> tuple[Array | None, int]:
-    """The mask, None where it leaves all values, and how many it leaves: 2 per channel or more, and > correction."""
+    """The mask, or None if it leaves all values, and how many values per channel it leaves: >= 2 and > correction."""
     count = checks.enough(call.x, call.axis, call.mask, where)
     checks.correctable(call.correction, count, where)
     everything = call.mask is None or count == call.mask.size
@@ -59,14 +59,14 @@ def counted(call: Call, where: str = "") -> tuple[Array | None, int]:
 
 
 def freeze(call: Call, backend: Backend) -> Parts:
-    """Normalizes with the running statistics, which stay as they are."""
+    """Normalizes with the running statistics, which do not change."""
     call = call._replace(saved=_new_saved(call))
     infer(call, backend)
     return parts_of(call, frozen=True)
 
 
 def infer(call: Call, backend: Backend) -> None:
-    """The same, for nothing but y."""
+    """Normalizes with the running statistics; fills `saved` only if the call has it."""
     if call.running_mean is None:
         checks.statistics_missing()
     Blocks(call, backend).infer(call)
@@ -77,8 +77,8 @@ def _new_saved(call: Call) -> Array:
 
 
 def parts_of(call: Call, *, frozen: bool = False, count: int | None = None) -> Parts:
-    """What a cache keeps of the call."""
-    x, residual = own(call.y if call.in_place else call.x, call.residual)
+    """The parts of the call that a cache keeps."""
+    x, residual = views(call.y if call.in_place else call.x, call.residual)
     return Parts(
         x=x,
         residual=residual,
@@ -94,13 +94,13 @@ def parts_of(call: Call, *, frozen: bool = False, count: int | None = None) -> P
     )
 
 
-def own(x: Array, residual: Array | None) -> tuple[Array, Array | None]:
-    """Views, since a caller may change the shape of the arrays themselves."""
+def views(x: Array, residual: Array | None) -> tuple[Array, Array | None]:
+    """Views of the arrays, since a caller may change the shape of the arrays themselves."""
     return x.view(), None if residual is None else residual.view()
 
 
 def _call_of(dy: Array, parts: Parts, threads: int) -> BackwardCall:
-    """The gradient of the call that a cache comes from, with nothing to fill."""
+    """The record of a gradient, from the parts of a cache, without arrays to fill."""
     code, slope = checks.activation(parts.activation)
     return BackwardCall(
         dy=dy,
@@ -119,7 +119,7 @@ def _call_of(dy: Array, parts: Parts, threads: int) -> BackwardCall:
 
 
 def check_backward(dy: object, parts: Parts, out: object, threads: int) -> BackwardCall:
-    """Checks dy and out, which may be dy itself, and finds where the gradients of data go."""
+    """Checks dy and out, which may be dy itself, and allocates dx and dresidual where that is needed."""
     x, dtype = parts.x, native(parts.x.dtype)
     gradient = checks.like("dy", dy, x)
     inputs = {"dy": gradient, "x": x, "residual": parts.residual, "mask": parts.mask}
@@ -137,7 +137,7 @@ def check_backward(dy: object, parts: Parts, out: object, threads: int) -> Backw
 
 
 def backward_sums(dy: object, parts: Parts, backend: Backend, threads: int) -> Sums:
-    """What the positions of parts.x contribute to the gradients' sums."""
+    """The sums that gradients need, over the positions of parts.x."""
     gradient = checks.like("dy", dy, parts.x)
     rows = np.zeros((2, parts.saved.shape[1]))
     if gradient.size:
@@ -150,7 +150,7 @@ def backward_sums(dy: object, parts: Parts, backend: Backend, threads: int) -> S
 def backward(
     call: BackwardCall, parts: Parts, backend: Backend, sums: Sums | None = None
 ) -> tuple[Array | None, Array | None]:
-    """Fills dx and dresidual; gives dgamma and dbeta."""
+    """Fills dx and dresidual; returns dgamma and dbeta."""
     channels = parts.saved.shape[1]
     dgamma = np.empty(channels, parts.statistics) if parts.has_gamma else None
     dbeta = np.empty(channels, parts.statistics) if parts.has_beta else None

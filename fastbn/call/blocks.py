@@ -1,9 +1,8 @@
-"""How do arrays of any strides reach a backend? The protocol's verbs, over pieces that lie in memory as it takes them.
+"""How do arrays of any strides reach a backend? In pieces that have the memory layout that backends require.
 
-Channels are independent, so a call may be cut into blocks of channels. Arrays that all lie densely in x's memory order
-are one block, and are handed on as they are. Others are gathered and scattered block by block, and a block whose
-channels are long is cut along its positions too; its moments and sums are then added up piece by piece. No copy is
-larger than a piece.
+Channels are independent, so a call may be cut into blocks of channels. Arrays that are all dense in x's memory order
+make one block, which is not copied. Others are copied in and out block by block. A block whose channels are long is
+also cut along its positions, and its moments and sums are added up piece by piece. No copy is larger than a piece.
 """
 
 from __future__ import annotations
@@ -25,14 +24,14 @@ Array = np.ndarray[Any, Any]
 Index = tuple[slice, ...]
 
 PIECE = 1 << 19
-"""Elements that are gathered at a time, at most: a few megabytes."""
+"""The most elements that are copied at a time: a few megabytes."""
 
 RUN = 64
-"""Elements that lie together in every array of a block at least, so that little of a cache line is in vain."""
+"""The fewest adjacent elements that a block takes from an array, so that most of each cache line is used."""
 
 
 class Block(NamedTuple):
-    """Some channels, and the pieces that they come in: indices of an array whose axes are in memory order."""
+    """A range of channels, and its pieces: indices of an array whose axes are in memory order."""
 
     channels: slice
     pieces: list[Index]
@@ -40,11 +39,11 @@ class Block(NamedTuple):
 
 EVERYTHING, WHOLE = slice(None), ()
 DIRECT = [Block(EVERYTHING, [WHOLE])]
-"""For arrays that are handed on as they are."""
+"""The blocks of arrays that are not copied."""
 
 
 class Blocks:
-    """A backend, and how the arrays of one call reach it."""
+    """Runs the verbs of a backend on the arrays of one call."""
 
     def __init__(self, call: Call | BackwardCall, backend: Backend) -> None:
         x, axis = call.x, call.axis
@@ -69,69 +68,69 @@ class Blocks:
     def forward(self, call: Call, count: int) -> None:
         """Normalizes with the statistics of x, of which the mask leaves `count` values per channel."""
         for channels, pieces in self.blocks:
-            some = _some(call, channels)
+            part = _of_channels(call, channels)
             if len(pieces) == 1:
-                self._do(self.backend.forward, some, pieces)
+                self._run_pieces(self.backend.forward, part, pieces)
             else:
-                rows = self._moments(some, pieces)
-                save(rows, count, some.saved)
-                blend(some, rows, count)
-                self._do(self.backend.apply, some._replace(mask=None), pieces)
-            _put_columns(call.saved, channels, some.saved)
+                rows = self._moments(part, pieces)
+                save(rows, count, part.saved)
+                blend(part, rows, count)
+                self._run_pieces(self.backend.apply, part._replace(mask=None), pieces)
+            _put_columns(call.saved, channels, part.saved)
 
     def infer(self, call: Call) -> None:
         """Normalizes with the running statistics."""
         self._map(self.backend.infer, call)
 
     def apply(self, call: Call) -> None:
-        """Normalizes with the first rows of saved."""
+        """Normalizes with the statistics in the first three rows of saved."""
         self._map(self.backend.apply, call)
 
     def _map(self, verb: Callable[[Call], None], call: Call) -> None:
-        call = call if call.mask is None else call._replace(mask=None)  # which only statistics depend on
+        call = call if call.mask is None else call._replace(mask=None)  # only statistics depend on it
         for channels, pieces in self.blocks:
-            some = _some(call, channels)
-            self._do(verb, some, pieces)
-            _put_columns(call.saved, channels, some.saved)
+            part = _of_channels(call, channels)
+            self._run_pieces(verb, part, pieces)
+            _put_columns(call.saved, channels, part.saved)
 
     def moments(self, call: Call) -> None:
-        """The rows mean, mean_low, m2."""
+        """Fills the rows mean, mean_low and m2."""
         for channels, pieces in self.blocks:
-            call.moments[:, channels] = self._moments(_some(call, channels), pieces)
+            call.moments[:, channels] = self._moments(_of_channels(call, channels), pieces)
 
     def backward_sums(self, call: BackwardCall) -> None:
-        """The rows sum dz, sum dz * xhat."""
+        """Fills the rows sum(dz) and sum(dz * xhat)."""
         for channels, pieces in self.blocks:
-            call.sums[:, channels] = self._sums(_some(call, channels), pieces)
+            call.sums[:, channels] = self._sums(_of_channels(call, channels), pieces)
 
     def backward(self, call: BackwardCall) -> None:
-        """The gradients; with sums given, those of a larger batch."""
+        """Fills the gradients; they are those of a larger batch if the call has its sums."""
         for channels, pieces in self.blocks:
-            some = _some(call, channels)
-            if some.sums is None and len(pieces) > 1:
-                some = some._replace(sums=self._sums(some, pieces))
-            self._do(self.backend.backward, some, pieces)
+            part = _of_channels(call, channels)
+            if part.sums is None and len(pieces) > 1:
+                part = part._replace(sums=self._sums(part, pieces))
+            self._run_pieces(self.backend.backward, part, pieces)
 
-    # Their parts -----------------------------------------------------------------------------------------------------
+    # The steps of the verbs ------------------------------------------------------------------------------------------
 
-    def _do(self, verb: Callable[[AnyCall], None], call: AnyCall, pieces: list[Index]) -> None:
-        """One piece after the other, and what they fill where it belongs."""
+    def _run_pieces(self, verb: Callable[[AnyCall], None], call: AnyCall, pieces: list[Index]) -> None:
+        """Runs a verb on one piece after the other, and copies its results to where they belong."""
         for piece in pieces:
-            some = self._take(call, piece)
-            verb(some)
+            part = self._take(call, piece)
+            verb(part)
             if piece:
                 for name, array in arrays_of(call, WRITTEN).items():
-                    self._put(array, piece, getattr(some, name))
+                    self._put(array, piece, getattr(part, name))
 
     def _moments(self, call: Call, pieces: list[Index]) -> Array:
         total, count = np.empty(0), 0
         for piece in pieces:
-            some = self._take(call, piece)
-            outer, channels, inner = some.x.shape
-            values = outer * inner if some.mask is None else int(np.count_nonzero(some.mask))
+            part = self._take(call, piece)
+            outer, channels, inner = part.x.shape
+            values = outer * inner if part.mask is None else int(np.count_nonzero(part.mask))
             if values:
                 rows = np.empty((3, channels))
-                self.backend.moments(some._replace(moments=rows))
+                self.backend.moments(part._replace(moments=rows))
                 total = merged(total, count, rows, values) if count else rows
                 count += values
         return total
@@ -147,7 +146,7 @@ class Blocks:
     # Pieces ----------------------------------------------------------------------------------------------------------
 
     def _take(self, call: AnyCall, piece: Index) -> AnyCall:
-        """The call on a piece of its data, as backends take it."""
+        """The call for a piece of its data, in the layout that backends require."""
         taken = {name: self._read(array, piece) for name, array in arrays_of(call, READ).items()}
         taken |= {name: self._target(array, piece) for name, array in arrays_of(call, WRITTEN).items()}
         if call.mask is not None:
@@ -158,14 +157,14 @@ class Blocks:
         return turned.flags.c_contiguous and turned.flags.aligned and turned.dtype == self.dtype
 
     def _scratch(self, array: Array, shape: tuple[int, ...]) -> Array:
-        """Memory for a piece of this array: the same for all of them, of which the first is the largest."""
+        """Memory for a piece of this array, which all its pieces share, since the first is the largest."""
         size = math.prod(shape)
         if id(array) not in self._buffers:
             self._buffers[id(array)] = np.empty(size, self.dtype)
         return self._buffers[id(array)][:size].reshape(shape)
 
     def _read(self, array: Array, piece: Index) -> Array:
-        """A piece in three dimensions: a view where it lies in memory as the backend takes it, else a copy."""
+        """A piece in three dimensions: a view if it has the layout that backends require, else a copy."""
         taken = self._target(array, piece)
         if piece:
             given = array.transpose(self.order)[piece]
@@ -179,7 +178,7 @@ class Blocks:
         return np.ascontiguousarray(turned).reshape(x.shape[0], x.shape[2])
 
     def _target(self, array: Array, piece: Index) -> Array:
-        """What the backend fills for a piece, in three dimensions: a view, or memory to be `_put` there."""
+        """The array that a backend fills for a piece, in three dimensions: a view, or memory that `_put` copies."""
         turned = array.transpose(self.order)
         if not piece:
             return turned.reshape(self.shape)
@@ -195,31 +194,31 @@ class Blocks:
                 turned[...] = filled.reshape(turned.shape)
 
 
-def _some(call: AnyCall, channels: slice) -> AnyCall:
-    """The call for some channels: views of what has one value per channel, contiguous copies of rows."""
+def _of_channels(call: AnyCall, channels: slice) -> AnyCall:
+    """The call for a range of channels: views of arrays with one value per channel, contiguous copies of rows."""
     if channels is EVERYTHING:
         return call
-    some = {name: array[channels] for name, array in arrays_of(call, CHANNELS).items()}
-    some |= {name: np.ascontiguousarray(rows[:, channels]) for name, rows in arrays_of(call, ROWS).items()}
-    return replaced(call, some)
+    part = {name: array[channels] for name, array in arrays_of(call, CHANNELS).items()}
+    part |= {name: np.ascontiguousarray(rows[:, channels]) for name, rows in arrays_of(call, ROWS).items()}
+    return replaced(call, part)
 
 
 def _put_columns(rows: Array | None, channels: slice, filled: Array | None) -> None:
-    """Takes the copy back."""
+    """Copies the filled rows back, if they are a copy."""
     if rows is not None and filled is not rows:
         rows[:, channels] = filled
 
 
 def _run(array: Array, axis: int) -> int:
-    """How many elements of one channel lie together, if the array is dense."""
+    """How many elements of one channel are adjacent, if the array is dense."""
     order = memory_order(array)
     return math.prod(array.shape[i] for i in order[order.index(axis) + 1 :])
 
 
 def _cut(shape: tuple[int, ...], at: int, run: int) -> list[Block]:
-    """Blocks of an array of this shape, its axes in memory order, with channels on axis `at`.
+    """The blocks of an array of this shape, whose axes are in memory order, with channels on axis `at`.
 
-    In one of the arrays only `run` elements of a channel lie together.
+    In every array of the call, at least `run` elements of a channel are adjacent.
     """
     channels, size = shape[at], math.prod(shape)
     if not size:
@@ -235,7 +234,7 @@ def _cut(shape: tuple[int, ...], at: int, run: int) -> list[Block]:
     steps[at] = together
     along = [_steps(size, steps[axis]) for axis, size in enumerate(shape)]
     before, after = along[:at], along[at + 1 :]
-    return [Block(some, list(product(*before, [some], *after))) for some in along[at]]
+    return [Block(these, list(product(*before, [these], *after))) for these in along[at]]
 
 
 def _steps(size: int, step: int) -> list[slice]:

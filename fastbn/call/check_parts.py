@@ -1,4 +1,4 @@
-"""Are the parts of a batch valid? What is added up over them, moments and sums, and what a cache holds."""
+"""Are the parts of a batch valid? Checks of moments and sums, and of the contents of a cache."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .shape import positions_of
 
 Array = np.ndarray[Any, Any]
 
-# What is added up ----------------------------------------------------------------------------------------------------
+# Moments and sums ----------------------------------------------------------------------------------------------------
 
 
 class _Summed(Protocol):
@@ -45,36 +45,36 @@ def rows(given: Mapping[str, object]) -> tuple[Array, DType]:
 
 
 def not_negative(name: str, values: Array) -> None:
-    """No value below 0; NaN passes."""
+    """Refuses values below 0, but not NaN."""
     if (values < 0).any():
         _refuse(ValueError, name, f"{values.min()}", "values >= 0")
 
 
 def below(value: object, counted: int) -> float:
-    """What a variance of Moments is corrected by: any number below the count."""
+    """The correction of a variance of Moments: any number >= 0 and below the count."""
     result = number("correction", value, 0, math.inf)
     if result >= counted:
-        _refuse(ValueError, "correction", f"{shown(value)} with count {counted}", "one below the count")
+        _refuse(ValueError, "correction", f"{shown(value)} with count {counted}", "a number below the count")
     return result
 
 
-def contents(name: str, count: object, dtype: object, found: object, wanted: int) -> None:
-    """What Moments or Sums hold, of `wanted` rows, whatever made them: a pickle, or an assignment."""
+def contents(name: str, count: object, dtype: object, found: object, row_count: int) -> None:
+    """Checks the contents of Moments or Sums, which a pickle or an assignment may have changed."""
     if type(count) is not int:
         _refuse(TypeError, name, f"the count {kind(count)}", "an integer from 0 to 2**63 - 1")
     if not 0 <= count < 2**63:
         _refuse(ValueError, name, f"the count {shown(count)}", "an integer from 0 to 2**63 - 1")
     if not isinstance(dtype, np.dtype) or dtype not in (FLOAT32, FLOAT64):
         _refuse(TypeError, name, f"the dtype {shown(dtype)}", "'float32', 'float64'")
-    allowed = f"{wanted} rows of float64, C-contiguous, with a column per channel"
+    allowed = f"{row_count} rows of float64, C-contiguous, with a column per channel"
     if type(found) is not np.ndarray or found.dtype != FLOAT64:
         _refuse(TypeError, name, _described("rows", found), allowed)
-    if found.ndim != 2 or found.shape[0] != wanted or not _is_ready(found):
+    if found.ndim != 2 or found.shape[0] != row_count or not _is_ready(found):
         _refuse(ValueError, name, _described("rows", found), allowed)
 
 
 def summed(name: str, value: _Summed, channels: int, statistics: DType, whose: str = "x's") -> None:
-    """Moments or sums that fit x, or others of their kind."""
+    """Checks that moments or sums fit x, or fit others of their kind."""
     if value.channels != channels:
         _refuse(ValueError, name, f"{value.channels} channels", f"{whose} {channels} channels")
     if value.dtype != statistics:
@@ -82,7 +82,7 @@ def summed(name: str, value: _Summed, channels: int, statistics: DType, whose: s
 
 
 def moments(value: _Summed, channels: int, statistics: DType, *, training: bool, virtual: int | None) -> None:
-    """Moments to normalize x with."""
+    """Checks the moments with which `forward` is to normalize x."""
     summed("moments", value, channels, statistics)
     if not training:
         _refuse(ValueError, "moments", "moments with training=False", "None, since running statistics are used")
@@ -93,10 +93,10 @@ def moments(value: _Summed, channels: int, statistics: DType, *, training: bool,
 
 
 def sums(value: _Summed, channels: int, statistics: DType, most: int | None) -> None:
-    """Sums for the gradients of x, whose statistics come from `most` values per channel (None: from elsewhere)."""
+    """Checks sums for the gradients of x. Its statistics come from `most` values per channel, or None if frozen."""
     summed("sums", value, channels, statistics)
     if most is not None and value.count > most:
-        _refuse(ValueError, "sums", f"count {value.count}", f"the count of the cache's statistics, {most}, at most")
+        _refuse(ValueError, "sums", f"count {value.count}", f"at most {most}, the count of the cache's statistics")
 
 
 # Caches --------------------------------------------------------------------------------------------------------------
@@ -105,20 +105,20 @@ FROM_FORWARD = "the cache that fastbn.forward returned"
 
 
 def no_parts(found: object) -> NoReturn:
-    """A cache that does not even hold parts."""
+    """Refuses a cache that does not hold `Parts`."""
     _refuse(TypeError, "cache", f"a cache that holds {kind(found)}", FROM_FORWARD)
 
 
 def whole(name: str, virtual: int | None) -> None:
-    """Not for a cache of virtual batches, whose statistics are of no larger batch."""
+    """Refuses a cache of virtual batches, which are not parts of a larger batch."""
     if virtual is not None:
         _refuse(ValueError, name, "a cache of virtual batches", "one that forward returned without virtual_batch_size")
 
 
 def cache(parts: tuple[Any, ...]) -> None:
-    """The parts of a cache: such as `forward` makes, whatever made them.
+    """Checks that the parts of a cache are such as `forward` makes.
 
-    It is all that stands between a backend, which trusts these arrays, and a cache that was unpickled or tampered with.
+    Backends trust these arrays. No other check stands between them and a cache that was unpickled or tampered with.
     """
     x, residual, saved, axis, frozen, activated, has_gamma, has_beta, mask, counted, from_y, virtual = parts
     if type(x) is not np.ndarray or find(x.dtype) is None:
@@ -188,7 +188,7 @@ def _fits(name: str, value: object, dtype: DType, shape: tuple[int, ...], *, opt
 
 
 def _is_ready(array: Array) -> bool:
-    """Whether C reads it as it lies in memory."""
+    """Whether the C backend can read the array without a copy."""
     return array.flags.c_contiguous and array.flags.aligned
 
 

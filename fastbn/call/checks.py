@@ -1,4 +1,4 @@
-"""Is the input valid? The checks that all calls share, and how every message reads; nothing here changes anything."""
+"""Is the input valid? The checks that calls share, and the form of every message. They never change an argument."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ def _refuse(error: type[Exception], name: str, given: str, allowed: str) -> NoRe
 
 
 def shown(value: object) -> str:
-    """The repr of a value, or its type where that would fail or be long."""
+    """The repr of a value, or its type if the repr fails or is long."""
     try:
         text = repr(value)
-    except Exception:  # whatever its __repr__ raises; that of an integer with more than 4300 digits does
+    except Exception:  # __repr__ may raise anything; that of an integer with more than 4300 digits fails
         text = ""
     return text if 0 < len(text) <= 300 else f"{type(value).__name__} too long to show"
 
 
 def kind(value: object) -> str:
-    """What is said of a value of the wrong kind: its type, and a number, a string or None itself."""
+    """How messages show a value of the wrong kind: by its type and, if it is a number, string or None, its value."""
     name = type(value).__name__
     return f"{shown(value)} ({name})" if value is None or isinstance(value, str | bytes | Number | np.generic) else name
 
@@ -49,7 +49,7 @@ def _array(name: str, value: object) -> Array:
         return value
     try:
         return np.asarray(value)
-    except Exception as error:  # whatever its __array__ raises
+    except Exception as error:  # __array__ may raise anything
         raise TypeError(f"{name}: got {type(value).__name__}; allowed: a NumPy array ({error})") from error
 
 
@@ -98,7 +98,7 @@ def parameter(name: str, value: object, channels: int, each: str = "channel of x
 
 
 def running(mean: object, var: object, channels: int, *, written: bool) -> tuple[Array | None, Array | None]:
-    """The running statistics: both or neither, and writable where they will be written."""
+    """The running statistics: both or neither, and writable if they will be written."""
     if mean is None and var is None:
         return None, None
     _both(mean, var)
@@ -115,14 +115,14 @@ def _both(mean: object, var: object) -> None:
 
 
 def both_statistics(mean: object, var: object) -> None:
-    """Both running statistics are there."""
+    """Checks that both running statistics are given."""
     if mean is None and var is None:
         statistics_missing("")
     _both(mean, var)
 
 
 def given_statistics(mean: object, var: object) -> tuple[Array, Array]:
-    """Running statistics whose dtypes tell that of the data, and whose shapes the channels."""
+    """Checks running statistics that determine which dtypes and number of channels the data can have."""
     both_statistics(mean, var)
     if not isinstance(mean, np.ndarray):
         _refuse(TypeError, "running_mean", type(mean).__name__, "a NumPy array")
@@ -136,9 +136,9 @@ def given_statistics(mean: object, var: object) -> tuple[Array, Array]:
 
 
 def outputs(weight: Array, output_axis: object, mean: object) -> tuple[int, int, int]:
-    """Of a weight: the axis of its output channels, the groups of a grouped transposed convolution, the channels.
+    """The axis of a weight's output channels, the groups of a transposed convolution (else 1), and the channels.
 
-    The groups follow from the values in `mean`, one per output channel.
+    The groups follow from the size of `mean`, which has one value per output channel.
     """
     index = integer("output_axis", output_axis)
     if not -weight.ndim <= index < weight.ndim:
@@ -150,7 +150,7 @@ def outputs(weight: Array, output_axis: object, mean: object) -> tuple[int, int,
         return at, 1, channels
     groups = found // channels
     if weight.shape[0] % groups:
-        allowed = f"({channels},), or that times groups which divide weight.shape[0], {weight.shape[0]}"
+        allowed = f"({channels},), or ({channels} * groups,) if groups divides weight.shape[0], {weight.shape[0]}"
         _refuse(ValueError, "running_mean", f"shape ({found},) for weight of shape {weight.shape}", allowed)
     return at, groups, found
 
@@ -168,7 +168,7 @@ def _statistic(name: str, value: object, channels: int, written: bool) -> Array:
 
 
 def running_apart(inputs: Mapping[str, Array | None]) -> None:
-    """Running statistics that are written share no memory with each other or with another input."""
+    """Checks that running statistics to update share no memory with each other or with another input."""
     for name in ("running_mean", "running_var"):
         statistic = inputs[name]
         for other, array in inputs.items():
@@ -179,12 +179,12 @@ def running_apart(inputs: Mapping[str, Array | None]) -> None:
 
 
 def statistics_missing(where: str = " where training is not True") -> NoReturn:
-    """Without batch statistics there must be running ones."""
+    """Refuses a call that has no statistics to normalize with."""
     _refuse(ValueError, "running_mean", "None", f"arrays for running_mean and running_var{where}")
 
 
 def overlap(a: Array, b: Array) -> bool:
-    """Whether two arrays share memory; where that is too hard to tell, they count as sharing it."""
+    """Whether two arrays share memory; True if that is too hard to tell."""
     if not np.may_share_memory(a, b):
         return False
     try:
@@ -194,13 +194,13 @@ def overlap(a: Array, b: Array) -> bool:
 
 
 def same_memory(a: Array, b: Array) -> bool:
-    """Whether a and b, of one shape, are the same elements in the same places."""
+    """Whether a and b, which have the same shape, are the same elements in memory."""
     places = (array.__array_interface__["data"][0] for array in (a, b))
     return next(places) == next(places) and a.strides == b.strides and a.dtype == b.dtype
 
 
 def out(value: object, x: Array, inputs: Mapping[str, Array | None], *, may_be: str | None = None) -> Array | None:
-    """`out`: x's shape and dtype, in any byte order; writable; apart from all inputs but, exactly, the one `may_be`."""
+    """Checks `out`: x's shape and dtype, any byte order, writable, and apart from the inputs or equal to `may_be`."""
     if value is None:
         return None
     if not isinstance(value, np.ndarray):
@@ -224,7 +224,7 @@ def out(value: object, x: Array, inputs: Mapping[str, Array | None], *, may_be: 
 
 
 def _overlaps_itself(array: Array) -> bool:
-    """Whether two elements share memory, as far as strides that do not nest (slices' and transposes' do) tell."""
+    """Whether elements may share memory, since the strides do not nest as those of slices and transposes do."""
     end = array.itemsize
     if array.size and not array.flags.c_contiguous:
         for stride, size in sorted(zip(map(abs, array.strides), array.shape, strict=True)):
@@ -263,7 +263,7 @@ def momentum(value: object) -> float:
 
 
 def correction(value: object) -> int:
-    """What a running variance is corrected by; `correctable` tells whether it is below the count."""
+    """The correction of a running variance; `correctable` checks that it is below the count."""
     result = integer("correction", value)
     if result < 0:
         _refuse(ValueError, "correction", shown(value), "an integer from 0 to M - 1, M being the values per channel")
@@ -271,7 +271,7 @@ def correction(value: object) -> int:
 
 
 def correctable(correction: int, counted: int, where: str = "") -> None:
-    """Whether a variance of so many values can be corrected by this."""
+    """Checks that the correction is below the number of values that count."""
     if correction >= counted:
         given = f"{shown(correction)} with M = {counted} values per channel that count{where}"
         _refuse(ValueError, "correction", given, f"an integer from 0 to M - 1, here {counted - 1}")
@@ -285,7 +285,7 @@ def flag(name: str, value: object) -> bool:
 
 
 def activation(value: object) -> tuple[Activation, float]:
-    """The activation's code and, if it has one, its slope (else 0)."""
+    """The activation's code and its slope, which is 0 if it has none."""
     if isinstance(value, str) or value is None:
         if value not in BY_NAME:
             _refuse(ValueError, "activation", shown(value), ACTIVATIONS)
@@ -299,7 +299,7 @@ def activation(value: object) -> tuple[Activation, float]:
 
 
 ACTIVATIONS = ", ".join([_names(BY_NAME), *(f"({name!r}, slope)" for name in DEFAULT_SLOPES)])
-"""What is allowed, as errors say it."""
+"""The activations that are allowed, as messages list them."""
 
 
 def mask(value: object, x: Array, channel_axis: int) -> Array | None:
@@ -319,20 +319,20 @@ def mask(value: object, x: Array, channel_axis: int) -> Array | None:
 
 
 def booleans(array: Array) -> Array:
-    """An array of bool as NumPy makes them. In a view of other bytes any but 0 is True, which not all of NumPy sees."""
+    """The array with all nonzero bytes set to 1, since some functions of NumPy do not take others for True."""
     octets = array.view(np.uint8)
     return array if octets.max(initial=0) <= 1 else octets != 0
 
 
 def enough(x: Array, channel_axis: int, mask: Array | None, where: str = "") -> int:
-    """How many values per channel count, which training needs 2 of; `mask` is of the positions' shape, or None."""
+    """How many values per channel count; training needs 2. `mask` has the shape of the positions, or is None."""
     values = math.prod(positions_of(x.shape, channel_axis))
     if values < 2:
         given = f"shape {x.shape} with {values} value{'s' * (values != 1)} per channel{where}"
         _refuse(ValueError, "x", given, "2 or more to train")
     counted = values if mask is None else int(np.count_nonzero(mask))
     if counted < 2:
-        given = f"shape {x.shape} for x, of whose {values} values per channel the mask leaves {counted}{where}"
+        given = f"one that leaves {counted} of the {values} values per channel for x of shape {x.shape}{where}"
         _refuse(ValueError, "mask", given, "2 or more to train")
     return counted
 
@@ -347,7 +347,7 @@ def invertible(
     channels: int,
     dtype: DType,
 ) -> None:
-    """Whether x can be had back from y, which takes its place where out is x."""
+    """Checks that x can be computed from y, which replaces it if out is x."""
     kind = kind_of(dtype)
     if code is Activation.LEAKY_RELU:
         if slope < kind.tiny:
@@ -374,7 +374,7 @@ def invertible(
 
 
 def _magnitude(array: Array) -> float:
-    """The largest absolute value, NaN where there is one; with no array of absolute values."""
+    """The largest absolute value, or NaN if there is one, without an array of absolute values."""
     with np.errstate(all="ignore"):
         return max(abs(float(array.min())), abs(float(array.max()))) if array.size else 0.0
 
@@ -390,20 +390,20 @@ def instance(name: str, value: object, of: type[T], allowed: str) -> T:
 
 
 def iterable(name: str, value: Iterable[T], of: str) -> Iterable[T]:
-    """Something to go through."""
+    """Checks that the value is iterable."""
     if not isinstance(value, Iterable):
         _refuse(TypeError, name, kind(value), f"an iterable of {of}")
     return value
 
 
 def function(name: str, value: object) -> None:
-    """Something to call."""
+    """Checks that the value is callable."""
     if not callable(value):
         _refuse(TypeError, name, kind(value), "a callable")
 
 
 def virtual_batch(value: object, channel_axis: int) -> int | None:
-    """How many elements of axis 0 share their statistics; None is all."""
+    """How many elements of axis 0 share their statistics; None if all do."""
     if value is None:
         return None
     if channel_axis == 0:
@@ -414,7 +414,7 @@ def virtual_batch(value: object, channel_axis: int) -> int | None:
 
 
 def integer(name: str, value: object) -> int:
-    """An integer; True and False are none."""
+    """An integer; True and False are refused."""
     if isinstance(value, bool | np.bool_):
         _refuse(TypeError, name, shown(value), "an integer")
     try:
@@ -424,7 +424,7 @@ def integer(name: str, value: object) -> int:
 
 
 def opset(operator: str, version: int, oldest: int) -> None:
-    """An ONNX opset whose operator we know."""
+    """Checks that fastbn supports the operator of an ONNX opset."""
     if version < oldest:
         raise NotImplementedError(f"{operator}: got opset {version}; allowed: {oldest} or later")
 
@@ -447,7 +447,7 @@ def between(name: str, value: object, low: int, high: int) -> int:
 
 
 def natural(name: str, value: object) -> int:
-    """An integer that is not negative, nor beyond an array's."""
+    """An integer >= 0 that fits into int64."""
     result = integer(name, value)
     if not 0 <= result < 2**63:
         _refuse(ValueError, name, shown(value), "an integer from 0 to 2**63 - 1")
@@ -469,7 +469,7 @@ def dtype(name: str, value: object) -> DType:
         _refuse(TypeError, name, "None", _names(KINDS))
     if isinstance(value, str) and value == "bfloat16":
         try:
-            import_module("ml_dtypes")  # which teaches NumPy the name
+            import_module("ml_dtypes")  # registers the name with NumPy
         except ImportError as error:
             raise ImportError(f'{name}: "bfloat16" needs ml_dtypes: pip install "fastbn[bfloat16]"') from error
     try:

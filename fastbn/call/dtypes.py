@@ -1,4 +1,4 @@
-"""Which dtypes can data have, and what are their statistics kept in?"""
+"""Which dtypes can data have, and what is the statistics dtype of each?"""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FLOAT64: DType = np.dtype(np.float64)
 
 
 class Kind(NamedTuple):
-    """What is particular to a dtype of data."""
+    """The properties of a dtype of data."""
 
     name: str
     statistics: DType
@@ -23,7 +23,7 @@ class Kind(NamedTuple):
     eps: float
     """The distance from 1 to the next number."""
     tiny: float
-    """The smallest number that has all its digits."""
+    """The smallest normal number."""
 
 
 KINDS = {
@@ -32,10 +32,10 @@ KINDS = {
     "float32": Kind("float32", FLOAT32, 2.0**-23, 2.0**-126),
     "float64": Kind("float64", FLOAT64, 2.0**-52, 2.0**-1022),
 }
-"""By name, since bfloat16 is a dtype of ml_dtypes, which only those need who have such data."""
+"""By name, since bfloat16 is a dtype of ml_dtypes, which is needed only for such data."""
 
 
-@lru_cache(maxsize=64)  # a dtype's name takes longer than all else that is asked about a small array
+@lru_cache(maxsize=64)  # looking up a dtype's name takes longer than all other checks of a small array
 def find(dtype: DType) -> Kind | None:
     """The entry of a dtype, in any byte order; None if data cannot have it."""
     return KINDS.get(dtype.name)
@@ -57,10 +57,10 @@ def is_float(dtype: DType) -> bool:
 
 
 def rounded(values: Array, dtype: DType) -> Array:
-    """Float64 values, to the nearest numbers of a dtype that `is_float`.
+    """Rounds float64 values to the nearest numbers of a dtype for which `is_float` is True.
 
-    NumPy would round twice to a dtype of ml_dtypes, by way of float32; here float32 is rounded to odd, so that the last
-    rounding sees on which side of a midpoint the value was.
+    To a dtype of ml_dtypes, NumPy would round twice, first to float32. Here this first rounding is to odd, so that the
+    second knows on which side of a midpoint a value was.
     """
     if dtype.kind == "f":
         return values.astype(dtype, copy=False)

@@ -1,4 +1,4 @@
-"""How does a batch train whose slices have statistics of their own? Ghost batch norm: Hoffer et al. 2017, algorithm 1.
+"""How is a batch normalized in slices with their own statistics? Ghost batch norm: Hoffer et al. 2017, algorithm 1.
 
 ("Train longer, generalize better: closing the generalization gap in large batch training of neural networks".)
 """
@@ -20,17 +20,17 @@ Array = np.ndarray[Any, Any]
 
 
 def slices_of(call: Call, size: int) -> list[slice]:
-    """Of axis 0; the last may be smaller. All have 2 values per channel or more, and more than `correction`."""
+    """The slices of axis 0; the last may be smaller. Checks that enough values per channel count in each."""
     length = call.x.shape[0]
     checks.enough(call.x, call.axis, call.mask)
     slices = [slice(start, min(start + size, length)) for start in range(0, length, size)]
-    for some in slices:
-        batch.counted(rows_of(call, some), f" in the virtual batch {some.start}:{some.stop}")
+    for rows in slices:
+        batch.counted(rows_of(call, rows), f" in the virtual batch {rows.start}:{rows.stop}")
     return slices
 
 
 def momenta(momentum: float, slices: int) -> list[float]:
-    """The weights of the slices; those of an average are such that every slice so far weighs alike."""
+    """The momentum for each slice. For an average, all slices of this call and of those before it weigh the same."""
     if not isinstance(momentum, Average):
         return [momentum] * slices
     return [1 / (momentum.batches * slices + i) for i in range(1, slices + 1)]
@@ -40,8 +40,8 @@ def train(call: Call, size: int, backend: Backend) -> Parts:
     """Normalizes each slice with its own statistics, and blends them into the running ones slice after slice."""
     slices = slices_of(call, size)
     done = [
-        batch.train(rows_of(call, some)._replace(momentum=weight), None, backend).saved
-        for some, weight in zip(slices, momenta(call.momentum, len(slices)), strict=True)
+        batch.train(rows_of(call, rows)._replace(momentum=weight), None, backend).saved
+        for rows, weight in zip(slices, momenta(call.momentum, len(slices)), strict=True)
     ]
     count = None if call.mask is None else int(np.count_nonzero(call.mask))
     parts = batch.parts_of(call._replace(saved=np.stack(done, axis=1)), count=count)
@@ -49,15 +49,15 @@ def train(call: Call, size: int, backend: Backend) -> Parts:
 
 
 def backward(call: BackwardCall, whole: Parts, backend: Backend) -> tuple[Array | None, Array | None]:
-    """Fills dx and dresidual; gives dgamma and dbeta, added up in float64."""
+    """Fills dx and dresidual; returns dgamma and dbeta, added up in float64."""
     slices = list(whole.slices())
-    for _, parts in slices:  # of which a mask may have become another since the call
+    for _, parts in slices:  # the mask may have changed since the call
         check_parts.cache(parts)
     found = [
         batch.backward(
-            rows_of(call, some)._replace(mask=parts.mask, saved=parts.saved, counted=float(parts.total)), parts, backend
+            rows_of(call, rows)._replace(mask=parts.mask, saved=parts.saved, counted=float(parts.total)), parts, backend
         )
-        for some, parts in slices
+        for rows, parts in slices
     ]
     dgammas, dbetas = zip(*found, strict=True)
     return _total(dgammas), _total(dbetas)

@@ -1,4 +1,4 @@
-"""Which pickles can be read? The number that those of fastbn's objects carry, and what refuses all others."""
+"""Which pickles can be read? Those of fastbn's objects carry a format number, which is checked here."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from .checks import _refuse, kind, shown
 
 FORMAT = 1
-"""Of what is written. A release that writes another one still reads this."""
+"""The format that is written. A release that writes a later format still reads this one."""
 
 
 def packed(contents: object) -> tuple[int, object]:
@@ -19,14 +19,14 @@ def packed(contents: object) -> tuple[int, object]:
 
 @contextmanager
 def unpacked(name: str, state: Any) -> Iterator[Any]:
-    """The contents of such a state of the class `name`; a ValueError if the block cannot take them."""
+    """Yields the contents of a state of the class `name`. An error in the `with` block becomes a ValueError."""
     if not isinstance(state, tuple) or len(state) != 2 or type(state[0]) is not int:
         _refuse(ValueError, name, f"a pickle without a format number ({kind(state)})", f"format {FORMAT}")
     if state[0] != FORMAT:
         _refuse(ValueError, name, f"a pickle of format {shown(state[0])}", f"format {FORMAT}")
     try:
         yield state[1]
-    except Exception as error:  # whatever contents that nobody wrote so may lead to
+    except Exception as error:  # contents that fastbn did not write may raise anything
         raise ValueError(
             f"{name}: got a pickle whose contents do not fit ({error}); allowed: format {FORMAT}, as fastbn writes it"
         ) from error

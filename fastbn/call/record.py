@@ -1,7 +1,7 @@
-"""What is asked of a backend? A call, and a gradient, each as one record; and the check of a call.
+"""What does a backend get? A call or a gradient, as one record. `check` makes sure that a call is valid.
 
-One record crosses each boundary: the front desk fills it, `check` completes it, virtual batches and blocks take rows,
-channels and pieces of it, and a backend reads it. READ to ROWS say which of its arrays are cut in which way.
+One record crosses each boundary: ops.py fills it, `check` completes it, virtual batches and blocks take rows, channels
+and pieces of it, and a backend reads it. READ, WRITTEN, CHANNELS and ROWS tell how each of its arrays is cut.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ READ = ("x", "residual", "dy")
 WRITTEN = ("y", "dx", "dresidual")
 CHANNELS = ("gamma", "beta", "running_mean", "running_var", "dgamma", "dbeta")
 ROWS = ("saved", "moments", "sums")
-"""The arrays of a call by their shape: x's, which the call reads or writes; (channels,); and, of float64, (rows,
-channels). The mask alone has x's shape without the channel axis."""
+"""The arrays of a call by shape. Those READ and WRITTEN have x's shape, CHANNELS have (channels,), and ROWS, which are
+float64, have (rows, channels). Only the mask is not listed: it has x's shape without the channel axis."""
 
 _UNSET: Any = None
 
 
 class Call(NamedTuple):
-    """What forward and infer are to do: first as it was given, then, from `check`, valid and complete.
+    """The arguments of forward or infer: first as the caller gave them, then, from `check`, valid and complete.
 
-    Arrays of data and the mask have any strides, but in a backend's calls: see `fastbn._backends.Backend`. Arrays of
-    (channels,) are, once they are checked, as backends take them.
+    Arrays of data and the mask may have any strides, except when a backend gets them: see `fastbn._backends.Backend`.
+    Arrays of shape (channels,) have, once they are checked, the layout and dtype that backends require.
     """
 
     x: Array
@@ -40,31 +40,31 @@ class Call(NamedTuple):
     beta: Array | None = None
     running_mean: Array | None = None
     running_var: Array | None = None
-    """Updated by forward; what infer normalizes with."""
+    """forward updates the running statistics; infer normalizes with them."""
     momentum: float = 0.0
     correction: int = 0
     eps: float = 0.0
     axis: int = 1
     mask: Array | None = None
     activation: Any = None
-    """As it was given."""
+    """As the caller gave it."""
     residual: Array | None = None
     out: Any = None
-    """What the caller gets."""
+    """The array that the caller gets."""
     threads: int = 1
     y: Array = _UNSET
     """The memory of `out`, as a plain array."""
     in_place: bool = False
     """Whether y is x."""
     given: tuple[Array | None, Array | None] = (None, None)
-    """The running statistics as the caller has them."""
+    """The running statistics as the caller gave them."""
     code: Activation = Activation.IDENTITY
     slope: float = 0.0
-    """leaky_relu's."""
+    """The slope of leaky_relu."""
     saved: Any = None
-    """What a gradient will need: the rows of `fastbn._backends.SAVED_ROWS`; None for infer where nothing will."""
+    """The rows of `fastbn._backends.SAVED_ROWS`, which a gradient needs; None in infer if there will be no gradient."""
     moments: Array = _UNSET
-    """The rows mean, mean_low and the sum of squares around their sum, which the verb `moments` fills."""
+    """The rows mean, mean_low and the sum of squares about their sum, which the verb `moments` fills."""
 
     @property
     def statistics(self) -> DType:
@@ -72,7 +72,7 @@ class Call(NamedTuple):
         return kind_of(self.x.dtype).statistics
 
     def put_running_back(self) -> None:
-        """Into the caller's running statistics, where backends could not take these and a copy was updated."""
+        """Copies updated running statistics to the caller's arrays, if these were not in a form that backends take."""
         for given, updated in zip(self.given, (self.running_mean, self.running_var), strict=True):
             if given is not None and updated is not None and given is not updated:
                 with np.errstate(all="ignore"):
@@ -80,7 +80,7 @@ class Call(NamedTuple):
 
 
 class BackwardCall(NamedTuple):
-    """What backward and backward_sums are to do, valid and complete; the arrays are as in a `Call`."""
+    """The arguments of backward or backward_sums, valid and complete; the arrays are as in a `Call`."""
 
     dy: Array
     x: Array
@@ -92,30 +92,30 @@ class BackwardCall(NamedTuple):
     code: Activation = Activation.IDENTITY
     slope: float = 0.0
     counted: float = 0.0
-    """Values per channel that made the statistics."""
+    """The number of values per channel that the statistics come from."""
     frozen: bool = False
-    """Whether the statistics were given, as infer's are."""
+    """Whether the statistics were given, as in infer."""
     from_y: bool = False
-    """Whether x holds y, of no activation or of leaky_relu with slope > 0."""
+    """Whether x holds y. The activation is then none, or leaky_relu with a slope > 0."""
     sums: Any = None
-    """The sums of dz and of dz * xhat: of a larger batch, or None for those of the call's own positions. Filled by the
-    verb `backward_sums`."""
+    """The sums of dz and of dz * xhat, which `backward_sums` fills. In `backward`, those of a larger batch, or None for
+    those of the call's own positions."""
     dx: Array = _UNSET
     dresidual: Array | None = None
     dgamma: Array | None = None
     dbeta: Array | None = None
     threads: int = 1
     out: Any = None
-    """The memory of dx: what the caller gets."""
+    """The array that the caller gets, in the memory of dx."""
     residual_gradient: Any = None
-    """What the caller gets of the residual's gradient, which without an activation is dy."""
+    """The residual's gradient that the caller gets; without an activation it is dy."""
 
 
 AnyCall = TypeVar("AnyCall", Call, BackwardCall)
 
 
 def arrays_of(call: Call | BackwardCall, names: Sequence[str]) -> dict[str, Array]:
-    """Those of the arrays of these names that the call has."""
+    """The arrays of the call that have these names and are not None."""
     return {name: array for name in names if (array := getattr(call, name, None)) is not None}
 
 
@@ -124,15 +124,15 @@ def replaced(call: AnyCall, arrays: dict[str, Any]) -> AnyCall:
     return call._replace(**arrays)
 
 
-def rows_of(call: AnyCall, some: slice) -> AnyCall:
-    """The call for some of the elements of axis 0, which is not the channel axis."""
-    return replaced(call, {name: array[some] for name, array in arrays_of(call, (*READ, *WRITTEN, "mask")).items()})
+def rows_of(call: AnyCall, rows: slice) -> AnyCall:
+    """The call for a slice of axis 0, which is not the channel axis."""
+    return replaced(call, {name: array[rows] for name, array in arrays_of(call, (*READ, *WRITTEN, "mask")).items()})
 
 
 class Average(float):
-    """The momentum with which running statistics are the average over so many batches and one more.
+    """The momentum that makes the running statistics the average over `batches` earlier batches and this one.
 
-    Virtual batches weigh alike, too: those of this call and of those before it.
+    All virtual batches, those of this call and of the calls before it, weigh the same, too.
     """
 
     batches: int
@@ -144,7 +144,7 @@ class Average(float):
 
 
 def check(call: Call, *, updates: bool, keeps: bool) -> Call:
-    """The call completed. `updates`: running statistics will be written; `keeps`: a backward pass will want x back."""
+    """Checks and completes a call. `updates`: running statistics will be written; `keeps`: backward will need x."""
     momentum = call.momentum if isinstance(call.momentum, Average) else checks.momentum(call.momentum)
     correction = checks.correction(call.correction)
     x = checks.data("x", call.x)
@@ -192,14 +192,14 @@ def check(call: Call, *, updates: bool, keeps: bool) -> Call:
 
 
 def contiguous(array: Array, dtype: DType) -> Array:
-    """The array itself where backends can take it, else a copy that they can."""
+    """The array itself if backends can take it, else a copy that they can take."""
     if array.dtype == dtype and array.flags.c_contiguous and array.flags.aligned:
         return array
     return array.astype(dtype, order="C")
 
 
 def _statistics(mean: Array | None, var: Array | None) -> tuple[Array | None, Array | None]:
-    """Running statistics in one dtype: their own or, where each has another, float64, which has all their numbers."""
+    """Running statistics in one dtype: the one they share, or else float64, which can hold the values of both."""
     if mean is None or var is None:
         return None, None
     dtype = native(mean.dtype) if native(mean.dtype) == native(var.dtype) else FLOAT64
@@ -207,7 +207,7 @@ def _statistics(mean: Array | None, var: Array | None) -> tuple[Array | None, Ar
 
 
 def parameters(gamma: Array | None, beta: Array | None, statistics: DType) -> tuple[Array | None, Array | None]:
-    """Both in one dtype: the statistics dtype or, where that would round one of them, float64."""
+    """Gamma and beta in one dtype: the statistics dtype, or float64 if the former would round one of them."""
     dtype = statistics if _is_exact(gamma, statistics) and _is_exact(beta, statistics) else FLOAT64
     return (
         None if gamma is None else contiguous(gamma, dtype),
@@ -216,7 +216,7 @@ def parameters(gamma: Array | None, beta: Array | None, statistics: DType) -> tu
 
 
 def _is_exact(array: Array | None, dtype: DType) -> bool:
-    """Whether the array's numbers are numbers of the dtype."""
+    """Whether the dtype can hold the array's values without rounding."""
     if array is None or array.dtype == dtype:
         return True
     return np.can_cast(array.dtype, dtype) or array.dtype.name == "bfloat16"

@@ -17,7 +17,7 @@ Array = np.ndarray
 
 
 class Parts(NamedTuple):
-    """What a cache holds: a forward call's x and residual, what the backend saved, and how it was called."""
+    """The contents of a cache: a forward call's x and residual, what the backend saved, and how it was called."""
 
     x: Array
     residual: Array | None
@@ -28,32 +28,32 @@ class Parts(NamedTuple):
     has_gamma: bool
     has_beta: bool
     mask: Array | None = None
-    """Of the positions' shape; None where all count. With frozen statistics it tells which dx are 0 where dy is."""
+    """The mask, or None if all positions count. With frozen statistics, it tells where a dy of 0 gives a dx of 0."""
     counted: int | None = None
-    """Of the statistics, where they do not come from all values of x and from these alone."""
+    """The count of the statistics; None if they come from all values of x and from no others."""
     from_y: bool = False
-    """Whether x is y: the call was in place."""
+    """Whether x holds y, since the call was in place."""
     virtual: int | None = None
     """How many elements of axis 0 share their statistics; `saved` then has a row per slice: (rows, slices, C)."""
 
     @property
     def plain(self) -> bool:
-        """Whether the first eight tell everything."""
+        """Whether the fields that have a default have no other value."""
         return self.counted is None and self.mask is None and self.virtual is None and self.from_y is False
 
     @property
     def channel_axis(self) -> int:
-        """Counted from 0."""
+        """The channel axis, counted from 0."""
         return self.axis % self.x.ndim
 
     @property
     def values(self) -> int:
-        """Values per channel of x."""
+        """The number of values per channel of x."""
         return math.prod(positions_of(self.x.shape, self.channel_axis))
 
     @property
     def total(self) -> int:
-        """Values per channel that the statistics come from."""
+        """The number of values per channel that the statistics come from."""
         return self.values if self.counted is None else self.counted
 
     @property
@@ -62,35 +62,35 @@ class Parts(NamedTuple):
         return kind_of(self.x.dtype).statistics
 
     def slices(self) -> Iterator[tuple[slice, "Parts"]]:
-        """Of axis 0, those that share their statistics, each with parts of its own."""
+        """The slices of axis 0 that share their statistics, each with its own parts."""
         size = len(self.x) if self.virtual is None else self.virtual
         for i, start in enumerate(range(0, len(self.x), size)):
-            some = slice(start, start + size)
-            residual, mask = (None if array is None else array[some] for array in (self.residual, self.mask))
+            rows = slice(start, start + size)
+            residual, mask = (None if array is None else array[rows] for array in (self.residual, self.mask))
             count = None if mask is None else int(np.count_nonzero(mask))
             mask, count = (None, None) if mask is None or count == mask.size else (mask, count)
-            own = self._replace(x=self.x[some], residual=residual, mask=mask, counted=count, virtual=None)
-            yield some, own._replace(saved=np.ascontiguousarray(self.saved[:, i]))
+            own = self._replace(x=self.x[rows], residual=residual, mask=mask, counted=count, virtual=None)
+            yield rows, own._replace(saved=np.ascontiguousarray(self.saved[:, i]))
 
 
 def _described(array: Array | None) -> str:
-    """The dtype and shape of an array, which tell more of a large one than its values."""
+    """The dtype and shape of an array, since its values may be many."""
     return "None" if array is None else f"{array.dtype}{list(array.shape)}"
 
 
 class Cache:
-    """What `backward` needs of a `forward` call.
+    """What `backward` needs from a `forward` call.
 
-    It refers to x (which out=x made y), residual and mask: leave them as they are until then.
+    It refers to x (which holds y after out=x), residual and mask: do not change them before `backward`.
 
     Attributes
     ----------
     mean, var, inv_std : arrays of shape (C,), in the statistics dtype
-        What the call normalized with: the batch's mean and biased variance, given moments, or the running statistics;
-        and 1/sqrt(var + eps), which is 0 where var + eps is 0. With virtual_batch_size they have shape (slices, C).
+        The statistics that the call normalized with: the batch's mean and biased variance, those of given moments, or
+        the running ones; and 1/sqrt(var + eps), 0 where var + eps is 0. Of shape (slices, C) with virtual_batch_size.
     count : int
-        How many values per channel the mean and var come from: those that the mask leaves, or the given moments'; all
-        of x's with running statistics. With virtual_batch_size an array of shape (slices,).
+        The number of values per channel that mean and var come from: those that the mask leaves, or the given moments'
+        count; with running statistics, all values of x. With virtual_batch_size it is an array of shape (slices,).
 
     >>> import numpy as np, fastbn
     >>> y, cache = fastbn.forward(np.array([[1.0], [3.0]]))
@@ -144,7 +144,7 @@ class Cache:
         return np.array([parts.total for _, parts in self._parts.slices()])
 
     def _moments(self) -> Moments:
-        """Those that the call normalized with; of virtual batches, those of all together."""
+        """The moments that the call normalized with; for virtual batches, those of all of them together."""
         saved = self._parts.saved
         if self._parts.virtual is not None:
             first, *others = (Cache(parts)._moments() for _, parts in self._parts.slices())
@@ -154,7 +154,7 @@ class Cache:
 
 
 def parts_of(cache: object) -> Parts:
-    """What a cache holds, checked, since pickles, copies and assignments can make anything of it."""
+    """The parts of a cache, checked, since a pickle or an assignment may have changed them."""
     parts = getattr(checks.instance("cache", cache, Cache, check_parts.FROM_FORWARD), "_parts", None)
     if not isinstance(parts, Parts) or len(parts) != len(Parts._fields):
         check_parts.no_parts(parts)
@@ -163,7 +163,7 @@ def parts_of(cache: object) -> Parts:
 
 
 class Forward(NamedTuple):
-    """What `forward` returns.
+    """The result of `forward`.
 
     >>> import numpy as np, fastbn
     >>> y, cache = fastbn.forward(np.array([[1.0], [3.0]]), eps=0.0)
@@ -185,7 +185,7 @@ class _Gradients(NamedTuple):
 
 
 class Gradients(_Gradients):
-    """What `backward` returns: (dx, dgamma, dbeta), and `dresidual` beside them (None without a residual).
+    """The result of `backward`: (dx, dgamma, dbeta), and the attribute `dresidual`, None without a residual.
 
     >>> import numpy as np, fastbn
     >>> x = np.array([[1.0], [3.0]])

@@ -1,4 +1,4 @@
-"""Is this fastbn built? In a checkout that is not, `import fastbn` says so, rather than use a slower backend."""
+"""Is this fastbn built? If not, `import fastbn` raises an error instead of using a slower backend."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ FOLDER = Path(__file__).resolve().parent.parent
 
 @cache
 def is_built() -> bool:
-    """Whether the compiled extension is there."""
+    """Whether the compiled extension exists."""
     return find_spec(EXTENSION) is not None
 
 
 def version_here() -> str:
-    """The version that is installed; unknown where this folder is not what was installed, or nothing was."""
+    """The installed version, or UNKNOWN if this folder is not built or fastbn is not installed."""
     try:
         return version("fastbn") if is_built() else UNKNOWN
     except PackageNotFoundError:
@@ -28,20 +28,20 @@ def version_here() -> str:
 
 
 def require() -> None:
-    """Raises ImportError unless the extension is there, or FASTBN_BACKEND names a backend that does not need it."""
+    """Raises ImportError unless the extension exists, or FASTBN_BACKEND names a backend that does not need it."""
     if is_built() or os.environ.get("FASTBN_BACKEND") in ("numba", "numpy"):
         return
     checkout = FOLDER.parent
     if (checkout / "setup.py").is_file():
         why = (
             "It is a source checkout that was not built. Python finds it before an installed fastbn if it was started "
-            "in that folder; then start it in another one"
+            "in that folder. Start Python in another folder, or run"
         )
         command = f'python -m pip install -e "{checkout}"'
     else:
-        why, command = "The installation is not complete", "python -m pip install --force-reinstall fastbn"
+        why, command = "The installation is not complete. Run", "python -m pip install --force-reinstall fastbn"
     raise ImportError(
-        f"fastbn was imported from {FOLDER}, where its compiled extension, {EXTENSION}, is missing. {why}, or run:\n\n"
+        f"fastbn was imported from {FOLDER}, where its compiled extension, {EXTENSION}, is missing. {why}:\n\n"
         f"    {command}\n\n"
         "FASTBN_BACKEND=numpy or FASTBN_BACKEND=numba uses that backend, which does not need the extension."
     )

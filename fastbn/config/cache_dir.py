@@ -1,4 +1,4 @@
-"""In which folder does fastbn keep what it finds out about this machine, and what Numba compiled for it?"""
+"""In which folder does fastbn keep what Numba compiled for it?"""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def cache_dir() -> Path | None:
-    """$FASTBN_CACHE_DIR, else "fastbn" in the user's cache folder; None if there is no home. It need not exist."""
+    """$FASTBN_CACHE_DIR, else "fastbn" in the user's cache folder, which need not exist; None if there is no home."""
     given = os.environ.get("FASTBN_CACHE_DIR")
     if given:
         return Path(given).absolute()
@@ -25,4 +25,4 @@ def _of_user() -> Path:
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Caches"
     given = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return given if given.is_absolute() else Path.home() / ".cache"  # the specification ignores relative ones
+    return given if given.is_absolute() else Path.home() / ".cache"  # the specification ignores relative paths

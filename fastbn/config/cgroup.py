@@ -10,17 +10,17 @@ ROOT = Path("/")
 
 
 def quota(root: Path = ROOT) -> int | None:
-    """Processors' worth of time, rounded up and at least 1; None without a quota, and on other systems.
+    """How many processors' time the quota allows, rounded up and at least 1; None without a quota or control groups.
 
-    The groups that this one lies in have quotas, too: the smallest counts. Inside a container the path of a group may
-    be one that only the host can see; what is mounted is then the container's own group.
+    The groups around this process's group may have quotas too; the smallest counts. Inside a container, the path of a
+    group may be one that only the host can see; the mounted folder is then the container's own group.
     """
     found = [processors for folder in _folders(root) if (processors := _of_folder(folder)) is not None]
     return max(1, math.ceil(min(found))) if found else None
 
 
 def _folders(root: Path) -> Iterator[Path]:
-    """Where the groups of this process, and those around them, may have their files."""
+    """The folders in which the groups of this process, and those around them, may have their files."""
     mounts = root / "sys/fs/cgroup"
     for line in _text(root / "proc/self/cgroup").splitlines():
         number, _, rest = line.partition(":")
@@ -42,7 +42,7 @@ def _of_folder(folder: Path) -> float | None:
     if not limit:
         limit, period = (_text(folder / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period"))
     if not limit.isdecimal() or not period.isdecimal() or int(limit) == 0 or int(period) == 0:
-        return None  # "max" and -1 are no quota
+        return None  # "max" and -1 mean that there is no quota
     return int(limit) / int(period)
 
 

@@ -10,7 +10,7 @@ _LIBRARY = "fastbn.lib" if os.name == "nt" else "libfastbn.a"
 
 
 def get_include() -> str:
-    """The folder with fastbn.h, the C API, for a compiler's -I; Cython's `cfastbn` needs it, too.
+    """The folder of fastbn.h, the header of the C API, for a compiler's -I; Cython's `cfastbn` needs it, too.
 
     Raises FileNotFoundError if fastbn was built without its C core.
 
@@ -22,9 +22,9 @@ def get_include() -> str:
 
 
 def get_library() -> str:
-    """The static library of the C core: the objects that fastbn itself runs, with no need of Python.
+    """The path of the C core as a static library: the code that fastbn itself runs, which does not need Python.
 
-    What else links with it is printed by `fastbn info --libs`. Raises FileNotFoundError if fastbn was built without
+    `fastbn info --libs` prints all that a linker needs. Raises FileNotFoundError if fastbn was built without
     its C core.
 
     >>> import fastbn
@@ -35,12 +35,12 @@ def get_library() -> str:
 
 
 def cflags() -> str:
-    """The flags that compile against fastbn, quoted for a shell where that is needed."""
+    """The flags that compile against fastbn, quoted for a shell if necessary."""
     return _quoted([f"-I{get_include()}"])
 
 
 def libs() -> str:
-    """The flags that link it, behind the sources: the library, OpenMP's flag where it was built with that, -lm."""
+    """The flags that link it, to be put after the sources: the library, OpenMP's flag if it was built with it, -lm."""
     flags = _existing("lib", "link-flags.txt").read_text(encoding="utf-8").split()
     return _quoted([get_library(), *flags])
 

@@ -22,20 +22,20 @@ _backend_here: ContextVar[str | None] = ContextVar("fastbn_backend", default=Non
 
 @cache
 def environment_backend() -> str | None:
-    """FASTBN_BACKEND."""
+    """The value of FASTBN_BACKEND, or None."""
     value = os.environ.get("FASTBN_BACKEND")
     return checks.choice("FASTBN_BACKEND", value, BACKENDS) if value else None
 
 
 @cache
 def environment_isa() -> str | None:
-    """FASTBN_ISA."""
+    """The value of FASTBN_ISA, or None."""
     value = os.environ.get("FASTBN_ISA")
     return checks.choice("FASTBN_ISA", value, ISAS) if value else None
 
 
 def backend_name() -> str | None:
-    """The backend asked for by the context, the process or the environment, in that order; None if by none."""
+    """The backend that the context, the process or the environment asks for, in this order; None if none does."""
     return _backend_here.get() or _backend or environment_backend()
 
 
@@ -47,7 +47,7 @@ def set_backend_name(name: str) -> None:
 
 @contextmanager
 def backend_here(name: str) -> Iterator[None]:
-    """Asks for a backend within the block, in this thread or task only."""
+    """Asks for a backend within the `with` block, in this thread or task only."""
     token = _backend_here.set(name)
     try:
         yield

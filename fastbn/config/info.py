@@ -35,8 +35,8 @@ def show_config() -> None:
 
 
 _WAIT_POLICY = "not set (passive, set before Python starts, is better where other programs keep the processors busy)"
-"""GNU OpenMP's threads spin while they wait for each other. Where another program has their processor, they spin until
-the system takes it from them."""
+"""GNU OpenMP's threads spin while they wait for each other. They keep the processor from another
+program until the system takes it from them."""
 
 
 def _why_threads() -> str:

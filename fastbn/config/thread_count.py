@@ -1,6 +1,6 @@
-"""How many threads are asked for? By the block of use_num_threads, by set_num_threads, by the environment, or by none.
+"""How many threads may calls use? What use_num_threads, set_num_threads or the environment says, in this order.
 
-What a call may use of these is decided where the backend is known: in `backends`.
+How many of these a call uses is decided in `_backends`, where the backend is known.
 """
 
 import os
@@ -12,7 +12,7 @@ from ..call import checks
 from . import cgroup
 
 MOST_THREADS = 1024
-"""FBN_MOST_THREADS of fastbn.h. GNU OpenMP ends the process when the system gives it no more threads."""
+"""FBN_MOST_THREADS of fastbn.h. GNU OpenMP ends the process if it cannot start a thread."""
 
 _threads: int | None = None
 _threads_here: ContextVar[int | None] = ContextVar("fastbn_num_threads", default=None)
@@ -20,7 +20,7 @@ _forked = False
 
 
 def _after_fork() -> None:
-    """A forked child has none of its parent's OpenMP threads, and GNU OpenMP would wait for them for ever."""
+    """A forked child does not have its parent's OpenMP threads, but GNU OpenMP would wait for them forever."""
     global _forked
     _forked = True
 
@@ -35,12 +35,12 @@ def in_forked_child() -> bool:
 
 
 def asked() -> int:
-    """The number that counts first."""
+    """The number of threads that was requested, or else the default."""
     return _threads_here.get() or _threads or _default
 
 
 def _of_environment() -> int:
-    """FASTBN_NUM_THREADS, else OMP_NUM_THREADS (whose first number counts), else the processors that we may use."""
+    """FASTBN_NUM_THREADS, else OMP_NUM_THREADS (the first number in it), else the number of processors."""
     value = os.environ.get("FASTBN_NUM_THREADS")
     if value:
         digits = value.strip()
@@ -55,7 +55,7 @@ def _of_environment() -> int:
 
 
 def _processors() -> int:
-    """Those that the process may use: its affinity, and the quota of its container."""
+    """How many processors the process may use, by its affinity and the quota of its container."""
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(affinity, _quota or affinity, MOST_THREADS)
 
@@ -72,7 +72,7 @@ def why() -> str:
     for name in ("FASTBN_NUM_THREADS", "OMP_NUM_THREADS"):
         if os.environ.get(name):
             return name
-    quota = "" if _quota is None else f", of whose time a quota leaves {_quota}"
+    quota = "" if _quota is None else f"; a quota leaves it the time of {_quota}"
     return f"the processors that this process may use{quota}"
 
 
@@ -81,11 +81,11 @@ def _number(n: object) -> int:
 
 
 def set_num_threads(n: int) -> None:
-    """Sets the most threads that a call may use, for the process; calls that run already go on with theirs.
+    """Sets the most threads that a call may use, for the whole process; calls that are running do not change theirs.
 
-    n may exceed the number of processors. See `get_num_threads` for what else counts.
+    n may exceed the number of processors. See `get_num_threads` for other limits.
 
-    Raises TypeError if `n` is no integer, ValueError if it is not from 1 to 1024.
+    Raises TypeError if `n` is not an integer, ValueError if it is not from 1 to 1024.
 
     >>> import fastbn
     >>> before = fastbn.get_num_threads()
@@ -101,7 +101,7 @@ def set_num_threads(n: int) -> None:
 def use_num_threads(n: int) -> AbstractContextManager[None]:
     """Within the block, and in this thread or task only, calls use at most `n` threads.
 
-    Raises TypeError if `n` is no integer, ValueError if it is not from 1 to 1024.
+    Raises TypeError if `n` is not an integer, ValueError if it is not from 1 to 1024.
 
     >>> import fastbn
     >>> with fastbn.use_num_threads(1):

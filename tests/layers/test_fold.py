@@ -180,7 +180,7 @@ LOSSES: dict[str, tuple[dict[str, Any], str]] = {
     "far mean": ({"running_mean": [0, 1e6, 0]}, "the mean is 1e+06 standard deviations away"),
     "overflow": ({"gamma": [1, 1e39, 1]}, "w or b is not finite in float32"),
     "overflow of the bias": ({"beta": [1, 1e39, 1]}, "w or b is not finite in float32"),
-    "underflow": ({"gamma": [1, 1e-39, 1]}, "the largest weight, 1e-39, is no normal number of float32"),
+    "underflow": ({"gamma": [1, 1e-39, 1]}, "the largest weight, 1e-39, is not a normal number of float32"),
     "a NaN": ({"running_mean": [0, np.nan, 0]}, "w or b is not finite in float32"),
 }
 
