@@ -41,6 +41,19 @@ def plan_input(value: object, mean: Array, channel_axis: int) -> None:
         _refuse(TypeError, "x", f"dtype {x.dtype}", f"one whose statistics dtype is the plan's, {mean.dtype}")
 
 
+def planned(mean: Array | None, var: Array | None, statistics: DType) -> tuple[Array, Array]:
+    """The running statistics of a layer in the dtype that plans take, without rounding them."""
+    if mean is None or var is None:
+        _refuse(ValueError, "plan", "a layer without running statistics", "a layer with track_running_stats=True")
+    with np.errstate(all="ignore"):
+        found = mean.astype(statistics), var.astype(statistics)
+    for name, given, cast in zip(("running_mean", "running_var"), (mean, var), found, strict=True):
+        if not np.array_equal(given.astype(np.float64), cast.astype(np.float64), equal_nan=True):
+            allowed = f"values that {statistics} holds exactly (or call the layer instead of a plan)"
+            _refuse(ValueError, name, f"values of {given.dtype} with more digits", allowed)
+    return found
+
+
 def tracked(mean: Array | None, var: Array | None) -> tuple[Array, Array]:
     """The running statistics of a layer, which must have them."""
     if mean is None or var is None:

@@ -100,6 +100,36 @@ class _Summed:
             rounded: Array = (terms.sum(axis=0) / by).astype(self._dtype)
         return rounded
 
+    def to_buffer(self) -> Array:
+        """The contents as one float64 array, of shape (1 + rows * C,): the count and then the rows.
+
+        The rows are mean, mean_low and m2 of Moments, sum_dy and sum_dy_xhat of Sums. `from_buffer` restores the
+        contents without loss, so that they can be sent to another process.
+
+        Raises ValueError for a count above 2**53, which float64 cannot hold.
+        """
+        check_parts.counts_in_a_float(self.NAME, self._check()._count)
+        return np.concatenate(([float(self._count)], self._rows.reshape(-1)))
+
+    @classmethod
+    def from_buffer(cls, buffer: Array, dtype: str | type | np.dtype) -> Self:
+        """What `to_buffer` was called on, whose statistics dtype must be given: float32 or float64.
+
+        The contents are copied. Raises TypeError or ValueError for an array that `to_buffer` cannot have made.
+
+        >>> import numpy as np, fastbn
+        >>> m = fastbn.moments(np.array([[1e6], [1e6 + 1]], np.float32))
+        >>> fastbn.Moments.from_buffer(m.to_buffer(), m.dtype) == m
+        True
+        """
+        count, rows = check_parts.buffer(buffer, cls.ROWS)
+        self = cls._of(count, rows, check_parts.statistics("dtype", dtype))
+        self._check_values()
+        return self
+
+    def _check_values(self) -> None:
+        """Refuses values that no data can have."""
+
     def __radd__(self, other: object) -> Self:
         """Accepts the 0 that sum() starts with."""
         return self if type(other) is int and other == 0 else NotImplemented
@@ -116,13 +146,19 @@ class Moments(_Summed):
     ----------
     count : int >= 0
         Values per channel.
-    mean, m2 : arrays of shape (C,), both float32 or both float64
-        The mean and the sum of squares about it, such as those of another process. Their dtype is the statistics dtype.
+    mean, m2 : arrays of shape (C,), float32 or float64
+        The mean and the sum of squares about it, such as those of another process.
+    mean_low : array of shape (C,), float32 or float64, or None
+        What `mean` lost to rounding: the mean is mean + mean_low. None means zeros.
+    dtype : float32, float64 or None
+        The statistics dtype; by default that of `mean`.
 
     Attributes
     ----------
     count : int
     mean, m2 : arrays of shape (C,) in the statistics dtype; zeros where count is 0
+    mean_low : array of shape (C,), float64
+        What `mean` lost to rounding. At a large offset the mean alone is not exact enough to normalize with.
     channels, dtype : C and the statistics dtype
 
     >>> import numpy as np, fastbn
@@ -137,16 +173,39 @@ class Moments(_Summed):
 
     NAME, ROWS = "moments", 3
 
-    def __init__(self, count: int, mean: Array, m2: Array) -> None:
+    def __init__(
+        self,
+        count: int,
+        mean: Array,
+        m2: Array,
+        *,
+        mean_low: Array | None = None,
+        dtype: str | type | np.dtype | None = None,
+    ) -> None:
         self._count = checks.natural("count", count)
-        (first, second), self._dtype = check_parts.rows({"mean": mean, "m2": m2})
-        check_parts.not_negative("m2", second)
-        rows = np.stack((first, np.zeros_like(first), second))
-        self._rows = rows if self._count else np.zeros_like(rows)
+        given = {"mean": mean, "m2": m2} | ({} if mean_low is None else {"mean_low": mean_low})
+        (first, second, *low), self._dtype = check_parts.rows(given)
+        if dtype is not None:
+            self._dtype = check_parts.statistics("dtype", dtype)
+        with np.errstate(all="ignore"):
+            total, lost = _two_sum(first, low[0]) if low else (first, np.zeros_like(first))
+        self._rows = np.stack((total, np.where(np.isfinite(lost), lost, 0), second))
+        self._check_values()
+
+    def _check_values(self) -> None:
+        check_parts.not_negative("m2", self._rows[2])
+        if not self._count:
+            self._rows = np.zeros_like(self._rows)
 
     @property
     def mean(self) -> Array:
         return self._rounded(self._rows[:2])
+
+    @property
+    def mean_low(self) -> Array:
+        with np.errstate(all="ignore"):
+            low: Array = (self._rows[0] - self.mean) + self._rows[1]
+        return np.where(np.isfinite(low), low, 0)
 
     @property
     def m2(self) -> Array:
@@ -181,7 +240,7 @@ class Sums(_Summed):
     ----------
     count : int >= 0
         Values per channel that counted towards the statistics.
-    sum_dy, sum_dy_xhat : arrays of shape (C,), both float32 or both float64
+    sum_dy, sum_dy_xhat : arrays of shape (C,), float32 or float64; the dtype of sum_dy is the statistics dtype
         The sums of dz and dz * xhat, where dz is the gradient before the activation (dy without one).
 
     Attributes

@@ -113,6 +113,31 @@ class InferencePlan:
         self._prepared = backend, run
         return run
 
+    @property
+    def channels(self) -> int:
+        """The number of channels, C."""
+        return int(self._mean.size)
+
+    @property
+    def axis(self) -> int:
+        """The channel axis."""
+        return self._axis
+
+    @property
+    def eps(self) -> float:
+        """The number that is added to the variance."""
+        return self._eps
+
+    @property
+    def activation(self) -> Activation:
+        """The activation, as it was given."""
+        return self._activation
+
+    @property
+    def dtype(self) -> DType:
+        """The statistics dtype of the data that the plan takes."""
+        return self._mean.dtype
+
     def __getstate__(self) -> object:
         """The arguments of the plan, without what a backend prepared."""
         return packed(

@@ -12,6 +12,7 @@ from .call.dtypes import DType, kind_of
 from .call.pickles import packed, unpacked
 from .call.record import Average
 from .call.results import Cache, Gradients
+from .inference import InferencePlan
 from .ops import Activation, forward
 from .ops import backward as backward_of
 
@@ -264,6 +265,22 @@ class BatchNorm:
     def parameters(self) -> dict[str, Array]:
         """The arrays to train, by name: "weight" and "bias" themselves, not copies. Empty if both are None."""
         return {name: array for name, array in self._state().items() if name in ("weight", "bias")}
+
+    def plan(self) -> InferencePlan:
+        """An InferencePlan that gives what the layer gives after `eval()`, with the parameters as they are now.
+
+        Raises ValueError for a layer without running statistics, or whose statistics have more digits than the
+        statistics dtype of its inputs.
+
+        >>> import numpy as np, fastbn
+        >>> bn = fastbn.BatchNorm(3).eval()
+        >>> x = np.ones((2, 3), np.float32)
+        >>> bool(np.array_equal(bn.plan()(x), bn(x)))
+        True
+        """
+        mean, var = _check_layer.planned(self.running_mean, self.running_var, kind_of(self.dtype).statistics)
+        constants = self.weight, self.bias, mean, var
+        return InferencePlan(*constants, eps=self.eps, axis=self.axis, activation=self.activation)
 
     def gradients(self) -> dict[str, Array]:
         """The gradients of `parameters()` from the last `backward`, by the same names."""

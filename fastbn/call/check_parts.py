@@ -10,7 +10,7 @@ import numpy as np
 
 from .._backends import SAVED_ROWS
 from .activations import Activation
-from .checks import _array, _refuse, activation, kind, number, shown
+from .checks import _array, _refuse, activation, dtype, kind, number, shown
 from .dtypes import FLOAT32, FLOAT64, DType, find, kind_of, native
 from .shape import positions_of
 
@@ -31,7 +31,7 @@ class _Summed(Protocol):
 
 
 def rows(given: Mapping[str, object]) -> tuple[Array, DType]:
-    """Arrays of one value per channel as rows of float64, and the statistics dtype that all of them have."""
+    """Arrays of one value per channel as rows of float64, and the statistics dtype, which is that of the first."""
     arrays = {name: _array(name, value) for name, value in given.items()}
     first, *_ = arrays.values()
     for name, array in arrays.items():
@@ -39,9 +39,34 @@ def rows(given: Mapping[str, object]) -> tuple[Array, DType]:
             _refuse(TypeError, name, f"dtype {array.dtype}", "'float32', 'float64'")
         if array.ndim != 1 or array.shape != first.shape:
             _refuse(ValueError, name, f"shape {array.shape}", "(C,), one value per channel, for all")
-        if native(array.dtype) != native(first.dtype):
-            _refuse(TypeError, name, f"dtype {array.dtype}", f"one dtype for all, here {first.dtype}")
     return np.array(list(arrays.values()), FLOAT64), native(first.dtype)
+
+
+def statistics(name: str, value: object) -> DType:
+    """A statistics dtype."""
+    found = dtype(name, value)
+    if found not in (FLOAT32, FLOAT64):
+        _refuse(TypeError, name, f"dtype {found}", "'float32', 'float64'")
+    return found
+
+
+def buffer(value: object, row_count: int) -> tuple[int, Array]:
+    """The count and the rows of a buffer, copied."""
+    array = _array("buffer", value)
+    if native(array.dtype) != FLOAT64:
+        _refuse(TypeError, "buffer", f"dtype {array.dtype}", "'float64'")
+    if array.ndim != 1 or array.size % row_count != 1 % row_count:
+        _refuse(ValueError, "buffer", f"shape {array.shape}", f"(1 + {row_count} * C,)")
+    count = float(array[0])
+    if not (count.is_integer() and 0 <= count <= 2**53):
+        _refuse(ValueError, "buffer", f"the count {count}", "an integer from 0 to 2**53")
+    return int(count), array[1:].astype(FLOAT64).reshape(row_count, -1)
+
+
+def counts_in_a_float(name: str, count: int) -> None:
+    """Refuses a count that float64 cannot hold."""
+    if count > 2**53:
+        _refuse(ValueError, name, f"the count {count}", "at most 2**53 in a buffer")
 
 
 def not_negative(name: str, values: Array) -> None:

@@ -359,3 +359,38 @@ def test_example(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "8000 calls: the bits of fastbn.infer" in done.stdout
     assert re.search(r"a call on \(1, 64\): \d+\.\d+ us", done.stdout)
+
+
+# Plans of layers ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
+def test_plan_of_a_layer(dtype: str) -> None:
+    rng = np.random.default_rng(0)
+    bn = fastbn.BatchNorm(5, axis=-1, eps=1e-3, activation="silu", dtype=dtype)
+    bn(rng.normal(3, 2, (40, 5)).astype(dtype))
+    plan, x = bn.plan(), rng.normal(3, 2, (7, 5)).astype(dtype)
+    assert np.array_equal(plan(x), bn.eval()(x))
+    assert (plan.channels, plan.axis, plan.eps, plan.activation) == (5, -1, 1e-3, "silu")
+    assert plan.dtype == (np.float64 if dtype == "float64" else np.float32)
+    before = plan(x)
+    bn.running_mean += 1  # a plan keeps what the layer had
+    assert np.array_equal(plan(x), before)
+
+
+def test_attributes_of_a_plan_are_read_only() -> None:
+    plan = fastbn.BatchNorm(2).plan()
+    for name in ("channels", "axis", "eps", "activation", "dtype"):
+        with pytest.raises(AttributeError):
+            setattr(plan, name, 1)
+
+
+def test_layers_without_a_plan() -> None:
+    with pytest.raises(ValueError, match=r"^plan: got a layer without running statistics; allowed: "):
+        fastbn.BatchNorm(2, track_running_stats=False).plan()
+    bn = fastbn.BatchNorm(2)
+    bn.running_mean = np.array([1 + 2.0**-30, 0])
+    with pytest.raises(ValueError, match=r"^running_mean: got values of float64 with more digits; allowed: "):
+        bn.plan()
+    bn.running_mean = np.array([1.5, 0])
+    assert bn.plan().dtype == np.float32
