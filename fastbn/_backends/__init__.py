@@ -11,7 +11,7 @@ from ..call.record import BackwardCall, Call
 from ..config import environment, thread_count
 
 SAVED_ROWS = ("mean", "mean_low", "var", "inv_std", "gamma", "beta")
-"""The rows of `saved`, the float64 array (rows, channels) that takes statistics from a forward call to its backward.
+"""The rows of `saved`, the float64 array (rows, channels) that a forward call keeps for its backward call.
 
 The mean is mean + mean_low; inv_std is 1/sqrt(var + eps), or 0 where var + eps is 0.
 """
@@ -31,7 +31,7 @@ class Backend(Protocol):
     """
 
     DTYPES: frozenset[str]
-    """The names of the dtypes that data may have. Data of other dtypes is converted, block by block, before the call."""
+    """The names of the dtypes that data may have. Data of other dtypes is converted before the call, block by block."""
 
     def forward(self, call: Call) -> None:
         """Normalizes with the statistics of x where mask is True, fills saved, and updates the running statistics.

@@ -261,5 +261,5 @@ def backward(call: BackwardCall) -> None:
 
 
 def describe() -> dict[str, str]:
-    """For show_config()."""
+    """What show_config() prints about this backend."""
     return {"version": np.__version__}
