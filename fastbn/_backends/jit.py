@@ -3,11 +3,10 @@
 Numba keeps an index for each function and numbers its files, so processes that compile at the same time may give two
 signatures the same number. It also loads any file that it finds, and a damaged file may end the process. fastbn
 therefore keeps one file per function and signature, which begins with a digest and names its contents. Files are
-replaced as a whole, so that processes which read and write at the same time find a whole file or none. If a file cannot
-be read or written, the function is compiled again, and nothing else happens.
+replaced as a whole, so that processes that read and write at the same time find a whole file or none. If a file cannot
+be read or written, the function is compiled again.
 
-Numba's keys tell apart processors, Python versions and signatures. The name of the folder tells apart versions of
-Numba and of fastbn.
+Numba's keys name processors, Python versions and signatures. The folder's name has the versions of Numba and fastbn.
 """
 
 from __future__ import annotations

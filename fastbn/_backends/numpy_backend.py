@@ -36,7 +36,7 @@ def _sum(a: Array, mask: Array | None = None) -> Array:
 
 
 def _centred(x: Array, mean: Array, low: Array) -> Array:
-    """x - mean - low in float64: the mean comes in two pieces, so that its own rounding does not matter."""
+    """Subtracts the mean, in float64. It comes in two pieces, so that its own rounding does not matter."""
     centred = np.subtract(x, _column(mean), dtype=np.float64)
     centred -= _column(low)
     return centred
@@ -220,7 +220,7 @@ def _left_out(call: BackwardCall) -> Array | None:
 
 
 def _dz_and_xhat(call: BackwardCall, left_out: Array | None) -> tuple[Array, Array]:
-    """dz and xhat, both 0 at the positions that are left out."""
+    """Computes dz and xhat, which are both 0 at the positions that are left out."""
     dz, xhat = _dz(call), _xhat(call)
     if left_out is not None:
         np.copyto(dz, 0, where=left_out)

@@ -81,8 +81,7 @@ def backward_at(
 ):
     """Returns True, or None if the call is not plain. The addresses are those of dy, x and residual.
 
-    dx and dresidual have this dtype and shape; dgamma and dbeta have one value per channel in the statistics dtype.
-    The results share no memory.
+    dx and dresidual have this dtype and shape, dgamma and dbeta one value per channel. They share no memory.
     """
     cdef c.fbn_problem p
     cdef c.fbn_backward_args a
