@@ -3,6 +3,7 @@
 #define DTYPE bf16
 #define elem uint16_t
 #define real float
+#define OF_REAL f32
 #define vec f32_vec
 #define WIDTH F32_WIDTH
 #define value_of bf16_value

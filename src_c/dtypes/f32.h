@@ -3,6 +3,7 @@
 #define DTYPE f32
 #define elem float
 #define real float
+#define OF_REAL f32
 #define vec f32_vec
 #define WIDTH F32_WIDTH
 #define value_of f32_value

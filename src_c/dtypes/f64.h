@@ -2,6 +2,7 @@
 #define DTYPE f64
 #define elem double
 #define real double
+#define OF_REAL f64
 #define vec f64_vec
 #define WIDTH F64_WIDTH
 #define value_of f64_value

@@ -2,6 +2,7 @@
 #undef DTYPE
 #undef elem
 #undef real
+#undef OF_REAL
 #undef vec
 #undef WIDTH
 #undef value_of

@@ -8,14 +8,13 @@
 #include "../kernels/activations.h"
 
 #include "../kernels/affine.h"
-#include "../kernels/constants.h"
 #include "../kernels/grad_moments.h"
 #include "../kernels/moments.h"
 
 #include "../kernels/grad_affine.h"
 
 static const fbn_dtype_kernels NAME(kernels) = {
-    NAME(set_origin),      NAME(set_line),       NAME(set_slopes),     NAME(moments_cf),
-    NAME(moments_cl),      NAME(affine_cf),      NAME(affine_cl),      NAME(grad_moments_cf),
-    NAME(grad_moments_cl), NAME(grad_affine_cf), NAME(grad_affine_cl),
+    NAME(set_origin),      NAME_OF_REAL(set_line), NAME_OF_REAL(set_slopes), NAME(moments_cf),
+    NAME(moments_cl),      NAME(affine_cf),        NAME(affine_cl),          NAME(grad_moments_cf),
+    NAME(grad_moments_cl), NAME(grad_affine_cf),   NAME(grad_affine_cl),
 };

@@ -1,18 +1,22 @@
-/* instantiate.h: the kernels, once per dtype, for the instruction set whose vocabulary was included before it. */
+/* instantiate.h: the kernels, once per dtype, for the instruction set whose vocabulary was included before it. The
+ * constants of channels are in the type that is computed with: 16-bit dtypes have those of float32. */
 #include <float.h>
 #include <math.h>
 
 #define PASTE_(what, dtype, isa) what##_##dtype##_##isa
 #define PASTE(what, dtype, isa) PASTE_(what, dtype, isa)
 #define NAME(what) PASTE(what, DTYPE, FBN_ISA)
+#define NAME_OF_REAL(what) PASTE(what, OF_REAL, FBN_ISA)
 #define STRING_(s) #s
 #define STRING(s) STRING_(s)
 
 #include "../dtypes/f32.h"
+#include "../kernels/constants.h"
 #include "dtype_kernels.h"
 #include "../dtypes/unbind.h"
 
 #include "../dtypes/f64.h"
+#include "../kernels/constants.h"
 #include "dtype_kernels.h"
 #include "../dtypes/unbind.h"
 

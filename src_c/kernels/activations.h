@@ -96,3 +96,8 @@ FBN_INLINE vec NAME(inverse)(vec y, const NAME(line) * l, int activation) {
     if ((activation & FBN_WHICH) != FBN_LEAKY_RELU) return y;
     return vwhere_less(vset(0), y, y, vdiv(y, vset(l->slope)));
 }
+
+/* Whether an activation's code is so short, or a call, that loops need not leave parts of vectors to a function. */
+FBN_INLINE int NAME(is_short)(int activation) {
+    return activation == FBN_IDENTITY || activation == FBN_RELU || activation & NAME(ANY);
+}

@@ -6,25 +6,27 @@ FBN_INLINE void NAME(affine_put)(elem *y, vec v, int64_t n, int stream) {
     else vstore(y, v);
 }
 
-/* The vector of element i, all of it. */
-FBN_INLINE void NAME(affine_at)(const fbn_affine *a, int64_t i, const NAME(line) * l, int activation,
-                                int has_residual) {
-    const elem *x = (const elem *)a->x + i;
-    prefetch((const char *)x + FBN_AHEAD);
-    const vec r = has_residual ? vload((const elem *)a->residual + i) : vset(0);
-    const vec z = NAME(preactivation)(vload(x), r, l, has_residual);
-    NAME(affine_put)((elem *)a->y + i, NAME(activate)(z, l, activation), WIDTH, a->stream);
+/* The first n elements of the vector of element i. */
+FBN_INLINE void NAME(affine_n)(const fbn_affine *a, int64_t i, int64_t n, const NAME(line) * l, int activation,
+                               int has_residual) {
+    const vec r = has_residual ? NAME(load)((const elem *)a->residual + i, n) : vset(0);
+    const vec z = NAME(preactivation)(NAME(load)((const elem *)a->x + i, n), r, l, has_residual);
+    NAME(affine_put)((elem *)a->y + i, NAME(activate)(z, l, activation), n, a->stream);
 }
 
-/* The first n elements of it, from channel c on, of which there are `left`. One function for every activation: its code
- * is long, and it has few elements. */
+/* All of them. */
+FBN_INLINE void NAME(affine_at)(const fbn_affine *a, int64_t i, const NAME(line) * l, int activation,
+                                int has_residual) {
+    prefetch((const char *)((const elem *)a->x + i) + FBN_AHEAD);
+    NAME(affine_n)(a, i, WIDTH, l, activation, has_residual);
+}
+
+/* The first n, from channel c on, of which there are `left`. One function for every activation: its code is long, and
+ * it has few elements. */
 FBN_APART void NAME(affine_part)(const fbn_affine *a, int64_t i, int64_t n, int64_t c, int64_t left,
                                  const NAME(runs) * r) {
     const NAME(line) l = NAME(line_over)(&a->line, c, left, r);
-    const vec x = vload_n((const elem *)a->x + i, n, vset(0));
-    const vec residual = a->residual ? vload_n((const elem *)a->residual + i, n, vset(0)) : vset(0);
-    const vec z = NAME(preactivation)(x, residual, &l, a->residual != NULL);
-    NAME(affine_put)((elem *)a->y + i, NAME(activate)(z, &l, (int)a->activation | NAME(ANY)), n, a->stream);
+    NAME(affine_n)(a, i, n, &l, (int)a->activation | NAME(ANY), a->residual != NULL);
 }
 
 /* Elements [at, end) of rows, from channel c on. */
@@ -47,16 +49,21 @@ FBN_INLINE void NAME(affine_rows)(const fbn_affine *a, const NAME(runs) * r, int
 /* Elements [at, end) of planes that touch, from channel c on, of which there are `left`. */
 FBN_INLINE void NAME(affine_planes)(const fbn_affine *a, const NAME(runs) * r, int64_t at, int64_t end, int64_t c,
                                     int64_t left, int activation, int has_residual) {
-    const int64_t head = NAME(misaligned)((elem *)a->y + at);
+    const int64_t head = NAME(head)((elem *)a->y + at, end - at, a->stream);
+    NAME(line) l = NAME(line_at)(&a->line, c, 0);
     for (int64_t n = NAME(least)(head ? head : WIDTH, end - at); at < end; n = NAME(least)(WIDTH, end - at)) {
-        if (n < WIDTH || left < WIDTH) NAME(affine_part)(a, at, n, c, left, r);
-        else {
-            const NAME(line) l = NAME(line_at)(&a->line, c, 0);
+        if (n == WIDTH && left >= WIDTH) {
             n = NAME(least)(left, end - at) / WIDTH * WIDTH;
             for (int64_t k = 0; k < n; k += WIDTH) NAME(affine_at)(a, at + k, &l, activation, has_residual);
-        }
+        } else if (NAME(is_short)(activation) && (left >= n || left + r->length >= WIDTH)) {
+            const NAME(line) part = left < n ? NAME(line_of_two)(&a->line, c, left, r) : l;
+            NAME(affine_n)(a, at, n, &part, activation, has_residual);
+        } else NAME(affine_part)(a, at, n, c, left, r);
         at += n;
-        for (left -= n; left <= 0; left += r->length) c++;
+        left -= n;
+        if (left > 0 || at == end) continue;
+        for (; left <= 0; left += r->length) c++;
+        l = NAME(line_at)(&a->line, c, 0);
     }
 }
 

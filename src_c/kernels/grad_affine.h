@@ -20,6 +20,13 @@ FBN_INLINE NAME(slopes) NAME(slopes_over)(const fbn_grad_affine *g, int64_t c, i
                           NAME(constant_over)(g->slopes.postscale, c, left, r)};
 }
 
+FBN_INLINE NAME(slopes) NAME(slopes_of_two)(const fbn_grad_affine *g, int64_t c, int64_t left, const NAME(runs) * r) {
+    return (NAME(slopes)){NAME(line_of_two)(&g->line, c, left, r), NAME(constant_of_two)(g->slopes.on_dy, c, left, r),
+                          NAME(constant_of_two)(g->slopes.on_x, c, left, r),
+                          NAME(constant_of_two)(g->slopes.constant, c, left, r),
+                          NAME(constant_of_two)(g->slopes.postscale, c, left, r)};
+}
+
 /* Which of the kernel's parts a call has; every field is a constant where the loops are instantiated for identity
  * and relu. */
 typedef struct {
@@ -82,16 +89,21 @@ FBN_INLINE void NAME(grad_affine_rows)(const fbn_grad_affine *g, const NAME(runs
 
 FBN_INLINE void NAME(grad_affine_planes)(const fbn_grad_affine *g, const NAME(runs) * r, int64_t at, int64_t end,
                                          int64_t c, int64_t left, NAME(grad_parts) parts) {
-    const int64_t head = NAME(misaligned)((elem *)g->dx + at);
+    const int64_t head = NAME(head)((elem *)g->dx + at, end - at, g->stream);
+    NAME(slopes) s = NAME(slopes_at)(g, c, 0);
     for (int64_t n = NAME(least)(head ? head : WIDTH, end - at); at < end; n = NAME(least)(WIDTH, end - at)) {
-        if (n < WIDTH || left < WIDTH) NAME(grad_affine_part)(g, at, n, c, left, r);
-        else {
-            const NAME(slopes) s = NAME(slopes_at)(g, c, 0);
+        if (n == WIDTH && left >= WIDTH) {
             n = NAME(least)(left, end - at) / WIDTH * WIDTH;
             for (int64_t k = 0; k < n; k += WIDTH) NAME(grad_affine_at)(g, at + k, &s, parts);
-        }
+        } else if (NAME(is_short)(parts.activation) && (left >= n || left + r->length >= WIDTH)) {
+            const NAME(slopes) part = left < n ? NAME(slopes_of_two)(g, c, left, r) : s;
+            NAME(grad_affine_n)(g, at, n, &part, parts);
+        } else NAME(grad_affine_part)(g, at, n, c, left, r);
         at += n;
-        for (left -= n; left <= 0; left += r->length) c++;
+        left -= n;
+        if (left > 0 || at == end) continue;
+        for (; left <= 0; left += r->length) c++;
+        s = NAME(slopes_at)(g, c, 0);
     }
 }
 

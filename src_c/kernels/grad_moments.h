@@ -3,28 +3,37 @@
 /* x, or what stands for it where only y is known: gamma * xhat + beta. */
 FBN_INLINE vec NAME(x_at)(const elem *x, const elem *residual, int64_t n, const NAME(line) * l, int activation,
                           int has_residual) {
-    const vec v = n == WIDTH ? vload(x) : vload_n(x, n, vset(0));
+    const vec v = NAME(load)(x, n);
     if (!(activation & FBN_FROM_Y)) return v;
     const vec z = NAME(inverse)(v, l, activation);
     if (!has_residual) return z;
-    return vsub(z, n == WIDTH ? vload(residual) : vload_n(residual, n, vset(0)));
+    return vsub(z, NAME(load)(residual, n));
 }
 
 /* |dy|, by which positions that do not count are kept or left out. */
-FBN_INLINE vec NAME(size_at)(const elem *dy, int64_t n) {
-    return vsub(vset(0), vminus_abs(n == WIDTH ? vload(dy) : vload_n(dy, n, vset(0))));
-}
+FBN_INLINE vec NAME(size_at)(const elem *dy, int64_t n) { return vsub(vset(0), vminus_abs(NAME(load)(dy, n))); }
 
-FBN_INLINE vec NAME(dz_at)(const elem *dy, const elem *x, const elem *residual, int64_t n, const NAME(line) * l,
+FBN_INLINE vec NAME(dz_of)(const elem *dy, const elem *x, const elem *residual, int64_t n, const NAME(line) * l,
                            int activation, int has_residual) {
-    const vec zero = vset(0);
-    const vec g = n == WIDTH ? vload(dy) : vload_n(dy, n, zero);
+    const vec g = NAME(load)(dy, n);
     if ((activation & FBN_WHICH) == FBN_IDENTITY) return g;
-    const vec v = n == WIDTH ? vload(x) : vload_n(x, n, zero);
+    const vec v = NAME(load)(x, n);
     /* The inverse keeps the sign. */
     if (activation & FBN_FROM_Y) return NAME(activation_gradient)(g, v, l, activation & ~FBN_FROM_Y);
-    const vec r = !has_residual ? zero : n == WIDTH ? vload(residual) : vload_n(residual, n, zero);
+    const vec r = has_residual ? NAME(load)(residual, n) : vset(0);
     return NAME(activation_gradient)(g, NAME(preactivation)(v, r, l, has_residual), l, activation);
+}
+
+FBN_APART vec NAME(dz_part)(const elem *dy, const elem *x, const elem *residual, int64_t n, const NAME(line) * l,
+                            int activation, int has_residual) {
+    return NAME(dz_of)(dy, x, residual, n, l, activation | NAME(ANY), has_residual);
+}
+
+/* Parts of vectors have a function of their own where the code is long. */
+FBN_INLINE vec NAME(dz_at)(const elem *dy, const elem *x, const elem *residual, int64_t n, const NAME(line) * l,
+                           int activation, int has_residual) {
+    return n == WIDTH || NAME(is_short)(activation) ? NAME(dz_of)(dy, x, residual, n, l, activation, has_residual)
+                                                    : NAME(dz_part)(dy, x, residual, n, l, activation, has_residual);
 }
 
 FBN_INLINE void NAME(grad_moments_at)(const elem *dy, const elem *x, const elem *residual, int64_t n,
@@ -111,37 +120,40 @@ static void NAME(grad_moments_cf)(const fbn_grad_moments *g, fbn_planes p, doubl
 /* Rows are summed this many at a time, far apart, as in moments.h. */
 enum { NAME(GRAD_MOMENTS_ROWS) = 4 };
 
-FBN_INLINE void NAME(grad_moments_rows)(const fbn_grad_moments *g, int64_t at, int64_t channels, int rows,
+/* The first n columns from channel c on. */
+FBN_INLINE void NAME(grad_moments_rows)(const fbn_grad_moments *g, int64_t at, int64_t n, int64_t c, int rows,
                                         int64_t apart, double *sums, double *products, int activation,
                                         int has_residual) {
     const elem *dy = g->dy, *x = g->x, *residual = has_residual ? g->residual : g->x;
-    for (int64_t c = 0; c < channels; c += WIDTH) {
-        const NAME(line) l = NAME(line_at)(&g->line, c, channels);
-        const wide mean = wget(g->mean + c);
-        wide sum = wget(sums + c), product = wget(products + c);
-        int64_t i = at + c;
-        if (c + WIDTH <= channels)
-            for (int r = 0; r < rows; r++, i += apart)
-                NAME(grad_moments_at)(dy + i, x + i, residual + i, WIDTH, &l, mean, activation, has_residual, &sum,
-                                      &product);
-        else
-            for (int r = 0; r < rows; r++, i += apart)
-                NAME(grad_moments_at)(dy + i, x + i, residual + i, channels - c, &l, mean, activation, has_residual,
-                                      &sum, &product);
-        wput(sums + c, sum);
-        wput(products + c, product);
-    }
+    const NAME(line) l = NAME(line_at)(&g->line, c, 1);
+    const wide mean = wget(g->mean + c);
+    wide sum = wget(sums + c), product = wget(products + c);
+    for (int64_t r = 0, i = at + c; r < rows; r++, i += apart)
+        NAME(grad_moments_at)(dy + i, x + i, residual + i, n, &l, mean, activation, has_residual, &sum, &product);
+    wput(sums + c, sum);
+    wput(products + c, product);
+}
+
+/* From channel c on: what is left of rows, or of a number of them. */
+FBN_APART void NAME(grad_moments_rest)(const fbn_grad_moments *g, int64_t at, int64_t c, int64_t channels, int rows,
+                                       int64_t apart, double *sums, double *products) {
+    for (; c < channels; c += WIDTH)
+        NAME(grad_moments_rows)(g, at, NAME(least)(channels - c, WIDTH), c, rows, apart, sums, products,
+                                g->activation | NAME(ANY), g->residual != NULL);
 }
 
 FBN_INLINE void NAME(grad_moments_all)(const fbn_grad_moments *g, int64_t rows, int64_t channels, double *sums,
                                        double *products, int activation, int has_residual) {
     enum { ROWS = NAME(GRAD_MOMENTS_ROWS) };
-    const int64_t times = rows / ROWS;
-    for (int64_t r = 0; r < times; r++)
-        NAME(grad_moments_rows)(g, r * channels, channels, ROWS, times * channels, sums, products, activation,
-                                has_residual);
-    for (int64_t r = ROWS * times; r < rows; r++)
-        NAME(grad_moments_rows)(g, r * channels, channels, 1, 0, sums, products, activation, has_residual);
+    const int64_t times = rows / ROWS, apart = times * channels;
+    for (int64_t at = 0; at < apart; at += channels) {
+        int64_t c = 0;
+        for (; c + WIDTH <= channels; c += WIDTH)
+            NAME(grad_moments_rows)(g, at, WIDTH, c, ROWS, apart, sums, products, activation, has_residual);
+        if (c < channels) NAME(grad_moments_rest)(g, at, c, channels, ROWS, apart, sums, products);
+    }
+    for (int64_t at = ROWS * apart; at < rows * channels; at += channels)
+        NAME(grad_moments_rest)(g, at, 0, channels, 1, 0, sums, products);
 }
 
 static void NAME(grad_moments_cl)(const fbn_grad_moments *g, int64_t rows, int64_t channels, double *sums,

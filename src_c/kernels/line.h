@@ -38,6 +38,9 @@ FBN_INLINE vec NAME(preactivation)(vec x, vec residual, const NAME(line) * l, in
     return vadd(vfma(d, l->scale, sum), vzero_nan(vadd(lost, l->shift_low)));
 }
 
+/* The first n elements, and 0: n is WIDTH itself, which the compiler knows, in all loops. */
+FBN_INLINE vec NAME(load)(const elem *p, int64_t n) { return n == WIDTH ? vload(p) : vload_n(p, n, vset(0)); }
+
 FBN_INLINE int64_t NAME(least)(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* Elements from p to the first address that is a multiple of so many elements. */
@@ -45,6 +48,11 @@ FBN_INLINE int64_t NAME(up_to)(const elem *p, uint64_t multiple) {
     return (int64_t)(-((uintptr_t)p / sizeof(elem)) % multiple);
 }
 FBN_INLINE int64_t NAME(misaligned)(const elem *p) { return NAME(up_to)(p, WIDTH); }
+
+/* Elements before the first vector of a plane: none where it is not worth it. */
+FBN_INLINE int64_t NAME(head)(const elem *p, int64_t length, int stream) {
+    return stream || length >= 4 * WIDTH ? NAME(misaligned)(p) : 0;
+}
 
 /* What a map goes through: `count` runs of `length` contiguous elements, `step` from one to the next, and that
  * `streams` times, `apart` from one to the next, in turns. A run is a channel (period 0), or rows in which the channels
@@ -79,12 +87,24 @@ FBN_INLINE NAME(line) NAME(line_over)(const fbn_line *l, int64_t c, int64_t left
                         NAME(constant_over)(l->shift_low, c, left, r), (real)l->slope};
 }
 
+/* The same where the vector holds two channels at most, and without a branch. */
+FBN_INLINE vec NAME(constant_of_two)(const void *constants, int64_t c, int64_t left, const NAME(runs) * r) {
+    const int64_t next = c + 1 < r->count ? c + 1 : c;
+    return vjoin(NAME(constant_at)(constants, c, 0), NAME(constant_at)(constants, next, 0), left);
+}
+
+FBN_INLINE NAME(line) NAME(line_of_two)(const fbn_line *l, int64_t c, int64_t left, const NAME(runs) * r) {
+    return (NAME(line)){NAME(constant_of_two)(l->prescale, c, left, r),  NAME(constant_of_two)(l->neg_mean, c, left, r),
+                        NAME(constant_of_two)(l->scale, c, left, r),     NAME(constant_of_two)(l->shift, c, left, r),
+                        NAME(constant_of_two)(l->shift_low, c, left, r), (real)l->slope};
+}
+
 /* Elements of a cache line. What is streamed should be whole ones: memory takes a part of one much more slowly. */
 enum { NAME(LINE) = 64 / sizeof(elem) };
 
 /* Whether planes are so small, and their ends so ragged, that vectors should run on from one into the next. */
 FBN_INLINE int NAME(joins)(const NAME(runs) * r, int stream) {
-    return r->count > 1 && r->step == r->length && (stream || r->length > 4 * WIDTH) && r->length < FBN_SMALL_PLANE &&
+    return r->count > 1 && r->step == r->length && (stream || r->length > 2 * WIDTH) && r->length < FBN_SMALL_PLANE &&
            r->length % (stream ? (int64_t)NAME(LINE) : WIDTH);
 }
 

@@ -58,13 +58,13 @@ typedef int32_t f32_lanes __attribute__((vector_size(16)));
 typedef uint16_t half_lanes __attribute__((vector_size(8)));
 #define EACH(comparison) (comparison)
 #define CONVERT(a, type) __builtin_convertvector(a, type)
-FBN_INLINE f32_half f32_lower(f32_vec a) { return (f32_half){a[0], a[1]}; }
+static inline f32_half f32_lower(f32_vec a) { return (f32_half){a[0], a[1]}; }
 #ifdef __SSE2__ /* GCC makes four instructions of {a[2], a[3]} */
-FBN_INLINE f32_half f32_upper(f32_vec a) { return f32_lower(_mm_movehl_ps(a, a)); }
+static inline f32_half f32_upper(f32_vec a) { return f32_lower(_mm_movehl_ps(a, a)); }
 #else
-FBN_INLINE f32_half f32_upper(f32_vec a) { return (f32_half){a[2], a[3]}; }
+static inline f32_half f32_upper(f32_vec a) { return (f32_half){a[2], a[3]}; }
 #endif
-FBN_INLINE f32_vec f32_both(f32_half lo, f32_half hi) { return (f32_vec){lo[0], lo[1], hi[0], hi[1]}; }
+static inline f32_vec f32_both(f32_half lo, f32_half hi) { return (f32_vec){lo[0], lo[1], hi[0], hi[1]}; }
 #else
 enum { F64_WIDTH = 1, F32_WIDTH = 1 };
 typedef double f64_vec;
@@ -74,21 +74,21 @@ typedef int32_t f32_lanes;
 typedef uint16_t half_lanes;
 #define EACH(comparison) (-(comparison))
 #define CONVERT(a, type) ((type)(a))
-FBN_INLINE f32_half f32_lower(f32_vec a) { return a; }
-FBN_INLINE f32_half f32_upper(f32_vec a) { return a; }
-FBN_INLINE f32_vec f32_both(f32_half lo, f32_half hi) {
+static inline f32_half f32_lower(f32_vec a) { return a; }
+static inline f32_half f32_upper(f32_vec a) { return a; }
+static inline f32_vec f32_both(f32_half lo, f32_half hi) {
     (void)hi;
     return lo;
 }
 #endif
 
 /* float64 */
-FBN_INLINE f64_lanes f64_bits(f64_vec a) {
+static inline f64_lanes f64_bits(f64_vec a) {
     f64_lanes bits;
     memcpy(&bits, &a, sizeof bits);
     return bits;
 }
-FBN_INLINE f64_vec f64_of_bits(f64_lanes bits) {
+static inline f64_vec f64_of_bits(f64_lanes bits) {
     f64_vec a;
     memcpy(&a, &bits, sizeof a);
     return a;
@@ -124,7 +124,7 @@ FBN_INLINE f64_vec f64_add(f64_vec a, f64_vec b) { return a + b; }
 FBN_INLINE f64_vec f64_sub(f64_vec a, f64_vec b) { return a - b; }
 FBN_INLINE f64_vec f64_mul(f64_vec a, f64_vec b) { return a * b; }
 FBN_INLINE f64_vec f64_div(f64_vec a, f64_vec b) { return a / b; }
-FBN_INLINE f64_vec f64_where(f64_lanes condition, f64_vec a, f64_vec b) {
+static inline f64_vec f64_where(f64_lanes condition, f64_vec a, f64_vec b) {
     return f64_of_bits((condition & f64_bits(a)) | (~condition & f64_bits(b)));
 }
 FBN_INLINE f64_vec f64_where_less(f64_vec a, f64_vec b, f64_vec c, f64_vec d) { return f64_where(EACH(a < b), c, d); }
@@ -134,7 +134,7 @@ FBN_INLINE f64_vec f64_relu(f64_vec a) { return f64_of_bits(~EACH(a < 0) & f64_b
 FBN_INLINE f64_vec f64_keep_if_positive(f64_vec z, f64_vec a) { return f64_of_bits(~EACH(z <= 0) & f64_bits(a)); }
 FBN_INLINE f64_vec f64_zero_nan(f64_vec a) { return f64_of_bits(EACH(a == a) & f64_bits(a)); }
 FBN_INLINE f64_vec f64_minus_abs(f64_vec a) { return f64_of_bits(f64_bits(f64_set(-(double)0)) | f64_bits(a)); }
-FBN_INLINE f64_vec f64_power_of_2(f64_lanes e) { return f64_of_bits((e + 1023) << 52); }
+static inline f64_vec f64_power_of_2(f64_lanes e) { return f64_of_bits((e + 1023) << 52); }
 FBN_INLINE f64_vec f64_ldexp(f64_vec a, f64_vec k) {
     const f64_lanes e = CONVERT(f64_zero_nan(k), f64_lanes), half = e >> 1;
     return a * f64_power_of_2(half) * f64_power_of_2(e - half);
@@ -142,12 +142,12 @@ FBN_INLINE f64_vec f64_ldexp(f64_vec a, f64_vec k) {
 FBN_INLINE f64_vec f64_fma(f64_vec a, f64_vec b, f64_vec c) { return a * b + c; }
 
 /* float32 */
-FBN_INLINE f32_lanes f32_bits(f32_vec a) {
+static inline f32_lanes f32_bits(f32_vec a) {
     f32_lanes bits;
     memcpy(&bits, &a, sizeof bits);
     return bits;
 }
-FBN_INLINE f32_vec f32_of_bits(f32_lanes bits) {
+static inline f32_vec f32_of_bits(f32_lanes bits) {
     f32_vec a;
     memcpy(&a, &bits, sizeof a);
     return a;
@@ -183,7 +183,7 @@ FBN_INLINE f32_vec f32_add(f32_vec a, f32_vec b) { return a + b; }
 FBN_INLINE f32_vec f32_sub(f32_vec a, f32_vec b) { return a - b; }
 FBN_INLINE f32_vec f32_mul(f32_vec a, f32_vec b) { return a * b; }
 FBN_INLINE f32_vec f32_div(f32_vec a, f32_vec b) { return a / b; }
-FBN_INLINE f32_vec f32_where(f32_lanes condition, f32_vec a, f32_vec b) {
+static inline f32_vec f32_where(f32_lanes condition, f32_vec a, f32_vec b) {
     return f32_of_bits((condition & f32_bits(a)) | (~condition & f32_bits(b)));
 }
 FBN_INLINE f32_vec f32_where_less(f32_vec a, f32_vec b, f32_vec c, f32_vec d) { return f32_where(EACH(a < b), c, d); }
@@ -193,7 +193,7 @@ FBN_INLINE f32_vec f32_relu(f32_vec a) { return f32_of_bits(~EACH(a < 0) & f32_b
 FBN_INLINE f32_vec f32_keep_if_positive(f32_vec z, f32_vec a) { return f32_of_bits(~EACH(z <= 0) & f32_bits(a)); }
 FBN_INLINE f32_vec f32_zero_nan(f32_vec a) { return f32_of_bits(EACH(a == a) & f32_bits(a)); }
 FBN_INLINE f32_vec f32_minus_abs(f32_vec a) { return f32_of_bits(f32_bits(f32_set(-(float)0)) | f32_bits(a)); }
-FBN_INLINE f32_vec f32_power_of_2(f32_lanes e) { return f32_of_bits((e + 127) << 23); }
+static inline f32_vec f32_power_of_2(f32_lanes e) { return f32_of_bits((e + 127) << 23); }
 FBN_INLINE f32_vec f32_ldexp(f32_vec a, f32_vec k) {
     const f32_lanes e = CONVERT(f32_zero_nan(k), f32_lanes), half = e >> 1;
     return a * f32_power_of_2(half) * f32_power_of_2(e - half);
@@ -208,7 +208,7 @@ typedef struct {
 FBN_INLINE f32_wide f32_widen(f32_vec a) {
     return (f32_wide){CONVERT(f32_lower(a), f64_vec), CONVERT(f32_upper(a), f64_vec)};
 }
-FBN_INLINE f32_vec f32_narrow(f32_wide a) { return f32_both(CONVERT(a.lo, f32_half), CONVERT(a.hi, f32_half)); }
+static inline f32_vec f32_narrow(f32_wide a) { return f32_both(CONVERT(a.lo, f32_half), CONVERT(a.hi, f32_half)); }
 FBN_INLINE f32_wide f32_wide_load(const float *p) { return f32_widen(f32_load(p)); }
 FBN_INLINE f32_wide f32_wide_set(double s) { return (f32_wide){f64_set(s), f64_set(s)}; }
 FBN_INLINE f32_wide f32_wide_get(const double *p) {
@@ -231,7 +231,7 @@ FBN_INLINE f32_vec f32_fma(f32_vec a, f32_vec b, f32_vec c) {
 }
 
 /* 16-bit elements, in the lower half of a lane */
-FBN_INLINE f32_lanes half_load(const uint16_t *p) {
+static inline f32_lanes half_load(const uint16_t *p) {
     half_lanes a;
     memcpy(&a, p, sizeof a);
     return CONVERT(a, f32_lanes);
@@ -242,7 +242,7 @@ FBN_INLINE f32_lanes half_load_n(const uint16_t *p, int64_t n) {
         if (i < n) lane[i] = p[i];
     return half_load(lane);
 }
-FBN_INLINE void half_store(uint16_t *p, f32_lanes a) {
+static inline void half_store(uint16_t *p, f32_lanes a) {
     const half_lanes halves = CONVERT(a, half_lanes);
     memcpy(p, &halves, sizeof halves);
 }
@@ -252,19 +252,19 @@ FBN_INLINE void half_store_n(uint16_t *p, f32_lanes a, int64_t n) {
     for (int i = 0; i < F32_WIDTH; i++)
         if (i < n) p[i] = lane[i];
 }
-FBN_INLINE f32_lanes f32_choose(f32_lanes condition, f32_lanes a, f32_lanes b) {
+static inline f32_lanes f32_choose(f32_lanes condition, f32_lanes a, f32_lanes b) {
     return (condition & a) | (~condition & b);
 }
 
 /* float16. A subnormal is the fraction of a normal number, less what its leading 1 adds. */
-FBN_INLINE f32_vec f16_exact(f32_lanes a) {
+static inline f32_vec f16_exact(f32_lanes a) {
     const f32_lanes sign = (a & 0x8000) << 16, rest = (a & 0x7fff) << 13;
     const f32_lanes scaled = rest + ((127 - 15) << 23), special = rest + (2 * (127 - 15) << 23);
     const f32_lanes subnormal = f32_bits(f32_of_bits(rest | 113 << 23) - 0x1p-14f);
     const f32_lanes normal = f32_choose(EACH(rest < 0x0f800000), scaled, special);
     return f32_of_bits(sign | f32_choose(EACH(rest < 1 << 23), subnormal, normal));
 }
-FBN_INLINE f32_lanes f16_round(f32_vec a) {
+static inline f32_lanes f16_round(f32_vec a) {
     const f32_lanes bits = f32_bits(a), rest = bits & 0x7fffffff, sign = bits >> 16 & 0x8000;
     /* An addition that leaves the bits of a float16 subnormal at the end rounds as it should. */
     const f32_lanes subnormal = f32_bits(f32_of_bits(rest) + 0.5f) - f32_bits(f32_set(0.5f));
