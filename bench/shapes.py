@@ -36,7 +36,7 @@ MOBILENETV2: tuple[Shape, ...] = (
 
 
 def _densenet121() -> Iterator[Shape]:
-    """In a dense block, each layer's input has 32 channels more than that before it; its bottleneck has 128."""
+    """In a dense block, the input of each layer has 32 channels more than the last one's; its bottleneck has 128."""
     yield (64, 112, 112)
     for size, first, last in ((56, 64, 256), (28, 128, 512), (14, 256, 1024), (7, 512, 1024)):
         for channels in sorted({128, *range(first, last + 1, 32)}):

@@ -30,7 +30,7 @@ SMALL: tuple[tuple[str, Shape, str, float], ...] = (
 """Small calls on one thread: the largest ratio to that peer's time that the C backend may have."""
 
 GEOMETRIC_MEANS = {"forward": 4.0, "backward": 2.5}
-"""How many times faster than "torch reused" the C backend should be, as the geometric mean over the table's shapes."""
+"""How many times faster than "torch reused" the C backend should be, in the geometric mean of the table's shapes."""
 
 SPEEDUP_OF_TWO_THREADS = 1.7
 NUMBA_OVER_C, NUMBA_FROM_ELEMENTS = 1.5, 1_000_000

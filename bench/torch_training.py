@@ -112,7 +112,7 @@ def train(data: list[tuple[Tensor, Tensor]], memory_format: torch.memory_format)
 
 
 def time_layers(shape: tuple[int, ...], memory_format: torch.memory_format, rounds: int) -> dict[str, float]:
-    """The median seconds of one layer's forward and backward pass, alone and with a ReLU behind it."""
+    """The median seconds of a layer's forward and backward pass, alone and followed by a ReLU."""
     x = torch.randn(shape).contiguous(memory_format=memory_format).requires_grad_()
     dy = torch.randn(shape).contiguous(memory_format=memory_format)
     theirs = nn.BatchNorm2d(shape[1])

@@ -120,7 +120,7 @@ def _by_type(choose: Callable[..., Any]) -> Any:
 
     @functools.wraps(choose)
     def function(*arguments: Any) -> Any:
-        raise TypeError("for jitted code alone")
+        raise TypeError("only jitted code can call this function")
 
     overload(function, strict=False)(choose)
     return function
@@ -171,7 +171,7 @@ _NUMBERS = {"axis": _INTEGER, "activation": _INTEGER, "slope": _FLOAT, "frozen":
 def _expect_types_of(cache: Any) -> Any:
     """Raises unless the fields of a cache have the types that `forward` gives them: a field may have been replaced."""
     if not isinstance(cache, types.NamedTuple) or cache.instance_class is not Cache:
-        _refuse("cache", cache, "that of forward")
+        _refuse("cache", cache, "the cache that forward returned")
     given = dict(zip(cache.fields, cache.types, strict=True))
     _expect_batch("cache.x", given["x"])
     _expect_array("cache.saved", given["saved"], (types.float64,), "float64")

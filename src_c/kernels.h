@@ -81,7 +81,7 @@ typedef void fbn_moments_cl(const void *x, int64_t rows, int64_t channels, const
                             double *squares);
 
 /* Maps. `stream` says whether results are written around the cache. Rows are mapped as one run, so that a vector may
- * reach into the next row: behind the last channel's constants, those of the first FBN_CHANNEL_PAD must be repeated. */
+ * reach into the next row: after the last channel's constants, those of the first FBN_CHANNEL_PAD must be repeated. */
 
 /* y = activation(line(x) + residual); y may be x. residual may be NULL. */
 typedef struct {

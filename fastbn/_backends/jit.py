@@ -122,7 +122,7 @@ def _read(path: Path) -> bytes | None:
     size = len(_digest(b""))
     if whole[:size] == _digest(whole[size:]):
         return whole[size:]
-    message = f"damaged file in {path.parent} is ignored and compiled anew: {path.name}"
+    message = f"damaged file in {path.parent} is ignored, and its function compiled again: {path.name}"
     warnings.warn(message, RuntimeWarning, stacklevel=2)
     return None
 

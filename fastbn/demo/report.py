@@ -1,4 +1,4 @@
-"""What does batch norm change when a small network trains? Compares three networks on real digits, with and without.
+"""What does batch norm change when a small network trains? Compares three networks, with and without it, on digits.
 
     fastbn demo              # or python -m fastbn demo; needs pip install "fastbn[demo]"
 

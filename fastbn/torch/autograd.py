@@ -92,8 +92,8 @@ def _check_unchanged(gamma: Tensor | None, beta: Tensor | None, of_gamma: int, o
     for name, tensor, version in (("weight", gamma, of_gamma), ("bias", beta, of_beta)):
         if tensor is not None and _version(tensor) != version:
             raise RuntimeError(
-                f"{name}: got one modified by an inplace operation since the forward pass; allowed: the same values, "
-                "since the gradient that can be differentiated needs them"
+                f"{name}: got values modified by an inplace operation since the forward pass; allowed: the same "
+                "values, since the gradient that can be differentiated needs them"
             )
 
 
@@ -121,7 +121,7 @@ def _known(where: Place | None, *tensors: Tensor | None) -> Place:
     """The place of an operator's tensors; raises if the operators cannot take them."""
     if has_tangent(*tensors):
         raise NotImplementedError(
-            "fastbn::batch_norm has no forward-mode AD; allowed: fastbn.torch's layers, which have"
+            "fastbn::batch_norm has no forward-mode AD; allowed: fastbn.torch's layers, which support it"
         )
     if where is None:
         raise TypeError("fastbn::batch_norm: got tensors that the layers of fastbn.torch would leave to torch's layers")

@@ -63,7 +63,7 @@ def _check_residual(residual: Tensor, x: Tensor) -> None:
 
 
 class _Layer(torch.nn.Module):
-    """What fastbn's layers do differently from torch's, which are their other base class."""
+    """What fastbn's layers do differently from torch's layers, from which they are derived, too."""
 
     activation: Activation = None
 
@@ -284,8 +284,8 @@ def revert_batchnorm(model: torch.nn.Module) -> torch.nn.Module:
         if layer.activation is not None:
             where = f"the layer {name!r} in it" if name else "a layer"
             raise ValueError(
-                f"model: got {where} with activation={layer.activation!r}; allowed: layers without one, since torch's "
-                "have none: set the layer's activation to None and put a module with that activation behind it"
+                f"model: got {where} with activation={layer.activation!r}; allowed: layers without an activation, as "
+                "torch's are: set the layer's activation to None and put a module with that activation after it"
             )
     for _, layer in layers:
         vars(layer).pop("activation", None)

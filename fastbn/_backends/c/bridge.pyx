@@ -172,7 +172,8 @@ cdef Sizes set_problem_of(c.fbn_problem *p, object call) except *:
     cdef Sizes sizes
     cdef cnp.ndarray x = call.x
     if x is None or cnp.PyArray_NDIM(x) != 3:
-        raise ValueError(f"x: got {'None' if x is None else f'shape {call.x.shape}'}; allowed: (outer, channels, inner)")
+        given = "None" if x is None else f"shape {call.x.shape}"
+        raise ValueError(f"x: got {given}; allowed: (outer, channels, inner)")
     p.machine = &machine
     p.dtype = dtype_of(x)
     p.activation, p.slope = <c.fbn_activation> <int> call.code, call.slope
