@@ -1,6 +1,6 @@
-"""How is the compiled extension built? The instruction-set table, and a build_ext that compiles by it.
+"""How is the compiled extension built? With a table of instruction sets, and a build_ext command that follows it.
 
-The objects that the extension links go into a static library, too, which is installed with its header.
+The objects that the extension links also go into a static library, which is installed with its header.
 """
 
 import os
@@ -28,8 +28,8 @@ MSVC = PLATFORM.startswith("win")
 X86 = ("x86_64" in PLATFORM or "amd64" in PLATFORM) and "universal" not in PLATFORM
 ARM = "aarch64" in PLATFORM or "arm64" in PLATFORM
 
-# The name of a file in src_c/isa, and the flags that its vocabulary in src_c/simd needs.
-# Baseline: GCC 12's SLP vectorizer drops the rounding of a float32 between two float64 operations (f32_fma of f32_fma).
+# The names of the files in src_c/isa, and the compiler flags that each needs. As to the flag for baseline: GCC 12's SLP
+# vectorizer drops the rounding to float32 between two operations in float64, as in an f32_fma of an f32_fma.
 ISAS = {"baseline": [] if MSVC else ["-fno-tree-slp-vectorize"]}
 if X86:
     ISAS["avx2"] = ["/arch:AVX2"] if MSVC else ["-mavx2", "-mfma", "-mf16c"]
@@ -55,7 +55,7 @@ FLAGS = (
         "-g0",
     ]
 )
-if len(ISAS) == 1 and not MSVC:  # as in a universal build for macOS, which compiles each file for two processors
+if len(ISAS) == 1 and not MSVC:  # such as in a universal build for macOS, which compiles each file for two processors
     FLAGS.append("-DFBN_BASELINE_ALONE")
 CORE = [f"src_c/{name}.c" for name in ("check", "dispatch", "finish", "machine", "run", "split", "values", "verbs")]
 FOR_EMBEDDERS = (
@@ -71,7 +71,7 @@ OPENMP = [(["/openmp"], [])] if MSVC else [(["-fopenmp"], ["-fopenmp"]), (["-Xpr
 
 
 def openmp_flags(compiler):
-    """The flags with which OpenMP compiles and links, or none. FASTBN_OPENMP=0 builds without."""
+    """The compiler's and the linker's flags for OpenMP, or none. FASTBN_OPENMP=0 builds without OpenMP."""
     if os.environ.get("FASTBN_OPENMP") == "0":
         return [], []
     with tempfile.TemporaryDirectory() as folder:
@@ -89,7 +89,7 @@ def openmp_flags(compiler):
 
 
 class BuildExt(build_ext):
-    """Compiles each instruction set with its own flags, and the core with OpenMP where there is any; all at a time."""
+    """Compiles each instruction set with its own flags, and the core with OpenMP if it is found, all in parallel."""
 
     def build_extension(self, ext):
         compile_flags, link_flags = openmp_flags(self.compiler)
@@ -99,7 +99,7 @@ class BuildExt(build_ext):
         def compiled(unit):
             source, flags = unit
             made = self.compiler.object_filenames([source], output_dir=self.build_temp)
-            # The kernels take a minute, and always the same flags.
+            # The kernels take a minute to compile, and their flags never change.
             if source not in CORE and not self.force and not newer_group([source, __file__, *KERNEL_HEADERS], made[0]):
                 return made
             return self.compiler.compile([source], output_dir=self.build_temp, extra_postargs=flags)
@@ -111,9 +111,9 @@ class BuildExt(build_ext):
         self.build_for_embedders(ext.extra_objects, link_flags)
 
     def build_for_embedders(self, objects, link_flags):
-        """The static library, the header, and the flags that link them, where fastbn/config/embed.py looks for them."""
+        """Puts the static library, its header and its linker flags where fastbn/config/embed.py looks for them."""
         library = Path(self.build_temp, self.compiler.library_filename("fastbn"))
-        library.unlink(missing_ok=True)  # or it would keep objects of sources that are no more
+        library.unlink(missing_ok=True)  # or it would keep the objects of sources that have been deleted
         self.compiler.create_static_lib(objects, "fastbn", output_dir=self.build_temp)
         flags = Path(self.build_temp, "link-flags.txt")
         flags.write_text(" ".join(link_flags + ([] if MSVC else ["-lm"])) + "\n", encoding="utf-8")
@@ -126,7 +126,7 @@ class BuildExt(build_ext):
         return sorted({*super().get_outputs(), *map(str, self.for_embedders())})
 
     def get_output_mapping(self):
-        """From what was built to its place in the sources, for editable installs."""
+        """The built files and their places in the sources, for editable installs."""
         sources = zip(map(str, self.for_embedders()), FOR_EMBEDDERS, strict=True)
         return {**super().get_output_mapping(), **(dict(sources) if self.inplace else {})}
 

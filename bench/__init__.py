@@ -1,1 +1,1 @@
-"""The bench: fastbn, its peers and a plain copy, timed side by side on the same arrays."""
+"""The bench times fastbn, its peers and a plain copy, side by side on the same arrays."""

@@ -1,4 +1,4 @@
-"""What does `fastbn bench` take, and in which order does it do things?"""
+"""Which arguments does `fastbn bench` take, and what does it do with them?"""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--shapes", metavar="LIST", help=f"of {', '.join(shapes.NAMES)}, and sizes such as 32x64x56x56 (targets)")
     add("--batch", type=int, metavar="N", help="the batch of the networks' shapes (32; unet3d 1)")
     add("--passes", default=",".join(PASSES), metavar="LIST", help="%(default)s")
-    add("--layouts", default=",".join(LAYOUTS), metavar="LIST", help="%(default)s; a matrix has one of its own")
+    add("--layouts", default=",".join(LAYOUTS), metavar="LIST", help="%(default)s; a matrix has only one")
     add("--dtypes", metavar="LIST", help=f"all, or of {', '.join(DTYPES)} (float32)")
     add("--activations", metavar="LIST", help=f"all, or of {', '.join(ACTIVATIONS)} (none)")
     add("--strides", metavar="LIST", help=f"all, or of {', '.join(STRIDES)} (dense)")
     add(
         "--operation",
         action="store_true",
-        help="each dtype, activation and stride by itself, not combined: all of them, on shapes larger than any cache",
+        help="all dtypes, activations and strides, one at a time, not combined, on shapes larger than any cache",
     )
     add("--backends", default="c", metavar="LIST", help="all, or of c, numba, numpy (%(default)s)")
     add("--isa", default="", metavar="LIST", help="all, or instruction sets for the c backend (the one it chooses)")
@@ -60,19 +60,19 @@ def _parser() -> argparse.ArgumentParser:
         const="all",
         default="",
         metavar="LIST",
-        help=f"the peers too: all that are installed, or of {', '.join(rivals.ENTRIES)}",
+        help=f"time peers, too: all that are installed, or of {', '.join(rivals.ENTRIES)}",
     )
     add("--seconds", type=float, metavar="S", help="about how long each race lasts (2)")
-    add("--quick", action="store_true", help="a few seconds on tiny shapes: does it run?")
+    add("--quick", action="store_true", help="a few seconds on tiny shapes, to see whether it runs")
     add("--output", type=Path, default=Path("bench-results"), metavar="FOLDER", help="(%(default)s)")
-    add("--save", type=Path, metavar="FILE", help="the rows, for a later --compare")
-    add("--torch", action="store_true", help="instead, what fastbn.torch gains: a layer, and a network's training")
-    add("--compare", type=Path, nargs="+", metavar="FILE", help="this run, or a second file, against a saved one")
+    add("--save", type=Path, metavar="FILE", help="save the rows for a later --compare")
+    add("--torch", action="store_true", help="time fastbn.torch instead: a layer, and the training of a network")
+    add("--compare", type=Path, nargs="+", metavar="FILE", help="compare this run, or a second file, with a saved one")
     return parser
 
 
 def _variants(options: argparse.Namespace) -> tuple[Variant, ...]:
-    """Every combination of what is asked for; of the whole operation, one thing at a time."""
+    """Every combination of the options; with --operation, the plain variant with one option changed at a time."""
     usual = ("all", "all", "all") if options.operation else (DTYPES[0], ACTIVATIONS[0], STRIDES[0])
     dtypes = _words("--dtypes", DTYPES, options.dtypes or usual[0])
     activations = _words("--activations", ACTIVATIONS, options.activations or usual[1])
@@ -104,7 +104,7 @@ def _plan(options: argparse.Namespace) -> Plan:
 
 
 def _run(options: argparse.Namespace, plan: Plan, command: str) -> rows.Run:
-    """Runs the plan; an interrupt ends it early and keeps what was measured."""
+    """Runs the plan. An interrupt ends the run early; the rows measured so far are kept."""
     loaded = rivals.load([name for name in options.peers.split(",") if name])
     notes = [f"not installed: {sentence}" for sentence in loaded.missing]
     notes += [note for rival in loaded.rivals.values() for note in rival.notes]
@@ -140,7 +140,7 @@ def _compare(options: argparse.Namespace, run: rows.Run | None) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the bench: 0 when it ran, whatever the figures; 2 for arguments that it cannot take."""
+    """Runs the bench, and returns 0 whatever the figures are. Arguments that are not valid end the process with 2."""
     parser = _parser()
     options = parser.parse_args(argv)
     try:

@@ -1,4 +1,4 @@
-"""Is it slower than it was? Two runs, row by row, by their ratios to a copy: times differ from hour to hour."""
+"""Is fastbn slower than in an earlier run? Compares rows by their ratios to a copy, since times vary over the day."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from .rows import FASTBN, Row
 
 @dataclass(frozen=True)
 class Change:
-    """One row of both runs."""
+    """A row that both runs have."""
 
     old: Row
     new: Row
 
     @property
     def ratio(self) -> float:
-        """The new ratio to a copy over the old one: above 1 is slower."""
+        """The new ratio to a copy, divided by the old one. Above 1, the new run is slower."""
         return self.new.to_copy / self.old.to_copy
 
     @property
@@ -27,7 +27,7 @@ class Change:
 
     @property
     def slower(self) -> bool:
-        """Slower by more than the spread."""
+        """Whether the new run is slower by more than the noise."""
         return self.ratio > 1 + self.noise
 
 

@@ -1,4 +1,4 @@
-"""What does a copy of the same bytes cost? The yardstick: np.copyto, split over as many threads as the pass has."""
+"""What does a copy of the same bytes cost? np.copyto, on as many threads as the pass has, is the yardstick."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ from .problem import Array, Clock, Contestant, Problem
 
 NAME = "copy"
 
-# A thread that copies less than this would spend its time on being called; smaller arrays are copied by fewer threads.
-LEAST_BYTES_A_THREAD = 1 << 16
+# With fewer bytes per thread, calling the threads would take longer than copying, so smaller arrays use fewer threads.
+LEAST_BYTES_PER_THREAD = 1 << 16
 
 Part = tuple[Array, Array]
 
 
 class _Team:
-    """Threads that wait, asleep, for a block of copies, and go through it side by side.
+    """Threads that sleep until there is a block of copies to make, and then work in parallel.
 
-    A block is so many copies of one's own part in a row, with no meeting in between: what it costs to start and to
-    join is paid once a block, so that the yardstick is the copy alone, and a hard one. copyto drops the GIL.
+    In a block, each thread copies its own part a number of times, without waiting for the others in between. The cost
+    of starting and joining the threads is therefore paid once per block, and the yardstick is the time of the copies
+    alone. np.copyto releases the GIL.
     """
 
     def __init__(self, parts: list[Part]) -> None:
@@ -52,7 +53,7 @@ class _Team:
             self._copy(i, *self._block)
 
     def run(self, calls: int, clock: Clock = time.perf_counter_ns) -> int:
-        """Nanoseconds from the first thread's start to the last one's end."""
+        """Runs a block, and returns the nanoseconds from the first thread's start to the last thread's end."""
         self._block = (calls, clock)
         self._start.wait()
         self._copy(0, calls, clock)
@@ -75,8 +76,8 @@ class _TeamCopy(Contestant):
 
 @contextmanager
 def yardstick(problem: Problem, threads: int) -> Iterator[Contestant]:
-    """The copy of x to `out` by so many threads."""
-    threads = max(1, min(threads, problem.x.nbytes // LEAST_BYTES_A_THREAD))
+    """A contestant that copies x to `out` with this number of threads."""
+    threads = max(1, min(threads, problem.x.nbytes // LEAST_BYTES_PER_THREAD))
     if threads == 1:
         yield Contestant(name=NAME, call=partial(np.copyto, problem.out, problem.x), results=lambda _: ())
         return

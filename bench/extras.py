@@ -1,4 +1,4 @@
-"""Where do rich and matplotlib come from? The bench extra, imported when needed."""
+"""Where do rich and matplotlib come from? From the extra "bench"; they are imported when they are needed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def extra(module: str) -> Any:
-    """The module, or an ImportError that names the extra."""
+    """Imports a module, or raises an ImportError that names the extra."""
     try:
         return importlib.import_module(module)
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""How does fastbn enter the race? One contestant a backend, or a backend and instruction set."""
+"""How does fastbn enter the race? With one contestant for each backend, or for each instruction set of a backend."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _isas(isas: Sequence[str]) -> tuple[str, ...]:
 
 
 def entrants(backends: Sequence[str], isas: Sequence[str]) -> dict[str, tuple[str, str | None]]:
-    """(backend, instruction set) by the contestant's name. No instruction sets means the one that is chosen."""
+    """(backend, instruction set) by the contestant's name. Without instruction sets, the C backend chooses."""
     if list(backends) == ["all"]:
         backends = fastbn.backends()
     unknown = [backend for backend in backends if backend not in fastbn.backends()]
@@ -66,7 +66,7 @@ def _selected(isa: str) -> Iterator[None]:
 
 
 def prepare(problem: Problem, pass_: str, name: str, backend: str, isa: str | None) -> Contestant:
-    """The contestant of that name for one pass."""
+    """The contestant of this name for one pass."""
     within = nullcontext if isa is None else partial(_selected, isa)
     with within():
         call, results = _call(problem, pass_, backend)

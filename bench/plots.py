@@ -1,4 +1,4 @@
-"""What do the figures look like? Two pictures: bars against the peers, and bytes moved against time."""
+"""What do the figures look like? Two pictures: bars that compare the peers, and time against bytes moved."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ PEERS = dict(
 GROUPS = {"nchw": "NCHW", "nhwc": "NHWC", "nc": "(N, C)"}
 MARKERS = {"nchw": "o", "nhwc": "s", "nc": "D"}
 
-# In the second picture the layouts of one shape stand a little beside one another, so as not to hide each other.
+# In the second picture, the layouts of a shape are drawn a little apart, so that they do not hide each other.
 BESIDE = {"nchw": 0.94, "nhwc": 1.06, "nc": 1.0}
 
-# An axis that spans less than this shows the twos and fives between the powers of ten.
+# An axis that spans a smaller factor also has ticks at 2 and 5 times the powers of ten.
 NARROW = 30
 
-# So wide is the axis of bytes at the least, though all arrays be of one size.
+# The axis of bytes spans at least this factor, even if all arrays have the same size.
 LEAST_SPAN = 12
 
 DPI = 150
 BAR_HEIGHT, HEAD_HEIGHT = 0.2, 1.1  # inches
-LONG_NAME = 16  # characters: eight of these are wider than the picture
+LONG_NAME = 16  # characters: eight names of this length are wider than the picture
 
 
 def _name(row: Row) -> str:
-    """The contestant, and what its operation has besides a dtype."""
+    """The contestant's name, followed by the activation and strides if they are not plain."""
     return f"{row.contestant} {row.variant.extras}".rstrip()
 
 
 def _names(rows: Sequence[Row]) -> dict[str, str]:
-    """Each name's contestant: operation by operation fastbn's, then the peers in their usual order."""
+    """The contestant of each name. For each operation, fastbn's come first, then the peers in their usual order."""
     operations = list(dict.fromkeys(row.variant.extras for row in rows))
     order = {name: i for i, name in enumerate(CONTESTANTS)}
     racers = [row for row in rows if row.kind != COPY]
@@ -66,7 +66,7 @@ def _is_peer(name: str) -> bool:
 
 
 class _Sheet:
-    """A figure of panels: a line for each (dtype, threads), a column for each pass."""
+    """A figure of panels: a row of panels for each (dtype, threads), a column for each pass."""
 
     def __init__(self, run: Run, title: str, width: float, heights: dict[tuple[str, int], float]) -> None:
         rows = run.rows
@@ -83,7 +83,7 @@ class _Sheet:
         self.figure.text(0.012, 1 - 0.42 / height, machine, fontsize=8, color=PALE, va="top")
 
     def panels(self, rows: Sequence[Row]) -> Iterator[tuple[Any, list[Row]]]:
-        """Each pair of axes, dressed, and its rows."""
+        """Each panel's axes, with title and style set, and its rows of figures."""
         for (dtype, threads), line in zip(self.lines, self.axes, strict=True):
             for pass_, ax in zip(self.passes, line, strict=True):
                 here = [row for row in rows if (row.pass_, row.dtype, row.threads) == (pass_, dtype, threads)]
@@ -100,7 +100,7 @@ class _Sheet:
 
 
 def _bars_of(rows: Sequence[Row]) -> Iterator[tuple[str, str, list[float]]]:
-    """(layout, contestant, its ratios to a copy over the shapes), layout by layout."""
+    """(layout, name, the ratios to a copy for all shapes), layout by layout."""
     for layout in GROUPS:
         here = [row for row in rows if row.layout == layout and row.kind != COPY]
         for name in _names(here):
@@ -146,7 +146,7 @@ def _ratio_axis(ax: Any, rows: Sequence[Row]) -> None:
 
 
 def draw_bars(run: Run, path: Path) -> Path:
-    """Each contestant's time over a copy's: the bar is the geometric mean over the shapes, a dot each shape."""
+    """Draws each contestant's time over a copy's: a bar for the geometric mean of the shapes, a dot for each shape."""
     groups: dict[tuple[str, int], dict[str, set[tuple[str, str]]]] = {}
     for row in run.rows:
         bars = groups.setdefault((row.dtype, row.threads), {}).setdefault(row.pass_, set())
@@ -163,7 +163,7 @@ def draw_bars(run: Run, path: Path) -> Path:
 
 
 def _copy_line(rows: Sequence[Row]) -> tuple[list[float], list[float]]:
-    """The copies' bytes and median times, drawn out at the last one's speed to the most bytes of any row."""
+    """The copies' bytes and median times, extended at the last copy's speed beyond the largest row."""
     by_bytes: dict[int, list[float]] = {}
     for row in rows:
         if row.kind == COPY:
@@ -229,7 +229,7 @@ def _legend(sheet: _Sheet, rows: Sequence[Row], colours: dict[str, Any]) -> None
 
 
 def draw_roofline(run: Run, path: Path) -> Path:
-    """Each row's time against the bytes that it must move at the least, and the line of copies below it."""
+    """Draws each row's time against the bytes that it must at least move, and the line of the copies."""
     heights = {(row.dtype, row.threads): 4.0 for row in run.rows}
     sheet = _Sheet(run, "Time against bytes moved, and the limit that a copy sets", 4.6, heights)
     colours = _colours(run.rows)
@@ -241,5 +241,5 @@ def draw_roofline(run: Run, path: Path) -> Path:
 
 
 def draw(run: Run, folder: Path) -> list[Path]:
-    """Both pictures."""
+    """Draws both pictures, and returns their paths."""
     return [draw_bars(run, folder / "bars.png"), draw_roofline(run, folder / "roofline.png")]

@@ -1,4 +1,4 @@
-"""What do all contestants work on? The arrays of one shape, layout and variant, and the contestant itself."""
+"""What do all contestants work on? The arrays of a shape, layout and variant. Contestants are defined here, too."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ACTIVATIONS = tuple(name or "none" for name in BY_NAME)
 STRIDES = ("dense", "cropped", "stepped", "reversed", "middle", "broadcast")
 
 CROPPED = 3
-"""Elements of a cropped array's last axis, in memory, that are not part of it."""
+"""The number of elements along the last axis that are in memory, but are not part of a cropped array."""
 
 EPS = 1e-5
 MOMENTUM = 0.1
@@ -36,7 +36,7 @@ MOMENTUM = 0.1
 
 @dataclass(frozen=True)
 class Variant:
-    """What is normalized, and what follows. The plain one has the defaults."""
+    """The dtype and the strides of the arrays, and the activation. The defaults are the plain variant."""
 
     dtype: str = "float32"
     activation: str = "none"
@@ -44,14 +44,14 @@ class Variant:
 
     @property
     def extras(self) -> str:
-        """What it has besides its dtype, in words; nothing if it is unfused and dense."""
+        """The activation and the strides in words; empty without an activation and with dense arrays."""
         return " ".join(word for word in (self.activation, self.strides) if word not in ("none", "dense"))
 
     def __str__(self) -> str:
         return f"{self.dtype} {self.extras}".rstrip()
 
     def bases(self) -> dict[str, Variant]:
-        """What it is held against: itself in float32, without the activation, dense; each where it is not so."""
+        """The variants to compare it with: the same in float32, unfused, and dense, as far as they differ from it."""
         bases = {
             "float32": replace(self, dtype="float32"),
             "unfused": replace(self, activation="none"),
@@ -64,8 +64,8 @@ class Variant:
 class Contestant:
     """One way to run one pass.
 
-    `results` turns what `call` returned into channels-first arrays: y, or dx, dgamma and dbeta.
-    `within` is the context, entered and left untimed, of each of its turns: it sets what contestants otherwise share.
+    `results` turns the value that `call` returned into channels-first arrays: y, or dx, dgamma and dbeta. `within`
+    makes the context of each turn, which sets what contestants otherwise share; entering and leaving it is not timed.
     """
 
     name: str
@@ -74,7 +74,7 @@ class Contestant:
     within: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def seconds(self, calls: int, clock: Clock) -> float:
-        """The time of each of `calls` calls in a row, by a clock in nanoseconds."""
+        """The time per call, in seconds, of `calls` calls in a row. The clock counts nanoseconds."""
         call = self.call
         start = clock()
         for _ in repeat(None, calls):
@@ -83,24 +83,24 @@ class Contestant:
 
 
 def layouts_of(shape: Shape, layouts: tuple[str, ...]) -> tuple[str, ...]:
-    """A matrix has one layout, whatever is asked for."""
+    """The layouts that a shape has: a matrix has only one, "nc"."""
     return ("nc",) if len(shape) == 2 else layouts
 
 
 def passes_of(shape: Shape, passes: Sequence[str]) -> tuple[str, ...]:
-    """One value a channel has no variance to train with: inference alone."""
+    """The passes that a shape has: with one value per channel, only inference, since there is no variance."""
     alone = math.prod(shape) == shape[1]
     return tuple(pass_ for pass_ in passes if pass_ == "infer" or not alone)
 
 
 def variants_of(shape: Shape, variants: Sequence[Variant]) -> tuple[Variant, ...]:
-    """A matrix has no axis to put beside its channels, and one element of a batch is not broadcast."""
+    """The variants that a shape has: "middle" needs a spatial axis, and "broadcast" also more than one example."""
     senseless = {"middle": len(shape) == 2, "broadcast": len(shape) == 2 or shape[0] == 1}
     return tuple(variant for variant in variants if not senseless.get(variant.strides, False))
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:
-    """NumPy's dtype of that name; bfloat16 is ml_dtypes'."""
+    """The dtype of this name, of NumPy or, for bfloat16, of ml_dtypes."""
     try:
         dtype: np.dtype[Any] = np.dtype(importlib.import_module("ml_dtypes").bfloat16 if name == "bfloat16" else name)
     except ImportError as error:
@@ -109,14 +109,14 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
 
 
 def _within(array: Array, memory_shape: Shape, part: slice) -> Array:
-    """The array's values as that part of the last axis of a larger array."""
+    """A copy of the array that is this part of the last axis of a larger array."""
     view = np.zeros(memory_shape, array.dtype)[..., part]
     view[...] = array
     return view
 
 
 def _laid_out(array: Array, strides: str, axis: int) -> Array:
-    """The dense array's values, with the strides asked for; broadcast, those of its first element alone."""
+    """A copy of a dense array with these strides; with "broadcast", only of its first example."""
     *leading, last = array.shape
     if strides == "cropped":
         return _within(array, (*leading, last + CROPPED), slice(last))
@@ -130,12 +130,12 @@ def _laid_out(array: Array, strides: str, axis: int) -> Array:
 
 
 class Problem:
-    """The arrays of one shape, layout, dtype and strides. `x`, `dy` and `out` lie in memory as these say.
+    """The arrays of one shape, layout, dtype and strides. `x`, `dy` and `out` have this layout and these strides.
 
-    cropped: part of a wider last axis; stepped: every second element of it; reversed: backwards along it; middle: the
-    channels lie before the last of the spatial axes, which is cropped; broadcast: all of the batch is one element.
+    cropped: part of a longer last axis; stepped: every second element of it; reversed: the last axis runs backwards;
+    middle: the channels come before the last spatial axis, which is cropped; broadcast: all examples share one memory.
 
-    They are NumPy's own allocations, as users have them, and `out` is shared: only one contestant runs at a time.
+    NumPy allocates the arrays, as it does for users. All contestants write to the same `out`: only one runs at a time.
     """
 
     def __init__(self, shape: Shape, layout: str, dtype: str, strides: str = "dense", seed: int = 0) -> None:
@@ -159,24 +159,24 @@ class Problem:
         return rng.standard_normal(self.memory_shape, np.float64 if self.dtype == "float64" else np.float32)
 
     def activated(self, activation: str) -> Problem:
-        """The same arrays, with that activation to follow."""
+        """The same arrays, with an activation."""
         problem = copy.copy(self)
         problem.activation = activation
         return problem
 
     def bytes_moved(self, pass_: str) -> int:
-        """What the pass must move at the least: x and y, or dy, x and dx. What is broadcast is moved once."""
+        """The bytes that the pass must at least move: x and y, or dy, x and dx. Broadcast arrays are moved once."""
         moved = (self.x, self.out, self.dy) if pass_ == "backward" else (self.x, self.out)
         return sum(array.nbytes // (self.shape[0] if array.strides[0] == 0 else 1) for array in moved)
 
     @property
     def variant(self) -> Variant:
-        """What is normalized, and what follows."""
+        """The dtype, the activation and the strides."""
         return Variant(self.dtype, self.activation, self.strides)
 
     @property
     def axes(self) -> tuple[int, ...]:
-        """The axes that statistics are taken over."""
+        """The axes over which statistics are computed."""
         return tuple(a for a in range(self.x.ndim) if a != self.axis % self.x.ndim)
 
     def along_channels(self, vector: Array) -> Array:
@@ -186,11 +186,11 @@ class Problem:
         return vector.reshape(shape)
 
     def channels_first(self, array: Array) -> Array:
-        """The array that lies in memory as x does, seen as (N, C, ...)."""
+        """A view of an array with x's layout as (N, C, ...)."""
         return np.moveaxis(array, self.axis, 1)
 
     def running(self) -> tuple[Array, Array]:
-        """Running statistics of one's own to update."""
+        """New copies of the running statistics, which a contestant may update."""
         return self.mean.copy(), self.var.copy()
 
     @cached_property
@@ -203,11 +203,11 @@ class Problem:
 
 
 TOLERANCE = {"float64": 1e-3, "float32": 1e-3, "float16": 5e-3, "bfloat16": 4e-2}
-"""Of the largest value. Loose: it tells another function or a broken result from rounding, no more."""
+"""The largest difference allowed, relative to the largest value. It is loose: rounding passes, a wrong result fails."""
 
 
 def disagreement(results: tuple[Array, ...], reference: tuple[Array, ...]) -> float:
-    """The largest difference between two sets of results, each array measured by the reference's largest value."""
+    """The largest difference between two sets of results, relative to the largest value of each reference array."""
     worst = 0.0
     for ours, theirs in zip(results, reference, strict=True):
         wide = theirs.dtype if theirs.dtype == np.float64 else np.dtype("float32")

@@ -1,4 +1,4 @@
-"""What does the reader see? Progress while it runs; then a table a pass, the verdicts, and what is missing."""
+"""What is printed? Progress during the run, then a table for each pass, the verdicts, and notes on what is missing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .shapes import written
 from .targets import bound, geometric_mean, is_c, threads_in_words, verdicts
 
 WIDTH = 120
-"""Of what is printed to a file or a pipe."""
+"""The width, in characters, of output to a file or a pipe."""
 
 TITLES = {"forward": "Training forward", "backward": "Backward", "infer": "Inference"}
 
@@ -26,7 +26,7 @@ KEY = (
 
 
 def console() -> Any:
-    """Where everything is printed."""
+    """The console to print to."""
     rich = extra("rich.console")
     found = rich.Console(highlight=False)
     return found if found.is_terminal else rich.Console(highlight=False, width=WIDTH)
@@ -34,7 +34,7 @@ def console() -> Any:
 
 @contextmanager
 def progress(where: Any, total: int) -> Iterator[Callable[[str], None]]:
-    """Shows which race is run and how many are left, and is gone when done. What it yields is told of each race."""
+    """Shows which race is run and how many are left until the end of the block. Call the yielded function per race."""
     rich = extra("rich.progress")
     columns = (
         rich.TextColumn("{task.description}"),
@@ -48,7 +48,7 @@ def progress(where: Any, total: int) -> Iterator[Callable[[str], None]]:
 
 
 def duration(seconds: float) -> str:
-    """Three digits and a unit."""
+    """A duration with three digits and a unit."""
     for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
         if seconds >= size:
             return f"{seconds / size:.3g} {unit}"
@@ -56,7 +56,7 @@ def duration(seconds: float) -> str:
 
 
 def times(ratio: float) -> str:
-    """How many times: three digits at the most."""
+    """A ratio with at most three digits and an x."""
     decimals = 2 if ratio < 9.995 else 1 if ratio < 99.95 else 0
     return f"{ratio:.{decimals}f}x"
 
@@ -121,7 +121,7 @@ def _tables(rows: Sequence[Row]) -> Iterator[Any]:
 
 
 def _in_short(rows: Sequence[Row]) -> Any:
-    """The C backend's rows: geometric means over the shapes, operation by operation."""
+    """A table of the C backend's geometric means over the shapes, a line for each operation."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
         if is_c(row):
@@ -163,7 +163,7 @@ def show(where: Any, run: Run) -> None:
 
 
 def show_changes(where: Any, changes: Sequence[Change]) -> None:
-    """Prints each row of both runs, new over old, and names those that are slower by more than the spread."""
+    """Prints the rows that both runs have, new over old, and marks those that are slower by more than the spread."""
     if not changes:
         where.print("No row is in both runs.")
         return

@@ -1,4 +1,4 @@
-"""What was measured? The row of the table, the machine it was measured on, and both as JSON lines."""
+"""What was measured? Rows of the table, the machine on which they were measured, and both as lines of JSON."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class Row:
 
     Attributes
     ----------
-    seconds, spread, samples : the median, the interquartile range over it, and of how many
+    seconds, spread, samples : the median, the interquartile range over the median, and the number of samples
     to_copy : the time over that of a copy of x by as many threads
-    gb_per_s : the bytes that the pass must move at the least, over the time
-    over : for fastbn's rows, each peer's time over this one
-    against : for fastbn's rows, this time over that of each base of the variant: float32, unfused, dense
-    difference : the largest difference from the first fastbn row's result, relative to its largest value
+    gb_per_s : the bytes that the pass must at least move, over the time
+    over : in fastbn's rows, each peer's time over this row's time
+    against : in fastbn's rows, this time over that of each base of the variant: float32, unfused, dense
+    difference : the largest difference from the result of fastbn's first row, relative to its largest value
     """
 
     pass_: str
@@ -58,18 +58,18 @@ class Row:
 
     @property
     def variant(self) -> Variant:
-        """What was normalized, and what followed."""
+        """The dtype, the activation and the strides."""
         return Variant(self.dtype, self.activation, self.strides)
 
     @property
     def key(self) -> Key:
-        """What all contestants of one race share."""
+        """The pass, layout, variant, shape and threads, which all contestants of a race share."""
         return (self.pass_, self.layout, self.variant, self.shape, self.threads)
 
 
 @dataclass(frozen=True)
 class Run:
-    """Rows, what they were measured on, and what there is to say about them."""
+    """Rows, the machine on which they were measured, and notes about them."""
 
     machine: dict[str, str]
     rows: list[Row]
@@ -86,7 +86,7 @@ def _processor() -> str:
 
 
 def describe_machine(backends: Iterable[str], versions: Mapping[str, str], command: str) -> dict[str, str]:
-    """The processor, the versions, what the backends tell of themselves and the command."""
+    """The processor, the versions, what the backends say about themselves, and the command."""
     described = {"processor": _processor(), "system": platform.platform(), "fastbn": fastbn.__version__}
     for backend in backends:
         details = ", ".join(f"{key} {value}" for key, value in select(backend).describe().items())
@@ -95,7 +95,7 @@ def describe_machine(backends: Iterable[str], versions: Mapping[str, str], comma
 
 
 def save(run: Run, path: Path) -> None:
-    """Writes the machine, then the notes, then a row a line."""
+    """Writes a line for the machine, a line for the notes, and a line for each row."""
     lines: list[dict[str, Any]] = [{"kind": "machine", **run.machine}, {"kind": "notes", "notes": run.notes}]
     lines += [asdict(row) for row in run.rows]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -103,7 +103,7 @@ def save(run: Run, path: Path) -> None:
 
 
 def load(path: Path) -> Run:
-    """Reads what `save` wrote."""
+    """Reads a file that `save` has written."""
     run = Run({}, [], [])
     for line in path.read_text(encoding="utf-8").splitlines():
         fields = json.loads(line)
@@ -117,7 +117,7 @@ def load(path: Path) -> Run:
 
 
 def races(rows: Iterable[Row]) -> dict[Key, list[Row]]:
-    """The rows of each race, in the order they were run."""
+    """The rows of each race, in the order in which they were run."""
     found: dict[Key, list[Row]] = {}
     for row in rows:
         found.setdefault(row.key, []).append(row)

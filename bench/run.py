@@ -1,4 +1,4 @@
-"""How does a run go? Each race in turn: prepare the contestants, check their results, time them, make rows."""
+"""What happens in a run? For each race, contestants are prepared, their results checked and their calls timed."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from .shapes import Shape, written
 from .timing import PAUSE_SECONDS, Budget, Samples, race
 
 ARRAYS_KEPT = 3
-"""Sets of arrays of one shape and layout: those of a variant, and those of its bases."""
+"""How many sets of arrays of a shape and layout are kept: that of a variant, and those of its bases."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is run: every combination of these that makes sense."""
+    """What is run: every combination of the fields that makes sense."""
 
     shapes: Sequence[Shape]
     passes: Sequence[str]
@@ -71,7 +71,7 @@ class Runner:
 
     @property
     def notes(self) -> list[str]:
-        """What could not be run, and results that differ: each with the first race it concerns, and how many more."""
+        """Contestants that failed and results that differ, each with the first race and the number of others."""
         return [
             f"{what} (in {races[0]}{f', and {len(races) - 1} more' if len(races) > 1 else ''})"
             for what, races in self._noted.items()
@@ -81,7 +81,7 @@ class Runner:
         self._noted.setdefault(what, []).append(where)
 
     def run(self, progress: Callable[[str], None] = lambda _: None) -> Iterator[Row]:
-        """The rows of every race, in the plan's order. `progress` is told of each race before it starts."""
+        """Yields the rows of every race, in the plan's order. `progress` is called with each race before it starts."""
         plan = self.plan
         for threads in plan.threads:
             for rival in self.rivals.values():
@@ -114,7 +114,7 @@ class Runner:
     def _prepared(
         self, problem: Problem, bases: Mapping[str, Problem], pass_: str, where: str
     ) -> Iterator[tuple[str, Contestant]]:
-        """Those of fastbn first, since the peers are checked against them. A peer's failure is a note."""
+        """Yields (kind, contestant), fastbn's first, since peers are checked against them. Failures become notes."""
         for base, version in {"": problem, **bases}.items():
             for name, entrant in self.plan.entrants.items():
                 try:
@@ -128,21 +128,21 @@ class Runner:
                 continue
             try:
                 contestants = rival.prepare(problem, pass_)
-            except Exception as error:  # anything may come from a peer
+            except Exception as error:  # a peer may raise anything
                 self._note(_refusal(title, error), where)
                 continue
             for contestant in contestants:
                 yield PEER, contestant
 
     def _enter(self, problem: Problem, bases: Mapping[str, Problem], pass_: str, where: str) -> list[_Entered]:
-        """Runs each contestant once and compares its result with the first fastbn's; none without a fastbn."""
+        """Runs each contestant once and compares its result with the first of fastbn's. Empty if none of these runs."""
         entered: list[_Entered] = []
         reference: tuple[Array, ...] | None = None
         for kind, contestant in self._prepared(problem, bases, pass_, where):
             try:
                 with contestant.within():
                     results = contestant.results(contestant.call())
-            except Exception as error:  # anything may come from a peer
+            except Exception as error:  # a peer may raise anything
                 if kind != PEER and not isinstance(error, NotImplementedError):
                     raise
                 self._note(_refusal(contestant.name, error), where)
@@ -161,7 +161,7 @@ class Runner:
 
 
 def _named(entrant: str, base: str) -> str:
-    """The contestant that runs a base of the variant; the one that runs the variant itself has the entrant's name."""
+    """The name of the contestant that runs a base of the variant; without a base, it is the entrant's name."""
     return f"{entrant}, {base}" if base else entrant
 
 
@@ -206,6 +206,6 @@ def _rows(
 
 
 def _over(name: str, entered: Iterable[_Entered], to_copy: dict[str, float]) -> dict[str, float]:
-    """Each peer's time over this one's, both by the copies of their own rounds."""
+    """Each peer's time over this contestant's. Both are relative to the copies of the same rounds."""
     peers = [one.contestant.name for one in entered if one.kind == PEER]
     return {peer: to_copy[peer] / to_copy[name] for peer in peers}

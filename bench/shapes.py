@@ -1,4 +1,4 @@
-"""Which shapes are timed? The sets by name, and the reading of --shapes. Every shape is written channels-first."""
+"""Which shapes are timed? Sets of shapes by name, and how --shapes is read. Every shape is written channels-first."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 Shape = tuple[int, ...]
 
-# The distinct (channels, *spatial) of each network's batch norms, for images of 224x224 and volumes of 64x128x128.
+# The distinct shapes (channels, *spatial) of each network's batch norms, for images of 224x224 and volumes of
+# 64x128x128.
 
 RESNET50: tuple[Shape, ...] = (
     (64, 112, 112),
@@ -35,7 +36,7 @@ MOBILENETV2: tuple[Shape, ...] = (
 
 
 def _densenet121() -> Iterator[Shape]:
-    """In a dense block each layer's input is 32 channels wider than the last one's; its bottleneck has 128."""
+    """In a dense block, the input of each layer has 32 channels more than the last one's; its bottleneck has 128."""
     yield (64, 112, 112)
     for size, first, last in ((56, 64, 256), (28, 128, 512), (14, 256, 1024), (7, 512, 1024)):
         for channels in sorted({128, *range(first, last + 1, 32)}):
@@ -61,7 +62,7 @@ NETWORKS: dict[str, tuple[int, tuple[Shape, ...]]] = {
     "unet3d": (1, UNET3D),
     "inference": (1, RESNET50),
 }
-"""Sets that --batch changes: the default batch, and the shapes of one image."""
+"""The sets that --batch applies to: the default batch size, and the shapes of one example."""
 
 FIXED: dict[str, tuple[Shape, ...]] = {
     "dense": ((32, 128), (64, 512), (256, 1024), (1024, 1024), (128, 4096), (4096, 256), (65536, 64)),
@@ -79,7 +80,7 @@ FIXED: dict[str, tuple[Shape, ...]] = {
         (8, 64),
     ),
 }
-"""Sets whose batch is part of the shape. Those of `operation` are larger than any cache."""
+"""The sets whose shapes include the batch. The shapes of `operation` are larger than any cache."""
 
 NAMES = (*NETWORKS, *FIXED)
 
@@ -97,10 +98,10 @@ def _one(word: str, batch: int | None) -> tuple[Shape, ...]:
 
 
 def parse(text: str, batch: int | None = None) -> tuple[Shape, ...]:
-    """The distinct shapes that a comma-separated list of names and sizes asks for, in its order."""
+    """The distinct shapes of a comma-separated list of names and sizes, in the order of the list."""
     return tuple(dict.fromkeys(shape for word in text.split(",") for shape in _one(word.strip(), batch)))
 
 
 def written(shape: Shape) -> str:
-    """As --shapes takes it: 32x64x56x56."""
+    """A shape as --shapes takes it, such as 32x64x56x56."""
     return "x".join(map(str, shape))

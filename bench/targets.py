@@ -1,4 +1,4 @@
-"""How fast should it be? The project's targets, in one place, and what a run says of each. A report, never a test."""
+"""How fast should it be? The project's targets, in one place, and whether a run meets them. No test depends on them."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ TABLE: tuple[tuple[Shape, tuple[float, float, float, float, float]], ...] = (
     ((256, 1024), (2.2, 2.2, 3.2, 3.2, 1.3)),
     ((1, 256, 56, 56), (1.2, 1.8, 1.8, 2.6, 1.1)),
 )
-"""The most times the copy's time that the C backend may take: float32, out= given, warm."""
+"""The largest ratios to a copy's time that the C backend may have: float32, with out=, warm."""
 
 SMALL: tuple[tuple[str, Shape, str, float], ...] = (
     ("infer", (1, 64), "NumPy careful", 1.0),
     ("forward", (8, 64), "torch", 0.5),
     ("backward", (8, 64), "torch", 0.5),
 )
-"""Small calls on one thread: the most times that peer's time that the C backend may take."""
+"""Small calls on one thread: the largest ratio to that peer's time that the C backend may have."""
 
 GEOMETRIC_MEANS = {"forward": 4.0, "backward": 2.5}
-"""How many times faster than torch with its memory reused, over the table's shapes."""
+"""How many times faster than "torch reused" the C backend should be, in the geometric mean of the table's shapes."""
 
 SPEEDUP_OF_TWO_THREADS = 1.7
 NUMBA_OVER_C, NUMBA_FROM_ELEMENTS = 1.5, 1_000_000
@@ -42,15 +42,15 @@ AGAINST: dict[str, tuple[str, float, tuple[str, ...]]] = {
     "sigmoid": ("unfused", 1.5, ("forward", "infer")),
     "silu": ("unfused", 1.5, ("forward", "infer")),
 }
-"""By dtype or activation: the base, the most times its time that the C backend may take on the shapes of `operation`,
-and in which passes. The others are reported."""
+"""For a dtype or activation: its base, the largest ratio to the base's time that the C backend may have on the shapes
+of `operation`, and the passes that this limit is for. Other passes are reported without a limit."""
 
 _COLUMNS = {("forward", "nchw"): 0, ("forward", "nhwc"): 1, ("backward", "nchw"): 2, ("backward", "nhwc"): 3}
 _BOUNDS = dict(TABLE)
 
 
 def bound(row: Row) -> float | None:
-    """The table's bound on this row's ratio to a copy, if it has one."""
+    """The table's bound on this row's ratio to a copy, or None."""
     if not is_c(row) or row.variant != Variant() or row.shape not in _BOUNDS:
         return None
     layout = "nchw" if row.layout == "nc" else row.layout
@@ -58,13 +58,13 @@ def bound(row: Row) -> float | None:
 
 
 def is_c(row: Row) -> bool:
-    """Whether this is the C backend, on any instruction set."""
+    """Whether a row is the C backend's, with any instruction set."""
     return row.kind == FASTBN and row.contestant.split()[1] == "c"
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A target in words, what was measured, and whether that meets it."""
+    """A target in words, what was measured, and whether the target is met."""
 
     target: str
     measured: str
@@ -72,13 +72,13 @@ class Verdict:
 
 
 def geometric_mean(values: Iterable[float]) -> float:
-    """The mean of ratios."""
+    """The geometric mean, which is the right mean for ratios."""
     logarithms = [math.log(value) for value in values]
     return math.exp(sum(logarithms) / len(logarithms))
 
 
 def threads_in_words(threads: int) -> str:
-    """How many threads."""
+    """A number of threads in words."""
     return "1 thread" if threads == 1 else f"{threads} threads"
 
 
@@ -130,7 +130,7 @@ def _small(rows: list[Row]) -> Iterator[Verdict]:
 
 
 def _two_threads(rows: list[Row]) -> Iterator[Verdict]:
-    """Where a copy gains as much from the second thread, every pass should."""
+    """If a copy becomes this much faster with a second thread, every pass should."""
     times = {(*row.key[:4], row.contestant, row.threads): row.seconds for row in rows}
     slow, count = [], 0
     for row in rows:
@@ -163,7 +163,7 @@ def _numba(rows: list[Row]) -> Iterator[Verdict]:
 
 
 def _against(rows: list[Row]) -> Iterator[Verdict]:
-    """What a dtype or an activation costs, where memory is what bounds."""
+    """What a dtype or an activation costs where memory bandwidth is the limit."""
     large = [row for row in rows if is_c(row) and row.shape in FIXED["operation"]]
     for word, (base, most, passes) in AGAINST.items():
         found = [row for row in large if word in (row.dtype, row.activation) and base in row.against]
@@ -180,6 +180,6 @@ def _against(rows: list[Row]) -> Iterator[Verdict]:
 
 
 def verdicts(rows: list[Row]) -> list[Verdict]:
-    """Each target that this run can tell of."""
+    """The verdict on each target that the rows have figures for."""
     reports = (_table, _no_faster_peer, _torch, _small, _two_threads, _numba, _against)
     return [verdict for report in reports for verdict in report(rows)]

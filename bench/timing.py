@@ -1,4 +1,4 @@
-"""How is a race run? Contestants in turns, in an order drawn anew each round, until the time is spent."""
+"""How is a race run? Contestants take turns, in a new random order each round, until the time is spent."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from dataclasses import dataclass
 
 from .problem import Clock, Contestant
 
-# A turn is one untimed call and then a block of timed ones. The untimed call brings back what the contestants before
-# have evicted from the caches, so that each is measured in the state that it leaves behind itself: "warm". One is
-# enough: two calls in a row of the same contestant meet the same caches whatever their arrays' size. Small calls are
-# timed in blocks of about a millisecond, ten thousand times the clock's own cost.
+# A turn is one untimed call and then a block of timed calls. The untimed call brings back into the caches what earlier
+# contestants have evicted, so that each contestant is measured with the caches as its own calls leave them: "warm". One
+# untimed call is enough, since a second call finds the same state of the caches, whatever the size of the arrays. Small
+# calls are timed in blocks of about a millisecond, ten thousand times the cost of reading the clock.
 BLOCK_SECONDS = 1e-3
 
-# After a parallel call the threads of OpenMP and other pools spin for some milliseconds, on processors that the next
-# contestant may need. They are asleep after this pause, and the untimed call wakes the contestant's own.
+# After a parallel call, the threads of OpenMP and other pools spin for some milliseconds, on processors that the next
+# contestant may need. After this pause they sleep, and the untimed call wakes the contestant's own threads.
 PAUSE_SECONDS = 5e-3
 
 MOST_SAMPLES = 101
@@ -30,20 +30,20 @@ LEAST_SECONDS = 1e-9
 
 @dataclass(frozen=True)
 class Budget:
-    """How long a race lasts: about `seconds`, but at least `least` samples of each contestant."""
+    """How long a race lasts: about `seconds`, or longer if that is needed for `least` samples of each contestant."""
 
     seconds: float = 2.0
     least: int = 5
 
 
 class _Ring:
-    """Where turns are taken, by which clock, and after which pause."""
+    """The clock and the pause with which turns are taken."""
 
     def __init__(self, clock: Clock, pause: float, sleep: Callable[[float], None]) -> None:
         self.clock, self.pause, self.sleep = clock, pause, sleep
 
     def turn(self, contestant: Contestant, calls: int) -> float:
-        """Seconds per call."""
+        """Runs a turn of a contestant, and returns the seconds per call."""
         with contestant.within():
             if self.pause:
                 self.sleep(self.pause)
@@ -70,7 +70,7 @@ class Samples:
         return (high - low) / self.median
 
     def over(self, other: Samples) -> float:
-        """The median ratio of this one's time to the other's in the same round, where drift strikes both alike."""
+        """The median ratio of this time to the other's in the same round, so that drift affects both alike."""
         return statistics.median(t / other.by_round[r] for r, t in self.by_round.items() if r in other.by_round)
 
 
@@ -81,7 +81,7 @@ class _Entrant:
     samples: int
 
     def runs_in(self, number: int, rounds: int) -> bool:
-        """Whether one of its samples, spread evenly over the rounds, falls into this round."""
+        """Whether it has a sample in this round. Samples are spread evenly over the rounds."""
         return (number + 1) * self.samples // rounds > number * self.samples // rounds
 
 
@@ -97,7 +97,7 @@ def _no_garbage_collection() -> Iterator[None]:
 
 
 def _calls_in_a_block(contestant: Contestant, ring: _Ring) -> int:
-    """How many calls fill a block. Short calls are tried ten in a row, because a single one may be an outlier."""
+    """How many calls fill a block. Short calls are tried ten in a row, because a single call may be an outlier."""
     for trial in (1, 10):
         calls = math.ceil(BLOCK_SECONDS / max(ring.turn(contestant, trial), LEAST_SECONDS))
         if calls < 10:
@@ -106,7 +106,7 @@ def _calls_in_a_block(contestant: Contestant, ring: _Ring) -> int:
 
 
 def _enter(contestants: Sequence[Contestant], budget: Budget, ring: _Ring) -> list[_Entrant]:
-    """Shares the time out: the slow get fewer samples. The first contestant, the yardstick, is in every round."""
+    """Shares out the time: slow contestants get fewer samples. The first, the yardstick, is in every round."""
     entrants = []
     for contestant in contestants:
         calls = _calls_in_a_block(contestant, ring)
@@ -126,7 +126,7 @@ def race(
     sleep: Callable[[float], None] = time.sleep,
     seed: int = 0,
 ) -> list[Samples]:
-    """The samples of each contestant. The first is the yardstick that the others are divided by; it should be quick."""
+    """The samples of each contestant. The first is the yardstick by which the others are divided; it should be fast."""
     order, ring = random.Random(seed), _Ring(clock, pause, sleep)
     with _no_garbage_collection():
         entrants = _enter(contestants, budget, ring)

@@ -1,8 +1,8 @@
-"""What do fastbn's layers gain in PyTorch? A layer beside torch's, and the training of a network.
+"""How much faster are fastbn's layers in PyTorch? Times single layers, and the training of a network.
 
-A small residual network learns handwritten digits three times over, with the same batches and starting weights: with
-torch's layers, with the same network converted, and with fastbn's layers that take in the sum and the ReLU behind
-them. The steps of the three alternate.
+A small residual network learns handwritten digits three times, with the same batches and initial weights: with torch's
+layers, with the same network converted, and with fastbn's layers, which compute the sum and the ReLU that follow, too.
+The steps of the three networks alternate.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channel
 TORCH, CONVERTED, FUSED = "torch's layers", "converted", "fused with what follows"
 
 Curves = dict[str, list[float]]
-"""Something of each step, by network."""
+"""A number for each step (the loss, or the seconds), by network."""
 
 
 class Block(nn.Module):
-    """Two convolutions with their norms, around which the input goes, too."""
+    """A residual block: two convolutions with their norms, and a convolution with its norm around them."""
 
     def __init__(self, before: int, after: int, stride: int, fused: bool) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class Block(nn.Module):
 
 
 def convolution(before: int, after: int, stride: int, fused: bool) -> list[nn.Module]:
-    """A convolution, its norm and its ReLU, which are one layer where they are fused."""
+    """A convolution, its norm and its ReLU. The last two are one layer if they are fused."""
     first = nn.Conv2d(before, after, 3, stride, padding=1, bias=False)
     if fused:
         return [first, fastbn.torch.BatchNorm2d(after, activation="relu")]
@@ -61,7 +61,7 @@ def convolution(before: int, after: int, stride: int, fused: bool) -> list[nn.Mo
 
 
 def network(fused: bool = False) -> nn.Module:
-    """Three residual blocks, ten norms."""
+    """A network of a convolution and three residual blocks, with ten norms."""
     torch.manual_seed(0)
     return nn.Sequential(
         *convolution(1, 32, 1, fused),
@@ -75,14 +75,14 @@ def network(fused: bool = False) -> nn.Module:
 
 
 def networks() -> dict[str, nn.Module]:
-    """With the same weights."""
+    """The three networks, with the same weights."""
     plain = network()
     fused = fastbn.torch.convert_batchnorm(network(fused=True))
     return {TORCH: plain, CONVERTED: fastbn.torch.convert_batchnorm(copy.deepcopy(plain)), FUSED: fused}
 
 
 def batches(steps: int, size: int, magnified: int) -> list[tuple[Tensor, Tensor]]:
-    """Handwritten digits, 8 by 8 pixels before they are magnified."""
+    """Batches of handwritten digits, which are 8 by 8 pixels before they are magnified."""
     digits = sklearn.datasets.load_digits()
     images = torch.from_numpy(digits.images).float()[:, None] / 16
     images = images.repeat_interleave(magnified, 2).repeat_interleave(magnified, 3)
@@ -112,7 +112,7 @@ def train(data: list[tuple[Tensor, Tensor]], memory_format: torch.memory_format)
 
 
 def time_layers(shape: tuple[int, ...], memory_format: torch.memory_format, rounds: int) -> dict[str, float]:
-    """The median seconds of one layer's forward and backward pass, alone and with a ReLU behind it."""
+    """The median seconds of a layer's forward and backward pass, alone and followed by a ReLU."""
     x = torch.randn(shape).contiguous(memory_format=memory_format).requires_grad_()
     dy = torch.randn(shape).contiguous(memory_format=memory_format)
     theirs = nn.BatchNorm2d(shape[1])
@@ -139,7 +139,7 @@ EAGER: dict[str, Callable[[Any, Tensor, Tensor], Any]] = {
 
 
 def report_eager(rounds: int) -> None:
-    """What a call costs that is all overhead: the least of many rounds, in turns."""
+    """Prints what a small call costs, which is overhead alone: the minimum over many rounds, in turns."""
     x, dy = torch.randn(8, 64, requires_grad=True), torch.randn(8, 64)
     print(f"\n{'one eager call, (8, 64)':<40}{'torch':>12}{'fastbn':>12}{'more':>9}")
     for training in (True, False):
@@ -157,12 +157,12 @@ def report_eager(rounds: int) -> None:
 
 
 def rotated(names: list[str], step: int) -> list[str]:
-    """So that none is always behind the same other."""
+    """The names in another order for each step, so that all networks come first equally often."""
     return names[step % len(names) :] + names[: step % len(names)]
 
 
 def report_layers(shapes: list[tuple[int, ...]], rounds: int) -> None:
-    """A line for each shape and memory format."""
+    """Prints the times of a layer for each shape and memory format."""
     print(f"{'one layer, forward and backward':<34}{'':<6}{'torch':>12}{'fastbn':>12}{'faster':>9}")
     for shape in shapes:
         for name, memory_format in FORMATS.items():
@@ -174,7 +174,7 @@ def report_layers(shapes: list[tuple[int, ...]], rounds: int) -> None:
 
 
 def report_training(curves: dict[str, Curves], seconds: dict[str, Curves]) -> None:
-    """The times of a step, and how far the losses are apart: no farther than torch's own in two memory formats."""
+    """Prints the times of a step, and how far the losses are apart, compared with torch's in two memory formats."""
     print("\none training step")
     for name, times in seconds.items():
         theirs = median(times[TORCH])
@@ -189,12 +189,12 @@ def report_training(curves: dict[str, Curves], seconds: dict[str, Curves]) -> No
 
 
 def apart(a: list[float], b: list[float]) -> float:
-    """The largest difference."""
+    """The largest difference between two curves."""
     return max(abs(x - y) for x, y in zip(a, b, strict=True))
 
 
 def draw(curves: dict[str, Curves], seconds: dict[str, Curves], path: Path) -> None:
-    """The losses by step, which are the same curve, and by time, which are not."""
+    """Draws the losses by step, where the curves coincide, and by time, where they do not."""
     styles: dict[str, dict[str, Any]] = {
         TORCH: {"color": "#b9bec6", "linewidth": 4},
         CONVERTED: {"color": "#1f6fb4", "linewidth": 1.6},
@@ -224,7 +224,7 @@ def draw(curves: dict[str, Curves], seconds: dict[str, Curves], path: Path) -> N
 
 
 def run(quick: bool, picture: Path) -> None:
-    """Times the layers, then trains; quick: a few steps on small images."""
+    """Times the layers, then trains. If `quick`, it trains for a few steps on small images."""
     print(f"torch {torch.__version__}, fastbn {fastbn.__version__}, {torch.get_num_threads()} threads")
     if quick:
         report_layers([(4, 8, 6, 6)], 3)

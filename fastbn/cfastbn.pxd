@@ -1,5 +1,5 @@
-# What fastbn.h declares and documents, for Cython: `from fastbn cimport cfastbn`, compiled with the include directory
-# fastbn.get_include() and linked with fastbn.get_library(). Declarations only.
+# The declarations of fastbn.h, which documents them, for Cython: `from fastbn cimport cfastbn`. Compile with the
+# include directory fastbn.get_include(), and link with fastbn.get_library().
 from libc.stddef cimport size_t
 from libc.stdint cimport int64_t
 

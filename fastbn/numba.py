@@ -1,19 +1,19 @@
-"""How does jitted code normalize? Functions for the inside of @numba.njit, on the C kernels through their addresses.
+"""How does jitted code normalize? Functions to call inside @numba.njit, which run the C kernels by their addresses.
 
-`infer`, `forward` and `backward` are called in nopython mode, from other jitted functions, in loops and by several
-threads (nogil=True, prange); from plain Python as well. They are those of `fastbn`, to the bit, for C-contiguous arrays
-of float32 and float64 (Numba has no halves on CPUs), with these differences:
+`infer`, `forward` and `backward` may be called in nopython mode, in loops and by several threads (nogil=True, prange),
+and also from plain Python. They take C-contiguous arrays of float32 and float64 (Numba has no 16-bit floats on CPUs).
+Results are those of the functions of `fastbn`, bit for bit, with these differences:
 
-- Parameters and statistics have the statistics dtype: float64 for float64, else float32.
-- `threads=` says how many threads one call may use, 1 unless it is given: jitted code is often parallel itself. Neither
-  `fastbn.set_num_threads` nor the environment counts. The bits are the same for any number.
-- `forward` gives (y, cache) with a cache that is a named tuple of arrays and numbers; it takes no out=x, no mask.
-- `backward` gives (dx, dgamma, dbeta, dresidual): dgamma and dbeta always, dresidual None without a residual.
+- Parameters and statistics have the statistics dtype: float64 for float64, and float32 for float32.
+- `threads=` is the number of threads that one call may use, by default 1, since jitted code is often parallel itself.
+  `fastbn.set_num_threads` and the environment have no effect. The bits are the same for any number of threads.
+- `forward` returns (y, cache), where cache is a named tuple of arrays and numbers. It takes no mask, and no out=x.
+- `backward` returns (dx, dgamma, dbeta, dresidual), always with dgamma and dbeta; dresidual is None without a residual.
 
-A wrong dtype or layout is a TypingError when the function is compiled. A wrong shape or value is a ValueError when it
-runs, and has changed nothing; MemoryError if there is no memory for the workspace. Functions that call these may be
-kept on disk (cache=True) where they import fastbn.numba; Numba does not see when fastbn changes, so clear that cache
-after an update.
+A wrong dtype or memory layout raises TypingError when the function is compiled. A wrong shape or value raises
+ValueError when it runs, before anything is changed. If there is no memory for the workspace, MemoryError is raised.
+A function that calls these may be kept on disk (cache=True) if its module imports fastbn.numba. Numba does not notice
+that fastbn has changed, so clear that cache after an update.
 
 >>> import numba, numpy as np, fastbn.numba as fbn
 >>> @numba.njit(nogil=True)
@@ -54,16 +54,16 @@ def __dir__() -> list[str]:
 
 
 class Cache(NamedTuple):
-    """What `backward` needs of a `forward` call; it refers to x and the residual, which stay as they are until then.
+    """What `backward` needs of a `forward` call. It refers to x and the residual, which must not change until then.
 
-    `backward` refuses a cache with replaced parts that do not fit, but for arrays in the other byte order: Numba takes
-    them for native ones where they are in a tuple that comes from Python.
+    `backward` raises if a field was replaced by a value that does not fit. It cannot detect arrays in the other byte
+    order: Numba treats them as native if they are in a tuple that comes from Python.
     """
 
     x: Array
     residual: Array | None
     saved: Array
-    """Rows of float64, one value per channel: mean, its low part, var, 1/sqrt(var + eps), gamma, beta."""
+    """Rows of float64, one value per channel: mean, mean_low, var, 1/sqrt(var + eps), gamma, beta."""
     axis: int
     activation: int
     slope: float
@@ -93,7 +93,7 @@ _IN_C = _BRIDGE.numbers()
 
 
 def _external(verb: str) -> Any:
-    """A function of flat.pxi, which says what its arguments mean; jitted code on disk finds it by its signature."""
+    """The function of flat.pxi for a verb. Its symbol names the signature, so that code on disk finds no other one."""
     address, signature = _BRIDGE.flat()[verb]
     name = f"fastbn_{verb}_{signature}"
     binding.add_symbol(name, address)
@@ -103,7 +103,7 @@ def _external(verb: str) -> Any:
 _TYPES = {"i": types.int64, "d": types.float64, "p": types.uintp}
 _infer, _forward, _backward = map(_external, ("infer", "forward", "backward"))
 
-if hasattr(os, "register_at_fork"):  # GNU OpenMP would wait for the parent's threads for ever
+if hasattr(os, "register_at_fork"):  # in a forked process, GNU OpenMP would wait forever for the parent's threads
     os.register_at_fork(after_in_child=_BRIDGE.stay_alone)
 
 # What is known when a function is compiled ---------------------------------------------------------------------------
@@ -116,11 +116,11 @@ _ALLOWED = checks.ACTIVATIONS
 
 
 def _by_type(choose: Callable[..., Any]) -> Any:
-    """A function for jitted code: `choose` gets the types of its arguments, and gives what is compiled for them."""
+    """A function for jitted code: `choose` gets the types of its arguments and returns the function to compile."""
 
     @functools.wraps(choose)
     def function(*arguments: Any) -> Any:
-        raise TypeError("for jitted code alone")
+        raise TypeError("only jitted code can call this function")
 
     overload(function, strict=False)(choose)
     return function
@@ -157,7 +157,7 @@ def _expect_batch(name: str, x: Any) -> None:
 
 @_by_type
 def _dtype_code(x: Any) -> Any:
-    """That of x in fastbn.h."""
+    """The number of x's dtype in fastbn.h."""
     _expect_batch("x", x)
     code = _DTYPES[x.dtype]
     return lambda x: code
@@ -169,9 +169,9 @@ _NUMBERS = {"axis": _INTEGER, "activation": _INTEGER, "slope": _FLOAT, "frozen":
 
 @_by_type
 def _expect_types_of(cache: Any) -> Any:
-    """Those of the cache that `forward` gives, whatever was replaced since."""
+    """Raises unless the fields of a cache have the types that `forward` gives them: a field may have been replaced."""
     if not isinstance(cache, types.NamedTuple) or cache.instance_class is not Cache:
-        _refuse("cache", cache, "that of forward")
+        _refuse("cache", cache, "the cache that forward returned")
     given = dict(zip(cache.fields, cache.types, strict=True))
     _expect_batch("cache.x", given["x"])
     _expect_array("cache.saved", given["saved"], (types.float64,), "float64")
@@ -185,13 +185,13 @@ def _expect_types_of(cache: Any) -> Any:
 
 @_by_type
 def _address_of(array: Any) -> Any:
-    """Where its elements begin; 0 for None."""
+    """The address of an array's first element; 0 for None."""
     return (lambda array: 0) if _is_none(array) else (lambda array: array.ctypes.data)
 
 
 @_by_type
 def _extent(array: Any) -> Any:
-    """The addresses between which its elements lie; none for None."""
+    """The addresses where an array begins and ends; (0, 0) for None."""
     if _is_none(array):
         return lambda array: (np.uint64(0), np.uint64(0))
     return lambda array: (np.uint64(array.ctypes.data), np.uint64(array.ctypes.data + array.nbytes))
@@ -199,20 +199,20 @@ def _extent(array: Any) -> Any:
 
 @_by_type
 def _or_none(array: Any) -> Any:
-    """The array itself, whose default was None."""
+    """The array itself, or None for an argument that was left out."""
     return (lambda array: None) if _is_none(array) else (lambda array: array)
 
 
 @_by_type
 def _is_writable(array: Any) -> Any:
-    """Whether jitted code may write to it; None is."""
+    """Whether jitted code may write to an array; True for None."""
     writable = _is_none(array) or array.mutable
     return lambda array: writable
 
 
 @_by_type
 def _result(out: Any, x: Any) -> Any:
-    """Where y or dx goes."""
+    """The array for y or dx: out, or a new array if out is None."""
     if _is_none(out):
         return lambda out, x: np.empty_like(x)
     _expect_like("out", out, x)
@@ -229,19 +229,19 @@ def _result(out: Any, x: Any) -> Any:
 
 @_by_type
 def _gradient_of_residual(residual: Any, dy: Any) -> Any:
-    """The array for it, which without an activation is dy."""
+    """The array for the residual's gradient: a copy of dy, which it is without an activation; None for None."""
     return (lambda residual, dy: None) if _is_none(residual) else (lambda residual, dy: dy.copy())
 
 
 @_by_type
 def _statistics_like(x: Any, channels: Any) -> Any:
-    """An array of one value per channel."""
+    """A new array of one value per channel, in x's statistics dtype."""
     dtype = np.float64 if _statistics(x) == types.float64 else np.float32
     return lambda x, channels: np.empty(channels, dtype)
 
 
 def _per_channel(name: str) -> Any:
-    """Gives the address of an array of one value per channel, in x's statistics dtype."""
+    """A function that checks an array of one value per channel, in x's statistics dtype, and returns its address."""
 
     def choose(array: Any, x: Any, channels: Any) -> Any:
         if _is_none(array):
@@ -262,7 +262,7 @@ def _per_channel(name: str) -> Any:
 
 
 def _like_x(name: str) -> Any:
-    """Gives the address of an array of x's shape and dtype."""
+    """A function that checks an array of x's shape and dtype, and returns its address."""
 
     def choose(array: Any, x: Any) -> Any:
         if _is_none(array):
@@ -285,7 +285,7 @@ _residual, _dy, _residual_in_cache = map(_like_x, ("residual", "dy", "cache.resi
 
 @_by_type
 def _code_and_slope(activation: Any) -> Any:
-    """An activation's number in fastbn.h, and its slope."""
+    """The number in fastbn.h and the slope of an activation."""
     if _is_none(activation):
         return lambda activation: (0, 0.0)
     text = (types.UnicodeType, types.StringLiteral)
@@ -341,7 +341,7 @@ _MOST_THREADS = _IN_C["FBN_MOST_THREADS"]
 
 @_jit
 def _expect_apart(name: str, written: Any, others: Any) -> None:
-    """Memory that is written, shared with none of the others: pairs of a name and an extent."""
+    """Raises if memory that is written overlaps one of the others, which are pairs of a name and an extent."""
     for other, extent in others:
         if max(written[0], extent[0]) < min(written[1], extent[1]):
             raise ValueError(f"{name}: got memory shared with {other}; allowed: an array of its own")
@@ -357,7 +357,7 @@ def _code(name: str) -> int:
 
 @_jit
 def _three_of(x: Array, axis: int, name: str = "axis") -> tuple[int, int, int]:
-    """(outer, channels, inner), as in call/shape.py."""
+    """The sizes (outer, channels, inner) of x, as in call/shape.py."""
     at = axis + x.ndim if axis < 0 else axis
     if not 0 <= at < x.ndim:
         _wrong_axis(name, axis, x.ndim)
@@ -376,7 +376,7 @@ def _three_of(x: Array, axis: int, name: str = "axis") -> tuple[int, int, int]:
 def _expect_cache(
     saved: tuple[int, int], activation: int, slope: float, frozen: bool, channels: int, values: int
 ) -> None:
-    """What `forward` gives for x of so many channels and values per channel; of saved, the shape."""
+    """Raises unless a cache has values that `forward` may give. `saved` is the shape of cache.saved."""
     rows, columns = saved
     if rows != _ROWS or columns != channels:
         raise ValueError(f"cache.saved: got shape ({rows}, {columns}); allowed: ({_ROWS}, {channels}) for this x")
@@ -393,10 +393,10 @@ _ROWS = len(SAVED_ROWS)
 
 @_jit
 def _expect(status: int) -> None:
-    """Raises for what the C API refuses."""
+    """Raises an error for a status of the C API other than FBN_OK."""
     if status == _NO_MEMORY:
         raise MemoryError("no memory for the workspace")
-    if status == _MISALIGNED:  # Numba does not see it where arrays are in a tuple that comes from Python
+    if status == _MISALIGNED:  # Numba does not notice this for arrays in a tuple that comes from Python
         raise ValueError("x, cache: got an array that is not aligned; allowed: aligned ones")
     if status == _OVERLAP:
         raise ValueError("out: got memory shared with an input; allowed: an array of its own, or x itself for infer")
@@ -428,7 +428,7 @@ def infer(
     out: Array | None = None,
     threads: int = 1,
 ) -> Array:
-    """`fastbn.infer` in jitted code; out may be x itself."""
+    """`fastbn.infer` in jitted code: returns y. `out` may be x itself."""
     dtype = _dtype_code(x)
     outer, channels, inner = _three_of(x, axis)
     _expect_threads(threads)
@@ -463,7 +463,7 @@ def forward(
     out: Array | None = None,
     threads: int = 1,
 ) -> Forward:
-    """`fastbn.forward` in jitted code: (y, cache)."""
+    """`fastbn.forward` in jitted code: returns (y, cache)."""
     dtype = _dtype_code(x)
     outer, channels, inner = _three_of(x, axis)
     _expect_threads(threads)
@@ -503,7 +503,7 @@ def forward(
 
 @_jit
 def backward(dy: Array, cache: Cache, out: Array | None = None, threads: int = 1) -> Gradients:
-    """`fastbn.backward` in jitted code: (dx, dgamma, dbeta, dresidual)."""
+    """`fastbn.backward` in jitted code: returns (dx, dgamma, dbeta, dresidual)."""
     _expect_types_of(cache)
     x = cache.x
     outer, channels, inner = _three_of(x, cache.axis, "cache.axis")

@@ -15,10 +15,10 @@ fbn_line fbn_line_at(const fbn_job *j, int64_t c) {
                       (char *)j->line.shift + skip,    (char *)j->line.shift_low + skip, j->p->slope};
 }
 
-fbn_slopes fbn_slopes_at(const fbn_job *j, int64_t c) {
+fbn_gradient fbn_gradient_at(const fbn_job *j, int64_t c) {
     const int64_t skip = c * j->split.real;
-    return (fbn_slopes){(char *)j->slopes.on_dy + skip, (char *)j->slopes.on_x + skip,
-                        (char *)j->slopes.constant + skip, (char *)j->slopes.postscale + skip};
+    return (fbn_gradient){(char *)j->gradient.on_dy + skip, (char *)j->gradient.on_x + skip,
+                          (char *)j->gradient.constant + skip, (char *)j->gradient.postscale + skip};
 }
 
 /* ---- before a reduction ---- */
@@ -186,8 +186,8 @@ static void finish_known_sums(fbn_job *j, int64_t c0, int64_t c1) {
     for (int64_t c = c0; j->dbeta && c < c1; c++) fbn_put(j->dbeta, c, sums[c], statistics_dtype(j));
     const fbn_channels known = known_at(j, c0);
     const fbn_line line = fbn_line_at(j, c0);
-    const fbn_slopes slopes = fbn_slopes_at(j, c0);
-    j->kernels->set_slopes(&known, sums + c0, products + c0, j->count, c1 - c0, &line, &slopes);
+    const fbn_gradient gradient = fbn_gradient_at(j, c0);
+    j->kernels->set_gradient(&known, sums + c0, products + c0, j->count, c1 - c0, &line, &gradient);
     repeat_first(j, c0, c1);
 }
 

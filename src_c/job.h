@@ -60,9 +60,9 @@ struct fbn_job {
     /* What is computed for each channel, in the workspace. */
     double *origin;              /* the value that the sums are taken about: one of x's, or the mean */
     double *partial, *lanes;     /* the sums of each segment; the lanes of each thread */
-    void *arrays[FBN_CONSTANTS]; /* in the compute type; `line` and `slopes` point into these */
+    void *arrays[FBN_CONSTANTS]; /* in the compute type; `line` and `gradient` point into these */
     fbn_line line;
-    fbn_slopes slopes;
+    fbn_gradient gradient;
 
     /* The results per channel; NULL where the caller did not ask for them. */
     double *moments_out, *sums_out;
@@ -75,7 +75,7 @@ static inline double *fbn_second_sums(const fbn_job *j) { return j->partial + j-
 
 /* The constants from channel c on. */
 fbn_line fbn_line_at(const fbn_job *job, int64_t c);
-fbn_slopes fbn_slopes_at(const fbn_job *job, int64_t c);
+fbn_gradient fbn_gradient_at(const fbn_job *job, int64_t c);
 
 /* finish.c: the steps that are done once per channel. */
 fbn_of_channels fbn_set_origins, fbn_set_lines_known, fbn_set_lines_from_y;

@@ -64,7 +64,7 @@ static void map_gradient_as(const fbn_job *j, const fbn_tile *t, int64_t c0, int
                                .dresidual = j->dresidual ? j->dresidual + skip : NULL,
                                .line = fbn_line_at(j, c0),
                                .activation = activation_of(j, t),
-                               .slopes = fbn_slopes_at(j, c0),
+                               .gradient = fbn_gradient_at(j, c0),
                                .frozen = frozen,
                                .stream = j->stream};
     if (j->split.rows) j->kernels->grad_affine_cl(&g, t->rows, c1 - c0);
@@ -150,7 +150,7 @@ static fbn_job job_of(const fbn_problem *p, const fbn_operation *operation, int 
     double *next = (double *)(((uintptr_t)workspace + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);
     for (int i = 0; i < FBN_CONSTANTS; i++, next += j.split.padded) j.arrays[i] = (char *)next + lead * j.split.real;
     j.line = (fbn_line){j.arrays[0], j.arrays[1], j.arrays[2], j.arrays[3], j.arrays[4], p->slope};
-    j.slopes = (fbn_slopes){j.arrays[5], j.arrays[6], j.arrays[7], j.arrays[8]};
+    j.gradient = (fbn_gradient){j.arrays[5], j.arrays[6], j.arrays[7], j.arrays[8]};
     j.saved = next;
     j.known = j.saved;
     j.origin = next + FBN_SAVED_ROWS * j.split.padded;

@@ -1,4 +1,4 @@
-"""Who else is there? The peers by name: which are installed, and how to have those that are not."""
+"""Which peers are timed? The peers by name, which of them are installed, and how to install the others."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from ..problem import Contestant, Problem, Variant
 class Rival(Protocol):
     """A peer's library, loaded. Each module here has a class Rival; creating it raises ImportError without the library.
 
-    A rival is given every pass, layout, dtype and thread count, and prepares nothing for those that it does not do.
-    Activations are for those of WITH_ACTIVATIONS, and arrays that are not dense for none.
+    A rival is given every pass, layout, dtype and thread count, and prepares nothing for those that it does not
+    support. Only the rivals of WITH_ACTIVATIONS get activations, and no rival gets arrays that are not dense.
     """
 
     version: str
     notes: tuple[str, ...]
 
     def set_threads(self, threads: int) -> None:
-        """The number of threads that contestants prepared from now on run with."""
+        """Sets the number of threads of the contestants that are prepared from now on."""
 
     def prepare(self, problem: Problem, pass_: str) -> list[Contestant]:
-        """The contestants for one pass; none if the peer does not do it."""
+        """The contestants for one pass; empty if the peer does not support it."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ CONTESTANTS = (
 
 
 def lacks(title: str, variant: Variant) -> str:
-    """What of the variant that peer has no contestants for; nothing if it has them."""
+    """The part of the variant that this peer is not timed with, in words; empty if it is timed."""
     if variant.strides != "dense":
         return "arrays that are not dense"
     return "" if variant.activation == "none" or title in WITH_ACTIVATIONS else "activations"
@@ -70,14 +70,14 @@ def lacks(title: str, variant: Variant) -> str:
 
 @dataclass(frozen=True)
 class Loaded:
-    """The peers that are here, by title, and a sentence for each that is not."""
+    """The peers that are installed, by title, and a sentence for each that is not."""
 
     rivals: dict[str, Rival]
     missing: list[str]
 
 
 def load(names: Sequence[str]) -> Loaded:
-    """Loads the peers of these names; ["all"] means each."""
+    """Loads the peers of these names; ["all"] means all of them."""
     wanted = list(ENTRIES) if list(names) == ["all"] else list(names)
     unknown = [name for name in wanted if name not in ENTRIES]
     if unknown:

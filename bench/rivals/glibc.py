@@ -1,4 +1,4 @@
-"""May freed memory be kept for the next call? glibc's allocator, set to keep it or to behave as it does by default."""
+"""Is freed memory kept for the next call? Sets glibc's allocator to keep it, or to behave as it does by default."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from functools import cache
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
 
-# By default a block above the mmap threshold is mapped anew each time, and its pages fault each time. The threshold
-# starts at 128 KiB and follows what is freed, up to 32 MiB, and the trim threshold is twice that: where a process that
-# works on large arrays ends up.
+# By default, a block larger than the mmap threshold is mapped again for each allocation, and each of its pages faults.
+# The threshold starts at 128 KiB and grows with the blocks that are freed, up to 32 MiB; the trim threshold is twice as
+# large. These are the values that a process which works on large arrays soon has.
 DEFAULT_MMAP_THRESHOLD = 32 << 20
 DEFAULT_MMAP_MAX = 1 << 16
 
@@ -36,7 +36,7 @@ def _as_users_have_it() -> None:
 
 @contextmanager
 def freed_memory_kept() -> Iterator[None]:
-    """As with MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ set high: nothing freed goes back to the system."""
+    """Returns no freed memory to the system, as with large MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_."""
     _libc().mallopt(M_MMAP_MAX, 0)
     _libc().mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
     try:

@@ -1,4 +1,4 @@
-"""JAX: jit-compiled functions on XLA's CPU client, waited for."""
+"""JAX: jit-compiled functions on XLA's CPU client; a call waits for the result."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..problem import EPS, MOMENTUM, Array, Contestant, Problem
 
 
 class Rival:
-    """Batch norm in jax.numpy as one would write it, forward, backward and inference, each one compiled function."""
+    """Batch norm as users would write it in jax.numpy. Each pass is one compiled function."""
 
     notes: tuple[str, ...] = ()
 
@@ -27,7 +27,7 @@ class Rival:
         self._possible = True
 
     def set_threads(self, threads: int) -> None:
-        """XLA has as many threads as the process may use processors when its client is made: so one is made anew."""
+        """Makes a new client, since XLA takes its number of threads from the process's affinity at that time."""
         if not hasattr(os, "sched_setaffinity"):
             self._possible = threads == os.cpu_count()
             return

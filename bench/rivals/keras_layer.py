@@ -1,4 +1,4 @@
-"""Keras: its BatchNormalization layer, called."""
+"""Keras: calls of its BatchNormalization layer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..problem import EPS, MOMENTUM, Array, Contestant, Problem
 
 
 class Rival:
-    """keras.layers.BatchNormalization, forward and inference; KERAS_BACKEND, or torch."""
+    """keras.layers.BatchNormalization, forward and inference, on the backend KERAS_BACKEND or else on torch."""
 
     notes: tuple[str, ...] = ()
 
@@ -26,7 +26,7 @@ class Rival:
         self._backend = str(self._keras.backend.backend())
         self.version = f"{self._keras.__version__} on {self._backend}"
         if self._backend != "torch":
-            self.notes = (f"Keras: threads as {self._backend} chooses them",)
+            self.notes = (f"Keras: {self._backend} chooses the number of threads",)
 
     def set_threads(self, threads: int) -> None:
         if self._backend == "torch":

@@ -1,4 +1,4 @@
-"""NumPy, on its one thread: the textbook's lines, and the same with every temporary kept and written in place."""
+"""NumPy, on one thread: the formulas as in a textbook, and the same with all temporaries reused, in place."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def _careful(p: Problem, pass_: str) -> Callable[[], tuple[Array, ...]]:
 
 
 class Rival:
-    """NumPy itself; for one thread only, since its ufuncs know no more."""
+    """NumPy's ufuncs, which use one thread only."""
 
     notes: tuple[str, ...] = ()
 

@@ -1,4 +1,4 @@
-"""oneDNN through its own C library: plain layouts, and the blocked one that it prefers."""
+"""oneDNN through its C library, in plain layouts and in the blocked layout that it prefers."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ def _library() -> ctypes.CDLL:
 
 
 def _aligned(size: int, dtype: np.dtype[Any]) -> Array:
-    """Zeros that start where oneDNN's own allocations would."""
+    """Zeros with the alignment of oneDNN's own allocations."""
     raw = np.zeros(size * dtype.itemsize + ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % ALIGNMENT
     return raw[start : start + size * dtype.itemsize].view(dtype)
 
 
 class _Plain:
-    """Arrays as they are."""
+    """The problem's arrays themselves, in their plain layout."""
 
     def __init__(self, problem: Problem) -> None:
         self._problem = problem
@@ -77,7 +77,7 @@ class _Plain:
 
 
 class _Blocked:
-    """Copies in which 16 channels lie beside one another, the last ones padded with zeros."""
+    """Copies of the arrays in blocks of 16 adjacent channels, of which the last block is padded with zeros."""
 
     def __init__(self, problem: Problem) -> None:
         self._problem = problem
@@ -108,9 +108,9 @@ class _Blocked:
 
 
 class _Api:
-    """The C functions: each creates a handle through its first argument and returns 0, or raises here.
+    """The C functions that create handles. A status other than 0 raises NotImplementedError.
 
-    Handles are kept until the process ends: a few kilobytes a race.
+    Handles are not freed before the process ends; that is a few kilobytes per race.
     """
 
     def __init__(self) -> None:
@@ -140,7 +140,7 @@ class _Api:
 
 
 class Rival:
-    """dnnl_batch_normalization_forward and _backward, executed on memory that was bound beforehand."""
+    """dnnl_batch_normalization_forward and _backward, on memory that is bound before the race."""
 
     notes: tuple[str, ...] = ()
 
@@ -188,7 +188,7 @@ class Rival:
         bound += [(i, self._api.memory(vector, a)) for i, a in vectors.items()]
         call = self._execution(self._primitive(description, pass_), bound)
 
-        def results(_: Any) -> tuple[Array, ...]:  # which also keeps the arrays alive: oneDNN has their addresses alone
+        def results(_: Any) -> tuple[Array, ...]:  # it also keeps the arrays alive: oneDNN has only their addresses
             return layout.read(arrays[answer]), *(vectors[i] for i in sums)
 
         return Contestant(name=name, call=call, results=results)

@@ -1,4 +1,4 @@
-"""OpenVINO: inference on its CPU device, input and output bound."""
+"""OpenVINO: inference on its CPU device, with input and output bound."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ONNX Runtime: inference of a one-node model, input and output bound."""
+"""ONNX Runtime: inference with a model of one node, with input and output bound."""
 
 from __future__ import annotations
 

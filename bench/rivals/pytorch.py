@@ -1,4 +1,4 @@
-"""PyTorch, functional (an activation is a call of its own): as users call it, and with its results' memory reused."""
+"""PyTorch's functions, an activation in a second call: as users call them, and with the memory of results reused."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from . import glibc
 
 
 class Rival:
-    """torch.nn.functional.batch_norm, and the backward function that autograd would call, without its graph.
+    """torch.nn.functional.batch_norm, and the backward function that autograd would call, without autograd's graph.
 
-    An activation follows in place; both are differentiated by autograd, which keeps their graph.
+    An activation is applied in place. The backward pass of both is autograd's, with a graph that is kept.
     """
 
     def __init__(self) -> None:
         self._torch: Any = importlib.import_module("torch")
         self.version = str(self._torch.__version__)
-        self.notes = () if glibc.available() else ("torch reused: left out, it needs glibc's allocator",)
+        self.notes = () if glibc.available() else ('"torch reused" is left out, since it needs glibc\'s allocator',)
 
     def set_threads(self, threads: int) -> None:
         self._torch.set_num_threads(threads)
@@ -54,7 +54,7 @@ class Rival:
     def _activation(self, name: str) -> Callable[..., Any] | None:
         if name == "none":
             return None
-        if name == "sigmoid":  # the one without inplace=
+        if name == "sigmoid":  # the only function without inplace=
             return lambda z, inplace=False: z.sigmoid_() if inplace else z.sigmoid()
         function: Callable[..., Any] = getattr(self._torch.nn.functional, name)
         return function

@@ -1,4 +1,4 @@
-"""Which backend does the work? The protocol that each fills, and the choice among them."""
+"""Which backend does the work? The protocol that each backend implements, and the choice among them."""
 
 import importlib
 from contextlib import AbstractContextManager
@@ -11,57 +11,57 @@ from ..call.record import BackwardCall, Call
 from ..config import environment, thread_count
 
 SAVED_ROWS = ("mean", "mean_low", "var", "inv_std", "gamma", "beta")
-"""The rows of `saved`, the float64 array (rows, channels) that carries a forward call to its backward.
+"""The rows of `saved`, the float64 array (rows, channels) that a forward call keeps for its backward call.
 
 The mean is mean + mean_low; inv_std is 1/sqrt(var + eps), or 0 where var + eps is 0.
 """
 
 
 class Backend(Protocol):
-    """Fills the arrays of a call; never decides. A module is a backend when it has these functions.
+    """Fills the arrays of a call and decides nothing else. A module is a backend when it has these functions.
 
-    A call arrives validated, with results allocated. x, residual, y, dy, dx and dresidual are C-contiguous
+    A call has been checked, and its results are allocated. x, residual, y, dy, dx and dresidual are C-contiguous
     (outer, channels, inner) of one dtype; y may be x, and dx may be dy. gamma and beta are (channels,), in one dtype,
-    float64 or the statistics dtype. dgamma and dbeta are (channels,), contiguous, in the statistics dtype; so are
-    running statistics, but in any float dtype, native. mask is bool (outer, inner), contiguous, and any byte but 0 is
-    True: at least one, two for forward, any number for gradients. saved, moments and sums are float64 (rows, channels).
-    What a `Call` or `BackwardCall` calls None may be absent. A backend reads no other fields than those named here,
-    and the numbers: momentum, correction, eps, code, slope, counted, frozen, from_y and threads.
+    float64 or the statistics dtype. dgamma and dbeta are (channels,), contiguous, in the statistics dtype. Running
+    statistics are (channels,), contiguous, in any native float dtype. mask is bool (outer, inner), contiguous, and any
+    byte but 0 is True; at least one position is True, two for forward, any number for gradients. saved, moments and
+    sums are float64 (rows, channels). Fields that may be None in `Call` or `BackwardCall` may be None here. A backend
+    also reads the numbers momentum, correction, eps, code, slope, counted, frozen, from_y and threads, and no others.
     """
 
     DTYPES: frozenset[str]
-    """The names of the dtypes of data that it takes; the front desk converts others, block by block."""
+    """The names of the dtypes that data may have. Data of other dtypes is converted before the call, block by block."""
 
     def forward(self, call: Call) -> None:
         """Normalizes with the statistics of x where mask is True, fills saved, and updates the running statistics.
 
-        The running variance gets the sum of squares over their count - correction.
+        The running variance is updated with the sum of squares divided by (number of values - correction).
         """
 
     def infer(self, call: Call) -> None:
-        """Normalizes with the running statistics; fills saved, if there is one."""
+        """Normalizes with the running statistics, and fills saved unless it is None."""
 
     def apply(self, call: Call) -> None:
-        """Normalizes with the first three rows of saved, and fills the others."""
+        """Normalizes with the first three rows of saved, and fills its other rows."""
 
     def moments(self, call: Call) -> None:
-        """Fills moments, of x where mask is True: mean, mean_low and the sum of squares around their sum."""
+        """Fills moments from x where mask is True: mean, mean_low and the sum of squares about mean + mean_low."""
 
     def backward_sums(self, call: BackwardCall) -> None:
-        """Fills sums: those of dz and of dz * xhat.
+        """Fills sums: the sum of dz and the sum of dz * xhat.
 
-        They are over all positions, but for those where mask is False and dy is 0, which add nothing.
+        Both are taken over all positions except those where mask is False and dy is 0.
         """
 
     def backward(self, call: BackwardCall) -> None:
-        """The gradient of forward (not frozen) or infer (frozen), with `sums` or else those of its own positions.
+        """Computes the gradient of forward (not frozen) or infer (frozen), with `sums` or, if it is None, its own sums.
 
-        `counted` values per channel made the statistics, and mask tells which of x's were among them. Where it is False
-        and dy is 0, dx and dresidual are 0, whatever x, the residual and the statistics are.
+        The statistics were taken of `counted` values per channel; mask says which values of x were among them. Where
+        it is False and dy is 0, dx and dresidual are 0, whatever x, the residual and the statistics are.
         """
 
     def describe(self) -> dict[str, str]:
-        """What show_config() prints of this backend."""
+        """What show_config() prints about this backend."""
 
 
 _MODULES = {"c": "c.bridge", "numba": "numba_backend", "numpy": "numpy_backend"}
@@ -76,7 +76,7 @@ def _is_usable(name: str) -> bool:
 
 
 def backends() -> tuple[str, ...]:
-    """The backends that are usable here, best first.
+    """The names of the backends that are usable here, the fastest first.
 
     >>> import fastbn
     >>> "numpy" in fastbn.backends()
@@ -103,9 +103,9 @@ def _best() -> str:
 
 
 def get_backend() -> str:
-    """The name of the backend that a call from here uses when it names none.
+    """The name of the backend that a call made here uses if it has no `backend` argument.
 
-    The block of `use_backend` counts first, then `set_backend`, then FASTBN_BACKEND, then the best that is usable.
+    A `use_backend` block counts first, then `set_backend`, then FASTBN_BACKEND, then the first of `backends()`.
 
     >>> import fastbn
     >>> with fastbn.use_backend("numpy"):
@@ -116,7 +116,7 @@ def get_backend() -> str:
 
 
 def _bridge() -> Any:
-    """The extension, where it is built; one that cannot be loaded matters only to those who may use it."""
+    """The compiled extension, or None if it is not built, or cannot be loaded and the environment chose another."""
     if not _is_usable("c"):
         return None
     try:
@@ -128,11 +128,11 @@ def _bridge() -> Any:
 
 
 _extension = _bridge()
-"""Loaded with fastbn, so that it knows how many threads OpenMP had then."""
+"""Loaded when fastbn is imported, so that it knows how many threads OpenMP had at that time."""
 
 
 def threads_of(backend: Backend) -> int:
-    """The most threads that a call made here and now may use on a backend."""
+    """The largest number of threads that a call made here and now may use with this backend."""
     if thread_count.in_forked_child():
         return 1
     asked = thread_count.asked()
@@ -142,16 +142,16 @@ def threads_of(backend: Backend) -> int:
 
 
 def get_num_threads() -> int:
-    """The most threads that a call made here and now may use, with the backend that it uses when it names none.
+    """The largest number of threads that a call made here and now may use, with the backend of `get_backend`.
 
-    The block of `use_num_threads` counts first, then `set_num_threads`, then the environment (FASTBN_NUM_THREADS,
-    else OMP_NUM_THREADS), then the processors that the process may use: its affinity, and its container's quota when
-    fastbn was imported. An OpenMP limit (threadpoolctl, omp_set_num_threads), in the OpenMP that fastbn links to,
-    counts where it is lower than OpenMP's own number was when fastbn was imported.
+    A `use_num_threads` block counts first, then `set_num_threads`, then the environment (FASTBN_NUM_THREADS, else
+    OMP_NUM_THREADS), then the number of processors that the process may use: its affinity, and its container's quota
+    at the time when fastbn was imported. A limit set in the OpenMP library that fastbn links to (by threadpoolctl or
+    omp_set_num_threads) also applies if it is lower than OpenMP's number of threads when fastbn was imported.
 
-    It is 1 in a process that was forked after fastbn was imported, and with the C backend in a build without OpenMP.
-    Small calls use fewer, and Numba has no more than its own NUMBA_NUM_THREADS. The bits of results depend on none of
-    this.
+    The number is 1 in a process that was forked after fastbn was imported, and with the C backend in a build without
+    OpenMP. Small calls use fewer threads, and Numba never uses more than NUMBA_NUM_THREADS. The results are the same,
+    bit for bit, for any number of threads.
 
     >>> import fastbn
     >>> with fastbn.use_num_threads(1):
@@ -162,7 +162,7 @@ def get_num_threads() -> int:
 
 
 def select(name: str | None) -> Backend:
-    """The backend of that name, or the default for None."""
+    """The backend of this name, or the default if it is None."""
     chosen = get_backend() if name is None else name
     try:
         return _loaded[chosen]
@@ -180,7 +180,7 @@ def _named(name: str) -> Backend:
 def set_backend(name: str) -> None:
     """Sets the backend for the process.
 
-    Raises TypeError or ValueError if there is no such backend, ImportError if it is not usable here.
+    Raises TypeError or ValueError if there is no backend of this name, and ImportError if it is not usable here.
 
     >>> import fastbn
     >>> before = fastbn.get_backend()
@@ -194,9 +194,9 @@ def set_backend(name: str) -> None:
 
 
 def use_backend(name: str) -> AbstractContextManager[None]:
-    """Within the block, and in this thread or task only, calls that name no backend use this one.
+    """Within the block, in this thread or task only, calls without a `backend` argument use this backend.
 
-    Raises as `set_backend` does.
+    Raises the same errors as `set_backend`.
 
     >>> import fastbn
     >>> with fastbn.use_backend("numpy"):

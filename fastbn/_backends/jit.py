@@ -1,12 +1,12 @@
 """How is fastbn's own jitted code compiled, and kept on disk? In the cache folder, never in the package.
 
-Numba keeps an index of each function and numbers its files, so processes that compile at once may give two signatures
-the same number; it loads whatever it finds, and a damaged file may end the process. fastbn therefore keeps a file per
-function and signature, which begins with its digest and says what it holds. It is replaced as a whole, so any number
-of processes may read and write: each finds a whole file or none. What cannot be read or written is only compiled anew.
+Numba keeps an index for each function and numbers its files, so processes that compile at the same time may give two
+signatures the same number. It also loads any file that it finds, and a damaged file may end the process. fastbn
+therefore keeps one file per function and signature, which begins with a digest and names its contents. Files are
+replaced as a whole, so that processes that read and write at the same time find a whole file or none. If a file cannot
+be read or written, the function is compiled again.
 
-Numba itself tells apart processors, Python versions and signatures; the name of the folder tells apart versions of
-Numba and of fastbn.
+Numba's keys name processors, Python versions and signatures. The folder's name has the versions of Numba and fastbn.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _lock = threading.Lock()
 
 
 def jit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """numba.njit with these options; with cache=True the code is kept on disk, where anything can be written."""
+    """numba.njit with these options; with cache=True the code is kept on disk if a folder for it can be written."""
     kept = options.pop("cache", False)
     njit: Any = numba.njit
 
@@ -46,7 +46,7 @@ def jit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
         dispatcher = njit(**options)(function)
         folder = _folder() if kept else None
         if folder is not None:
-            with contextlib.suppress(OSError, RuntimeError):  # there is no place for it
+            with contextlib.suppress(OSError, RuntimeError):  # Numba found no place for the files
                 cache = _cache_in(folder, function)
                 if folder in Path(cache.cache_path).parents:
                     dispatcher._cache = cache
@@ -57,7 +57,7 @@ def jit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
 
 @functools.cache
 def _folder() -> Path | None:
-    """That of this version's files; None where nothing can be written."""
+    """The folder of this version's files, or None if it cannot be written."""
     base = cache_dir()
     if base is None:
         return None
@@ -79,7 +79,7 @@ def _version(package: Path) -> int:
 def _cache_in(folder: Path, function: Callable[..., Any]) -> _Cache:
     config: Any = numba.config
     with _lock:
-        before, config.CACHE_DIR = config.CACHE_DIR, str(folder)  # which Numba reads when a cache is made
+        before, config.CACHE_DIR = config.CACHE_DIR, str(folder)  # Numba reads it when a cache is made
         try:
             return _Cache(function)
         finally:
@@ -87,10 +87,10 @@ def _cache_in(folder: Path, function: Callable[..., Any]) -> _Cache:
 
 
 class _Cache(FunctionCache):
-    """Numba's cache of one function, but for how its files are named, read and written."""
+    """Numba's cache of one function, with fastbn's way to name, read and write its files."""
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
-        """What was compiled for these types, None where it is not kept."""
+        """The code compiled for these types, or None if it is not on disk."""
         target_context.refresh()
         key = self._key(sig, target_context.codegen())
         content = _read(self._path(key))
@@ -105,11 +105,11 @@ class _Cache(FunctionCache):
             _write(self._path(key), dumps((key, self._impl.reduce(data))))
 
     def _key(self, sig: Any, codegen: Any) -> tuple[Any, ...]:
-        """When the source was written, and all that the code depends on."""
+        """When the source was last changed, and everything else that the code depends on."""
         return (self._impl.locator.get_source_stamp(), *self._index_key(sig, codegen))
 
     def _path(self, key: tuple[Any, ...]) -> Path:
-        """A file per function, types and processor, whatever the source's age, so that old code is replaced."""
+        """The file for a function, types and processor. The source's age is left out, so that new code replaces old."""
         digest = hashlib.sha256(repr(key[1:3]).encode()).hexdigest()[:16]
         return Path(self.cache_path) / f"{self._impl.filename_base}.{digest}.nbc"
 
@@ -119,7 +119,7 @@ def _digest(content: bytes) -> bytes:
 
 
 def _read(path: Path) -> bytes | None:
-    """What _write was given; None, and a warning if the file is damaged."""
+    """The content that `_write` was given, or None if there is no such file or it is damaged, which is a warning."""
     try:
         whole = path.read_bytes()
     except OSError:
@@ -127,13 +127,13 @@ def _read(path: Path) -> bytes | None:
     size = len(_digest(b""))
     if whole[:size] == _digest(whole[size:]):
         return whole[size:]
-    message = f"damaged file in {path.parent} is ignored and compiled anew: {path.name}"
+    message = f"damaged file in {path.parent} is ignored, and its function compiled again: {path.name}"
     warnings.warn(message, RuntimeWarning, stacklevel=2)
     return None
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Replaces the file as a whole; leaves nothing where it cannot be written, as on a full disk."""
+    """Replaces the file as a whole. If it cannot be written, as on a full disk, nothing is left behind."""
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -141,7 +141,7 @@ def _write(path: Path, content: bytes) -> None:
             temporary = file.name
             file.write(_digest(content) + content)
         os.replace(temporary, path)
-    except OSError:  # the next process compiles anew
+    except OSError:  # the next process compiles again
         if temporary is not None:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)

@@ -1,4 +1,4 @@
-"""What does batch norm compute? The readable reference: NumPy alone, in float64, for any dtype."""
+"""What does batch norm compute? A readable reference in NumPy alone, which computes in float64 for any dtype."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def _column(per_channel: Array) -> Array:
 
 
 def _truth(mask: Array | None) -> Array | None:
-    """A mask of which any byte but 0 is True, as one of True and False."""
+    """A mask of the bytes 0 and 1 from one in which any byte but 0 is True."""
     return None if mask is None else mask.view(np.uint8) != 0
 
 
 def _where(mask: Array | None) -> Any:
-    """A mask (outer, inner) as the `where` of NumPy's sums."""
+    """The argument `where` of NumPy's sums for a mask (outer, inner)."""
     return True if mask is None else mask[:, np.newaxis, :]
 
 
@@ -36,7 +36,7 @@ def _sum(a: Array, mask: Array | None = None) -> Array:
 
 
 def _centred(x: Array, mean: Array, low: Array) -> Array:
-    """Centred x, in float64: the mean in two pieces, so that its own rounding does not matter."""
+    """Subtracts the mean, in float64. It comes in two pieces, so that its own rounding does not matter."""
     centred = np.subtract(x, _column(mean), dtype=np.float64)
     centred -= _column(low)
     return centred
@@ -47,7 +47,7 @@ def _moments(x: Array, mask: Array | None, into: Array) -> Array:
     count = x.shape[0] * x.shape[2] if mask is None else np.count_nonzero(mask)
     n, i = (0, 0) if mask is None else divmod(int(mask.argmax()), mask.shape[1])
     first = x[n, :, i].astype(np.float64)
-    origin = np.where(np.isfinite(first), first, 0)  # sums about one of the values do not overflow where all are alike
+    origin = np.where(np.isfinite(first), first, 0)  # sums about one of the values do not overflow if all are equal
     into[0] = origin + _sum(_centred(x, origin, np.zeros_like(origin)), mask) / count
     into[1] = 0
     centred = _centred(x, into[0], into[1])
@@ -58,7 +58,7 @@ def _moments(x: Array, mask: Array | None, into: Array) -> Array:
 
 
 def _preactivation(centred: Array, residual: Array | None, saved: Array) -> Array:
-    """Overwrites `centred` with what the activation gets."""
+    """Overwrites `centred` with z, the argument of the activation."""
     z = np.multiply(centred, _column(saved[3] * saved[4]), out=centred)
     z += _column(saved[5])
     if residual is not None:
@@ -67,7 +67,7 @@ def _preactivation(centred: Array, residual: Array | None, saved: Array) -> Arra
 
 
 def _sigmoid(z: Array) -> Array:
-    """Of either sign without overflow: 1 / (1 + e) or e / (1 + e) with e = exp(-|z|)."""
+    """The sigmoid, without overflow for either sign: 1 / (1 + e) or e / (1 + e) with e = exp(-|z|)."""
     e = np.abs(z)
     np.exp(np.negative(e, out=e), out=e)
     result = np.where(z < 0, e, 1)
@@ -76,7 +76,7 @@ def _sigmoid(z: Array) -> Array:
 
 
 def _activate(z: Array, activation: int, slope: float, y: Array) -> None:
-    """Into y; overwrites z."""
+    """Fills y with the activation of z, and overwrites z."""
     if activation == Activation.RELU:
         np.maximum(z, 0, out=z)
     elif activation == Activation.RELU6:
@@ -96,32 +96,32 @@ def _activate(z: Array, activation: int, slope: float, y: Array) -> None:
 
 
 def _dz(call: BackwardCall) -> Array:
-    """The gradient before the activation, whose slope at kinks is PyTorch's.
+    """The gradient of z: dy times the activation's derivative, which at kinks is PyTorch's.
 
-    At NaN dy passes, unless z is in the formula of the slope there.
+    Where z is NaN, it is dy, unless the formula of the derivative contains z.
     """
     dy, x, saved, activation = call.dy, call.x, call.saved, call.code
     if activation == Activation.IDENTITY:
         return dy.astype(np.float64)
-    # Where y stands in for x it has the sign of z.
+    # With from_y, x is y, which has the sign of z.
     z = x.astype(np.float64) if call.from_y else _preactivation(_centred(x, saved[0], saved[1]), call.residual, saved)
     if activation in (Activation.SIGMOID, Activation.SILU):
-        dz = _smooth_slopes(z, activation)
+        dz = _smooth_derivative(z, activation)
         dz *= dy
         return dz
-    flat, slopes = z <= 0, None
+    flat, derivative = z <= 0, None
     if activation == Activation.RELU6:
         flat |= z >= 6
     elif activation == Activation.LEAKY_RELU:
-        flat = ~(z > 0)  # at NaN, too
+        flat = ~(z > 0)  # NaN included
     elif activation == Activation.HARDSWISH:
-        flat, slopes = z <= -3, z / 3
-        slopes += 0.5
-        np.copyto(slopes, 1, where=z >= 3)
+        flat, derivative = z <= -3, z / 3
+        derivative += 0.5
+        np.copyto(derivative, 1, where=z >= 3)
     dz = z
     np.copyto(dz, dy)
-    if slopes is not None:
-        dz *= slopes
+    if derivative is not None:
+        dz *= derivative
     if activation == Activation.LEAKY_RELU:
         np.multiply(dz, call.slope, out=dz, where=flat)
     else:
@@ -129,13 +129,13 @@ def _dz(call: BackwardCall) -> Array:
     return dz
 
 
-def _smooth_slopes(z: Array, activation: int) -> Array:
-    """Of the sigmoid, s(1 - s) = e / (1 + e)^2 with e = exp(-|z|), and of the SiLU, s + z s(1 - s); overwrites z."""
+def _smooth_derivative(z: Array, activation: int) -> Array:
+    """s(1 - s) = e / (1 + e)^2, e = exp(-|z|), for the sigmoid s, and s + z s(1 - s) for the SiLU; overwrites z."""
     smaller: Array = np.abs(z)
     np.exp(np.negative(smaller, out=smaller), out=smaller)
     larger = smaller + 1
     np.divide(1, larger, out=larger)
-    smaller *= larger  # one of them is s, the other 1 - s
+    smaller *= larger  # one of the two is s, the other is 1 - s
     if activation == Activation.SIGMOID:
         smaller *= larger
         return smaller
@@ -147,7 +147,7 @@ def _smooth_slopes(z: Array, activation: int) -> Array:
 
 
 def _xhat(call: BackwardCall) -> Array:
-    """Normalized x; from_y by way of y, which x then holds: Rota Bulo et al. 2018, section 3.2."""
+    """Normalized x. With from_y, x holds y, from which xhat is computed: Rota Bulo et al. 2018, section 3.2."""
     x, saved = call.x, call.saved
     if not call.from_y:
         xhat = _centred(x, saved[0], saved[1])
@@ -164,7 +164,7 @@ def _xhat(call: BackwardCall) -> Array:
 
 
 def _normalize(call: Call, saved: Array, centred: Array | None = None) -> None:
-    """Fills y and the other rows of saved, of which the first three are known; overwrites `centred`."""
+    """Fills y and the last three rows of saved from its first three; overwrites `centred`."""
     std = np.sqrt(saved[2] + call.eps)
     saved[3] = np.divide(1, std, out=np.zeros_like(std), where=std != 0)
     saved[4] = 1 if call.gamma is None else call.gamma
@@ -195,32 +195,32 @@ def infer(call: Call) -> None:
 
 
 def apply(call: Call) -> None:
-    """The same, with the statistics that are in saved."""
+    """Ioffe & Szegedy 2015, algorithm 2, with the statistics in the first three rows of saved."""
     with np.errstate(all="ignore"):
         _normalize(call, call.saved)
 
 
 def moments(call: Call) -> None:
-    """Of the values where mask is True; the mean in two pieces."""
+    """Fills the mean, in two pieces, and the sum of squares about it, of the values where mask is True."""
     with np.errstate(all="ignore"):
         _moments(call.x, _truth(call.mask), call.moments)
 
 
 def backward_sums(call: BackwardCall) -> None:
-    """Of dz, dbeta, and of dz * xhat, dgamma: Ioffe & Szegedy 2015, section 3."""
+    """Sums dz, which is dbeta, and dz * xhat, which is dgamma: Ioffe & Szegedy 2015, section 3."""
     with np.errstate(all="ignore"):
         dz, xhat = _dz_and_xhat(call, _left_out(call))
         _add_up(dz, xhat, call.sums)
 
 
 def _left_out(call: BackwardCall) -> Array | None:
-    """Where the mask is False and dy is 0: such a position is nothing to any gradient, whatever x may be."""
+    """Where the mask is False and dy is 0: these positions add nothing to any gradient, whatever x is there."""
     mask = _truth(call.mask)
     return None if mask is None else (call.dy == 0) & ~_where(mask)
 
 
 def _dz_and_xhat(call: BackwardCall, left_out: Array | None) -> tuple[Array, Array]:
-    """Both are 0 where a position is left out."""
+    """Computes dz and xhat, which are both 0 at the positions that are left out."""
     dz, xhat = _dz(call), _xhat(call)
     if left_out is not None:
         np.copyto(dz, 0, where=left_out)
@@ -234,7 +234,7 @@ def _add_up(dz: Array, xhat: Array, sums: Array) -> None:
 
 
 def backward(call: BackwardCall) -> None:
-    """Ioffe & Szegedy 2015, section 3, the gradients gathered by input; values that mask leaves out move no other."""
+    """Ioffe & Szegedy 2015, section 3, solved for dx; values where mask is False have no influence on the others."""
     with np.errstate(all="ignore"):
         mask, left_out = _truth(call.mask), _left_out(call)
         dz, xhat = _dz_and_xhat(call, left_out)
@@ -261,5 +261,5 @@ def backward(call: BackwardCall) -> None:
 
 
 def describe() -> dict[str, str]:
-    """For show_config()."""
+    """What show_config() prints about this backend."""
     return {"version": np.__version__}

@@ -1,1 +1,1 @@
-"""`fastbn demo`: networks with and without batch norm, trained on real handwritten digits."""
+"""`fastbn demo` trains networks with and without batch norm on real handwritten digits."""

@@ -1,4 +1,4 @@
-"""What are the demo's networks and data, and how do they train? NumPy and fastbn; every array is channels-last.
+"""What are the demo's networks and data, and how are they trained? In NumPy and fastbn; all arrays are channels-last.
 
 A layer has the interface of fastbn.BatchNorm: call it, then `backward`, then read `parameters()` and `gradients()`.
 """
@@ -34,7 +34,7 @@ class Layer(Protocol):
 
 
 class Dense:
-    """y = x @ weight + bias; the bias is left out where batch norm, which would remove it, follows."""
+    """y = x @ weight + bias. The bias is left out if batch norm follows, which would subtract it."""
 
     def __init__(self, weight: Array, bias: bool) -> None:
         self.weight = weight
@@ -58,7 +58,7 @@ class Dense:
 
 
 class Conv:
-    """A 3 x 3 convolution, zero-padded by 1: im2col, then Dense over the (9 * channels) values of each window."""
+    """A 3 x 3 convolution, zero-padded by 1: im2col, then Dense on the 9 * channels values of each window."""
 
     def __init__(self, weight: Array, bias: bool, stride: int = 1) -> None:
         self._dense = Dense(weight, bias)
@@ -84,7 +84,7 @@ class Conv:
         return dx[:, 1:-1, 1:-1]
 
     def _shifts(self) -> Iterator[tuple[int, int, tuple[slice, ...]]]:
-        """Where in the padded image the windows' element (i, j) lies."""
+        """The element (i, j) of a window, and where it is in the padded image for all windows."""
         _, rows, columns = self._shapes[1][:3]
         for i in range(3):
             for j in range(3):
@@ -126,7 +126,7 @@ class Sigmoid(_WithoutParameters):
 
 
 class Reshape(_WithoutParameters):
-    """Each example in another shape."""
+    """Gives each example another shape."""
 
     def __init__(self, *shape: int) -> None:
         self._shape = shape
@@ -140,7 +140,7 @@ class Reshape(_WithoutParameters):
 
 
 class Network:
-    """Layers, one after the other."""
+    """A sequence of layers."""
 
     def __init__(self, layers: Sequence[Layer]) -> None:
         self.layers = layers
@@ -166,7 +166,7 @@ class Network:
                 layer.train(mode)
 
     def accuracy(self, x: Array, labels: Array) -> float:
-        """The share of right answers, with the running statistics."""
+        """The share of correct answers, in inference with the running statistics."""
         self.train(False)
         right = np.argmax(self(x), axis=1) == labels
         self.train()
@@ -174,7 +174,7 @@ class Network:
 
 
 class Builder:
-    """Draws the weights, the same with batch norm and without, and puts batch norm in where asked for."""
+    """Draws the weights, which are the same with and without batch norm, and adds batch norm if `norm` is true."""
 
     def __init__(self, norm: bool, seed: int, scale: float, dtype: str) -> None:
         self.norm = norm
@@ -219,7 +219,7 @@ def _convolutional(new: Builder) -> list[Layer]:
 
 @dataclass(frozen=True)
 class Kind:
-    """One of the demo's networks. It trains for `steps`, after which all that can learn have settled."""
+    """One of the demo's networks. After `steps` steps, the accuracy of every network that learns has settled."""
 
     title: str
     layers: str
@@ -235,7 +235,7 @@ KINDS = {
 
 
 def build(kind: str, norm: bool, *, seed: int = 0, scale: float = 1.0, dtype: str = "float32") -> Network:
-    """A new network; the standard deviation of its weights is He's or LeCun's times `scale`."""
+    """A new network. The standard deviation of its weights is `scale` times that of He or LeCun."""
     return Network(KINDS[kind].build(Builder(norm, seed, scale, dtype)))
 
 
@@ -254,7 +254,7 @@ def cross_entropy(logits: Array, labels: Array) -> tuple[float, Array]:
 
 @dataclass(frozen=True)
 class Data:
-    """Images as (examples, 64), and their labels, in three parts: to train, to choose a learning rate, to report."""
+    """Images (examples, 64) and labels, in three parts: for training, for choosing a learning rate, and to report."""
 
     train: tuple[Array, Array]
     validation: tuple[Array, Array]
@@ -263,16 +263,16 @@ class Data:
 
 @dataclass(frozen=True)
 class Run:
-    """What one training gave: test accuracy at each checkpoint, validation accuracy at the end, first gradient."""
+    """What a training run gave: test accuracy at each checkpoint, validation accuracy at the end, gradient norm."""
 
     curve: Array
     validation: float
     gradient_norm: float
-    """Of the first layer, in the first step."""
+    """The norm of the first layer's gradient in the first step."""
 
 
 def batches(examples: int, size: int, seed: int) -> Iterator[Array]:
-    """Indices of batches for ever, in a new order each epoch, the same with batch norm and without."""
+    """Indices of batches, without end, in a new order each epoch, which is the same with and without batch norm."""
     rng = np.random.default_rng([seed, 1])
     while True:
         order = rng.permutation(examples)
@@ -289,7 +289,7 @@ class Momentum:
         self._velocities = [np.zeros_like(parameter) for parameter in network.parameters()]
 
     def step(self, x: Array, labels: Array) -> float:
-        """The loss before the step."""
+        """Makes a step, and returns the loss before it."""
         loss, gradient = cross_entropy(self._network(x), labels)
         self._network.backward(gradient)
         parameters, gradients = self._network.parameters(), self._network.gradients()
@@ -301,7 +301,7 @@ class Momentum:
 
 
 def train(network: Network, data: Data, rate: float, batch: int, seed: int, checkpoints: Sequence[int]) -> Run:
-    """Trains up to the last checkpoint, or until the loss is no longer finite, from where nothing can change."""
+    """Trains up to the last checkpoint, or until the loss is not finite, after which nothing can change."""
     images, labels = data.train
     optimizer = Momentum(network, rate)
     curve: list[float] = []
@@ -333,7 +333,7 @@ class Job:
     seed: int = 0
 
     def checkpoints(self) -> list[int]:
-        """After which steps to test: along the curve, evenly on a logarithmic scale, or at the end alone."""
+        """The steps after which to test: evenly on a logarithmic scale for a curve, otherwise only the last."""
         return sorted({round(step) for step in np.geomspace(self.steps, min(self.steps, 3), 60 if self.curve else 1)})
 
 
@@ -345,7 +345,7 @@ def extra(module: str) -> Any:
 
 
 def load_data() -> Data:
-    """scikit-learn's 1797 digits of 8 x 8, always split alike: 1024 to train, 273 to validate, 500 to test."""
+    """scikit-learn's 1797 digits of 8 x 8, always in the same parts: 1024 to train, 273 to validate, 500 to test."""
     digits = extra("sklearn.datasets").load_digits()
     order = np.random.default_rng(0).permutation(len(digits.target))
     images, labels = digits.data[order].astype(np.float32), digits.target[order]
@@ -361,7 +361,7 @@ def perform(job: Job, data: Data) -> Run:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """The networks are too small for more, in NumPy's BLAS above all."""
+    """Limits fastbn and NumPy's BLAS to one thread, since the networks are too small for more."""
     with use_num_threads(1), extra("threadpoolctl").threadpool_limits(1, user_api="blas"):
         yield
 
@@ -370,7 +370,7 @@ _worker_data: Data
 
 
 def _start_worker(data: Data) -> None:
-    """Each process computes on one thread; an interrupt is the parent's to handle."""
+    """Makes a process compute on one thread, and leave interrupts to its parent."""
     global _worker_data
     _worker_data = data
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -387,7 +387,7 @@ Execute = Callable[[Iterable[Job]], Iterator[tuple[Job, Run]]]
 
 @contextmanager
 def executor(data: Data, workers: int) -> Iterator[Execute]:
-    """Performs jobs, in any order, in this process or in several."""
+    """Gives a function that performs jobs, in any order, in this process or in several."""
     if workers == 1:
         with one_thread():
             yield lambda jobs: ((job, perform(job, data)) for job in jobs)
@@ -406,7 +406,7 @@ def executor(data: Data, workers: int) -> Iterator[Execute]:
 
 
 def seconds_per_step(kind: str, data: Data) -> tuple[float, float]:
-    """Without and with batch norm: the fastest of several turns, taken alternately."""
+    """The seconds per step without and with batch norm: the minimum of several turns, taken alternately."""
     images, labels = data.train[0][:BATCH], data.train[1][:BATCH]
     fastest = [np.inf, np.inf]
     with one_thread():

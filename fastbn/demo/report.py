@@ -1,8 +1,8 @@
-"""What does batch norm change when a small network trains? Three networks on real digits, with and without it.
+"""What does batch norm change when a small network trains? Compares three networks, with and without it, on digits.
 
     fastbn demo              # or python -m fastbn demo; needs pip install "fastbn[demo]"
 
-Every number and every sentence that it prints comes from the runs of that call.
+All numbers and sentences that it prints come from the training runs of that call.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .networks import KINDS, Array, Data, Job, Kind, Run, executor, extra, load_
 
 CHANCE = 10.0
 TRAINS = 80.0
-"""A network trains if it ends at this test accuracy, in percent, or better."""
+"""A network counts as trained if its test accuracy at the end, in percent, is at least this."""
 GOOD = 95.0
 SMALL_BATCH = 2
 
@@ -43,7 +43,7 @@ QUICK = Plan(2, 0.2, (0.1, 1.0), (1.0, 3.0), (0.003,), 256)
 
 
 def _median(values: Any) -> Array:
-    """Over the last axis; of an even number the lower of the middle two, so that it is always a value that occurred."""
+    """The median over the last axis. Of an even number of values it is the lower of the middle two, not their mean."""
     ordered = np.sort(values, axis=-1)
     return np.asarray(ordered[..., (ordered.shape[-1] - 1) // 2])
 
@@ -68,7 +68,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Variant:
-    """A network without or with batch norm, over learning rates and initial scales: accuracies are (value, seed)."""
+    """A network without or with batch norm. The accuracies are arrays (learning rate, seed) and (scale, seed)."""
 
     by_rate: Array
     by_scale: Array
@@ -107,12 +107,12 @@ class Comparison:
 
     @property
     def cost(self) -> float:
-        """A step with batch norm takes so many times as long."""
+        """The time of a step with batch norm over that without."""
         return self.with_norm.seconds_per_step / self.without.seconds_per_step
 
 
 class Experiment:
-    """Runs the plan, and reads the comparisons off the runs."""
+    """The jobs of a plan, and the comparisons that follow from their runs."""
 
     def __init__(self, plan: Plan, data: Data) -> None:
         self.plan = plan
@@ -135,7 +135,7 @@ class Experiment:
         return [100 * float(run.curve[-1]) for run in self._runs(job)]
 
     def _best(self, jobs: Iterable[Job]) -> Job:
-        """By validation accuracy; of equals, the faster."""
+        """The job with the best validation accuracy; of several, the one with the largest learning rate."""
         return max(jobs, key=lambda job: (_median([run.validation for run in self._runs(job)]), job.rate))
 
     def _best_of_rates(self, kind: str, norm: bool) -> Job:
@@ -145,30 +145,30 @@ class Experiment:
         return bool(_median(self._finals(job)) >= TRAINS)
 
     def _rate(self, kind: str, norm: bool) -> float:
-        """The best learning rate; batch norm's where the plain network trains at none."""
+        """The best learning rate. If the plain network trains at no rate, its rate is the best one of batch norm."""
         best = self._best_of_rates(kind, norm)
         return best.rate if norm or self._trains(best) else self._best_of_rates(kind, True).rate
 
     def _sides(self, kind: str) -> list[Job]:
-        """Without batch norm, with it at the same rate, with it at its own best rate."""
+        """The jobs without batch norm, with it at the same rate, and with it at its own best rate."""
         plain, own = self._rate(kind, False), self._rate(kind, True)
         sides = (False, plain), (True, plain), (True, own)
         return [replace(self._job(kind, norm, rate), curve=True) for norm, rate in sides]
 
     def _scaled(self, kind: str, norm: bool, scale: float) -> list[Job]:
-        """At the best rate of scale 1; at every rate where the network trains at none with scale 1."""
+        """The jobs with this scale: at the best rate of scale 1, or at every rate if none trains with scale 1."""
         best = self._best_of_rates(kind, norm)
         rates = (best.rate,) if self._trains(best) else self.plan.rates
         return [self._job(kind, norm, rate, scale) for rate in rates]
 
     def rate_jobs(self) -> list[Job]:
-        """The first round."""
+        """The jobs of the first round: each learning rate, and the small batches."""
         jobs = [self._job(*each) for each in product(KINDS, (False, True), self.plan.rates)]
         jobs += [self._small_batch(norm, rate) for norm in (False, True) for rate in self.plan.small_batch_rates]
         return [each for job in jobs for each in self._seeds(job)]
 
     def other_jobs(self) -> list[Job]:
-        """The second round, which follows from the first: the learning curves, and other initial weights."""
+        """The jobs of the second round, which depend on the first: learning curves, and other initial weights."""
         jobs = [job for kind in KINDS for job in dict.fromkeys(self._sides(kind))]
         scales = [scale for scale in self.plan.scales if scale != 1]
         for kind, norm, scale in product(KINDS, (False, True), scales):
@@ -224,7 +224,7 @@ class Experiment:
 
 
 def _first_reached(points: list[int], curves: Array, targets: Array) -> Array:
-    """Per seed, the first checkpoint with an accuracy of at least its target; infinity where there is none."""
+    """For each seed, the first checkpoint with an accuracy of at least its target; infinity if there is none."""
     reached = curves >= targets[:, np.newaxis]
     return np.where(reached.any(axis=1), np.array(points)[reached.argmax(axis=1)], np.inf)
 
@@ -261,7 +261,7 @@ def _listed(scales: Iterable[float]) -> str:
 
 
 def _rows(c: Comparison, plan: Plan) -> Iterator[tuple[str, str, str, str]]:
-    """The table's rows: what, then without batch norm, with it at the same rate, with it at its own best rate."""
+    """The table's rows: a label, and cells for plain, batch norm at the same rate, and at its own best rate."""
 
     def of_sides(label: str, show: Callable[[Side], str]) -> tuple[str, str, str, str]:
         return label, show(c.plain), show(c.same_rate), show(c.own_rate)
@@ -282,7 +282,7 @@ def _rows(c: Comparison, plan: Plan) -> Iterator[tuple[str, str, str, str]]:
 
 
 def _steps(side: Side) -> str:
-    """To plain's end accuracy."""
+    """In words, how many steps it took to reach plain's accuracy at the end, compared with plain."""
     ratio = side.times_fewer.median
     if ratio == 0:
         return "not reached"
@@ -297,7 +297,7 @@ def _plain_fails(c: Comparison) -> str:
 
 
 def effects(comparisons: list[Comparison]) -> Iterator[str]:
-    """What batch norm changed, a sentence for each network, and the published figure to hold it against."""
+    """What batch norm changed, in a sentence for each network, and the published figure to compare it with."""
     for c in comparisons:
         if c.plain_trains:
             told = f"{_steps(c.own_rate)} at batch norm's own best learning rate, {_steps(c.same_rate)} at plain's"
@@ -339,7 +339,7 @@ def _limits_of(c: Comparison, plan: Plan) -> Iterator[str]:
 
 
 def limits(comparisons: list[Comparison], plan: Plan, small: tuple[Spread, Spread]) -> Iterator[str]:
-    """Where batch norm did not help, as far as these runs show it."""
+    """Where batch norm did not help in these runs."""
     for c in comparisons:
         for sentence in _limits_of(c, plan):
             yield f"{c.kind.title}: {sentence}"
@@ -382,7 +382,7 @@ COLOURS = {"plain": "#d9730d", "same": "#7fb2e5", "own": "#17498f"}
 
 
 def _band(axes: Any, x: Any, values: Array, name: str, **style: Any) -> None:
-    """The median of (x, seed) values as a line, their range as a band."""
+    """Draws the median of values (x, seed) as a line, and their range as a band."""
     axes.fill_between(x, values.min(axis=1), values.max(axis=1), color=COLOURS[name], alpha=0.2, linewidth=0)
     axes.plot(x, _median(values), color=COLOURS[name], linewidth=2, **style)
 
@@ -394,7 +394,7 @@ def _headline(c: Comparison) -> str:
 
 
 def _plot_curves(axes: Any, c: Comparison) -> None:
-    """The learning curves. The axis is that of accuracy, spaced by the logarithm of the error."""
+    """Draws the learning curves. The axis of accuracy is spaced by the logarithm of the error."""
     for side, name, label in (
         (c.plain, "plain", "plain"),
         (c.same_rate, "same", "batch norm, plain's learning rate"),
@@ -409,7 +409,7 @@ def _plot_curves(axes: Any, c: Comparison) -> None:
 
 
 def plot(comparisons: list[Comparison], plan: Plan, output: str) -> None:
-    """Learning curves above, then the accuracy at the end over learning rates and over scales of the weights."""
+    """Draws learning curves, and below them the accuracy at the end by learning rate and by scale of the weights."""
     figure = extra("matplotlib.figure").Figure(figsize=(12, 10), dpi=120)
     extra("matplotlib.backends.backend_agg").FigureCanvasAgg(figure)
     space = {"left": 0.06, "right": 0.985, "bottom": 0.095, "top": 0.895, "wspace": 0.06, "hspace": 0.28}
@@ -441,7 +441,7 @@ def plot(comparisons: list[Comparison], plan: Plan, output: str) -> None:
 
 
 def run(plan: Plan, output: str, workers: int) -> None:
-    """Runs the plan in so many processes, prints the table and what follows from it, and writes the picture."""
+    """Runs the plan in `workers` processes, prints the table and the conclusions, and writes the picture."""
     if not output.endswith(".png") or not os.path.isdir(os.path.dirname(os.path.abspath(output))):
         raise ValueError(f"output: got {output!r}; allowed: a file name that ends in .png, in a folder that exists")
     extra("matplotlib.figure")
@@ -466,7 +466,7 @@ def run(plan: Plan, output: str, workers: int) -> None:
 
 
 def main(quick: bool = False, seeds: int | None = None, output: str = "fastbn-demo.png") -> None:
-    """The command `fastbn demo`. The quick runs take less time than further processes need to start."""
+    """The command `fastbn demo`. Quick runs use one process, since they take less time than others need to start."""
     plan = QUICK if quick else FULL
     if seeds is not None:
         plan = replace(plan, seeds=checks.count("seeds", seeds))

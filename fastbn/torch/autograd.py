@@ -1,7 +1,7 @@
-"""How does autograd see a call? As a Function in eager code, the cheapest way, and as the operator fastbn::batch_norm.
+"""How does autograd see a call? As a Function in eager code, which costs least, or as the operator fastbn::batch_norm.
 
-The operator is what torch.compile and modes of torch functions see. Both give the kernels' gradient where nobody
-looks, and the formulas of torch's operators where the gradient may be differentiated, batched or recorded itself.
+torch.compile and modes of torch functions see the operator. In both cases the kernels compute the gradient, unless it
+may itself be differentiated, batched or recorded; then torch's own operators compute it (formulas.py).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .tensors import (
     cast,
     check_saved,
     differentiate,
-    differentiate_usual,
+    differentiate_plain,
     lacks_memory,
     normalize,
     place,
@@ -34,9 +34,9 @@ from .watchers import has_tangent, transformed, watched
 
 
 class Normalization(torch.autograd.Function):
-    """`normalize` with its gradient; what needs none is one argument, since each costs time.
+    """`normalize` with its gradient. All arguments without a gradient are in one tuple, since each argument costs time.
 
-    gamma and beta may change before a backward pass that does not read them.
+    gamma and beta are not saved for the backward pass, since they may change before one that does not read them.
     """
 
     @staticmethod
@@ -63,12 +63,12 @@ class Normalization(torch.autograd.Function):
         x, residual = tensors if len(tensors) == 2 else (tensors[0], None)
         saved, gamma, beta, of_gamma, of_beta, training, eps, activation = ctx.kept
         wanted = ctx.needs_input_grad
-        plain = not (torch.is_grad_enabled() or watched(dy))
-        if plain:
-            usual = differentiate_usual(dy, x, residual, gamma, beta, saved, training, activation, wanted)
-            if usual is not None:
-                return usual
-        where = place_of_gradient(dy, x, residual) if plain else None
+        unrecorded = not (torch.is_grad_enabled() or watched(dy))
+        if unrecorded:
+            quick = differentiate_plain(dy, x, residual, gamma, beta, saved, training, activation, wanted)
+            if quick is not None:
+                return quick
+        where = place_of_gradient(dy, x, residual) if unrecorded else None
         if where is not None:
             found = differentiate(where, dy, x, residual, saved, training, activation, wanted)
         else:
@@ -80,7 +80,7 @@ class Normalization(torch.autograd.Function):
 
 
 def _version(tensor: Tensor | None) -> int:
-    """How often it has been modified; inference tensors are not counted, and cannot be differentiated."""
+    """How often a tensor has been modified in place; 0 for inference tensors, which have no count and no gradient."""
     try:
         return 0 if tensor is None else tensor._version
     except RuntimeError:
@@ -88,24 +88,24 @@ def _version(tensor: Tensor | None) -> int:
 
 
 def _check_unchanged(gamma: Tensor | None, beta: Tensor | None, of_gamma: int, of_beta: int) -> None:
-    """Of what the differentiable gradient reads and the kernels' does not: the parameters as they are now."""
+    """Raises if a parameter has changed since the forward pass: the differentiable gradient reads the parameters."""
     for name, tensor, version in (("weight", gamma, of_gamma), ("bias", beta, of_beta)):
         if tensor is not None and _version(tensor) != version:
             raise RuntimeError(
-                f"{name}: got one modified by an inplace operation since the forward pass; allowed: the same values, "
-                "since the gradient that can be differentiated needs them"
+                f"{name}: got values modified by an inplace operation since the forward pass; allowed: the same "
+                "values, since the gradient that can be differentiated needs them"
             )
 
 
 apply = super(torch.autograd.Function, Normalization).apply
-"""Normalization.apply without its care for torch.func, which never sees it: half the time."""
+"""Normalization.apply without torch's checks for torch.func, which is never at work here. It takes half the time."""
 
-# What autograd calls: without the way that looks for a vjp, or for gradients in a list, each time.
+# Autograd calls this method. The original looks for a vjp, and for gradients in a list, at each call.
 Normalization._backward_cls.apply = Normalization.backward
 
 
 def _in_dtypes(found: Gradients, gamma: Any, beta: Any) -> tuple[Tensor | None, ...]:
-    """The gradients of the parameters are given in the dtypes of these; there is none for the fifth argument."""
+    """Casts the parameters' gradients to the parameters' dtypes, and adds a None for the fifth argument."""
     dx, dresidual, dgamma, dbeta = found
     if dgamma is not None and dgamma.dtype is not gamma.dtype:
         dgamma = dgamma.to(gamma.dtype)
@@ -118,10 +118,10 @@ def _in_dtypes(found: Gradients, gamma: Any, beta: Any) -> tuple[Tensor | None, 
 
 
 def _known(where: Place | None, *tensors: Tensor | None) -> Place:
-    """The place of tensors that the dispatcher handed over, if they are ones that the operators take."""
+    """The place of an operator's tensors; raises if the operators cannot take them."""
     if has_tangent(*tensors):
         raise NotImplementedError(
-            "fastbn::batch_norm has no forward-mode AD; allowed: fastbn.torch's layers, which have"
+            "fastbn::batch_norm has no forward-mode AD; allowed: fastbn.torch's layers, which support it"
         )
     if where is None:
         raise TypeError("fastbn::batch_norm: got tensors that the layers of fastbn.torch would leave to torch's layers")
@@ -140,7 +140,7 @@ def operator(
     activation: str | None,
     slope: float,
 ) -> tuple[Tensor, Tensor]:
-    """The result and what `normalize` keeps, in training where no statistics are given."""
+    """Returns the result and `saved` of `normalize`: with batch statistics if mean is None, else with those given."""
     training = mean is None
     where = place(x, residual, gamma, beta, mean, var, x.shape[1], training)
     y, saved = normalize(
@@ -175,7 +175,7 @@ def _operator_backward(
     slope: float,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of x, residual, gamma and beta; one that is not wanted is empty."""
+    """Returns the gradients of x, residual, gamma and beta. A gradient that is not wanted is an empty tensor."""
     where = _known(place_of_gradient(dy, x, residual), dy, x, residual)
     found = differentiate(where, dy, x, residual, saved.numpy(), training, joined(activation, slope), wanted)
     dx, dresidual, dgamma, dbeta = (x.new_empty(0) if gradient is None else gradient for gradient in found)
@@ -186,13 +186,13 @@ def _operator_backward(
 def _(dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     for_x, for_residual, for_gamma, for_beta = rest[-1]
 
-    def like(some: bool) -> Tensor:
-        return torch.empty_like(x) if some else x.new_empty(0)
+    def like_x(wanted: bool) -> Tensor:
+        return torch.empty_like(x) if wanted else x.new_empty(0)
 
-    def of_channels(some: bool) -> Tensor:
-        return x.new_empty(x.shape[1], dtype=STATISTICS[x.dtype]) if some else x.new_empty(0)
+    def per_channel(wanted: bool) -> Tensor:
+        return x.new_empty(x.shape[1], dtype=STATISTICS[x.dtype]) if wanted else x.new_empty(0)
 
-    return like(for_x), like(for_residual), of_channels(for_gamma), of_channels(for_beta)
+    return like_x(for_x), like_x(for_residual), per_channel(for_gamma), per_channel(for_beta)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -234,7 +234,7 @@ def normalize_by_operator(
     eps: float,
     activation: Activation,
 ) -> Tensor:
-    """What `normalize` does. The operator may not change the running statistics, or it could have no gradient."""
+    """`normalize` by the operator. Running statistics are updated here, since an operator with a gradient may not."""
     given_mean, given_var = (None, None) if training else (mean, var)
     name, slope = split(activation)
     y, saved = operator(x, residual, gamma, beta, given_mean, given_var, eps, name, slope)

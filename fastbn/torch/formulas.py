@@ -1,4 +1,4 @@
-"""What is left to torch's own operators? The gradient that can itself be differentiated, activations, odd momenta."""
+"""What do torch's own operators compute? Gradients that can be differentiated, activations, and unusual momenta."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..call.activations import DEFAULT_SLOPES, split
 from ..ops import Activation
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
-"""Of x, residual, gamma and beta; None where not wanted."""
+"""The gradients of x, residual, gamma and beta; None for each that is not wanted."""
 
 
 def activated(y: Tensor, activation: Activation) -> Tensor:
@@ -27,10 +27,10 @@ def activated(y: Tensor, activation: Activation) -> Tensor:
 
 
 def _activation_gradient(dy: Tensor, z: Tensor, activation: Activation) -> Tensor:
-    """The gradient dy times the activation's derivative at z; at a kink it is torch's.
+    """Multiplies dy by the activation's derivative at z, which at kinks and at NaN is torch's.
 
-    At NaN, too; where torch's vector code and its scalar code differ, it is dy for relu6 (not 0), and NaN for hardswish
-    (not dy), so that no NaN vanishes.
+    Where torch's vector code and scalar code differ at NaN, the gradient is dy for relu6 (not 0) and NaN for hardswish
+    (not dy), so that no NaN is lost.
     """
     name, slope = split(activation)
     if name == "relu":
@@ -59,11 +59,11 @@ def gradients(
     activation: Activation,
     wanted: Sequence[bool],
 ) -> Gradients:
-    """The gradients that fastbn.backward documents, in float64, as functions that autograd and torch.func can follow.
+    """The gradients that fastbn.backward documents, in float64, by operators that autograd and torch.func can follow.
 
-    `saved` are the rows that the forward pass kept. With batch statistics its mean is only an origin near all of x,
-    which costs no digits and has no influence; with running statistics it is their value. beta may be None without
-    an activation.
+    `saved` has the rows that the forward pass kept. With batch statistics, the mean is computed again, as the saved
+    mean plus a difference, so that no digits are lost and the gradient through the mean is kept. beta may be None
+    without an activation.
     """
     for_x, for_residual, for_gamma, for_beta, *_ = wanted
     others = (0, *range(2, x.ndim))
@@ -96,7 +96,7 @@ def gradients(
 
 
 def _linked(gradient: Tensor, *read: Tensor | None) -> Tensor:
-    """The gradient with what it reads in its graph, as torch's; its derivative is 0 where it does not depend on it."""
+    """The gradient with all of `read` in its graph, as in torch's; its derivative by those it does not use is 0."""
     for tensor in read:
         if tensor is not None and tensor.requires_grad:
             always = torch.ones((), dtype=torch.bool, device=tensor.device)
@@ -109,7 +109,7 @@ def _by_channel(values: Tensor, x: Tensor) -> Tensor:
 
 
 def blend(mean: Tensor, var: Tensor, saved: Tensor, count: Any, momentum: Any) -> None:
-    """Updates running statistics of any dtype, with any momentum, rounding once."""
+    """Updates running statistics of any dtype, with any momentum, and rounds once."""
     rows = dict(zip(SAVED_ROWS, saved.unbind(), strict=True))
     batch = rows["mean"] + rows["mean_low"], rows["var"] * (count / (count - 1))
     for running, new in zip((mean, var), batch, strict=True):
@@ -117,7 +117,7 @@ def blend(mean: Tensor, var: Tensor, saved: Tensor, count: Any, momentum: Any) -
 
 
 def _rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """As `rounded` in call/dtypes.py: torch, too, would round twice to a half, by way of float32."""
+    """Rounds once, as `rounded` in call/dtypes.py does; torch would round to a 16-bit dtype twice, through float32."""
     if dtype in (torch.float32, torch.float64):
         return values.to(dtype)
     single = values.float()

@@ -1,4 +1,4 @@
-"""What are the layers that take the place of torch's, and how does a model get them and give them back?"""
+"""Which layers take the place of torch's, and how is a model converted to them and back?"""
 
 import inspect
 import math
@@ -16,14 +16,14 @@ from .formulas import activated
 from .tensors import STATISTICS, count, normalize, place
 from .watchers import transformed_in_compilation, watched
 
-# Looked up once: a small call takes not much longer than it takes to find these.
+# Looked up once, since looking them up takes about as long as a small call.
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
 _has_torch_function = torch.overrides.has_torch_function
 
 
 def _number(value: Any) -> float | None:
-    """A momentum or eps as torch takes it; None for what torch may refuse."""
+    """A momentum or eps as a float; None for a value that torch may refuse."""
     if type(value) is float:
         return value
     if isinstance(value, (int, float, np.floating, np.integer, np.bool_)):
@@ -34,7 +34,7 @@ def _number(value: Any) -> float | None:
 
 
 def _momentum(momentum: Any, number: Tensor | None, compiles: bool) -> Any:
-    """The share of the batch in the running statistics, with None their average; None where torch may refuse it."""
+    """The weight of the batch in the running statistics, their average for None; None if torch may refuse it."""
     if momentum is not None:
         return _number(momentum)
     if number is None:
@@ -43,7 +43,7 @@ def _momentum(momentum: Any, number: Tensor | None, compiles: bool) -> Any:
 
 
 def _compiled(x: Tensor, residual: Tensor | None, *rest: Any) -> bool | None:
-    """What `place` tells, of the tensors that torch.compile traces with: True, or None for torch's operators."""
+    """Checks what `place` checks, for tensors that torch.compile traces: True, or None to use torch's layer."""
     *parameters, channels, batch = rest
     if torch.compiler.is_exporting() or transformed_in_compilation() or x.dtype not in STATISTICS or x.dim() < 2:
         return None
@@ -63,7 +63,7 @@ def _check_residual(residual: Tensor, x: Tensor) -> None:
 
 
 class _Layer(torch.nn.Module):
-    """What the layers do that torch's, the other base of each, do otherwise."""
+    """What fastbn's layers do differently from torch's layers, from which they are derived, too."""
 
     activation: Activation = None
 
@@ -104,7 +104,7 @@ class _Layer(torch.nn.Module):
             mean = var = None
             where = compiles or place(input, residual, gamma, beta, None, None, self.num_features, batch)
         seen = compiles or _has_torch_function((input,))
-        if number is not None:  # before the call, which checkpointing may leave as soon as it has what it looks for
+        if number is not None:  # before the call, which checkpointing may leave once it has the tensors that it needs
             number.add_(1) if seen else count(number)
         activation = self.activation
         if seen:
@@ -120,7 +120,7 @@ class _Layer(torch.nn.Module):
         return normalize(where, input, residual, gamma, beta, mean, var, batch, momentum, eps, activation, False)[0]
 
     def _tensors(self, compiles: bool) -> tuple[Any, Any, Any, Any, Any]:
-        """Weight, bias, running statistics and their number: in eager code not by Module.__getattr__, which is slow."""
+        """Weight, bias, running statistics and num_batches_tracked, read without the slow Module.__getattr__."""
         if not compiles:
             parameters, buffers = self._parameters, self._buffers
             try:
@@ -131,12 +131,12 @@ class _Layer(torch.nn.Module):
                     buffers["running_var"],
                     buffers["num_batches_tracked"],
                 )
-            except KeyError:  # parametrized or pruned, it is another attribute
+            except KeyError:  # a weight that is parametrized or pruned is another kind of attribute
                 pass
         return self.weight, self.bias, self.running_mean, self.running_var, self.num_batches_tracked
 
     def _by_torch(self, input: Tensor, residual: Tensor | None) -> Tensor:
-        """By torch's layer and operators; under torch.fx's tracing this layer is a leaf, as torch's is."""
+        """Runs torch's layer and operators. When torch.fx traces, this layer is a leaf, as torch's layer is."""
         for given in (input, residual):
             if isinstance(given, Proxy):
                 tracer = given.tracer
@@ -153,7 +153,7 @@ class _Layer(torch.nn.Module):
         return activated(y if residual is None else y + residual, self.activation)
 
     def __prepare_scriptable__(self) -> Any:
-        """What torch.jit.script asks for."""
+        """Raises TypeError: torch.jit.script calls this method before it compiles a module."""
         raise TypeError(
             f"torch.jit.script cannot compile {type(self).__name__} of fastbn.torch; "
             "allowed: torch's layers, which fastbn.torch.revert_batchnorm(model) gives back"
@@ -179,31 +179,31 @@ class BatchNorm2d(_Layer, torch.nn.BatchNorm2d):
     """torch.nn.BatchNorm2d on fastbn's kernels, for (N, C, H, W).
 
     It is a torch.nn.BatchNorm2d, with its arguments, attributes, state_dict and errors, and one more argument. Results
-    are as accurate as fastbn.forward's, and have the memory format of the input, which is not copied: contiguous,
-    channels_last or any other. Float16 and bfloat16 go with parameters of float32 or of their own.
+    are as accurate as those of fastbn.forward. They have the memory format of the input, which is not copied:
+    contiguous, channels_last or any other. Parameters of float16 and bfloat16 inputs may be float32 or of that dtype.
 
-    Derivatives of any order are right. What the kernels do not take, or may not compute unseen, goes to torch's layer:
-    the table in fastbn.torch's docstring says what each tool of torch sees. As many threads work as
-    torch.get_num_threads() tells, or fastbn.get_num_threads() if that is less. A small call takes as long as
-    torch's, and with its backward pass, which goes through Python, some 5 microseconds more.
+    Derivatives of any order are supported. Calls that the kernels cannot take, or that torch must record, go to torch's
+    layer: see the table in fastbn.torch's docstring. The number of threads is the smaller of torch.get_num_threads()
+    and fastbn.get_num_threads(). A small call takes as long as torch's, and about 5 microseconds longer with its
+    backward pass, which goes through Python.
 
-    eps and momentum are as torch takes them: a momentum of any sign, and ints and tensors of one value.
+    eps and momentum may be ints, and tensors of one value; momentum may have any sign. torch's layers allow the same.
 
     Parameters
     ----------
     num_features, eps, momentum, affine, track_running_stats, device, dtype
         As torch's.
     activation : None, "relu", "relu6", "leaky_relu", "silu", "hardswish", "sigmoid" or ("leaky_relu", slope)
-        Follows, in the same pass over memory. Tools that put other layers in the place of torch's, such as
-        torch.nn.SyncBatchNorm.convert_sync_batchnorm or torch.nn.utils.fusion, do not know of it.
+        Applied to the result in the same pass over memory. Tools that replace torch's layers by others, such as
+        torch.nn.SyncBatchNorm.convert_sync_batchnorm or torch.nn.utils.fusion, ignore it.
 
-    A call takes the input and, if there is one, a `residual` of its shape and dtype, which is added before the
+    A call takes the input and, optionally, a `residual` of the input's shape and dtype, which is added before the
     activation.
 
     Raises
     ------
     TypeError, ValueError
-        For an unknown activation, or a residual unlike the input; otherwise what torch's layer raises.
+        For an unknown activation, and a residual of another shape or dtype than the input. Others are torch's errors.
 
     >>> import torch, fastbn.torch
     >>> bn = fastbn.torch.BatchNorm2d(3, activation="relu")
@@ -234,19 +234,19 @@ _LAYERS: dict[type, type] = {
 }
 _TORCHS = {ours: theirs for theirs, ours in _LAYERS.items()}
 
-for _ours, _theirs in _TORCHS.items():  # what this version's layers take, and an activation
+for _ours, _theirs in _TORCHS.items():  # the parameters of this version of torch, and the activation
     _parameters = [*inspect.signature(_theirs).parameters.values(), inspect.signature(_ours).parameters["activation"]]
     setattr(_ours, "__signature__", inspect.Signature(_parameters))  # noqa: B010
 
 
 def convert_batchnorm(model: torch.nn.Module) -> torch.nn.Module:
-    """Makes each torch.nn.BatchNorm1d, 2d and 3d in the model one of fastbn's, in place, and returns the model.
+    """Converts each torch.nn.BatchNorm1d, 2d and 3d in the model to fastbn's layer, in place, and returns the model.
 
-    The layers stay the same objects: parameters, buffers, hooks, mode, device and dtype are as they were, and an
-    optimizer that has the parameters keeps them. Subclasses, such as SyncBatchNorm, stay what they are; so do layers
-    that were given an attribute `activation`, which means something to fastbn's. `revert_batchnorm` is the way back.
+    The layers stay the same objects: parameters, buffers, hooks, mode, device and dtype do not change, and an optimizer
+    keeps its references to the parameters. Subclasses, such as SyncBatchNorm, are not converted. Neither are layers
+    with an attribute `activation`, which has a meaning in fastbn's layers. `revert_batchnorm` is the inverse.
 
-    Raises TypeError if `model` is no torch.nn.Module.
+    Raises TypeError if `model` is not a torch.nn.Module.
 
     >>> import torch, fastbn.torch
     >>> model = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU())
@@ -260,18 +260,18 @@ def convert_batchnorm(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def revert_batchnorm(model: torch.nn.Module) -> torch.nn.Module:
-    """Makes each BatchNorm1d, 2d and 3d of fastbn in the model torch's, in place, and returns the model.
+    """Converts each of fastbn's BatchNorm1d, 2d and 3d in the model to torch's layer, in place, and returns the model.
 
-    It undoes `convert_batchnorm`, and does the same to layers that were fastbn's from the start: for torch.jit.script,
-    and for tools that look layers up by their class, such as torch.ao.quantization.fuse_modules. The layers stay the
-    same objects. Subclasses stay what they are, and a residual that the model passes to a layer is then refused by it.
+    It undoes `convert_batchnorm`, and also converts layers that were created as fastbn's. torch.jit.script needs this,
+    and so do tools that look layers up by class, such as torch.ao.quantization.fuse_modules. The layers stay the same
+    objects. Subclasses are not converted. Torch's layers refuse a residual that the model may pass to them.
 
     Raises
     ------
     TypeError
-        If `model` is no torch.nn.Module.
+        If `model` is not a torch.nn.Module.
     ValueError
-        If a layer has an activation, which torch's layers have not; nothing has been changed.
+        If a layer has an activation, which torch's layers do not support. No layer is changed then.
 
     >>> import torch, fastbn.torch
     >>> model = fastbn.torch.convert_batchnorm(torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.BatchNorm2d(4)))
@@ -284,8 +284,8 @@ def revert_batchnorm(model: torch.nn.Module) -> torch.nn.Module:
         if layer.activation is not None:
             where = f"the layer {name!r} in it" if name else "a layer"
             raise ValueError(
-                f"model: got {where} with activation={layer.activation!r}; allowed: layers without one, since torch's "
-                "have none: set the layer's activation to None and put a module with that activation behind it"
+                f"model: got {where} with activation={layer.activation!r}; allowed: layers without an activation, as "
+                "torch's are: set the layer's activation to None and put a module with that activation after it"
             )
     for _, layer in layers:
         vars(layer).pop("activation", None)

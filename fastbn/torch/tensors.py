@@ -1,6 +1,6 @@
-"""How do fastbn's functions run on the memory of tensors? Nothing here knows of gradients that are recorded.
+"""How do fastbn's functions run on the memory of tensors? Autograd is not involved here.
 
-A plain call goes to the C backend by the addresses of the tensors; any other, by way of arrays, to fastbn's functions.
+A plain call goes to the C backend by the tensors' addresses. Other calls go to fastbn's functions, with NumPy arrays.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ _increment_version = torch.autograd.graph.increment_version
 Array = np.ndarray[Any, Any]
 
 Place = tuple[tuple[int, ...], tuple[int, ...] | None, int]
-"""The addresses of tensors; the shape of the data in memory, None if the express lane cannot take it so; its axis."""
+"""The addresses of tensors, the shape of the data in memory (None if the express lane cannot take it), and its axis."""
 
 _PLAIN = frozenset((Tensor, Parameter))
-"""The classes of tensors that are their memory and nothing else, or may be."""
+"""The classes of tensors that may be nothing but their memory; subclasses may be more."""
 
 STATISTICS = {
     torch.float16: torch.float32,
@@ -42,7 +42,7 @@ STATISTICS = {
     torch.float32: torch.float32,
     torch.float64: torch.float64,
 }
-"""The dtypes of data that run here, and their statistics dtypes."""
+"""The dtypes that data may have, and their statistics dtypes."""
 
 _NUMBERS = {
     torch.float16: np.dtype(np.float16).num,
@@ -50,19 +50,19 @@ _NUMBERS = {
     torch.float32: np.dtype(np.float32).num,
     torch.float64: np.dtype(np.float64).num,
 }
-"""Their numbers in NumPy."""
+"""NumPy's numbers of the dtypes that data may have."""
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
-"""The memory format by the number of axes."""
+"""The channels-last memory format for each number of axes."""
 
 _LOW = 1 << 32
-"""No memory lies at a lower address than this but by chance, while the offset into a storage that was freed does."""
+"""Memory is hardly ever at a lower address. A tensor whose storage was freed is: its address is its offset."""
 
 _SMALL = 1 << 14
-"""Values up to which a call costs more than what it does with them."""
+"""The number of values up to which a call's own cost is larger than that of its work on the values."""
 
 _HUGE = 1 << 22
-"""Bytes from which NumPy asks the system for huge pages. Fresh memory costs half the time with them."""
+"""The size in bytes from which NumPy asks the system for huge pages, which halve the cost of new memory."""
 
 
 def cast(tensor: Tensor | None, dtype: Any) -> Tensor | None:
@@ -71,7 +71,7 @@ def cast(tensor: Tensor | None, dtype: Any) -> Tensor | None:
 
 
 def _empty_like(x: Tensor) -> Tensor:
-    """Memory in x's memory format; a large one is NumPy's, who asks for huge pages."""
+    """A new tensor like x, in x's memory format. Large ones use NumPy's memory, which has huge pages."""
     if x.nbytes < _HUGE:
         return torch.empty_like(x)
     strides = torch.empty_like(x, device="meta").stride()
@@ -80,23 +80,23 @@ def _empty_like(x: Tensor) -> Tensor:
 
 
 def _threads() -> int:
-    """No more threads than torch has, nor than fastbn has."""
+    """The smaller of torch's and fastbn's numbers of threads."""
     return min(torch.get_num_threads(), get_num_threads())
 
 
-_usual: Any = None
-"""The bridge's quick way for usual tensors, where torch's exchange of addresses is new enough for it."""
+_tensors: Any = None
+"""The bridge's functions for plain tensors, if this version of torch has DLPack's exchange API."""
 if bridge is not None and hasattr(Tensor, "__dlpack_c_exchange_api__"):
-    _usual = bridge.Tensors(_PLAIN, Tensor.__dlpack_c_exchange_api__, torch.empty_like, _threads)
+    _tensors = bridge.Tensors(_PLAIN, Tensor.__dlpack_c_exchange_api__, torch.empty_like, _threads)
 
 
 # By addresses --------------------------------------------------------------------------------------------------------
 
 
 def _address(tensor: Tensor) -> int:
-    """Where a tensor lies in the CPU's memory; 0 unless it is dense memory, of values as they are, and nothing else.
+    """The address of a tensor's first element; 0 unless it is of a plain class, in the CPU's memory and not negated.
 
-    A tensor within vmap looks like others, but has no memory; nor has one of zeros that are not stored.
+    A tensor within vmap looks like any other, but has no memory. Neither has a tensor of zeros that are not stored.
     """
     if type(tensor) in _PLAIN and tensor.is_cpu and not tensor.is_neg():
         try:
@@ -108,12 +108,12 @@ def _address(tensor: Tensor) -> int:
 
 
 def is_freed(tensor: Tensor) -> bool:
-    """Whether the storage of a tensor with values was freed: its address is then no more than its offset."""
+    """Whether the storage of a tensor with values was freed. Its address is then only its offset into the storage."""
     return tensor.numel() > 0 and tensor.untyped_storage().nbytes() == 0
 
 
 def check_saved(dy: Tensor, x: Tensor, residual: Tensor | None) -> None:
-    """Of what torch's operators are about to read: hooks of saved tensors may have changed x and residual."""
+    """Raises unless torch's operators can read x and residual, which hooks of saved tensors may have changed."""
     for name, tensor in (("input", x), ("residual", residual)):
         if tensor is None:
             continue
@@ -128,7 +128,7 @@ def check_saved(dy: Tensor, x: Tensor, residual: Tensor | None) -> None:
 
 
 def is_batched(tensor: Tensor) -> bool:
-    """Whether a tensor has no memory of its own to ask for: within vmap."""
+    """Whether asking for a tensor's address fails, as it does within vmap."""
     try:
         tensor.data_ptr()
     except RuntimeError:
@@ -137,12 +137,12 @@ def is_batched(tensor: Tensor) -> bool:
 
 
 def lacks_memory(tensor: Tensor) -> bool:
-    """Whether a tensor looks like others and is not in memory: within vmap."""
+    """Whether a tensor is of a plain class but has no memory, as within vmap."""
     return type(tensor) in _PLAIN and not _address(tensor)
 
 
 def _dense(x: Tensor, *others: Tensor | None) -> tuple[tuple[int, ...] | None, int]:
-    """The shape that x has in memory and its channel axis; None for the shape unless all are dense in this order."""
+    """The shape of x in memory order, and its channel axis. The shape is None unless all are dense in one order."""
     if x.is_contiguous():
         for other in others:
             if other is not None and not other.is_contiguous():
@@ -165,9 +165,9 @@ def place(
     channels: int,
     batch: bool,
 ) -> Place | None:
-    """Where `normalize` finds these tensors, or None if it cannot take one of them."""
-    if _usual is not None:
-        found: Place | None = _usual.place(x, residual, gamma, beta, mean, var, channels, batch)
+    """The place of these tensors for `normalize`, or None if it cannot take one of them."""
+    if _tensors is not None:
+        found: Place | None = _tensors.place(x, residual, gamma, beta, mean, var, channels, batch)
         if found is not None:
             return found
     statistics = STATISTICS.get(x.dtype)
@@ -185,7 +185,7 @@ def place(
             if tensor is None:
                 addresses.append(0)
                 continue
-            # What `_address` asks, without a call for each.
+            # The checks of `_address`, without the cost of its call.
             if type(tensor) not in _PLAIN or not tensor.is_cpu or tensor.is_neg() or tensor.shape != expected:
                 return None
             address = tensor.data_ptr()
@@ -196,13 +196,13 @@ def place(
                 plain = False
                 if tensor.dtype not in STATISTICS:
                     return None
-    except RuntimeError:  # within vmap it has no memory
+    except RuntimeError:  # within vmap a tensor has no memory
         return None
     return tuple(addresses), *(_dense(x, residual) if plain else (None, 1))
 
 
 def place_of_gradient(dy: Tensor, x: Tensor, residual: Tensor | None) -> Place | None:
-    """Where `differentiate` finds these; None if it cannot take them: hooks of saved tensors may have changed those."""
+    """The place of these tensors for `differentiate`; None if hooks of saved tensors have made them unfit for it."""
     addresses = _address(dy), _address(x), 0 if residual is None else _address(residual)
     if not addresses[0] or not addresses[1] or x.dtype is not dy.dtype or x.shape != dy.shape:
         return None
@@ -212,7 +212,7 @@ def place_of_gradient(dy: Tensor, x: Tensor, residual: Tensor | None) -> Place |
 
 
 def count(number: Tensor) -> None:
-    """Adds one to num_batches_tracked; by torch it takes longer than all else that is done for a small batch."""
+    """Adds one to num_batches_tracked. torch takes longer for that than all the rest of a small call."""
     address = _address(number) if number.dtype is torch.int64 and number.numel() == 1 else 0
     if address and bridge is not None and not number.is_inference():
         bridge.add_one_at(address)
@@ -225,16 +225,16 @@ def count(number: Tensor) -> None:
 
 
 def _array(tensor: Tensor | None) -> Any:
-    """The tensor's memory as NumPy sees it, with any strides."""
+    """The tensor as a NumPy array on the same memory, with any strides."""
     if tensor is None:
         return None
-    if tensor.dtype is torch.bfloat16:  # which is no dtype of NumPy's own
+    if tensor.dtype is torch.bfloat16:  # NumPy itself has no such dtype
         return tensor.detach().view(torch.int16).numpy().view(bfloat16)
     return tensor.numpy(force=True)
 
 
 def _channels_together(x: Tensor, *tensors: Tensor | None) -> tuple[int, list[Any]]:
-    """The channel axis of the arrays of these tensors, which are those of x's shape; it is moved where x has it."""
+    """The channel axis, and arrays of these tensors of x's shape, with that axis last if x has it last in memory."""
     arrays = [_array(tensor) for tensor in tensors]
     if x.ndim == 2 or x.stride(1) != 1:
         return 1, arrays
@@ -242,7 +242,7 @@ def _channels_together(x: Tensor, *tensors: Tensor | None) -> tuple[int, list[An
 
 
 def _tensor(array: Array, axis: int, x: Tensor) -> Tensor:
-    """The tensor of x's shape and dtype that has an array's memory; the array's channels are on `axis`."""
+    """A tensor of x's shape and dtype on the memory of an array, whose channels are on `axis`."""
     tensor = torch.from_numpy(array.view(np.int16) if x.dtype is torch.bfloat16 else array).view(x.dtype)
     return tensor if axis == 1 else tensor.movedim(-1, 1)
 
@@ -264,12 +264,12 @@ def normalize(
     activation: Activation,
     keeps: bool = True,
 ) -> tuple[Tensor, Any]:
-    """The result and, if it keeps them, the rows that `differentiate` needs.
+    """Returns y and, if `keeps`, the rows `saved` that `differentiate` needs.
 
-    In training, mean and var are updated. They, gamma and beta may have any dtype. `where` is the tensors' place.
+    In training, mean and var are updated. mean, var, gamma and beta may have any dtype. `where` is the tensors' place.
     """
-    if _usual is not None and select(None) is bridge:
-        found: tuple[Tensor, Any] | None = _usual.normalize(where, x, momentum, eps, activation, training, keeps)
+    if _tensors is not None and select(None) is bridge:
+        found: tuple[Tensor, Any] | None = _tensors.normalize(where, x, momentum, eps, activation, training, keeps)
         if found is not None:
             return found
     y = _empty_like(x)
@@ -301,7 +301,7 @@ def normalize(
     return y, saved
 
 
-def differentiate_usual(
+def differentiate_plain(
     dy: Tensor,
     x: Tensor,
     residual: Tensor | None,
@@ -312,16 +312,16 @@ def differentiate_usual(
     activation: Activation,
     wanted: Sequence[bool],
 ) -> tuple[Tensor | None, ...] | None:
-    """What Normalization.backward gives for usual tensors, quickly; None for others."""
-    if _usual is None or select(None) is not bridge:
+    """The result of Normalization.backward for plain tensors, by the bridge; None for other tensors."""
+    if _tensors is None or select(None) is not bridge:
         return None
     found: tuple[Tensor | None, ...] | None
-    found = _usual.differentiate(dy, x, residual, gamma, beta, saved, training, activation, wanted)
+    found = _tensors.differentiate(dy, x, residual, gamma, beta, saved, training, activation, wanted)
     return found
 
 
-def _of_channels(x: Tensor) -> Tensor:
-    """Memory for one value a channel."""
+def _per_channel(x: Tensor) -> Tensor:
+    """A new tensor of one value per channel, in the statistics dtype."""
     return torch.empty(x.shape[1], dtype=STATISTICS[x.dtype], device="cpu")
 
 
@@ -335,21 +335,21 @@ def differentiate(
     activation: Activation,
     wanted: Sequence[bool],
 ) -> Gradients:
-    """The gradients of x, residual, gamma and beta; those of the last two are in the statistics dtype.
+    """Returns the gradients of x, residual, gamma and beta, the last two in the statistics dtype.
 
-    `where` is the place of the first three tensors.
+    `where` is the place of dy, x and residual.
     """
     for_x, for_residual, for_gamma, for_beta, *_ = wanted
     activates = for_residual and activation is not None
-    # A small dx that nobody asked for costs less than another way to the sums.
+    # If dx is small, computing it although it is not wanted costs less than a call of `backward_sums`.
     dx = _empty_like(x) if for_x or activates or x.numel() <= _SMALL else None
     addresses, shape, axis = where
     if dx is not None and shape is not None:
         express = getattr(select(None), "backward_at", None)
         if express is not None:
             dresidual = None if residual is None or activation is None else _empty_like(x)
-            dgamma = _of_channels(x) if for_gamma else None
-            dbeta = _of_channels(x) if for_beta else None
+            dgamma = _per_channel(x) if for_gamma else None
+            dbeta = _per_channel(x) if for_beta else None
             # fmt: off
             done = express(_NUMBERS[x.dtype], shape, axis, addresses, dx.data_ptr(), saved, not training, activation,
                            dgamma.data_ptr() if dgamma is not None else 0, dbeta.data_ptr() if dbeta is not None else 0,

@@ -1,11 +1,11 @@
-"""Who else looks at a call? What kernels cannot work on, or may not work on unseen, is for torch's own operators.
+"""Who else observes a call? The kernels cannot serve calls that are traced or transformed; torch's operators can.
 
-Names that torch does not publish, here, in autograd.py and in layers.py, since no public one tells the same:
+Names that torch does not publish are used here, in autograd.py and in layers.py, since no public name tells the same:
 
 - torch._C._are_functorch_transforms_active, torch._C._len_torch_dispatch_stack (below);
-- torch.autograd.forward_ad._current_level (below): it is quick, and torch.compile cannot trace unpack_dual;
-- the _backward_cls of a torch.autograd.Function, whose method apply autograd calls (autograd.py);
-- torch.nn.modules.batchnorm._BatchNorm._check_input_dim, by which torch's layers refuse an input.
+- torch.autograd.forward_ad._current_level (below), which is quick, while torch.compile cannot trace unpack_dual;
+- the _backward_cls of a torch.autograd.Function, whose method `apply` is called by autograd (autograd.py);
+- torch.nn.modules.batchnorm._BatchNorm._check_input_dim, with which torch's layers refuse an input (layers.py).
 
 They were tried with torch 2.7.1, 2.13.0 and 2.14.1.
 """
@@ -23,14 +23,14 @@ _unpack_dual = forward_ad.unpack_dual
 
 
 def transformed() -> bool:
-    """Whether a transform of torch.func (grad, vmap, jvp, ...) is at work."""
+    """Whether a transform of torch.func (grad, vmap, jvp, ...) is active."""
     return bool(_are_transforms_active())
 
 
 def watched(x: Tensor) -> bool:
-    """Whether somebody records or transforms the operators that run.
+    """Whether the operators that run are recorded or transformed.
 
-    A dispatch mode, a transform of torch.func, torch.jit.trace or forward-mode AD, in which x is unpacked to a view.
+    A dispatch mode, torch.func and torch.jit.trace do so, and forward-mode AD, in which x is unpacked to a view.
     """
     return (
         _modes() != 0
@@ -41,10 +41,10 @@ def watched(x: Tensor) -> bool:
 
 
 def transformed_in_compilation() -> bool:
-    """What `watched` tells, as far as torch.compile can trace it."""
+    """The part of `watched` that torch.compile can trace."""
     return transformed() or forward_ad._current_level >= 0
 
 
 def has_tangent(*tensors: Tensor | None) -> bool:
-    """Whether forward-mode AD follows one of the tensors."""
+    """Whether one of the tensors has a tangent of forward-mode AD."""
     return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)

@@ -1,5 +1,4 @@
-/* bf16.h: bfloat16: stored in 16 bits, computed in float32, summed in float64. Binds the names that the kernels are
- * written in. */
+/* bf16.h: binds the kernels' names for bfloat16, stored in 16 bits, computed in float32, summed in float64. */
 #define DTYPE bf16
 #define elem uint16_t
 #define real float

@@ -1,5 +1,4 @@
-/* f16.h: float16: stored in 16 bits, computed in float32, summed in float64. Binds the names that the kernels are
- * written in. */
+/* f16.h: binds the kernels' names for float16, stored in 16 bits, computed in float32, summed in float64. */
 #define DTYPE f16
 #define elem uint16_t
 #define real float

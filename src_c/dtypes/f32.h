@@ -1,5 +1,4 @@
-/* f32.h: float32: stored and computed in float32, summed in float64. Binds the names that the kernels are written in.
- */
+/* f32.h: binds the kernels' names for float32, stored and computed in float32, summed in float64. */
 #define DTYPE f32
 #define elem float
 #define real float

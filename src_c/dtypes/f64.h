@@ -1,4 +1,4 @@
-/* f64.h: float64: stored, computed and summed in float64. Binds the names that the kernels are written in. */
+/* f64.h: binds the kernels' names for float64, stored, computed and summed in float64. */
 #define DTYPE f64
 #define elem double
 #define real double

@@ -1,4 +1,4 @@
-/* unbind.h: frees the names that a dtype header binds, for the next one. */
+/* unbind.h: undefines the names that a dtype header binds, so that the next header can bind them. */
 #undef DTYPE
 #undef elem
 #undef real

@@ -1,6 +1,5 @@
-/* dtype_kernels.h: every kernel, written in the names that a dtype header has bound, and the dtype's table. line.h
- * comes first, then exp.h and activations.h, and grad_affine.h last, since the others lean on those and it leans on
- * grad_moments.h. */
+/* dtype_kernels.h: all kernels for the dtype whose names are bound, and their table. The order matters: the kernels use
+ * line.h, exp.h and activations.h, and grad_affine.h uses affine.h and grad_moments.h, too. */
 #include "../kernels/line.h"
 
 #include "../kernels/exp.h"
@@ -14,7 +13,8 @@
 #include "../kernels/grad_affine.h"
 
 static const fbn_dtype_kernels NAME(kernels) = {
-    NAME(set_origin),      NAME_OF_REAL(set_line), NAME_OF_REAL(set_slopes), NAME(moments_cf),
-    NAME(moments_cl),      NAME(affine_cf),        NAME(affine_cl),          NAME(grad_moments_cf),
-    NAME(grad_moments_cl), NAME(grad_affine_cf),   NAME(grad_affine_cl),
+    NAME(set_origin),     NAME_OF_REAL(set_line), NAME_OF_REAL(set_gradient),
+    NAME(moments_cf),     NAME(moments_cl),       NAME(affine_cf),
+    NAME(affine_cl),      NAME(grad_moments_cf),  NAME(grad_moments_cl),
+    NAME(grad_affine_cf), NAME(grad_affine_cl),
 };

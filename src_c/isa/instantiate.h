@@ -1,5 +1,5 @@
-/* instantiate.h: the kernels, once per dtype, for the instruction set whose vocabulary was included before it. The
- * constants of channels are in the type that is computed with: 16-bit dtypes have those of float32. */
+/* instantiate.h: the kernels for each dtype, on the instruction set whose vocabulary was included before. The constants
+ * of channels are in the compute type, so 16-bit dtypes use the functions of float32 for them. */
 #include <float.h>
 #include <math.h>
 

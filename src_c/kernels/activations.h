@@ -1,17 +1,17 @@
-/* activations.h: what follows the normalization, and its slope. Definitions and slopes at kinks are PyTorch's.
+/* activations.h: the activations and their derivatives. Definitions, and derivatives at kinks, are PyTorch's.
  *
- * sigmoid(z) = 1 / (1 + e) for z >= 0 and e / (1 + e) for z < 0, with e = exp(-|z|), which cannot overflow; both
- * factors of e meet at the end, so that subnormal results are rounded once. sigmoid is within 2.5 ulp, silu(z) = z
- * sigmoid(z) within 3; their slopes are within 4.5 ulp of the terms that they add up.
+ * sigmoid(z) = 1 / (1 + e) for z >= 0 and e / (1 + e) for z < 0, with e = exp(-|z|), which cannot overflow. The two
+ * factors of e are multiplied at the end, so that subnormal results are rounded once. sigmoid is within 2.5 ulp, and
+ * silu(z) = z sigmoid(z) within 3 ulp. Derivatives are within 4.5 ulp of the terms of which they are the sum.
  */
 
-/* 1 + 2^k (1 + excess) */
+/* 1 + e = 1 + 2^k (1 + excess) */
 FBN_INLINE vec NAME(one_more)(NAME(scaled) e) { return vadd(vset(1), NAME(times)(vldexp(vset(1), e.exponent), e)); }
 
-/* z where it is not far below 0, and NaN at -inf: z * sigmoid(z) and its slope have no value there. */
+/* z, but no less than -FAR, and NaN if it is infinite: at -inf, z * sigmoid(z) and its derivative have no value. */
 FBN_INLINE vec NAME(near_z)(vec z) { return vfma(z, vset(0), vmax(vset(-NAME(FAR)), z)); }
 
-/* z * sigmoid(z), or sigmoid(z) alone. */
+/* z * sigmoid(z) if times_z, else sigmoid(z). */
 FBN_INLINE vec NAME(sigmoid)(vec z, int times_z) {
     const vec zero = vset(0), one = vset(1);
     const NAME(scaled) e = NAME(exp_of_minus)(z);
@@ -20,22 +20,22 @@ FBN_INLINE vec NAME(sigmoid)(vec z, int times_z) {
     return vwhere_less(z, zero, vldexp(ratio, e.exponent), ratio);
 }
 
-/* The slope of the same: s + z s (1 - s), or s (1 - s), where 1 - s = sigmoid(-z). */
-FBN_INLINE vec NAME(sigmoid_slope)(vec z, int times_z) {
+/* Its derivative: s + z s (1 - s) if times_z, else s (1 - s), where s = sigmoid(z) and 1 - s = sigmoid(-z). */
+FBN_INLINE vec NAME(sigmoid_derivative)(vec z, int times_z) {
     const vec zero = vset(0), one = vset(1);
     const NAME(scaled) e = NAME(exp_of_minus)(z);
     const vec high = vdiv(one, NAME(one_more)(e)), low = NAME(times)(high, e);
     if (!times_z) return vldexp(vmul(low, high), e.exponent);
-    const vec near = NAME(near_z)(z); /* NaN at inf, too */
+    const vec near = NAME(near_z)(z); /* NaN also at +inf */
     const vec below = vldexp(vmul(low, vfma(near, high, one)), e.exponent);
     const vec above = vfma(vmul(near, high), vldexp(low, e.exponent), high);
     return vwhere_less(z, zero, below, above);
 }
 
-/* Or'ed to the activation in loops that are there for any. */
+/* Or'ed to the activation in loops that serve every activation. */
 enum { NAME(ANY) = 512 };
 
-/* Not inlined: a call costs little beside what it does, and so the loops need not be there once for each. */
+/* Not inlined: a call costs little compared with its work, and the loops need not be compiled for each activation. */
 FBN_APART vec NAME(other)(vec z, real slope, int activation) {
     switch (activation) {
     case FBN_RELU6:
@@ -56,16 +56,16 @@ FBN_APART vec NAME(other_gradient)(vec dy, vec z, real slope, int activation) {
     const vec zero = vset(0);
     switch (activation) {
     case FBN_RELU6:
-        return vkeep_if_positive(z, vkeep_if_positive(vsub(vset(6), z), dy)); /* at NaN dy passes */
+        return vkeep_if_positive(z, vkeep_if_positive(vsub(vset(6), z), dy)); /* dy where z is NaN */
     case FBN_LEAKY_RELU:
         return vwhere_less(zero, z, dy, vmul(dy, vset(slope)));
     case FBN_SILU:
     case FBN_SIGMOID:
-        return vmul(dy, NAME(sigmoid_slope)(z, activation == FBN_SILU));
+        return vmul(dy, NAME(sigmoid_derivative)(z, activation == FBN_SILU));
     case FBN_HARDSWISH: {
         const vec between = vmul(dy, vfma(z, vset((real)(1.0 / 3)), vset((real)0.5)));
         const vec below = vwhere_less(vset(-3), z, between, zero);
-        return vwhere_less(z, vset(3), below, vmul(dy, vmin(vset(1), z))); /* NaN stays */
+        return vwhere_less(z, vset(3), below, vmul(dy, vmin(vset(1), z))); /* NaN where z is NaN */
     }
     default:
         return dy;
@@ -81,23 +81,23 @@ FBN_INLINE vec NAME(activate)(vec z, const NAME(line) * l, int activation) {
     return NAME(other)(z, l->slope, which);
 }
 
-/* dy times the activation's slope at z. */
+/* dy times the activation's derivative at z. */
 FBN_INLINE vec NAME(activation_gradient)(vec dy, vec z, const NAME(line) * l, int activation) {
     const int which = activation & FBN_WHICH;
     if (which == FBN_IDENTITY) return dy;
     if (which == FBN_RELU) return vkeep_if_positive(z, dy);
-    if (activation == FBN_SILU) return vmul(dy, NAME(sigmoid_slope)(z, 1));
-    if (activation == FBN_SIGMOID) return vmul(dy, NAME(sigmoid_slope)(z, 0));
+    if (activation == FBN_SILU) return vmul(dy, NAME(sigmoid_derivative)(z, 1));
+    if (activation == FBN_SIGMOID) return vmul(dy, NAME(sigmoid_derivative)(z, 0));
     return NAME(other_gradient)(dy, z, l->slope, which);
 }
 
-/* z from y = activation(z), for the two that may be called in place. */
+/* z from y = activation(z), for the activations that have an inverse (identity, leaky_relu). */
 FBN_INLINE vec NAME(inverse)(vec y, const NAME(line) * l, int activation) {
     if ((activation & FBN_WHICH) != FBN_LEAKY_RELU) return y;
     return vwhere_less(vset(0), y, y, vdiv(y, vset(l->slope)));
 }
 
-/* Whether an activation's code is so short, or a call, that loops need not leave parts of vectors to a function. */
+/* Whether an activation's code is short, or a call, so that loops may also compute parts of vectors. */
 FBN_INLINE int NAME(is_short)(int activation) {
     return activation == FBN_IDENTITY || activation == FBN_RELU || activation & NAME(ANY);
 }

@@ -6,7 +6,7 @@ FBN_INLINE void NAME(affine_put)(elem *y, vec v, int64_t n, int stream) {
     else vstore(y, v);
 }
 
-/* The first n elements of the vector of element i. */
+/* Maps n <= WIDTH elements from element i on. */
 FBN_INLINE void NAME(affine_n)(const fbn_affine *a, int64_t i, int64_t n, const NAME(line) * l, int activation,
                                int has_residual) {
     const vec r = has_residual ? NAME(load)((const elem *)a->residual + i, n) : vset(0);
@@ -14,22 +14,22 @@ FBN_INLINE void NAME(affine_n)(const fbn_affine *a, int64_t i, int64_t n, const 
     NAME(affine_put)((elem *)a->y + i, NAME(activate)(z, l, activation), n, a->stream);
 }
 
-/* All of them. */
+/* Maps a whole vector from element i on. */
 FBN_INLINE void NAME(affine_at)(const fbn_affine *a, int64_t i, const NAME(line) * l, int activation,
                                 int has_residual) {
     prefetch((const char *)((const elem *)a->x + i) + FBN_AHEAD);
     NAME(affine_n)(a, i, WIDTH, l, activation, has_residual);
 }
 
-/* The first n, from channel c on, of which there are `left`. One function for every activation: its code is long, and
- * it has few elements. */
+/* Maps n elements from element i on, of which the first `left` are of channel c. One function serves every activation,
+ * since its code is long and it maps few elements. */
 FBN_APART void NAME(affine_part)(const fbn_affine *a, int64_t i, int64_t n, int64_t c, int64_t left,
                                  const NAME(runs) * r) {
     const NAME(line) l = NAME(line_over)(&a->line, c, left, r);
     NAME(affine_n)(a, i, n, &l, (int)a->activation | NAME(ANY), a->residual != NULL);
 }
 
-/* Elements [at, end) of rows, from channel c on. */
+/* Maps the elements [at, end) of rows, from channel c on. */
 FBN_INLINE void NAME(affine_rows)(const fbn_affine *a, const NAME(runs) * r, int64_t at, int64_t end, int64_t c,
                                   int activation, int has_residual) {
     const int64_t head = NAME(least)(NAME(misaligned)((elem *)a->y + at), end - at);
@@ -46,7 +46,7 @@ FBN_INLINE void NAME(affine_rows)(const fbn_affine *a, const NAME(runs) * r, int
     if (at < end) NAME(affine_part)(a, at, end - at, c, WIDTH, r);
 }
 
-/* Elements [at, end) of planes that touch, from channel c on, of which there are `left`. */
+/* Maps the elements [at, end) of adjacent planes, of which the first `left` are of channel c. */
 FBN_INLINE void NAME(affine_planes)(const fbn_affine *a, const NAME(runs) * r, int64_t at, int64_t end, int64_t c,
                                     int64_t left, int activation, int has_residual) {
     const int64_t head = NAME(head)((elem *)a->y + at, end - at, a->stream);
@@ -67,7 +67,7 @@ FBN_INLINE void NAME(affine_planes)(const fbn_affine *a, const NAME(runs) * r, i
     }
 }
 
-/* The streams of one run, which holds channel c (rows: all channels), or all runs, joined. */
+/* Maps the streams of one run, which has channel c (for rows: all channels), or of all runs, joined. */
 FBN_INLINE void NAME(affine_turns)(const fbn_affine *a, const NAME(runs) * r, int joined, int64_t c, int rows,
                                    int activation, int has_residual) {
     const int64_t start = c * r->step, length = joined ? r->count * r->length : r->length;
@@ -85,7 +85,7 @@ FBN_INLINE void NAME(affine_turns)(const fbn_affine *a, const NAME(runs) * r, in
 FBN_INLINE void NAME(affine_runs)(fbn_affine a, NAME(runs) r, int rows, int activation, int has_residual) {
     const int joined = !rows && NAME(joins)(&r, a.stream);
     const int64_t turns = joined ? 1 : r.count;
-    if (!joined) r.count = 1; /* each by itself */
+    if (!joined) r.count = 1; /* vectors do not reach into the next run */
     for (int64_t c = 0; c < turns; c++) NAME(affine_turns)(&a, &r, joined, c, rows, activation, has_residual);
 }
 

@@ -1,49 +1,50 @@
-/* constants.h: a channel's constants, from what the foreman knows of it in float64.
+/* constants.h: the constants of a channel, computed from what is known about it in float64.
  *
- * A usual channel has the plain formula. Where the spread or the slope (gamma / std) is near the ends of the exponent
- * range, powers of two that cancel out keep what lies between inside it.
+ * Usual channels use the plain formula. Where the spread (std) or the gain (gamma / std) is near an end of the exponent
+ * range, powers of two that cancel each other keep intermediate results within the range.
  */
 
-/* Exponents within +-USUAL need no care; none may pass +-MOST. */
+/* Exponents within +-USUAL need no powers of two. No exponent may exceed +-MOST. */
 enum { NAME(MOST) = sizeof(real) == 8 ? 1016 : 120, NAME(USUAL) = sizeof(real) == 8 ? 500 : 60 };
 
 static int NAME(exponent_of)(double v) { return v == 0 || !isfinite(v) ? 0 : ilogb(v); }
 
 static int NAME(between)(int e, int low, int high) { return e < low ? low : e > high ? high : e; }
 
-/* x - mean is scaled by 2^e: near 1 for an unusual spread, and so that scale = slope / 2^e and the mean fit in. */
-static int NAME(prescale_exponent)(double mean, double inv_std, double slope) {
-    const int most = NAME(MOST), spread = NAME(exponent_of)(inv_std), steep = NAME(exponent_of)(slope);
+/* The exponent e of prescale. For an unusual spread, it scales x - mean to about 1. It also keeps scale = gain / 2^e
+ * and the scaled mean within the range. */
+static int NAME(prescale_exponent)(double mean, double inv_std, double gain) {
+    const int most = NAME(MOST), spread = NAME(exponent_of)(inv_std), steep = NAME(exponent_of)(gain);
     int e = spread >= -NAME(USUAL) && spread <= NAME(USUAL) ? 0 : spread;
-    if (slope != 0) e = NAME(between)(e, steep - most, steep + most);
+    if (gain != 0) e = NAME(between)(e, steep - most, steep + most);
     if (mean != 0) e = NAME(between)(e, -most, most - NAME(exponent_of)(mean));
     return NAME(between)(e, -most, most);
 }
 
-/* Whether all of a channel's exponents are usual, without asking for them. */
-FBN_INLINE int NAME(is_usual)(double mean, double inv_std, double slope) {
+/* Whether all exponents of a channel are usual. Comparisons are faster than computing the exponents. */
+FBN_INLINE int NAME(is_usual)(double mean, double inv_std, double gain) {
     const double high = sizeof(real) == 8 ? 0x1p500 : 0x1p60, low = 1 / high;
     return (inv_std < high) & (inv_std > -high) & ((inv_std > low) | (inv_std < -low)) & (mean < high) &
-           (mean > -high) & (slope < high) & (slope > -high) & ((slope > low) | (slope < -low) | (slope == 0));
+           (mean > -high) & (gain < high) & (gain > -high) & ((gain > low) | (gain < -low) | (gain == 0));
 }
 
-/* Where the exponents cannot all fit in, x is the mean or the result overflows: an infinite scale would make the one
- * NaN. */
+/* Limits a finite v to the compute type's range. If the exponents cannot all be in range, either x is the mean or the
+ * result overflows, and an infinite scale would turn the former, 0 * inf, into NaN. */
 FBN_INLINE double NAME(finite)(double v) {
     const double most = sizeof(real) == 8 ? DBL_MAX : FLT_MAX;
     const double most_signed = v < 0 ? -most : most;
     return fabs(v) > most && fabs(v) <= DBL_MAX ? most_signed : v;
 }
 
-/* y = ((x - mean_hi) - mean_lo) * slope + beta, where mean_lo * slope moves into the shift. */
+/* y = ((x - mean_hi) - mean_lo) * gain + beta, where mean_lo * gain is moved into the shift. */
 FBN_INLINE void NAME(set_one_line)(const fbn_channels *k, int64_t c, double prescale, const fbn_line *l) {
     const real mean_hi = (real)k->mean[c];
-    const double mean_lo = (k->mean[c] - mean_hi) + k->mean_low[c], slope = k->inv_std[c] * k->gamma[c];
-    const double moved = mean_lo * slope, shift = k->beta[c] - moved;
+    const double mean_lo = (k->mean[c] - mean_hi) + k->mean_low[c], gain = k->inv_std[c] * k->gamma[c];
+    const double moved = mean_lo * gain, shift = k->beta[c] - moved;
     const real shift_hi = (real)shift, shift_low = (real)((k->beta[c] - shift_hi) - moved);
     ((real *)l->prescale)[c] = (real)prescale;
     ((real *)l->neg_mean)[c] = (real)(-mean_hi * prescale);
-    ((real *)l->scale)[c] = (real)NAME(finite)(slope / prescale);
+    ((real *)l->scale)[c] = (real)NAME(finite)(gain / prescale);
     ((real *)l->shift)[c] = shift_hi;
     ((real *)l->shift_low)[c] = shift_low == shift_low ? shift_low : 0; /* beta may be infinite */
 }
@@ -64,26 +65,26 @@ static void NAME(set_line)(const fbn_channels *k, int64_t n, const fbn_line *lin
         }
 }
 
-/* dx = slope (dz + B (x - mean) + D), with slope = gamma / std, B = -sum(dz (x - mean)) / (M var), D = -sum(dz) / M
- * (Ioffe & Szegedy 2015, section 3, gathered by input). The kernel has x - mean_hi, prescaled. */
-FBN_INLINE void NAME(set_one_slope)(const fbn_channels *k, int64_t c, double sum, double product, double count,
-                                    double postscale, const fbn_line *line, const fbn_slopes *s) {
+/* dx = gain (dz + B (x - mean) + D), with gain = gamma / std, B = -sum(dz (x - mean)) / (M var), D = -sum(dz) / M
+ * (Ioffe & Szegedy 2015, section 3, solved for dx). The kernel computes x - mean_hi, prescaled. */
+FBN_INLINE void NAME(set_one_gradient)(const fbn_channels *k, int64_t c, double sum, double product, double count,
+                                       double postscale, const fbn_line *line, const fbn_gradient *g) {
     const double a = k->inv_std[c] * k->gamma[c] / postscale, b = -(product * k->inv_std[c]) / count * a;
     const double prescale = ((const real *)line->prescale)[c],
                  mean_lo = (k->mean[c] - (real)k->mean[c]) + k->mean_low[c];
-    ((real *)s->on_dy)[c] = (real)a;
-    ((real *)s->on_x)[c] = (real)(b * (k->inv_std[c] / prescale));
-    ((real *)s->constant)[c] = (real)(-a * sum / count - b * k->inv_std[c] * mean_lo);
-    ((real *)s->postscale)[c] = (real)postscale;
+    ((real *)g->on_dy)[c] = (real)a;
+    ((real *)g->on_x)[c] = (real)(b * (k->inv_std[c] / prescale));
+    ((real *)g->constant)[c] = (real)(-a * sum / count - b * k->inv_std[c] * mean_lo);
+    ((real *)g->postscale)[c] = (real)postscale;
 }
 
-static void NAME(set_slopes)(const fbn_channels *k, const double *sums, const double *products, double count, int64_t n,
-                             const fbn_line *line, const fbn_slopes *slopes) {
+static void NAME(set_gradient)(const fbn_channels *k, const double *sums, const double *products, double count,
+                               int64_t n, const fbn_line *line, const fbn_gradient *gradient) {
     if (NAME(all_usual)(k, n))
-        for (int64_t c = 0; c < n; c++) NAME(set_one_slope)(k, c, sums[c], products[c], count, 1, line, slopes);
+        for (int64_t c = 0; c < n; c++) NAME(set_one_gradient)(k, c, sums[c], products[c], count, 1, line, gradient);
     else
         for (int64_t c = 0; c < n; c++) {
             const int e = NAME(between)(NAME(exponent_of)(k->inv_std[c] * k->gamma[c]), -NAME(MOST), NAME(MOST));
-            NAME(set_one_slope)(k, c, sums[c], products[c], count, ldexp(1, e), line, slopes);
+            NAME(set_one_gradient)(k, c, sums[c], products[c], count, ldexp(1, e), line, gradient);
         }
 }

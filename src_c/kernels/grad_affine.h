@@ -1,76 +1,75 @@
-/* grad_affine.h: dx from dy and x, the backward map, and the residual's gradient beside it. */
+/* grad_affine.h: dx from dy and x, the backward map, and the residual's gradient. */
 
-/* A channel's (cf) or a vector of channels' (cl) constants. */
+/* The constants of one channel (cf), or of a vector of channels (cl). */
 typedef struct {
     NAME(line) line;
     vec on_dy, on_x, constant, postscale;
-} NAME(slopes);
+} NAME(grad);
 
-FBN_INLINE NAME(slopes) NAME(slopes_at)(const fbn_grad_affine *g, int64_t c, int64_t period) {
-    return (NAME(slopes)){NAME(line_at)(&g->line, c, period), NAME(constant_at)(g->slopes.on_dy, c, period),
-                          NAME(constant_at)(g->slopes.on_x, c, period),
-                          NAME(constant_at)(g->slopes.constant, c, period),
-                          NAME(constant_at)(g->slopes.postscale, c, period)};
+FBN_INLINE NAME(grad) NAME(grad_at)(const fbn_grad_affine *g, int64_t c, int64_t period) {
+    return (NAME(grad)){NAME(line_at)(&g->line, c, period), NAME(constant_at)(g->gradient.on_dy, c, period),
+                        NAME(constant_at)(g->gradient.on_x, c, period),
+                        NAME(constant_at)(g->gradient.constant, c, period),
+                        NAME(constant_at)(g->gradient.postscale, c, period)};
 }
 
-FBN_INLINE NAME(slopes) NAME(slopes_over)(const fbn_grad_affine *g, int64_t c, int64_t left, const NAME(runs) * r) {
-    return (NAME(slopes)){NAME(line_over)(&g->line, c, left, r), NAME(constant_over)(g->slopes.on_dy, c, left, r),
-                          NAME(constant_over)(g->slopes.on_x, c, left, r),
-                          NAME(constant_over)(g->slopes.constant, c, left, r),
-                          NAME(constant_over)(g->slopes.postscale, c, left, r)};
+FBN_INLINE NAME(grad) NAME(grad_over)(const fbn_grad_affine *g, int64_t c, int64_t left, const NAME(runs) * r) {
+    return (NAME(grad)){NAME(line_over)(&g->line, c, left, r), NAME(constant_over)(g->gradient.on_dy, c, left, r),
+                        NAME(constant_over)(g->gradient.on_x, c, left, r),
+                        NAME(constant_over)(g->gradient.constant, c, left, r),
+                        NAME(constant_over)(g->gradient.postscale, c, left, r)};
 }
 
-FBN_INLINE NAME(slopes) NAME(slopes_of_two)(const fbn_grad_affine *g, int64_t c, int64_t left, const NAME(runs) * r) {
-    return (NAME(slopes)){NAME(line_of_two)(&g->line, c, left, r), NAME(constant_of_two)(g->slopes.on_dy, c, left, r),
-                          NAME(constant_of_two)(g->slopes.on_x, c, left, r),
-                          NAME(constant_of_two)(g->slopes.constant, c, left, r),
-                          NAME(constant_of_two)(g->slopes.postscale, c, left, r)};
+FBN_INLINE NAME(grad) NAME(grad_of_two)(const fbn_grad_affine *g, int64_t c, int64_t left, const NAME(runs) * r) {
+    return (NAME(grad)){NAME(line_of_two)(&g->line, c, left, r), NAME(constant_of_two)(g->gradient.on_dy, c, left, r),
+                        NAME(constant_of_two)(g->gradient.on_x, c, left, r),
+                        NAME(constant_of_two)(g->gradient.constant, c, left, r),
+                        NAME(constant_of_two)(g->gradient.postscale, c, left, r)};
 }
 
-/* Which of the kernel's parts a call has; every field is a constant where the loops are instantiated for identity
- * and relu. */
+/* Which parts of the kernel a call needs. Every field is a compile-time constant in the loops for identity and relu. */
 typedef struct {
     int activation, has_residual, frozen;
 } NAME(grad_parts);
 
-FBN_INLINE void NAME(grad_affine_n)(const fbn_grad_affine *g, int64_t i, int64_t n, const NAME(slopes) * s,
+FBN_INLINE void NAME(grad_affine_n)(const fbn_grad_affine *g, int64_t i, int64_t n, const NAME(grad) * b,
                                     NAME(grad_parts) parts) {
     const elem *x = (const elem *)g->x + i, *residual = parts.has_residual ? (const elem *)g->residual + i : x;
-    vec dz = NAME(dz_at)((const elem *)g->dy + i, x, residual, n, &s->line, parts.activation, parts.has_residual);
+    vec dz = NAME(dz_at)((const elem *)g->dy + i, x, residual, n, &b->line, parts.activation, parts.has_residual);
     vec d;
-    if (parts.frozen) d = vmul(s->on_dy, dz);
+    if (parts.frozen) d = vmul(b->on_dy, dz);
     else {
-        const vec v = NAME(x_at)(x, residual, n, &s->line, parts.activation, parts.has_residual);
-        d = vfma(s->on_x, NAME(centre)(v, &s->line), vfma(s->on_dy, dz, s->constant));
+        const vec v = NAME(x_at)(x, residual, n, &b->line, parts.activation, parts.has_residual);
+        d = vfma(b->on_x, NAME(centre)(v, &b->line), vfma(b->on_dy, dz, b->constant));
     }
-    d = vmul(d, s->postscale);
+    d = vmul(d, b->postscale);
     if (parts.activation & FBN_OUTSIDE) {
         const vec size = NAME(size_at)((const elem *)g->dy + i, n);
         dz = vkeep_if_positive(size, dz);
         d = vkeep_if_positive(size, d);
     }
-    /* dx may be dy, which nobody reads from here on. */
+    /* dx may be dy, which is not read after this. */
     NAME(affine_put)((elem *)g->dx + i, d, n, g->stream);
     if (!parts.has_residual || !(parts.activation & FBN_WHICH)) return;
     NAME(affine_put)((elem *)g->dresidual + i, dz, n, 0);
 }
 
-/* The vector of element i, all of it. */
-FBN_INLINE void NAME(grad_affine_at)(const fbn_grad_affine *g, int64_t i, const NAME(slopes) * s,
+/* Computes a whole vector from element i on. */
+FBN_INLINE void NAME(grad_affine_at)(const fbn_grad_affine *g, int64_t i, const NAME(grad) * b,
                                      NAME(grad_parts) parts) {
     prefetch((const char *)((const elem *)g->x + i) + FBN_AHEAD);
     prefetch((const char *)((const elem *)g->dy + i) + FBN_AHEAD);
-    NAME(grad_affine_n)(g, i, WIDTH, s, parts);
+    NAME(grad_affine_n)(g, i, WIDTH, b, parts);
 }
 
-/* The first n elements of it, as in affine.h. */
+/* Computes n elements from element i on, as affine_part does. */
 FBN_APART void NAME(grad_affine_part)(const fbn_grad_affine *g, int64_t i, int64_t n, int64_t c, int64_t left,
                                       const NAME(runs) * r) {
-    const NAME(slopes) s = NAME(slopes_over)(g, c, left, r);
-    NAME(grad_affine_n)(g, i, n, &s, (NAME(grad_parts)){g->activation | NAME(ANY), g->residual != NULL, g->frozen});
+    const NAME(grad) b = NAME(grad_over)(g, c, left, r);
+    NAME(grad_affine_n)(g, i, n, &b, (NAME(grad_parts)){g->activation | NAME(ANY), g->residual != NULL, g->frozen});
 }
 
-/* As affine_rows, _planes, _turns and _runs. */
+/* The following functions do for dx what affine_rows, _planes, _turns and _runs do for y. */
 FBN_INLINE void NAME(grad_affine_rows)(const fbn_grad_affine *g, const NAME(runs) * r, int64_t at, int64_t end,
                                        int64_t c, NAME(grad_parts) parts) {
     const int64_t head = NAME(least)(NAME(misaligned)((elem *)g->dx + at), end - at);
@@ -80,8 +79,8 @@ FBN_INLINE void NAME(grad_affine_rows)(const fbn_grad_affine *g, const NAME(runs
     for (int64_t n; at + WIDTH <= end; at += n, c = NAME(onward)(c, n, r->period)) {
         n = NAME(vectors)(end - at, c, r->period);
         for (int64_t k = 0; k < n; k += WIDTH) {
-            const NAME(slopes) s = NAME(slopes_at)(g, c + k, 1);
-            NAME(grad_affine_at)(g, at + k, &s, parts);
+            const NAME(grad) b = NAME(grad_at)(g, c + k, 1);
+            NAME(grad_affine_at)(g, at + k, &b, parts);
         }
     }
     if (at < end) NAME(grad_affine_part)(g, at, end - at, c, WIDTH, r);
@@ -90,20 +89,20 @@ FBN_INLINE void NAME(grad_affine_rows)(const fbn_grad_affine *g, const NAME(runs
 FBN_INLINE void NAME(grad_affine_planes)(const fbn_grad_affine *g, const NAME(runs) * r, int64_t at, int64_t end,
                                          int64_t c, int64_t left, NAME(grad_parts) parts) {
     const int64_t head = NAME(head)((elem *)g->dx + at, end - at, g->stream);
-    NAME(slopes) s = NAME(slopes_at)(g, c, 0);
+    NAME(grad) b = NAME(grad_at)(g, c, 0);
     for (int64_t n = NAME(least)(head ? head : WIDTH, end - at); at < end; n = NAME(least)(WIDTH, end - at)) {
         if (n == WIDTH && left >= WIDTH) {
             n = NAME(least)(left, end - at) / WIDTH * WIDTH;
-            for (int64_t k = 0; k < n; k += WIDTH) NAME(grad_affine_at)(g, at + k, &s, parts);
+            for (int64_t k = 0; k < n; k += WIDTH) NAME(grad_affine_at)(g, at + k, &b, parts);
         } else if (NAME(is_short)(parts.activation) && (left >= n || left + r->length >= WIDTH)) {
-            const NAME(slopes) part = left < n ? NAME(slopes_of_two)(g, c, left, r) : s;
+            const NAME(grad) part = left < n ? NAME(grad_of_two)(g, c, left, r) : b;
             NAME(grad_affine_n)(g, at, n, &part, parts);
         } else NAME(grad_affine_part)(g, at, n, c, left, r);
         at += n;
         left -= n;
         if (left > 0 || at == end) continue;
         for (; left <= 0; left += r->length) c++;
-        s = NAME(slopes_at)(g, c, 0);
+        b = NAME(grad_at)(g, c, 0);
     }
 }
 

@@ -1,6 +1,6 @@
-/* grad_moments.h: the sums of dz and of dz * (x - mean), per channel, where dz is dy behind the activation. */
+/* grad_moments.h: the sums of dz and of dz * (x - mean), per channel, where dz is the gradient of z. */
 
-/* x, or what stands for it where only y is known: gamma * xhat + beta. */
+/* x, or gamma * xhat + beta, which takes its place if only y is known. */
 FBN_INLINE vec NAME(x_at)(const elem *x, const elem *residual, int64_t n, const NAME(line) * l, int activation,
                           int has_residual) {
     const vec v = NAME(load)(x, n);
@@ -10,7 +10,7 @@ FBN_INLINE vec NAME(x_at)(const elem *x, const elem *residual, int64_t n, const 
     return vsub(z, NAME(load)(residual, n));
 }
 
-/* |dy|, by which positions that do not count are kept or left out. */
+/* |dy|: positions that do not count are left out where it is 0. */
 FBN_INLINE vec NAME(size_at)(const elem *dy, int64_t n) { return vsub(vset(0), vminus_abs(NAME(load)(dy, n))); }
 
 FBN_INLINE vec NAME(dz_of)(const elem *dy, const elem *x, const elem *residual, int64_t n, const NAME(line) * l,
@@ -18,7 +18,7 @@ FBN_INLINE vec NAME(dz_of)(const elem *dy, const elem *x, const elem *residual, 
     const vec g = NAME(load)(dy, n);
     if ((activation & FBN_WHICH) == FBN_IDENTITY) return g;
     const vec v = NAME(load)(x, n);
-    /* The inverse keeps the sign. */
+    /* y has the sign of z. */
     if (activation & FBN_FROM_Y) return NAME(activation_gradient)(g, v, l, activation & ~FBN_FROM_Y);
     const vec r = has_residual ? NAME(load)(residual, n) : vset(0);
     return NAME(activation_gradient)(g, NAME(preactivation)(v, r, l, has_residual), l, activation);
@@ -29,7 +29,7 @@ FBN_APART vec NAME(dz_part)(const elem *dy, const elem *x, const elem *residual,
     return NAME(dz_of)(dy, x, residual, n, l, activation | NAME(ANY), has_residual);
 }
 
-/* Parts of vectors have a function of their own where the code is long. */
+/* dz. Parts of vectors are left to a function that is not inlined, unless the activation's code is short. */
 FBN_INLINE vec NAME(dz_at)(const elem *dy, const elem *x, const elem *residual, int64_t n, const NAME(line) * l,
                            int activation, int has_residual) {
     return n == WIDTH || NAME(is_short)(activation) ? NAME(dz_of)(dy, x, residual, n, l, activation, has_residual)
@@ -44,7 +44,7 @@ FBN_INLINE void NAME(grad_moments_at)(const elem *dy, const elem *x, const elem 
         prefetch((const char *)x + FBN_AHEAD);
     }
     const vec dz = NAME(dz_at)(dy, x, residual, n, l, activation, has_residual);
-    /* What fills the rest of x may be far from the mean, and have no slope. */
+    /* The zeros that fill up x may be far from the mean, where the derivative may have no value. */
     wide g = widen(n == WIDTH ? dz : vjoin(dz, vset(0), n));
     const wide v = n == WIDTH && !(activation & FBN_FROM_Y)
                        ? wload(x)
@@ -59,7 +59,7 @@ FBN_INLINE void NAME(grad_moments_at)(const elem *dy, const elem *x, const elem 
     *product = wfma(g, d, *product);
 }
 
-/* Elements [i, end) of a channel's plane, WIDTH lanes each for sum[j] and product[j]. */
+/* Adds the elements [i, end) of a channel's plane to sum[j] and product[j], which have WIDTH lanes each. */
 FBN_INLINE void NAME(grad_moments_run)(const fbn_grad_moments *g, int64_t i, int64_t end, const NAME(line) * l,
                                        wide mean, wide *sum, wide *product, int activation, int has_residual) {
     enum { STEP = FBN_LANES / WIDTH };
@@ -117,10 +117,10 @@ static void NAME(grad_moments_cf)(const fbn_grad_moments *g, fbn_planes p, doubl
     }
 }
 
-/* Rows are summed this many at a time, far apart, as in moments.h. */
+/* The number of rows, far apart, that are summed at a time, as in moments.h. */
 enum { NAME(GRAD_MOMENTS_ROWS) = 4 };
 
-/* The first n columns from channel c on. */
+/* Sums n <= WIDTH columns from channel c on. */
 FBN_INLINE void NAME(grad_moments_rows)(const fbn_grad_moments *g, int64_t at, int64_t n, int64_t c, int rows,
                                         int64_t apart, double *sums, double *products, int activation,
                                         int has_residual) {
@@ -134,7 +134,7 @@ FBN_INLINE void NAME(grad_moments_rows)(const fbn_grad_moments *g, int64_t at, i
     wput(products + c, product);
 }
 
-/* From channel c on: what is left of rows, or of a number of them. */
+/* Sums all columns from channel c on, of one row or of several. */
 FBN_APART void NAME(grad_moments_rest)(const fbn_grad_moments *g, int64_t at, int64_t c, int64_t channels, int rows,
                                        int64_t apart, double *sums, double *products) {
     for (; c < channels; c += WIDTH)

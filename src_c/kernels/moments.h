@@ -1,10 +1,10 @@
-/* moments.h: the sums of (x - origin) and of its square, per channel.
+/* moments.h: the sums of x - origin and of its square, per channel.
  *
- * The origin is one of the channel's own values, so that a large common offset cancels before anything is squared;
- * the sums are float64. Sums about one origin simply add up, whatever way the work was split.
+ * The origin is one of the channel's values, so that a large common offset cancels before the values are squared. The
+ * sums are float64. Sums about the same origin can be added up, however the work was split.
  */
 
-/* Elements [i, end) of a channel's plane, WIDTH lanes each for sum[j] and square[j]. */
+/* Adds the elements [i, end) of a channel's plane to sum[j] and square[j], which have WIDTH lanes each. */
 FBN_INLINE void NAME(moments_run)(const elem *x, int64_t i, int64_t end, wide origin, vec fill, wide *sum,
                                   wide *square) {
     enum { STEP = FBN_LANES / WIDTH };
@@ -45,8 +45,8 @@ static void NAME(moments_cf)(const void *x_, fbn_planes p, const double *origin,
     }
 }
 
-/* Rows are summed this many at a time: the accumulators are fetched and put back once for all of them. They lie far
- * apart, since memory answers several streams faster than one. */
+/* The number of rows that are summed at a time, so that the accumulators are loaded and stored once for all of them.
+ * The rows are far apart, since memory serves several streams faster than one. */
 enum { NAME(MOMENTS_ROWS) = 8 };
 
 FBN_INLINE void NAME(moments_rows)(const elem *x, int rows, int64_t n, int64_t apart, wide o, double *sums,
@@ -79,7 +79,7 @@ static void NAME(moments_cl)(const void *x_, int64_t rows, int64_t channels, con
             NAME(moments_rows)(x + c, 1, NAME(least)(channels - c, WIDTH), 0, wget(origin + c), sums + c, squares + c);
 }
 
-/* The median of three values of each channel, so that one outlier does not matter. */
+/* The median of three values of each channel, so that one outlier has no effect. */
 static void NAME(set_origin)(const void *first_, const void *middle_, const void *last_, int64_t n, int64_t apart,
                              double *origin) {
     const elem *first = first_, *middle = middle_, *last = last_;

@@ -125,9 +125,9 @@ FBN_INLINE f32_wide f32_wide_keep_if_positive(f32_wide z, f32_wide a) {
     return (f32_wide){f64_keep_if_positive(z.lo, a.lo), f64_keep_if_positive(z.hi, a.hi)};
 }
 
-/* 16-bit elements, computed with in float32 */
+/* 16-bit elements, which are computed in float32 */
 FBN_INLINE __m128i half_load(const uint16_t *p) { return _mm_loadu_si128((const __m128i *)p); }
-/* The first n of up to 3 elements. */
+/* The first n elements, where n is at most 3. */
 FBN_INLINE uint64_t half_few(const uint16_t *p, int64_t n) {
     uint32_t two = 0;
     if (n & 2) memcpy(&two, p, sizeof two);

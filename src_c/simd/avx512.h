@@ -102,7 +102,7 @@ FBN_INLINE f32_wide f32_wide_keep_if_positive(f32_wide z, f32_wide a) {
     return (f32_wide){f64_keep_if_positive(z.lo, a.lo), f64_keep_if_positive(z.hi, a.hi)};
 }
 
-/* 16-bit elements, computed with in float32 */
+/* 16-bit elements, which are computed in float32 */
 FBN_INLINE __m256i half_load(const uint16_t *p) { return _mm256_loadu_si256((const __m256i *)p); }
 FBN_INLINE __m256i half_load_n(const uint16_t *p, int64_t n) { return _mm256_maskz_loadu_epi16(f32_first(n), p); }
 FBN_INLINE void half_store(uint16_t *p, __m256i a) { _mm256_storeu_si256((__m256i *)p, a); }
@@ -124,7 +124,7 @@ FBN_INLINE void f16_store_n(uint16_t *p, f32_vec a, int64_t n) { half_store_n(p,
 FBN_INLINE void f16_stream(uint16_t *p, f32_vec a) { half_stream(p, f16_round(a)); }
 FBN_INLINE f32_wide f16_wide_load(const uint16_t *p) { return f32_widen(f16_load(p)); }
 
-/* bfloat16. By integers, since vcvtneps2bf16 takes subnormals for 0. */
+/* bfloat16, converted by integer operations, since vcvtneps2bf16 treats subnormals as 0. */
 FBN_INLINE f32_vec bf16_exact(__m256i a) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(a), 16));
 }

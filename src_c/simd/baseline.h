@@ -6,10 +6,10 @@
  *   T_load(p), T_store    T_WIDTH elements, any alignment
  *   T_load_n(p, n, fill)  the first n elements, 0 <= n <= T_WIDTH, and fill in the other lanes; touches no other memory
  *   T_store_n(p, a, n)    writes the first n lanes only
- *   T_stream(p, a)        T_store, around the cache where the processor can; p is aligned to the vector's size
+ *   T_stream(p, a)        T_store, around the cache if the processor can; p is aligned to the vector's size
  *   T_join(a, b, n)       the first n lanes of a, then those of b
  *   T_add, T_mul, T_sub   lane by lane
- *   T_fma(a, b, c)        a * b + c, rounded once. Here float32 goes through float64, where the product is exact, and
+ *   T_fma(a, b, c)        a * b + c, rounded once. Here float32 is computed in float64, where the product is exact, and
  *                         float64 is rounded twice.
  *   T_relu(a)             0 where a < 0, else a (so NaN stays)
  *   T_zero_nan(a)         0 where a is NaN, else a
@@ -25,12 +25,12 @@
  *   T_wide_load(p)        T_widen(T_load(p))
  *   T_wide_get(p), T_wide_put(p, a)   T_WIDTH doubles from and to memory
  *   T_wide_set, T_wide_add, T_wide_sub, T_wide_fma
- * H is f16 or bf16: 16-bit elements, in memory alone; its vectors are f32_vec.
- *   H_value, H_load, H_load_n, H_wide_load   as those of f32; exact, subnormals too
+ * H is f16 or bf16. Only elements in memory have 16 bits; the vectors are f32_vec.
+ *   H_value, H_load, H_load_n, H_wide_load   as for f32; exact, also for subnormals
  *   H_store, H_store_n, H_stream             rounded to nearest, ties to even; NaN becomes a quiet one
- * OWN_LOOPS               whether identity and relu have loops of their own, or one serves every activation
- * prefetch(p)             may fetch the line at p into the cache; any address will do
- * stream_fence()          orders streamed stores before what follows
+ * OWN_LOOPS               whether common activations have loops of their own, or one loop serves every activation
+ * prefetch(p)             may fetch the line at p into the cache; any address is allowed
+ * stream_fence()          orders streamed stores before later ones
  */
 #ifndef FBN_SIMD_H
 #define FBN_SIMD_H
@@ -42,8 +42,8 @@
 
 #include "../kernels.h"
 
-/* GCC and Clang have vectors with the operators of C, where a comparison gives -1 or 0 in each lane. Elsewhere a vector
- * is one number, and the same lines are compiled for it. */
+/* GCC and Clang have vectors with the operators of C, where a comparison gives -1 or 0 in each lane. For other
+ * compilers a vector is one number, and the same code is compiled for it. */
 #ifdef __has_builtin
 #define FBN_HAS_BUILTIN(name) __has_builtin(name)
 #else
@@ -59,7 +59,7 @@ typedef uint16_t half_lanes __attribute__((vector_size(8)));
 #define EACH(comparison) (comparison)
 #define CONVERT(a, type) __builtin_convertvector(a, type)
 static inline f32_half f32_lower(f32_vec a) { return (f32_half){a[0], a[1]}; }
-#ifdef __SSE2__ /* GCC makes four instructions of {a[2], a[3]} */
+#ifdef __SSE2__ /* GCC compiles {a[2], a[3]} to four instructions */
 static inline f32_half f32_upper(f32_vec a) { return f32_lower(_mm_movehl_ps(a, a)); }
 #else
 static inline f32_half f32_upper(f32_vec a) { return (f32_half){a[2], a[3]}; }
@@ -199,8 +199,7 @@ FBN_INLINE f32_vec f32_ldexp(f32_vec a, f32_vec k) {
     return a * f32_power_of_2(half) * f32_power_of_2(e - half);
 }
 
-/* float32 widened to float64. A vector of one number has no upper half: what is done with it, the compiler leaves out.
- */
+/* float32 widened to float64. A vector of one number has no upper half; the compiler removes the code for it. */
 typedef struct {
     f64_vec lo, hi;
 } f32_wide;
@@ -256,7 +255,7 @@ static inline f32_lanes f32_choose(f32_lanes condition, f32_lanes a, f32_lanes b
     return (condition & a) | (~condition & b);
 }
 
-/* float16. A subnormal is the fraction of a normal number, less what its leading 1 adds. */
+/* float16. A subnormal is converted as a normal number with the same fraction, minus that number's leading 1. */
 static inline f32_vec f16_exact(f32_lanes a) {
     const f32_lanes sign = (a & 0x8000) << 16, rest = (a & 0x7fff) << 13;
     const f32_lanes scaled = rest + ((127 - 15) << 23), special = rest + (2 * (127 - 15) << 23);
@@ -266,7 +265,7 @@ static inline f32_vec f16_exact(f32_lanes a) {
 }
 static inline f32_lanes f16_round(f32_vec a) {
     const f32_lanes bits = f32_bits(a), rest = bits & 0x7fffffff, sign = bits >> 16 & 0x8000;
-    /* An addition that leaves the bits of a float16 subnormal at the end rounds as it should. */
+    /* The sum with 0.5 ends with the bits of the float16 subnormal, and is rounded as the subnormal must be. */
     const f32_lanes subnormal = f32_bits(f32_of_bits(rest) + 0.5f) - f32_bits(f32_set(0.5f));
     const f32_lanes normal = (rest + 0xfff + (rest >> 13 & 1) - ((127 - 15) << 23)) >> 13;
     const f32_lanes special = (EACH(rest > 0x7f800000) & (0x200 | (rest >> 13 & 0x3ff))) | 0x7c00;
@@ -307,7 +306,7 @@ FBN_INLINE void bf16_store_n(uint16_t *p, f32_vec a, int64_t n) { half_store_n(p
 FBN_INLINE void bf16_stream(uint16_t *p, f32_vec a) { bf16_store(p, a); }
 FBN_INLINE f32_wide bf16_wide_load(const uint16_t *p) { return f32_widen(bf16_load(p)); }
 
-/* Without vectors, what a loop saves is little beside what it computes, and its code is long. */
+/* With short vectors, loops of their own would save little time, and their code is long. */
 enum { OWN_LOOPS = 0 };
 
 FBN_INLINE void prefetch(const void *p) { (void)p; }

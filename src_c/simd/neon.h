@@ -128,7 +128,7 @@ FBN_INLINE f32_wide f32_wide_keep_if_positive(f32_wide z, f32_wide a) {
     return (f32_wide){f64_keep_if_positive(z.lo, a.lo), f64_keep_if_positive(z.hi, a.hi)};
 }
 
-/* 16-bit elements, computed with in float32 */
+/* 16-bit elements, which are computed in float32 */
 FBN_INLINE uint16x4_t half_load_n(const uint16_t *p, int64_t n) {
     uint16x4_t a = vdup_n_u16(0);
     if (n >= 4) return vld1_u16(p);
@@ -164,7 +164,7 @@ FBN_INLINE void f16_store_n(uint16_t *p, f32_vec a, int64_t n) { half_store_n(p,
 FBN_INLINE void f16_stream(uint16_t *p, f32_vec a) { f16_store(p, a); }
 FBN_INLINE f32_wide f16_wide_load(const uint16_t *p) { return f32_widen(f16_load(p)); }
 
-/* bfloat16. By integers, since AArch64 has had the conversion only since 8.6. */
+/* bfloat16, converted by integer operations, since AArch64 has an instruction for it only from version 8.6 on. */
 FBN_INLINE f32_vec bf16_exact(uint16x4_t a) { return vreinterpretq_f32_u32(vshll_n_u16(a, 16)); }
 FBN_INLINE uint16x4_t bf16_round(f32_vec a) {
     const uint32x4_t bits = vreinterpretq_u32_f32(a), high = vshrq_n_u32(bits, 16);

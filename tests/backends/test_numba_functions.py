@@ -324,7 +324,7 @@ def test_a_cache_that_was_changed(name: str, value: Any, error: type[Exception])
 
 def test_a_cache_of_few_values() -> None:
     """With frozen statistics one value per channel has gradients, and none at all gives zeros."""
-    with pytest.raises(TypingError, match=r"cache: got .*; allowed: that of forward"):
+    with pytest.raises(TypingError, match=r"cache: got .*; allowed: the cache that forward returned"):
         fbn.backward(LIKE_X, (LIKE_X, SAVED))
     ones = np.ones(CHANNELS, np.float32)
     for rows, sums in ((1, 1.0), (0, 0.0)):

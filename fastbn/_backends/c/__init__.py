@@ -1,1 +1,1 @@
-"""The bridge to the C core. Its parts: express lane, plans, memory of others, and functions for jitted code."""
+"""The bridge to the C core, with an express lane, plans, calls by address, and functions for jitted code."""

@@ -1,5 +1,5 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, freethreading_compatible=True
-"""The bridge to the C core: arrays become pointers, the GIL is dropped, one C call is made."""
+"""The bridge to the C core: arrays become pointers, the GIL is released, and one C function is called."""
 
 from cpython.float cimport PyFloat_AS_DOUBLE, PyFloat_CheckExact
 from cpython.pycapsule cimport PyCapsule_GetPointer
@@ -29,7 +29,7 @@ DTYPES = frozenset(("float16", "bfloat16", "float32", "float64"))
 """The names of the dtypes that data may have."""
 
 
-# ---- calls: each verb with a workspace of its own ----
+# ---- calls: each verb, with a workspace that lasts for the call ----
 
 # What a call starts from: every field is 0, which is absent in fastbn.h, so that only what is given need be set.
 cdef c.fbn_problem NO_PROBLEM
@@ -44,20 +44,20 @@ cdef c.fbn_run_args NO_RUN
 
 cdef enum:
     SMALL = 16384  # workspaces up to this size live on the stack
-    NO_MEMORY = -1  # beside the statuses of fastbn.h
+    NO_MEMORY = -1  # a status beside those of fastbn.h
 
 
 cdef inline void *workspace_for(const c.fbn_problem *p, char *small) noexcept nogil:
-    """`small`, SMALL bytes on the stack, where that is enough; else memory that `release` frees, or NULL.
+    """`small`, SMALL bytes on the stack, if that is enough; otherwise memory that `release` frees, or NULL.
 
-    An invalid problem needs none, and gets a pointer so that the verb can say what is wrong with it.
+    An invalid problem needs no bytes. It gets `small`, so that the verb is called and says what is wrong.
     """
     cdef size_t size = c.fbn_workspace_bytes(p)
     return small if size <= SMALL else malloc(size)
 
 
 cdef inline int release(void *workspace, char *small, int status) noexcept nogil:
-    """The status of the verb that needed it."""
+    """Frees a workspace that is not `small`, and returns the status of the verb that used it."""
     if workspace != small:
         free(workspace)
     return status
@@ -106,7 +106,7 @@ cdef int call_backward(const c.fbn_problem *p, c.fbn_backward_args *args) noexce
 
 
 cdef inline int expect(int status) except -1:
-    """The front desk lets nothing through that the C API would refuse: where this raises, one of them is wrong."""
+    """Raises unless the status is FBN_OK. Arguments are checked in Python first, so a refusal here is a bug."""
     if status == NO_MEMORY:
         raise MemoryError("no memory for the workspace")
     if status != c.FBN_OK:
@@ -114,14 +114,14 @@ cdef inline int expect(int status) except -1:
     return 0
 
 
-# ---- arrays: nothing is handed to C whose dtype, size and place in memory were not looked at ----
+# ---- arrays: each array's dtype, size and memory order is checked before C gets its address ----
 
-# NumPy numbers the dtypes of other packages as they come: that of bfloat16, once one has been seen.
+# NumPy's number of the dtype bfloat16, once an array of it has been seen. It is assigned when ml_dtypes is imported.
 cdef int bfloat16 = -1
 
 
 cdef bint set_dtype(c.fbn_problem *p, int number) noexcept:
-    """By NumPy's number; False for one of no data, or of bfloat16 before `dtype_of` has seen one."""
+    """Sets p.dtype from NumPy's number; False if data may not have that dtype, or `dtype_of` has not yet seen it."""
     if number == cnp.NPY_FLOAT32:
         p.dtype = c.FBN_F32
     elif number == cnp.NPY_FLOAT64:
@@ -151,12 +151,12 @@ cdef inline int statistics_of(int dtype) noexcept:
 
 
 cdef inline bint is_ready(cnp.ndarray array, int dtype) noexcept:
-    """C-contiguous, aligned and native, of this dtype."""
+    """Whether an array is C-contiguous, aligned and native, and of this dtype."""
     return cnp.PyArray_TYPE(array) == dtype and cnp.PyArray_ISCARRAY_RO(array)
 
 
 cdef void *data_of(object value, int dtype, int64_t size) except? NULL:
-    """The memory of an array that is ready and has so many elements; NULL for None."""
+    """The memory of an array, which must be ready and have `size` elements; NULL for None."""
     cdef cnp.ndarray array
     if value is None:
         return NULL
@@ -170,7 +170,7 @@ cdef void *data_of(object value, int dtype, int64_t size) except? NULL:
 
 
 cdef struct Sizes:
-    # What the arrays of a call must be: dtypes are NumPy's numbers.
+    # The dtypes (NumPy's numbers) and the numbers of elements that the arrays of a call must have.
     int data
     int statistics
     int64_t values
@@ -179,11 +179,12 @@ cdef struct Sizes:
 
 
 cdef Sizes set_problem_of(c.fbn_problem *p, object call) except *:
-    """Fills the problem of a call, whose x is three-dimensional."""
+    """Fills the problem of a call, whose x must have three dimensions."""
     cdef Sizes sizes
     cdef cnp.ndarray x = call.x
     if x is None or cnp.PyArray_NDIM(x) != 3:
-        raise ValueError(f"x: got {'None' if x is None else f'shape {call.x.shape}'}; allowed: (outer, channels, inner)")
+        given = "None" if x is None else f"shape {call.x.shape}"
+        raise ValueError(f"x: got {given}; allowed: (outer, channels, inner)")
     p.machine = &machine
     p.dtype = dtype_of(x)
     p.activation, p.slope = <c.fbn_activation> <int> call.code, call.slope
@@ -196,7 +197,7 @@ cdef Sizes set_problem_of(c.fbn_problem *p, object call) except *:
 
 
 cdef c.fbn_dtype set_pair(cnp.ndarray first, cnp.ndarray second, Sizes sizes, void **a, void **b) except *:
-    """The memory of two arrays of (channels,) in one dtype, which is returned; either may be None."""
+    """Sets a and b to the memory of two (channels,) arrays of one dtype, or NULL for None, and returns that dtype."""
     cdef int dtype
     if first is None and second is None:
         a[0] = b[0] = NULL
@@ -333,29 +334,29 @@ def isa():
 
 
 def select_isa(name):
-    """Use the kernels of this instruction set, in the whole process."""
+    """Uses the kernels of this instruction set, in the whole process."""
     if name not in tables():
         raise ValueError(f"FASTBN_ISA: got {name!r}; allowed on this processor: {', '.join(tables())}")
     machine.kernels = c.fbn_kernels_at(tables().index(name))
 
 
 def openmp():
-    """The version of OpenMP that this build links to, or 0."""
+    """The version of OpenMP that this build links to, or 0 in a build without OpenMP."""
     return c.fbn_openmp()
 
 
-# How many threads OpenMP would use for a call that does not say, when this module was loaded.
+# OpenMP's default number of threads when this module was loaded.
 cdef int threads_at_load = c.fbn_openmp_threads()
 
 
 def most_threads():
-    """How many threads OpenMP's own settings leave for a call from this thread."""
+    """The largest number of threads that OpenMP's settings allow a call from this thread."""
     cdef int now = c.fbn_openmp_threads()
     return now if now < threads_at_load or not c.fbn_openmp() else c.FBN_MOST_THREADS
 
 
 def describe():
-    """For show_config()."""
+    """What show_config() prints about this backend."""
     return {
         "instruction set": f"{isa()} ({'the best that runs here' if isa() == isas()[0] else 'asked for'}; "
                            f"usable: {', '.join(isas())})",

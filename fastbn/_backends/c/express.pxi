@@ -1,20 +1,20 @@
-# The express lane of the bridge, for calls so small that checking in Python would cost more than computing.
+# The express lane: plain calls go to C at once, since checking them in Python would cost more than a small call itself.
 #
-# Each function recognizes the plain call: dense arrays of one native dtype that lie alike in memory, in any order, with
-# channels on any axis; everything valid and nothing overlapping. It returns None, with nothing done, for any other,
-# which then goes through the front desk; so it holds no error message and decides nothing that the front desk would
-# decide otherwise.
+# In a plain call all arguments are valid, the arrays are dense, of one native dtype and one memory order (any), with
+# channels on any axis, and what is written overlaps no other array. For any other call, a function here returns None
+# and has changed nothing. The call then goes through the front desk (fastbn/ops.py). The express lane therefore has no
+# error messages, and its results are those of the front desk.
 
 
 cdef enum:
-    MOST_AXES = 64  # of an array of NumPy's
+    MOST_AXES = 64  # that a NumPy array may have
 
-# The codes and the usual slopes of activations, by their names.
+# The codes and the default slopes of activations, by name.
 cdef dict ACTIVATIONS = {name: (int(code), split(name)[1]) for name, code in BY_NAME.items()}
 
 
 cdef int set_activation(c.fbn_problem *p, object activation) except -1:
-    """By its name, with its usual slope; False for any other, a pair with a slope of its own among them."""
+    """Sets the activation of this name, with its default slope. False for anything else, such as (name, slope)."""
     cdef tuple known = ACTIVATIONS.get(activation) if activation is None or type(activation) is str else None
     if known is None:
         return False
@@ -23,9 +23,9 @@ cdef int set_activation(c.fbn_problem *p, object activation) except -1:
 
 
 cdef void set_sizes(c.fbn_problem *p, const cnp.npy_intp *shape, int ndim, int axis) noexcept:
-    """(outer, channels, inner) of memory with values: its shape in memory order, with channels on this axis.
+    """Sets (outer, channels, inner) from a shape in memory order without zeros, with channels on this axis.
 
-    As fastbn.call.shape has it: one channel is one contiguous plane, wherever its axis stands.
+    As in fastbn/call/shape.py, a single channel is one contiguous plane, whichever axis it is on.
     """
     cdef int i
     cdef int64_t outer = 1, inner = 1
@@ -43,7 +43,7 @@ cdef inline int64_t values_of(const c.fbn_problem *p) noexcept:
 
 
 cdef int order_in_memory(cnp.ndarray x, int axis, cnp.npy_intp *shape) noexcept:
-    """Writes x's shape in memory order, all of its axes counted; where `axis` is in it, or -1 if x is not dense."""
+    """Writes x's shape in memory order, axes of length 1 first. Returns the place of `axis`; -1 if x is not dense."""
     cdef int i, at = 0, left = cnp.PyArray_NDIM(x)
     cdef cnp.npy_intp step = cnp.PyArray_ITEMSIZE(x), size = cnp.PyArray_NBYTES(x)
     while step < size:
@@ -63,7 +63,7 @@ cdef int order_in_memory(cnp.ndarray x, int axis, cnp.npy_intp *shape) noexcept:
 
 
 cdef bint recognize(c.fbn_problem *p, object x, long axis) noexcept:
-    """The dtype and the sizes of a plain x with values, channels on this axis; False if it is not plain."""
+    """Sets the dtype and the sizes of a plain x, channels on this axis; False if it is empty or not plain."""
     cdef cnp.ndarray array
     cdef cnp.npy_intp turned[MOST_AXES]
     cdef const cnp.npy_intp *shape
@@ -77,7 +77,7 @@ cdef bint recognize(c.fbn_problem *p, object x, long axis) noexcept:
     if not cnp.PyArray_ISBEHAVED_RO(array):
         return False
     shape = cnp.PyArray_DIMS(array)
-    if not cnp.PyArray_IS_C_CONTIGUOUS(array):  # as arrays without values always are
+    if not cnp.PyArray_IS_C_CONTIGUOUS(array):  # arrays without values always are
         axis, shape = order_in_memory(array, <int> axis, turned), turned
         if axis < 0:
             return False
@@ -86,7 +86,7 @@ cdef bint recognize(c.fbn_problem *p, object x, long axis) noexcept:
 
 
 cdef bint is_like(object value, cnp.ndarray x) noexcept:
-    """An array that is plain as x is: alike in dtype, shape and strides."""
+    """Whether a value is a plain array of x's dtype, shape and strides."""
     cdef cnp.ndarray array
     cdef int i, ndim = cnp.PyArray_NDIM(x)
     if type(value) is not cnp.ndarray:
@@ -107,12 +107,12 @@ cdef bint is_like(object value, cnp.ndarray x) noexcept:
 
 
 cdef bint is_plain(object value, int dtype) noexcept:
-    """A C-contiguous, aligned, native array of this dtype, and of no subclass."""
+    """Whether a value is a C-contiguous, aligned, native array of this dtype, and not of a subclass."""
     return type(value) is cnp.ndarray and is_ready(value, dtype)
 
 
 cdef int set_problem(c.fbn_problem *p, object x, object axis, object activation, object threads) except -1:
-    """Fills p for a plain x; False if it is not plain. threads() tells how many may work."""
+    """Fills p for a plain x; False if it is not plain. threads() gives the number of threads to use."""
     cdef int overflow = 0
     cdef long channel_axis
     if type(axis) is not int:
@@ -125,13 +125,13 @@ cdef int set_problem(c.fbn_problem *p, object x, object axis, object activation,
 
 
 cdef inline bint set_threads(c.fbn_problem *p, object threads) except False:
-    """threads(), or 1 for a problem that is too small to ask."""
+    """Sets p.threads to threads(), or to 1 without that call if the problem is too small for two threads."""
     p.threads = 1 if values_of(p) < 2 * c.FBN_WORK_PER_THREAD else threads()
     return True
 
 
 cdef bint take_channels(object value, cnp.ndarray x, int64_t channels, void **data) noexcept:
-    """The data of a plain (channels,) array of x's statistics dtype, or of None."""
+    """Sets data to a plain (channels,) array's of x's statistics dtype, or to NULL for None; False for others."""
     if value is None:
         data[0] = NULL
         return True
@@ -142,7 +142,7 @@ cdef bint take_channels(object value, cnp.ndarray x, int64_t channels, void **da
 
 
 cdef bint take_like(object value, cnp.ndarray x, void **data) noexcept:
-    """The data of an array that is plain as x is, or of None."""
+    """Sets data to that of a plain array like x, or to NULL for None; False for others."""
     data[0] = NULL
     if value is None:
         return True
@@ -161,7 +161,7 @@ cdef inline bint is_number(object value, double low, double high) noexcept:
 
 
 cdef inline cnp.ndarray empty_like(cnp.ndarray x):
-    """In x's memory order."""
+    """A new array of x's shape and dtype, in x's memory order."""
     return PyArray_NewLikeArray(x, cnp.NPY_KEEPORDER, NULL, 0)
 
 
@@ -189,7 +189,7 @@ cdef Call NO_CALL
 
 
 cdef void set_bytes(Call *call) noexcept:
-    """How large the arrays of a problem are, and which dtype those of its channels have."""
+    """Sets the bytes of the arrays of a problem, and the dtype of its parameters."""
     cdef const c.fbn_problem *p = &call.problem
     cdef int wide = 8 if p.dtype == c.FBN_F64 else 4
     call.parameters.dtype = c.FBN_F64 if p.dtype == c.FBN_F64 else c.FBN_F32
@@ -201,7 +201,7 @@ cdef int take(
     Call *call, object x, object gamma, object beta, object mean, object var, object eps, object axis,
     object activation, object residual, object out, object threads,
 ) except -1:
-    """Fills `call` for a plain call whose out shares no memory with an input; False if it is not plain."""
+    """Fills `call` for a plain call. False if it is not plain, or `out` shares memory with an array other than x."""
     cdef int64_t channels
     if not set_problem(&call.problem, x, axis, activation, threads) or not is_number(eps, 0, 1e300):
         return False
@@ -239,7 +239,7 @@ cdef bint apart_from_inputs(const Call *call, const void *data, int64_t size) no
 
 
 cdef bint may_update(const Call *call, object mean, object var) noexcept:
-    """Whether the running statistics are absent, or writable and apart from each other and the inputs."""
+    """Whether the running statistics are absent, or writable and without memory shared as in `are_apart`."""
     return not call.statistics or (
         cnp.PyArray_ISWRITEABLE(<cnp.ndarray> mean)
         and cnp.PyArray_ISWRITEABLE(<cnp.ndarray> var)
@@ -248,7 +248,7 @@ cdef bint may_update(const Call *call, object mean, object var) noexcept:
 
 
 cdef bint are_apart(const Call *call) noexcept:
-    """Whether the running statistics, if there are any, share no memory with each other and the inputs."""
+    """Whether the running statistics, if present, share no memory with each other or with an input."""
     return not call.statistics or (
         apart(call.mean, call.channel_bytes, call.var, call.channel_bytes)
         and apart(call.mean, call.channel_bytes, call.x, call.bytes)
@@ -262,7 +262,7 @@ def express_infer(
     object x, object gamma, object beta, object mean, object var, object eps, object axis, object activation,
     object residual, object out, object threads,
 ):
-    """y, or None."""
+    """Returns y, or None if the call is not plain."""
     cdef Call call = NO_CALL
     cdef c.fbn_infer_args a = NO_INFER
     cdef int status
@@ -299,7 +299,7 @@ def express_forward(
     object x, object gamma, object beta, object mean, object var, object momentum, object correction, object eps,
     object axis, object activation, object residual, object out, bint training, object threads,
 ):
-    """(y, saved), or None."""
+    """Returns (y, saved), or None if the call is not plain."""
     cdef Call call = NO_CALL
     cdef c.fbn_forward_args a = NO_FORWARD
     cdef c.fbn_infer_args b = NO_INFER
@@ -331,7 +331,7 @@ def express_forward(
 
 
 cdef bint is_correction(object value, int64_t count) noexcept:
-    """An integer from 0 to count - 1, where there are 2 values or more."""
+    """Whether a value is an integer from 0 to count - 1, and count is at least 2."""
     cdef int overflow = 0
     cdef long number
     if type(value) is not int or count < 2:
@@ -341,7 +341,7 @@ cdef bint is_correction(object value, int64_t count) noexcept:
 
 
 cdef bint is_saved(object value, int64_t channels) noexcept:
-    """What a forward call on so many channels left."""
+    """Whether a value is a plain array of the shape that a forward call on so many channels saves."""
     return (
         is_plain(value, cnp.NPY_FLOAT64) and cnp.PyArray_NDIM(<cnp.ndarray> value) == 2
         and cnp.PyArray_DIM(<cnp.ndarray> value, 0) == c.FBN_SAVED_ROWS
@@ -353,7 +353,7 @@ def express_backward(
     object dy, object x, object residual, object saved, object axis, object frozen, object activation,
     object has_gamma, object has_beta, object out, object threads,
 ):
-    """(dx, dgamma, dbeta, dresidual), or None."""
+    """Returns (dx, dgamma, dbeta, dresidual), or None if the call is not plain."""
     cdef c.fbn_problem p = NO_PROBLEM
     cdef c.fbn_backward_args a = NO_BACKWARD
     cdef void *dy_ = NULL

@@ -1,8 +1,8 @@
-# The bridge for jitted code, which has numbers and addresses: flat functions, called by their own address.
+# The bridge for jitted code: functions that take numbers and addresses alone, and are called by their own address.
 #
-# Each returns a status of fastbn.h, or NO_MEMORY. An array that is absent has the address 0.
+# Each returns a status of fastbn.h, or NO_MEMORY. The address 0 stands for an array that is absent.
 
-# Whether this process was forked from one that had OpenMP's threads: jitted code cannot see that.
+# Whether this process was forked from one in which OpenMP may have threads. Jitted code cannot find that out itself.
 cdef bint alone = False
 
 
@@ -13,7 +13,7 @@ cdef c.fbn_problem flat_problem(
     p.machine = &machine
     p.dtype, p.activation, p.slope = <c.fbn_dtype> dtype, <c.fbn_activation> activation, slope
     p.outer, p.channels, p.inner = outer, channels, inner
-    p.threads = <int> threads if 1 <= threads <= c.FBN_MOST_THREADS else 0  # which is refused
+    p.threads = <int> threads if 1 <= threads <= c.FBN_MOST_THREADS else 0  # the verb refuses 0
     if alone and p.threads:
         p.threads = 1
     return p
@@ -67,7 +67,7 @@ cdef int64_t flat_backward(
 
 
 def flat():
-    """Each verb's function for jitted code: its address, and its arguments: i is int64_t, d double, p an address."""
+    """The address and the signature of each verb's function. In a signature, i is int64_t, d double, p an address."""
     problem = "iidiiii"
     return {
         "infer": (<size_t> &flat_infer, problem + "ppppdpppp"),
@@ -77,7 +77,7 @@ def flat():
 
 
 def numbers():
-    """Those of fastbn.h that jitted code knows, by their names there, and NO_MEMORY."""
+    """The constants of fastbn.h that jitted code uses, by name, and NO_MEMORY."""
     return {
         "FBN_F32": c.FBN_F32, "FBN_F64": c.FBN_F64, "FBN_MOST_THREADS": c.FBN_MOST_THREADS,
         "FBN_MISALIGNED": c.FBN_MISALIGNED, "FBN_OVERLAP": c.FBN_OVERLAP, "FBN_BAD_ACTIVATION": c.FBN_BAD_ACTIVATION,
@@ -86,6 +86,6 @@ def numbers():
 
 
 def stay_alone():
-    """Jitted code uses one thread from now on, whatever it asks for."""
+    """Makes jitted code use one thread from now on, whatever its calls ask for."""
     global alone
     alone = True

@@ -1,12 +1,12 @@
-# The express lane for memory that belongs to others, given by its addresses: that of tensors, whose own conversion to
-# arrays takes longer than a small call. The caller vouches for the memory; any address may be 0 for what is absent, but
-# those of x, y, dy and dx. As in the express lane, None, with nothing done, is the answer to a call that is not plain.
+# The express lane for tensors, whose memory is given by addresses: to make arrays of them takes longer than a small
+# call. The caller makes sure that the memory exists. The address 0 stands for an array that is absent; x, y, dy and dx
+# must be present. As in the express lane, a call that is not plain returns None and has changed nothing.
 
 
 cdef bint set_memory_problem(
     c.fbn_problem *p, int number, object shape, int axis, object activation, object threads
 ) except -1:
-    """Fills p for memory of a dtype, by its number, and a shape, with channels on axis 1 or -1."""
+    """Fills p for a dtype, by NumPy's number, and a shape in memory order, with channels on axis 1 or -1."""
     cdef cnp.npy_intp sizes[MOST_AXES]
     cdef int i, ndim = <int> len(shape)
     if ndim > MOST_AXES or not set_dtype(p, number) or not set_activation(p, activation):
@@ -19,7 +19,7 @@ cdef bint set_memory_problem(
 
 
 cdef bint are_aligned(tuple addresses, size_t other, int count, c.fbn_dtype dtype) noexcept:
-    """Whether the first `count` addresses, of data, and the others, of channels, are multiples of their elements."""
+    """Whether addresses are aligned: the first `count` and `other` to data, the rest to values per channel."""
     cdef size_t data = other, channels = 0
     cdef int i
     for i in range(len(addresses)):
@@ -37,10 +37,10 @@ def forward_at(
     int number, object shape, int axis, tuple addresses, size_t y, double momentum, double eps, object activation,
     bint training, bint keeps, object threads,
 ):
-    """What express_forward saves, or True without `keeps`; None, with nothing done, if the call is not plain.
+    """Returns `saved`, or True in inference without `keeps`; None if the call is not plain.
 
-    The addresses are those of x, residual, gamma, beta, mean and var. x and y have this dtype and shape; the others
-    one value a channel in the statistics dtype. momentum is from 0 to 1. threads() tells how many may work.
+    The addresses are those of x, residual, gamma, beta, mean and var. x, residual and y have this dtype and shape, the
+    others one value per channel in the statistics dtype. momentum is from 0 to 1. threads() gives the threads to use.
     """
     cdef Call call = NO_CALL
     cdef c.fbn_forward_args a = NO_FORWARD
@@ -79,9 +79,9 @@ def backward_at(
     int number, object shape, int axis, tuple addresses, size_t dx, object saved, bint frozen, object activation,
     size_t dgamma, size_t dbeta, size_t dresidual, object threads,
 ):
-    """True, or None as above; the addresses are those of dy, x and residual.
+    """Returns True, or None if the call is not plain. The addresses are those of dy, x and residual.
 
-    dresidual has this dtype and shape, as dx has; dgamma and dbeta are as gamma and beta above. They share no memory.
+    dx and dresidual have this dtype and shape, dgamma and dbeta one value per channel. They share no memory.
     """
     cdef c.fbn_problem p = NO_PROBLEM
     cdef c.fbn_backward_args a = NO_BACKWARD
@@ -102,11 +102,11 @@ def backward_at(
 
 
 def add_one_at(size_t address):
-    """To the int64 there."""
+    """Adds one to the int64 at this address."""
     (<int64_t *> address)[0] += 1
 
 
-# Usual tensors, which are asked by DLPack's exchange API: the methods that tell the same take longer than a small call.
+# Plain tensors are examined through DLPack's exchange API: a tensor's methods would take longer than a small call.
 
 cdef extern from *:
     """
@@ -135,7 +135,7 @@ cdef extern from *:
         unsigned int major
         int (*look)(void *object, fbn_tensor *tensor) except -1
 
-# The bounds of fastbn.torch.tensors, which says what they are: an address, bytes and values.
+# The bounds _LOW (an address), _HUGE (bytes) and _SMALL (values) of fastbn/torch/tensors.py, which explains them.
 cdef size_t LOW = 4294967296
 cdef int64_t HUGE = 4194304
 cdef int64_t LITTLE = 16384
@@ -147,7 +147,7 @@ cdef enum:  # DLPack's numbers
 
 
 cdef bint are_alike(const fbn_tensor *t, const fbn_tensor *other) noexcept nogil:
-    """Whether they have one dtype and shape."""
+    """Whether two tensors have the same dtype and shape."""
     cdef int i
     if t.kind != other.kind or t.bits != other.bits or t.ndim != other.ndim:
         return False
@@ -158,7 +158,7 @@ cdef bint are_alike(const fbn_tensor *t, const fbn_tensor *other) noexcept nogil
 
 
 cdef int64_t elements_of(const fbn_tensor *t) noexcept nogil:
-    """How many values a contiguous tensor has; -1 if it is not contiguous."""
+    """The number of values of a contiguous tensor; -1 if it is not contiguous."""
     cdef int64_t values = 1
     cdef int i
     for i in range(t.ndim - 1, -1, -1):
@@ -169,7 +169,7 @@ cdef int64_t elements_of(const fbn_tensor *t) noexcept nogil:
 
 
 cdef int number_of(const fbn_tensor *t) noexcept:
-    """NumPy's number of a dtype; -1 for one that data may not have."""
+    """NumPy's number of a tensor's dtype; -1 if data may not have that dtype."""
     if t.kind == FLOAT and t.bits == 32:
         return cnp.NPY_FLOAT32
     if t.kind == FLOAT and t.bits == 64:
@@ -180,9 +180,9 @@ cdef int number_of(const fbn_tensor *t) noexcept:
 
 
 cdef class Tensors:
-    """The usual calls on tensors of these classes: contiguous, in the CPU's memory and nothing but their values.
+    """Calls on plain tensors: of these classes, contiguous, in the CPU's memory and not negated lazily.
 
-    `exchange` is the classes' __dlpack_c_exchange_api__; empty_like(tensor) gives another one.
+    `exchange` is the classes' __dlpack_c_exchange_api__; empty_like(tensor) makes a tensor like the given one.
     """
 
     cdef object classes, empty_like, threads
@@ -191,11 +191,11 @@ cdef class Tensors:
     def __init__(self, classes, exchange, empty_like, threads):
         self.classes, self.empty_like, self.threads = classes, empty_like, threads
         self.exchange = <const fbn_exchange *> PyCapsule_GetPointer(exchange, "dlpack_exchange_api")
-        if self.exchange.major != 1 or self.exchange.look == NULL:  # of which this knows nothing
+        if self.exchange.major != 1 or self.exchange.look == NULL:  # another layout of the struct
             self.exchange = NULL
 
     cdef bint look(self, object value, fbn_tensor *t, bint is_new=False) except -1:
-        """Whether a value is a usual tensor; so is None, without data. A new one is not negated."""
+        """Fills t for a plain tensor, or sets t.data to NULL for None; False for others. A new one is not negated."""
         t.data = NULL
         if value is None:
             return True
@@ -203,23 +203,23 @@ cdef class Tensors:
             return False
         try:
             self.exchange.look(<void *> value, t)
-        except RuntimeError:  # it has no memory
+        except RuntimeError:  # the tensor has no memory
             return False
         t.data += t.byte_offset
         return t.device == CPU and <size_t> t.data >= LOW and elements_of(t) >= 0
 
     cdef bint look_at_data(self, object value, fbn_tensor *t, const fbn_tensor *x, bint is_new=False) except -1:
-        """Whether a value is a usual tensor like x, or None."""
+        """Whether a value is None or a plain tensor of x's dtype and shape."""
         return self.look(value, t, is_new) and (t.data == NULL or are_alike(t, x))
 
     cdef bint look_at_channels(self, object value, fbn_tensor *t, const fbn_tensor *x, bint is_new=False) except -1:
-        """Whether a value is a usual tensor with a value of the statistics dtype for each of x's channels, or None."""
+        """Whether a value is None or a plain tensor of one value for each of x's channels, in the statistics dtype."""
         return self.look(value, t, is_new) and (t.data == NULL or (
             t.ndim == 1 and t.shape[0] == x.shape[1] and t.kind == FLOAT and t.bits == (64 if x.bits == 64 else 32)
         ))
 
     def place(self, x not None, residual, gamma, beta, mean, var, channels, bint batch):
-        """(addresses, shape, 1) for `normalize`; with batch statistics there must be two values a channel."""
+        """Returns (addresses, shape, 1) for `normalize`, or None. Batch statistics need two values per channel."""
         cdef fbn_tensor t[6]
         if not self.look(x, &t[0]) or number_of(&t[0]) < 0 or t[0].ndim < 2 or type(channels) is not int:
             return None
@@ -242,7 +242,7 @@ cdef class Tensors:
     def normalize(
         self, tuple where, x not None, double momentum, double eps, activation, bint training, bint keeps
     ):
-        """(y, saved) by forward_at, of an x that `place` found, and that is not huge; or None."""
+        """Returns (y, saved) by `forward_at`, for an x of less than HUGE bytes that `place` has accepted, or None."""
         cdef fbn_tensor t[2]
         addresses, shape, axis = where
         if shape is None or axis != 1 or not 0 <= momentum <= 1 or not self.look(x, &t[0], True):
@@ -261,9 +261,9 @@ cdef class Tensors:
     def differentiate(
         self, dy not None, x not None, residual, gamma, beta, saved, bint training, activation, tuple wanted
     ):
-        """The gradients of x, residual, gamma, beta and nothing, by backward_at, None where not wanted; or None.
+        """Returns the gradients of x, residual, gamma and beta by `backward_at`, and a None, or None for other calls.
 
-        Those of gamma and beta have their dtypes.
+        A gradient that is not wanted is None. The gradients of gamma and beta have the dtypes of gamma and beta.
         """
         cdef fbn_tensor t[7]
         cdef bint for_x = wanted[0], for_residual = wanted[1], activates = activation is not None

@@ -1,10 +1,10 @@
-# A plan for the bridge: inference whose constants are computed once. A call of a plain array is nothing but the map.
+# A plan: the constants of inference are computed once, and a call on a plain array only maps x to y.
 #
-# As in the express lane, None, with nothing done, is the answer to any call that is not plain.
+# As in the express lane, a call that is not plain returns None and has changed nothing.
 
 
 cdef class Plan:
-    """Written by the constructor alone, so that calls may run in parallel."""
+    """Only the constructor writes the attributes, so calls may run in parallel."""
 
     cdef c.fbn_machine machine
     cdef c.fbn_problem problem
@@ -16,7 +16,7 @@ cdef class Plan:
         self, cnp.ndarray gamma, cnp.ndarray beta, cnp.ndarray mean not None, cnp.ndarray var not None, double eps,
         int axis, int activation, double slope, object threads,
     ):
-        """The parameters are as `infer` takes them; the axis may be negative; threads() tells how many may work."""
+        """Takes the parameters of `infer`. The axis may be negative. threads() gives the number of threads to use."""
         cdef c.fbn_plan_args a = NO_PLAN
         cdef Sizes sizes
         memset(&sizes, 0, sizeof(sizes))
@@ -39,7 +39,7 @@ cdef class Plan:
         free(self.constants)
 
     def run(self, object x, object out, object residual):
-        """y, or None."""
+        """Returns y, or None if the call is not plain."""
         cdef c.fbn_problem p = NO_PROBLEM
         cdef c.fbn_run_args a = NO_RUN
         cdef int64_t bytes
