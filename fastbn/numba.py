@@ -104,7 +104,7 @@ _TYPES = {"i": types.int64, "d": types.float64, "p": types.uintp}
 _infer, _forward, _backward = map(_external, ("infer", "forward", "backward"))
 
 if hasattr(os, "register_at_fork"):  # in a forked process, GNU OpenMP would wait forever for the parent's threads
-    os.register_at_fork(after_in_child=_BRIDGE.stay_alone)
+    os.register_at_fork(after_in_child=_BRIDGE.use_one_thread)
 
 # What is known when a function is compiled ---------------------------------------------------------------------------
 

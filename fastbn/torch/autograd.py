@@ -117,7 +117,7 @@ def _in_dtypes(found: Gradients, gamma: Any, beta: Any) -> tuple[Tensor | None, 
 # As an operator ------------------------------------------------------------------------------------------------------
 
 
-def _known(where: Place | None, *tensors: Tensor | None) -> Place:
+def _checked_place(where: Place | None, *tensors: Tensor | None) -> Place:
     """The place of an operator's tensors; raises if the operators cannot take them."""
     if has_tangent(*tensors):
         raise NotImplementedError(
@@ -144,7 +144,7 @@ def operator(
     training = mean is None
     where = place(x, residual, gamma, beta, mean, var, x.shape[1], training)
     y, saved = normalize(
-        _known(where, x, residual, gamma, beta, mean, var),
+        _checked_place(where, x, residual, gamma, beta, mean, var),
         x=x,
         residual=residual,
         gamma=gamma,
@@ -176,7 +176,7 @@ def _operator_backward(
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns the gradients of x, residual, gamma and beta. A gradient that is not wanted is an empty tensor."""
-    where = _known(place_of_gradient(dy, x, residual), dy, x, residual)
+    where = _checked_place(place_of_gradient(dy, x, residual), dy, x, residual)
     found = differentiate(where, dy, x, residual, saved.numpy(), training, joined(activation, slope), wanted)
     dx, dresidual, dgamma, dbeta = (x.new_empty(0) if gradient is None else gradient for gradient in found)
     return dx, dresidual, dgamma, dbeta

@@ -1,9 +1,9 @@
-# The bridge for jitted code: functions that take numbers and addresses alone, and are called by their own address.
+# The bridge for jitted code: functions that take only numbers and addresses, and are called by their own address.
 #
 # Each returns a status of fastbn.h, or NO_MEMORY. The address 0 stands for an array that is absent.
 
 # Whether this process was forked from one in which OpenMP may have threads. Jitted code cannot find that out itself.
-cdef bint alone = False
+cdef bint one_thread = False
 
 
 cdef c.fbn_problem flat_problem(
@@ -14,7 +14,7 @@ cdef c.fbn_problem flat_problem(
     p.dtype, p.activation, p.slope = <c.fbn_dtype> dtype, <c.fbn_activation> activation, slope
     p.outer, p.channels, p.inner = outer, channels, inner
     p.threads = <int> threads if 1 <= threads <= c.FBN_MOST_THREADS else 0  # the verb refuses 0
-    if alone and p.threads:
+    if one_thread and p.threads:
         p.threads = 1
     return p
 
@@ -85,7 +85,7 @@ def numbers():
     }
 
 
-def stay_alone():
+def use_one_thread():
     """Makes jitted code use one thread from now on, whatever its calls ask for."""
-    global alone
-    alone = True
+    global one_thread
+    one_thread = True
