@@ -5,15 +5,13 @@ and also from plain Python. They take C-contiguous arrays of float32 and float64
 Results are those of the functions of `fastbn`, bit for bit, with these differences:
 
 - Parameters and statistics have the statistics dtype: float64 for float64, and float32 for float32.
-- `threads=` is the number of threads that one call may use, by default 1, since jitted code is often parallel itself.
-  `fastbn.set_num_threads` and the environment have no effect. The bits are the same for any number of threads.
+- `threads=` is how many threads one call may use, by default 1. `fastbn.set_num_threads` has no effect on it.
 - `forward` returns (y, cache), where cache is a named tuple of arrays and numbers. It takes no mask, and no out=x.
 - `backward` returns (dx, dgamma, dbeta, dresidual), always with dgamma and dbeta; dresidual is None without a residual.
 
 A wrong dtype or memory layout raises TypingError when the function is compiled. A wrong shape or value raises
-ValueError when it runs, before anything is changed. If there is no memory for the workspace, MemoryError is raised.
-A function that calls these may be kept on disk (cache=True) if its module imports fastbn.numba. Numba does not notice
-that fastbn has changed, so clear that cache after an update.
+ValueError when it runs, before anything is changed. A function that calls these may be kept on disk (cache=True) if its
+module imports fastbn.numba; clear that cache after an update of fastbn, which Numba does not notice.
 
 >>> import numba, numpy as np, fastbn.numba as fbn
 >>> @numba.njit(nogil=True)
@@ -41,8 +39,8 @@ from numba.extending import overload
 
 from ._backends import SAVED_ROWS, select
 from ._backends.jit import jit
-from .call import checks
-from .call.activations import BY_NAME, DEFAULT_SLOPES, split
+from .call.activations import BY_NAME, DEFAULT_SLOPES, name_and_slope
+from .call.checks import ACTIVATIONS as _ALLOWED
 
 Array = np.ndarray
 
@@ -111,8 +109,7 @@ if hasattr(os, "register_at_fork"):  # in a forked process, GNU OpenMP would wai
 _DTYPES = {types.float32: _IN_C["FBN_F32"], types.float64: _IN_C["FBN_F64"]}
 _ACTIVATIONS = tuple(name or "" for name in BY_NAME)  # in the order of their codes
 _TAKE_SLOPE = tuple(name in DEFAULT_SLOPES for name in BY_NAME)
-_SLOPES = tuple(split(name)[1] for name in BY_NAME)
-_ALLOWED = checks.ACTIVATIONS
+_SLOPES = tuple(name_and_slope(name)[1] for name in BY_NAME)
 
 
 def _by_type(choose: Callable[..., Any]) -> Any:
@@ -310,7 +307,6 @@ def _code_and_slope(activation: Any) -> Any:
 
 
 # What is known when it runs ------------------------------------------------------------------------------------------
-
 
 _jit = jit(nogil=True, cache=True)
 
@@ -511,9 +507,8 @@ def backward(dy: Array, cache: Cache, out: Array | None = None, threads: int = 1
     _expect_threads(threads)
     added, upstream = _residual_in_cache(cache.residual, x), _dy(dy, x)
     _expect_apart("out", _extent(out), (("cache.saved", _extent(cache.saved)),))
-    dx = _result(out, x)
+    dx, dresidual = _result(out, x), _gradient_of_residual(cache.residual, dy)
     dgamma, dbeta = _statistics_like(x, channels), _statistics_like(x, channels)
-    dresidual = _gradient_of_residual(cache.residual, dy)
     dtype, code, slope, frozen = _dtype_code(x), cache.activation, cache.slope, cache.frozen
     at, kept, to, to_residual = _address_of(x), _address_of(cache.saved), _address_of(dx), _address_of(dresidual)
     to_gamma, to_beta = _address_of(dgamma), _address_of(dbeta)

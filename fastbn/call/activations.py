@@ -24,11 +24,11 @@ DEFAULT_SLOPES = {"leaky_relu": 0.01}
 """The activations that have a slope, and the slope that the name alone means; ("leaky_relu", slope) gives another."""
 
 
-def split(activation: Any) -> tuple[str | None, float]:
+def name_and_slope(activation: Any) -> tuple[str | None, float]:
     """The name and the slope of an activation as users give it; the slope is 0 for activations that have none."""
     return activation if isinstance(activation, tuple) else (activation, DEFAULT_SLOPES.get(activation, 0.0))
 
 
-def joined(name: str | None, slope: float) -> Any:
+def as_given(name: str | None, slope: float) -> Any:
     """An activation as users give it, from its name and slope."""
     return (name, slope) if name in DEFAULT_SLOPES else name

@@ -11,7 +11,7 @@ from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 
-from .activations import BY_NAME, DEFAULT_SLOPES, Activation, split
+from .activations import BY_NAME, DEFAULT_SLOPES, Activation, name_and_slope
 from .dtypes import KINDS, DType, find, is_float, kind_of, native
 from .shape import positions_of
 
@@ -289,7 +289,7 @@ def activation(value: object) -> tuple[Activation, float]:
     if isinstance(value, str) or value is None:
         if value not in BY_NAME:
             _refuse(ValueError, "activation", shown(value), ACTIVATIONS)
-        name, slope = split(value)
+        name, slope = name_and_slope(value)
         return BY_NAME[name], slope
     if not isinstance(value, tuple) or len(value) != 2 or not isinstance(value[0], str):
         _refuse(TypeError, "activation", shown(value), ACTIVATIONS)

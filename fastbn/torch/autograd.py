@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .._backends import SAVED_ROWS
-from ..call.activations import joined, split
+from ..call.activations import as_given, name_and_slope
 from ..ops import Activation
 from . import formulas
 from .formulas import Gradients
@@ -154,7 +154,7 @@ def operator(
         training=training,
         momentum=0.0,
         eps=eps,
-        activation=joined(activation, slope),
+        activation=as_given(activation, slope),
     )
     return y, torch.from_numpy(saved)
 
@@ -177,7 +177,7 @@ def _operator_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns the gradients of x, residual, gamma and beta. A gradient that is not wanted is an empty tensor."""
     where = _checked_place(place_of_gradient(dy, x, residual), dy, x, residual)
-    found = differentiate(where, dy, x, residual, saved.numpy(), training, joined(activation, slope), wanted)
+    found = differentiate(where, dy, x, residual, saved.numpy(), training, as_given(activation, slope), wanted)
     dx, dresidual, dgamma, dbeta = (x.new_empty(0) if gradient is None else gradient for gradient in found)
     return dx, dresidual, dgamma, dbeta
 
@@ -208,7 +208,7 @@ def _differentiate(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled() or transformed() or lacks_memory(dy) or has_tangent(dy):
         check_saved(dy, x, residual)
         wanted = for_x, for_residual, for_gamma, for_beta
-        activation = joined(ctx.activation, ctx.slope)
+        activation = as_given(ctx.activation, ctx.slope)
         found = formulas.gradients(dy, x, residual, gamma, beta, saved, ctx.training, ctx.eps, activation, wanted)
     else:
         asked = [for_x, for_residual and ctx.activation is not None, for_gamma, for_beta]
@@ -236,7 +236,7 @@ def normalize_by_operator(
 ) -> Tensor:
     """`normalize` by the operator. Running statistics are updated here, since an operator with a gradient may not."""
     given_mean, given_var = (None, None) if training else (mean, var)
-    name, slope = split(activation)
+    name, slope = name_and_slope(activation)
     y, saved = operator(x, residual, gamma, beta, given_mean, given_var, eps, name, slope)
     if training and mean is not None and var is not None:
         formulas.blend(mean, var, saved, x.numel() // x.shape[1], momentum)

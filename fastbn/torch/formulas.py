@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .._backends import SAVED_ROWS
 from .._moments import blended
-from ..call.activations import DEFAULT_SLOPES, split
+from ..call.activations import DEFAULT_SLOPES, name_and_slope
 from ..ops import Activation
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -20,7 +20,7 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 def activated(y: Tensor, activation: Activation) -> Tensor:
     """The activation of y."""
-    name, slope = split(activation)
+    name, slope = name_and_slope(activation)
     if name is None:
         return y
     return getattr(torch.nn.functional, name)(y, *[slope] * (name in DEFAULT_SLOPES))
@@ -32,7 +32,7 @@ def _activation_gradient(dy: Tensor, z: Tensor, activation: Activation) -> Tenso
     Where torch's vector code and scalar code differ at NaN, the gradient is dy for relu6 (not 0) and NaN for hardswish
     (not dy), so that no NaN is lost.
     """
-    name, slope = split(activation)
+    name, slope = name_and_slope(activation)
     if name == "relu":
         return torch.where(z <= 0, 0, dy)
     if name == "relu6":

@@ -13,7 +13,7 @@ cimport numpy as cnp
 
 from fastbn cimport cfastbn as c
 
-from fastbn.call.activations import BY_NAME, split
+from fastbn.call.activations import BY_NAME, name_and_slope
 
 cdef extern from "Python.h":
     long PyLong_AsLongAndOverflow(object value, int *overflow)

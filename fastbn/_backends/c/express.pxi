@@ -10,7 +10,7 @@ cdef enum:
     MOST_AXES = 64  # that a NumPy array may have
 
 # The codes and the default slopes of activations, by name.
-cdef dict ACTIVATIONS = {name: (int(code), split(name)[1]) for name, code in BY_NAME.items()}
+cdef dict ACTIVATIONS = {name: (int(code), name_and_slope(name)[1]) for name, code in BY_NAME.items()}
 
 
 cdef int set_activation(c.fbn_problem *p, object activation) except -1:
