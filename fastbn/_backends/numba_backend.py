@@ -1,15 +1,15 @@
 """How does Numba compute batch norm? In plain loops (numba_loops.py), compiled on first use and kept on disk.
 
-A call reduces (adds up each channel), finishes (makes a channel's constants of its sums) and maps (makes y or dx of
-the constants). The data is walked in strips, parts of the channels, and in the rows of a strip, which are runs of
-memory: a piece of one channel's plane where planes are large, else columns of as many channels as fit in, and of
-several samples where all do. Each column has its channel's constants, and sums of its own, which are then put together.
-Sums are float64, about a value near the mean, so that a common offset cancels before anything is squared.
+A call reduces (adds up each channel) and maps (makes constants of the sums, and y or dx of the constants). The data is
+walked in strips, parts of the channels, and in the rows of a strip, which are runs of memory: a piece of one channel's
+plane where planes are large, else columns of as many channels as fit in, and of several samples where all do. Each
+column has its channel's constants, and sums of its own, which are then put together. Sums are float64, about a value
+near the mean, so that a common offset cancels before anything is squared.
 
-Where strips fit in the cache, one thread does all steps on a strip. Otherwise all threads do one step after the other,
-and map from the end backwards, which the cache still holds. A strip is summed by segments of its rows. Both follow
-from the shape alone, and segments are added in order, so no bit depends on the number of threads. These are Python's,
-and run the same compiled code without the GIL.
+Where strips fit in the cache, one thread reduces and maps a strip. Otherwise all threads reduce, and then map from the
+end backwards, which the cache still holds. A strip is summed by segments of its rows. Both follow from the shape alone,
+and segments are added in order, so no bit depends on the number of threads. These are Python's, and run the same
+compiled code without the GIL.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ..call.record import BackwardCall, Call
 from ..config import thread_count
 from . import SAVED_ROWS
 from . import numba_loops as loops
-from .numba_loops import BETA, DZ, GAMMA, IDENTITY, INV_STD, MEAN, MEAN_LOW, STRIP, VAR, X, compiled, row_of
+from .numba_loops import BETA, GAMMA, IDENTITY, INV_STD, MEAN, MEAN_LOW, STRIP, SUM, VAR, compiled
 
 DTYPES = frozenset({"float32", "float64"})
 
@@ -37,8 +37,6 @@ STRIP_BYTES = 1 << 22  # of a strip that one thread takes by itself
 WORK_PER_THREAD = 32768  # values that are worth waking a thread for
 _MOST_THREADS = int(numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
 
-PREPARE, REDUCE, FINISH, MAP = 1, 2, 4, 8
-
 _jit = compiled()
 _part = compiled(inline="always")  # of the one function that calls it
 _kept = compiled(cache=True)
@@ -47,8 +45,6 @@ _kept = compiled(cache=True)
 class _Split(NamedTuple):
     """How data is cut, which follows from its shape alone."""
 
-    size: int
-    channels: int
     inner: int
     block: int  # channels in a strip
     strips: int
@@ -60,8 +56,10 @@ class _Split(NamedTuple):
     rows: int  # in a strip
     segment: int  # rows in a segment
     segments: int
-    columns: int  # with constants and sums of their own: those of a row, one of a plane
     span: int  # columns of one channel that lie together
+    channel_of: Array  # of each column, in its strip; a plane has one column
+    position_of: Array  # of each value of a row, in the mask: from that of the first
+    positions: int  # in the mask, of a plane or row
 
 
 class _Task(NamedTuple):
@@ -74,10 +72,10 @@ class _Task(NamedTuple):
     out: Array  # y or dx
     dresidual: Array
     origin: Array  # of the sums of each channel; the mean in a backward call
-    parts: Array  # (segments, 2, channels): the sums; no segments where none are taken
+    parts: Array  # (2, channels, segments): the sums; no segments where none are taken
     totals: Array  # (2, channels): sum and m2, or dbeta and dgamma
     saved: Array  # (6, channels)
-    constants: Array  # (loops.CONSTANTS, channels), in the data's dtype
+    constants: Array  # (loops.CONSTANTS, channels)
     count: float  # type: ignore[assignment]  # of the values in each channel's statistics
     eps: float
     activation: int
@@ -85,8 +83,6 @@ class _Task(NamedTuple):
     backward: bool
     frozen: bool
     from_y: bool
-    as_it_is: bool  # the sums and dx come of dy and x as they are
-    in_place: bool
 
 
 def _up(a: int, b: int) -> int:
@@ -96,11 +92,10 @@ def _up(a: int, b: int) -> int:
 @functools.lru_cache(maxsize=256)
 def _split(shape: tuple[int, int, int]) -> _Split:
     outer, channels, inner = shape
-    plane, pieces, repeats = inner > STRIP // 2, 1, 1
-    if plane:
-        block, width = 1, inner  # into equal pieces, if they are not short
+    plane, block, pieces, repeats = inner > STRIP // 2, 1, 1, 1
+    if plane:  # into equal pieces, if they are not short
         length = next((n for n in range(min(inner, STRIP), STRIP // 2, -1) if inner % n == 0), STRIP)
-        pieces = _up(inner, length)
+        pieces, width = _up(inner, length), inner
     else:
         block = max(1, min(channels, STRIP // max(1, inner)))
         if block == channels:
@@ -108,176 +103,150 @@ def _split(shape: tuple[int, int, int]) -> _Split:
         length = width = repeats * block * inner
     rows = _up(outer, repeats) * pieces
     segment = max(SEGMENT_ROWS, _up(rows, SEGMENTS_MOST))
+    samples, channel_of, i = (index.ravel() for index in np.indices((repeats, block, length if plane else inner)))
     return _Split(
-        size=outer * channels * inner, channels=channels, inner=inner, block=block, strips=_up(channels, block),
-        plane=plane, pieces=pieces, length=length, width=width, stride=repeats * channels * inner, rows=rows,
-        segment=segment, segments=max(1, _up(rows, segment)), columns=1 if plane else length,
-        span=1 if plane else inner,
+        inner=inner, block=block, strips=_up(channels, block), plane=plane, pieces=pieces, length=length, width=width,
+        stride=repeats * channels * inner, rows=rows, segment=segment, segments=max(1, _up(rows, segment)),
+        span=1 if plane else max(1, inner), channel_of=channel_of[:1] if plane else channel_of,
+        position_of=samples * inner + i, positions=repeats * inner,
     )  # fmt: skip
 
 
-# The rows of a strip -------------------------------------------------------------------------------------------------
+# A strip: channels c0 to c1 ------------------------------------------------------------------------------------------
 
 
 @compiled(forceinline=True)
-def _run(p: _Split, c0: int, c1: int, row: int) -> tuple[int, int]:
+def _run(p: _Split, q: _Task, c0: int, c1: int, row: int) -> tuple[int, int]:
     """Where a row begins and ends."""
     at = row % p.pieces * p.length
     start = row // p.pieces * p.stride + c0 * p.inner + at
     width = p.width - (p.block - (c1 - c0)) * p.inner
-    return start, min(start + min(p.length, width - at), p.size)
+    return start, min(start + min(p.length, width - at), q.x.size)
 
 
 @_jit
-def _spread(p: _Split, values: Array, c0: int, c1: int, row: Array) -> None:
-    """Gives each column its channel's value."""
-    given = values[c0:c1]
-    for start in range(0, p.columns, p.block * p.span):
-        here = row[start:]
-        if p.span == 1:
-            loops.copy(given, here)
-        else:
-            for i in range(given.size):
-                here[i * p.span : (i + 1) * p.span] = given[i]
+def _spread(p: _Split, q: _Task, constants: int, c0: int, c1: int, line: Array) -> None:
+    """Gives each column its channel's constants."""
+    for j in range(constants):
+        of_strip = q.constants[j, c0:c1]
+        for k in range(p.channel_of.size - (p.block - (c1 - c0)) * p.span):
+            line[j * STRIP + k] = of_strip[p.channel_of[k]]
 
 
 @_jit
-def _fold(p: _Split, row: Array, c0: int, c1: int, totals: Array) -> None:
+def _fold(p: _Split, q: _Task, c0: int, c1: int, segment: int, line: Array) -> None:
     """Adds up what the columns of each channel have."""
-    of_block = totals[c0:c1]
-    of_block[:] = 0.0
-    for start in range(0, p.columns, p.block * p.span):
-        here = row[start:]
-        for i in range(of_block.size):
-            of_block[i] += here[i] if p.span == 1 else loops.total(here[i * p.span : (i + 1) * p.span])
-
-
-@_jit
-def _keep(p: _Split, mask: Array, c0: int, c1: int, start: int, kept: Array) -> None:
-    """What the mask says of each value of a run: any byte but 0 is True."""
-    k = 0
-    while k < kept.size:
-        at = (start + k) % p.inner
-        first = (start + k) // (p.channels * p.inner) * p.inner + at
-        end = min(kept.size, k + (c1 - c0 if p.inner == 1 else p.inner - at))
-        for i in range(end - k):
-            kept[k + i] = mask[first if p.inner == 1 else first + i] != 0
-        k = end
+    for j in range(2):
+        for k in range(0, p.channel_of.size - (p.block - (c1 - c0)) * p.span, p.span):
+            first = (SUM + j) * STRIP + k
+            q.parts[j, c0 + p.channel_of[k], segment] += loops.total(line[first : first + p.span])
 
 
 @_part
-def _prepare(p: _Split, q: _Task, i: int, end: int, line: Array, kept: Array) -> None:
-    """Fills the rows of `line` from which the sums and dx of a run come: dz, and what stands for x where x does not."""
-    n, slope = end - i, line.dtype.type(q.slope)
+def _prepare(p: _Split, q: _Task, i: int, end: int, row: int, line: Array, dz: Array, seen: Array, kept: Array) -> None:
+    """Fills what the sums and dx of a run come from: dz, what is seen in place of x, and what the mask says."""
+    slope, x, residual, dy = dz.dtype.type(q.slope), q.x[i:end], q.residual[i:end], q.dy[i:end]
     if q.from_y:
-        loops.deactivate(q.activation, q.x[i:end], q.residual[i:end], row_of(line, DZ, n), row_of(line, X, n), slope)
-    elif q.activation != IDENTITY and q.residual.size:
-        loops.normalize_and_add(p.plane, q.x[i:end], q.residual[i:end], row_of(line, DZ, n), line)
-    elif q.activation != IDENTITY:
-        loops.normalize(p.plane, q.x[i:end], row_of(line, DZ, n), line)
-    loops.activate_gradient(q.activation, q.dy[i:end], row_of(line, DZ, n), slope)
+        loops.deactivate(q.activation, x, residual, dz, seen, slope)
+    elif q.activation != IDENTITY and q.backward:
+        loops.normalize(p.plane, x, residual, dz, line)
+    loops.activate_gradient(q.activation, dy, dz, slope)
     if q.mask.size:
-        loops.judge(q.frozen, kept[:n], q.dy[i:end], row_of(line, DZ, n))
+        first = row // p.pieces * p.positions + row % p.pieces * p.length
+        loops.judge(q.frozen, q.mask[first:], p.position_of, dy, kept, dz)
 
 
 @_part
-def _walk(
-    p: _Split, q: _Task, adding: bool, c0: int, c1: int, segment: int, line: Array, kept: Array, sums: Array
+def _reduce(
+    p: _Split, q: _Task, c0: int, c1: int, segment: int, line: Array, dz: Array, seen: Array, kept: Array
 ) -> None:
-    """Adds the rows of a segment to the sums, or fills what comes of them."""
+    """Adds up the rows of a segment."""
+    line[SUM * STRIP :] = 0.0
     row, last = segment * p.segment, min(p.rows, (segment + 1) * p.segment)
-    in_place = q.in_place and not adding  # LLVM's loops are faster from one array to another
-    prepared, moved = q.backward and (in_place or not q.as_it_is), not q.backward and in_place
-    xs, dzs = line if q.from_y or moved else q.x, line if prepared else q.dy if q.backward else q.x
-    four = adding and q.as_it_is and not p.plane
+    as_it_is = q.mask.size == 0 and not q.from_y and (q.activation == IDENTITY or not q.backward)
     while row < last:
-        i, end = _run(p, c0, c1, row)
-        if four and row + 4 <= last and end + 3 * p.stride <= p.size:
-            loops.add_four(q.backward, dzs, xs, i, end, p.stride, sums)
+        i, end = _run(p, q, c0, c1, row)
+        n = end - i
+        if as_it_is and not p.plane and row + 4 <= last and end + 3 * p.stride <= q.x.size:
+            loops.add(4, p.stride, q.backward, q.dy[i:], q.x[i:], kept[:0], n, line)
             row += 4
             continue
-        if q.mask.size:
-            _keep(p, q.mask, c0, c1, i, kept[: end - i])
-        if prepared:
-            _prepare(p, q, i, end, line, kept)
-        if moved:
-            loops.copy(q.x[i:end], row_of(line, X, end - i))
-        k, j = X * STRIP if q.from_y or moved else i, DZ * STRIP if prepared else i
-        k_end, j_end = k + end - i, j + end - i
-        if adding and p.plane:
-            loops.add_plane(q.backward, dzs[j:j_end], xs[k:k_end], kept, sums)
-        elif adding:
-            loops.add(q.backward, dzs[j:j_end], xs[k:k_end], kept, sums)
-        elif q.backward:
-            if not q.frozen:
-                loops.differentiate(p.plane, dzs[j:j_end], xs[k:k_end], q.out[i:end], line)
-            if q.frozen or q.mask.size:
-                loops.leave_out(p.plane, kept, dzs[j:j_end], q.out[i:end], line)
-            if q.dresidual.size:
-                loops.copy(dzs[j:j_end], q.dresidual[i:end])
+        if not as_it_is:
+            _prepare(p, q, i, end, row, line, dz[:n], seen[:n], kept[:n])
+        dzs, xs = q.dy[i:end] if as_it_is else dz[:n], seen[:n] if q.from_y else q.x[i:end]
+        if p.plane:
+            loops.add_plane(q.backward, dzs, xs, kept[:n], line)
         else:
-            if q.residual.size:
-                loops.normalize_and_add(p.plane, xs[k:k_end], q.residual[i:end], q.out[i:end], line)
-            else:
-                loops.normalize(p.plane, xs[k:k_end], q.out[i:end], line)
-            if q.activation != IDENTITY:
-                loops.activate(q.activation, q.out[i:end], line.dtype.type(q.slope))
+            loops.add(1, 0, q.backward, dzs, xs, kept[:n], n, line)
         row += 1
+    _fold(p, q, c0, c1, segment, line)
 
 
 @_part
-def _finish(q: _Task, c0: int, c1: int) -> None:
-    """Makes the constants of y, or of dx, of the channels' sums."""
-    reduced = q.parts.shape[0] > 0
-    for segment in range(q.parts.shape[0]):
-        for k in range(2):
-            for c in range(c0, c1):
-                q.totals[k, c] += q.parts[segment, k, c]
-    for c in range(c0, c1):
+def _map(p: _Split, q: _Task, c0: int, c1: int, segment: int, line: Array, dz: Array, seen: Array, kept: Array) -> None:
+    """Fills y or dx in the rows of a segment."""
+    for row in range(segment * p.segment, min(p.rows, (segment + 1) * p.segment)):
+        i, end = _run(p, q, c0, c1, row)
+        n = end - i
         if q.backward:
-            if reduced:
-                q.totals[1, c] = (q.totals[1, c] - q.totals[0, c] * q.saved[MEAN_LOW, c]) * q.saved[INV_STD, c]
-            loops.set_gradient(q.saved, q.totals, q.count, q.constants, c)
+            _prepare(p, q, i, end, row, line, dz[:n], seen[:n], kept[:n])
+            x = seen[:n] if q.from_y else q.x[i:end]
+            loops.differentiate(p.plane, kept[:n], dz[:n], x, q.out[i:end], line)
+            if q.dresidual.size:
+                loops.copy(dz[:n], q.dresidual[i:end])
         else:
-            if reduced:
-                loops.set_moments(q.origin, q.totals, q.count, q.saved, c)
-            var = q.saved[VAR, c] + q.eps
-            q.saved[INV_STD, c] = 0.0 if var == 0 else 1 / math.sqrt(var)
+            loops.normalize(p.plane, q.x[i:end], q.residual[i:end], dz[:n], line)
+            loops.activate(q.activation, dz[:n], q.out[i:end], dz.dtype.type(q.slope))
 
 
-# Threads -------------------------------------------------------------------------------------------------------------
+@_part
+def _finish(q: _Task, c: int) -> None:
+    """Makes a channel's constants of its sums. Threads that share a strip all do it, and write the same."""
+    first, second = q.totals[0, c], q.totals[1, c]
+    reduced = q.parts.shape[2] > 0
+    if reduced:
+        first, second = loops.total(q.parts[0, c]), loops.total(q.parts[1, c])
+    if q.backward:
+        if reduced:
+            second = (second - first * q.saved[MEAN_LOW, c]) * q.saved[INV_STD, c]
+        loops.set_gradient(q.saved, first, second, q.count, q.constants, c)
+    else:
+        if reduced:
+            second = loops.set_moments(q.origin[c], first, second, q.count, q.saved, c)
+        var = q.saved[VAR, c] + q.eps
+        q.saved[INV_STD, c] = 0.0 if var == 0 else 1 / math.sqrt(var)
+    loops.set_line(q.saved, q.constants, c)
+    q.totals[0, c], q.totals[1, c] = first, second
 
 
 @_kept
-def _share(steps: int, unit: int, last: int, p: _Split, q: _Task) -> None:
-    """The steps of some segments, counted through all strips. PREPARE and FINISH are those of whole strips."""
-    line, sums = np.zeros(loops.LINE_ROWS * STRIP, q.constants.dtype), np.empty(loops.SUM_ROWS * STRIP)
-    kept = np.full(STRIP, loops.MOVES_NO_OTHER if q.frozen else loops.COUNTS, np.uint8)
+def _share(reduces: bool, maps: bool, unit: int, last: int, p: _Split, q: _Task) -> None:
+    """Reduces or maps some segments, counted through all strips, or does both to whole strips."""
+    line = np.empty(loops.LINE_ROWS * STRIP)
+    kept = np.full(STRIP if q.frozen or q.mask.size else 0, loops.MOVES_NO_OTHER, np.uint8)
+    dz, seen = np.zeros(STRIP, q.x.dtype), np.zeros(STRIP, q.x.dtype)
     while unit < last:
         strip, first = unit // p.segments, unit % p.segments
         end = min(first + last - unit, p.segments)
-        c0, c1 = strip * p.block, min((strip + 1) * p.block, p.channels)
-        for step in (PREPARE, REDUCE, FINISH, MAP):
-            if not steps & step:
-                continue
-            if step == FINISH:
-                _finish(q, c0, c1)
-            if step == (PREPARE if q.backward else FINISH):
-                for c in range(c0, c1):
-                    loops.set_line(q.saved, q.constants, c)
-            if step == REDUCE:
-                _spread(p, q.origin, c0, c1, sums)
-            if step == MAP or (step == REDUCE and not q.as_it_is):
-                for k in range(loops.CONSTANTS if q.backward else loops.FORWARD_CONSTANTS):
-                    _spread(p, q.constants[k], c0, c1, line[k * STRIP :])
-            for n in range(end - first if step in (REDUCE, MAP) else 0):
-                segment = first + n if step == REDUCE else end - 1 - n
-                if step == REDUCE:
-                    sums[STRIP:] = 0.0
-                _walk(p, q, step == REDUCE, c0, c1, segment, line, kept, sums)
-                for k in range(2 if step == REDUCE else 0):
-                    _fold(p, sums[(1 + k) * STRIP :], c0, c1, q.parts[segment, k])
+        c0, c1 = strip * p.block, min((strip + 1) * p.block, q.saved.shape[1])
+        if reduces:
+            for c in range(c0, c1):
+                loops.set_line(q.saved, q.constants, c)
+                q.constants[MEAN, c] = q.origin[c]
+            _spread(p, q, loops.FORWARD_CONSTANTS, c0, c1, line)
+            for segment in range(first, end):
+                _reduce(p, q, c0, c1, segment, line, dz, seen, kept)
+        if maps:
+            for c in range(c0, c1):
+                _finish(q, c)
+        if maps and q.out.size:
+            _spread(p, q, loops.CONSTANTS if q.backward else loops.FORWARD_CONSTANTS, c0, c1, line)
+            for segment in range(end - 1, first - 1, -1):
+                _map(p, q, c0, c1, segment, line, dz, seen, kept)
         unit += end - first
+
+
+# Threads -------------------------------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -285,17 +254,17 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(_MOST_THREADS, thread_name_prefix="fastbn")
 
 
-def _in_parallel(steps: int, threads: int, strips_whole: bool, p: _Split, q: _Task) -> None:
-    """Shares the work among threads of Python's, which run compiled code without the GIL.
+def _in_parallel(threads: int, reduces: bool, maps: bool, p: _Split, q: _Task) -> None:
+    """Shares segments among threads of Python's, or whole strips, which run compiled code without the GIL.
 
     Numba's own prange would compile `_share` once more, and LLVM may then fuse and order its operations otherwise: the
     bits would depend on the number of threads.
     """
-    length = p.segments if strips_whole else 1
+    length = p.segments if reduces and maps else 1
     units = p.strips * p.segments // length
     ends = [units * t // threads * length for t in range(threads + 1)]
-    others = [_pool().submit(_share, steps, ends[t], ends[t + 1], p, q) for t in range(1, threads)]
-    _share(steps, ends[0], ends[1], p, q)
+    others = [_pool().submit(_share, reduces, maps, ends[t], ends[t + 1], p, q) for t in range(1, threads)]
+    _share(reduces, maps, ends[0], ends[1], p, q)
     for other in others:
         other.result()
 
@@ -303,50 +272,44 @@ def _in_parallel(steps: int, threads: int, strips_whole: bool, p: _Split, q: _Ta
 # The verbs -----------------------------------------------------------------------------------------------------------
 
 
-def _input(array: Array) -> Array:
+def _input(array: Array | None, dtype: Any) -> Array:
     """As compiled code takes it: flat, and always read-only, since that is part of the type."""
-    flat = array.reshape(-1)
+    flat = np.empty(0, dtype) if array is None else array.reshape(-1)
     flat.flags.writeable = False
     return flat
 
 
 @np.errstate(all="ignore")
 def _calculate(
-    steps: int, x: Array, saved: Array, threads: int, *, origin: Array | None = None, residual: Array | None = None,
-    dy: Array | None = None, mask: Array | None = None, out: Array | None = None, dresidual: Array | None = None,
-    sums: Array | None = None, count: float = 1, eps: float = 0, activation: int = IDENTITY, slope: float = 0,
-    frozen: bool = False, from_y: bool = False,
+    call: Call | BackwardCall, saved: Array, out: Array | None, *, reduces: bool, count: float = 1,
+    totals: Array | None = None,
 ) -> Array:  # fmt: skip
-    """Does the steps: all at once where a thread has its strips to itself, else one after the other.
+    """Takes the sums of each channel, or has their `totals` or statistics, and fills y or dx, if it is given `out`.
 
-    Gives `sums`, (2, channels), or those that it takes itself.
+    Gives the totals, (2, channels).
     """
-    if not x.size:
-        steps &= FINISH
-    p, channels, changed = _split(x.shape), x.shape[1], x if dy is None else dy
-    absent, to_fill = _input(np.empty(0, x.dtype)), np.empty(0, x.dtype)
+    x, backward, dresidual = call.x, isinstance(call, BackwardCall), getattr(call, "dresidual", None)
+    mask = None if call.mask is None or not (reduces or backward) else call.mask.view(np.uint8)
+    p, channels = _split(x.shape), x.shape[1]
     q = _Task(
-        x=_input(x), residual=absent if residual is None else _input(residual), dy=absent if dy is None else _input(dy),
-        mask=_input(np.empty(0, np.uint8) if mask is None else mask.view(np.uint8)),
-        out=to_fill if out is None else out.reshape(-1),
-        dresidual=to_fill if dresidual is None else dresidual.reshape(-1),
-        origin=saved[MEAN] if origin is None else origin,
-        parts=np.empty((p.segments if steps & REDUCE else 0, 2, channels)),
-        totals=np.zeros((2, channels)) if sums is None else sums,
-        saved=saved, constants=np.empty((loops.CONSTANTS, channels), x.dtype),
-        count=float(count), eps=float(eps), activation=int(activation), slope=float(slope),
-        backward=dy is not None, frozen=bool(frozen), from_y=bool(from_y),
-        as_it_is=mask is None and (dy is None or (activation == IDENTITY and not from_y)),
-        in_place=out is not None and out.ctypes.data == changed.ctypes.data,
+        x=_input(x, x.dtype), residual=_input(call.residual, x.dtype), dy=_input(getattr(call, "dy", None), x.dtype),
+        mask=_input(mask, np.uint8), out=np.empty(0, x.dtype) if out is None else out.reshape(-1),
+        dresidual=np.empty(0, x.dtype) if dresidual is None else dresidual.reshape(-1),
+        origin=_origin(x, mask) if reduces and not backward else saved[loops.SAVED_MEAN],
+        parts=np.zeros((2, channels, p.segments if reduces else 0)),
+        totals=np.zeros((2, channels)) if totals is None else np.array(totals),
+        saved=saved, constants=np.zeros((loops.CONSTANTS, channels)), count=float(count),
+        eps=float(getattr(call, "eps", 0)), activation=int(call.code), slope=float(call.slope), backward=backward,
+        frozen=bool(getattr(call, "frozen", False)), from_y=bool(getattr(call, "from_y", False)),
     )  # fmt: skip
-    threads = 1 if thread_count.in_forked_child() else max(1, min(threads, x.size // WORK_PER_THREAD, _MOST_THREADS))
+    most = 1 if thread_count.in_forked_child() else min(call.threads, x.size // WORK_PER_THREAD, _MOST_THREADS)
+    threads = max(1, most)
     balanced = 5 * _up(p.strips, threads) * threads <= 7 * p.strips
-    if balanced and x.nbytes <= STRIP_BYTES * p.strips:
-        _in_parallel(steps, threads, True, p, q)
-        return q.totals
-    for step in (PREPARE, REDUCE, FINISH, MAP):
-        if steps & step:
-            _in_parallel(step, threads, step in (PREPARE, FINISH), p, q)
+    if not reduces or (balanced and x.nbytes <= STRIP_BYTES * p.strips):
+        _in_parallel(threads, reduces, True, p, q)
+    else:
+        _in_parallel(threads, True, False, p, q)
+        _in_parallel(threads, False, True, p, q)
     return q.totals
 
 
@@ -364,87 +327,68 @@ def _origin(x: Array, mask: Array | None) -> Array:
     return np.where(np.isfinite(median), median, 0)
 
 
-def _count(x: Array, mask: Array | None) -> int:
-    return x.shape[0] * x.shape[2] if mask is None else int(np.count_nonzero(mask))
+def _count(call: Call) -> int:
+    return call.x.shape[0] * call.x.shape[2] if call.mask is None else int(np.count_nonzero(call.mask.view(np.uint8)))
 
 
 def forward(call: Call) -> None:
     """Ioffe & Szegedy 2015, algorithm 1."""
     if not call.x.size:
         return
-    mask = None if call.mask is None else call.mask.view(np.uint8)
-    count = _count(call.x, mask)
-    _, m2 = _fill_y(REDUCE | FINISH | MAP, call, call.saved, origin=_origin(call.x, mask), mask=mask, count=count)
-    blend(call, np.stack((call.saved[MEAN], call.saved[MEAN_LOW], m2)), count)
+    count = _count(call)
+    _, m2 = _fill_y(call, call.saved, reduces=True, count=count)
+    blend(call, np.stack((call.saved[loops.SAVED_MEAN], call.saved[MEAN_LOW], m2)), count)
 
 
-def _fill_y(steps: int, call: Call, saved: Array, **more: Any) -> Array:
-    """Fills y."""
+def _fill_y(call: Call, saved: Array, *, reduces: bool = False, count: int = 1) -> Array:
     saved[GAMMA], saved[BETA] = 1 if call.gamma is None else call.gamma, 0 if call.beta is None else call.beta
-    return _calculate(
-        steps, call.x, saved, call.threads, residual=call.residual, out=call.y, eps=call.eps, activation=call.code,
-        slope=call.slope, **more,
-    )  # fmt: skip
+    return _calculate(call, saved, call.y, reduces=reduces, count=count)
 
 
 def infer(call: Call) -> None:
     """Ioffe & Szegedy 2015, algorithm 2."""
     saved = np.empty((len(SAVED_ROWS), call.x.shape[1])) if call.saved is None else call.saved
-    saved[MEAN], saved[MEAN_LOW], saved[VAR] = call.running_mean, 0, call.running_var
-    _fill_y(FINISH | MAP, call, saved)
+    saved[loops.SAVED_MEAN], saved[MEAN_LOW], saved[VAR] = call.running_mean, 0, call.running_var
+    _fill_y(call, saved)
 
 
 def apply(call: Call) -> None:
     """The same, with the statistics that are in saved."""
-    _fill_y(FINISH | MAP, call, call.saved)
+    _fill_y(call, call.saved)
 
 
 def moments(call: Call) -> None:
     """Of the values where mask is True; the mean in two pieces."""
-    x, mask = call.x, None if call.mask is None else call.mask.view(np.uint8)
-    saved, origin, count = np.zeros((len(SAVED_ROWS), x.shape[1])), _origin(x, mask), _count(x, mask)
-    _, m2 = _calculate(REDUCE | FINISH, x, saved, call.threads, origin=origin, mask=mask, count=count)
-    call.moments[...] = saved[MEAN], saved[MEAN_LOW], m2
+    saved = np.zeros((len(SAVED_ROWS), call.x.shape[1]))
+    _, m2 = _calculate(call, saved, None, reduces=True, count=_count(call))
+    call.moments[...] = saved[loops.SAVED_MEAN], saved[MEAN_LOW], m2
 
 
 @np.errstate(all="ignore")
-def _known(saved: Array, from_y: bool) -> Array:
+def _known(call: BackwardCall) -> Array:
     """What a backward call knows of its channels.
 
     With from_y, gamma * xhat + beta stands for x: its mean is beta, its standard deviation gamma, and so the gamma with
     which the slope is still that of x is gamma**2 / std. Rota Bulo et al. 2018, section 3.2.
     """
-    known = saved.copy()
-    if from_y:
-        known[MEAN], known[MEAN_LOW] = saved[BETA], 0
+    saved, known = call.saved, call.saved.copy()
+    if call.from_y:
+        known[loops.SAVED_MEAN], known[MEAN_LOW] = saved[BETA], 0
         known[INV_STD], known[GAMMA] = 1 / saved[GAMMA], saved[GAMMA] * (saved[GAMMA] * saved[INV_STD])
     return known
 
 
 def backward_sums(call: BackwardCall) -> None:
     """Of dz, dbeta, and of dz * xhat, dgamma: Ioffe & Szegedy 2015, section 3."""
-    call.sums[...] = 0
-    _differentiate(REDUCE, call, sums=call.sums)
-
-
-def _differentiate(steps: int, call: BackwardCall, sums: Array, **more: Any) -> None:
-    """The steps that every gradient needs, and these."""
-    _calculate(
-        PREPARE | FINISH | steps, call.x, _known(call.saved, call.from_y), call.threads, residual=call.residual,
-        dy=call.dy, mask=call.mask, sums=sums, activation=call.code, slope=call.slope, from_y=call.from_y, **more,
-    )  # fmt: skip
+    call.sums[...] = _calculate(call, _known(call), None, reduces=True)
 
 
 def backward(call: BackwardCall) -> None:
     """Ioffe & Szegedy 2015, section 3, the gradients gathered by input."""
     reduces = call.sums is None and not (call.frozen and call.dgamma is None and call.dbeta is None)
-    totals = np.zeros((2, call.x.shape[1])) if call.sums is None else np.array(call.sums)
-    _differentiate(
-        MAP | (REDUCE if reduces else 0), call, totals, out=call.dx, dresidual=call.dresidual, count=call.counted,
-        frozen=call.frozen,
-    )  # fmt: skip
+    totals = _calculate(call, _known(call), call.dx, reduces=reduces, count=call.counted, totals=call.sums)
     with np.errstate(all="ignore"):
-        for gradient, total in ((call.dbeta, totals[0]), (call.dgamma, totals[1])):
+        for gradient, total in zip((call.dbeta, call.dgamma), totals, strict=True):
             if gradient is not None:
                 gradient[...] = total
 

@@ -15,7 +15,7 @@ import pytest
 
 numba = pytest.importorskip("numba", reason='Numba is not installed: pip install "fastbn[numba]"')
 
-from fastbn import _call  # noqa: E402
+from fastbn.call import record as _call  # noqa: E402
 from fastbn._backends import SAVED_ROWS, numba_backend  # noqa: E402
 
 Array = np.ndarray[Any, Any]
