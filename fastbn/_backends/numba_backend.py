@@ -33,6 +33,7 @@ DTYPES = frozenset({"float32", "float64"})
 
 Array = np.ndarray[Any, Any]
 SEGMENT_ROWS, SEGMENTS_MOST = 64, 64  # rows that a segment has at least, and segments that a strip has at most
+CACHED = 896  # columns whose constants the first cache holds beside the data
 STRIP_BYTES = 1 << 22  # of a strip that one thread takes by itself
 WORK_PER_THREAD = 32768  # values that are worth waking a thread for
 _MOST_THREADS = int(numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
@@ -83,6 +84,8 @@ class _Task(NamedTuple):
     backward: bool
     frozen: bool
     from_y: bool
+    as_it_is: bool  # the sums and dx come of x and dy as they are
+    in_place: bool
 
 
 def _up(a: int, b: int) -> int:
@@ -97,9 +100,9 @@ def _split(shape: tuple[int, int, int]) -> _Split:
         length = next((n for n in range(min(inner, STRIP), STRIP // 2, -1) if inner % n == 0), STRIP)
         pieces, width = _up(inner, length), inner
     else:
-        block = max(1, min(channels, STRIP // max(1, inner)))
+        block = max(1, min(channels, (STRIP if inner == 1 else CACHED) // max(1, inner)))
         if block == channels:
-            repeats = max(1, min(outer, STRIP // max(1, channels * inner)))
+            repeats = max(1, min(outer, CACHED // max(1, channels * inner)))
         length = width = repeats * block * inner
     rows = _up(outer, repeats) * pieces
     segment = max(SEGMENT_ROWS, _up(rows, SEGMENTS_MOST))
@@ -163,17 +166,16 @@ def _reduce(
     """Adds up the rows of a segment."""
     line[SUM * STRIP :] = 0.0
     row, last = segment * p.segment, min(p.rows, (segment + 1) * p.segment)
-    as_it_is = q.mask.size == 0 and not q.from_y and (q.activation == IDENTITY or not q.backward)
     while row < last:
         i, end = _run(p, q, c0, c1, row)
         n = end - i
-        if as_it_is and not p.plane and row + 4 <= last and end + 3 * p.stride <= q.x.size:
+        if q.as_it_is and not p.plane and row + 4 <= last and end + 3 * p.stride <= q.x.size:
             loops.add(4, p.stride, q.backward, q.dy[i:], q.x[i:], kept[:0], n, line)
             row += 4
             continue
-        if not as_it_is:
+        if not q.as_it_is:
             _prepare(p, q, i, end, row, line, dz[:n], seen[:n], kept[:n])
-        dzs, xs = q.dy[i:end] if as_it_is else dz[:n], seen[:n] if q.from_y else q.x[i:end]
+        dzs, xs = q.dy[i:end] if q.as_it_is else dz[:n], seen[:n] if q.from_y else q.x[i:end]
         if p.plane:
             loops.add_plane(q.backward, dzs, xs, kept[:n], line)
         else:
@@ -187,16 +189,21 @@ def _map(p: _Split, q: _Task, c0: int, c1: int, segment: int, line: Array, dz: A
     """Fills y or dx in the rows of a segment."""
     for row in range(segment * p.segment, min(p.rows, (segment + 1) * p.segment)):
         i, end = _run(p, q, c0, c1, row)
-        n = end - i
+        n, out = end - i, q.out[i:end]
         if q.backward:
-            _prepare(p, q, i, end, row, line, dz[:n], seen[:n], kept[:n])
-            x = seen[:n] if q.from_y else q.x[i:end]
-            loops.differentiate(p.plane, kept[:n], dz[:n], x, q.out[i:end], line)
+            prepared = q.in_place or not q.as_it_is
+            if prepared:
+                _prepare(p, q, i, end, row, line, dz[:n], seen[:n], kept[:n])
+            dzs, x = dz[:n] if prepared else q.dy[i:end], seen[:n] if q.from_y else q.x[i:end]
+            loops.differentiate(p.plane, kept[:n], dzs, x, out, line)
             if q.dresidual.size:
-                loops.copy(dz[:n], q.dresidual[i:end])
+                loops.copy(dzs, q.dresidual[i:end])
         else:
-            loops.normalize(p.plane, q.x[i:end], q.residual[i:end], dz[:n], line)
-            loops.activate(q.activation, dz[:n], q.out[i:end], dz.dtype.type(q.slope))
+            if q.in_place:  # LLVM's loops are faster from one array to another
+                loops.copy(q.x[i:end], seen)
+            loops.normalize(p.plane, seen[:n] if q.in_place else q.x[i:end], q.residual[i:end], out, line)
+            if q.activation != IDENTITY:
+                loops.activate(q.activation, out, dz.dtype.type(q.slope))
 
 
 @_part
@@ -290,7 +297,8 @@ def _calculate(
     """
     x, backward, dresidual = call.x, isinstance(call, BackwardCall), getattr(call, "dresidual", None)
     mask = None if call.mask is None or not (reduces or backward) else call.mask.view(np.uint8)
-    p, channels = _split(x.shape), x.shape[1]
+    p, channels, changed = _split(x.shape), x.shape[1], getattr(call, "dy", x)
+    from_y = bool(getattr(call, "from_y", False))
     q = _Task(
         x=_input(x, x.dtype), residual=_input(call.residual, x.dtype), dy=_input(getattr(call, "dy", None), x.dtype),
         mask=_input(mask, np.uint8), out=np.empty(0, x.dtype) if out is None else out.reshape(-1),
@@ -300,7 +308,9 @@ def _calculate(
         totals=np.zeros((2, channels)) if totals is None else np.array(totals),
         saved=saved, constants=np.zeros((loops.CONSTANTS, channels)), count=float(count),
         eps=float(getattr(call, "eps", 0)), activation=int(call.code), slope=float(call.slope), backward=backward,
-        frozen=bool(getattr(call, "frozen", False)), from_y=bool(getattr(call, "from_y", False)),
+        frozen=bool(getattr(call, "frozen", False)), from_y=from_y,
+        as_it_is=mask is None and (not backward or (not call.code and not from_y)),
+        in_place=out is not None and out.ctypes.data == changed.ctypes.data,
     )  # fmt: skip
     most = 1 if thread_count.in_forked_child() else min(call.threads, x.size // WORK_PER_THREAD, _MOST_THREADS)
     threads = max(1, most)
