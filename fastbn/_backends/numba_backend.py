@@ -33,10 +33,12 @@ DTYPES = frozenset({"float32", "float64"})
 
 Array = np.ndarray[Any, Any]
 SEGMENT_ROWS, SEGMENTS_MOST = 64, 64  # rows that a segment has at least, and segments that a strip has at most
-CACHED = 896  # columns whose constants the first cache holds beside the data
+CACHED = 512  # columns whose constants the first cache holds beside the data
 STRIP_BYTES = 1 << 22  # of a strip that one thread takes by itself
 WORK_PER_THREAD = 32768  # values that are worth waking a thread for
 _MOST_THREADS = int(numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
+
+DZ, SEEN = 0, 1  # rows of a thread's own data: z, then dz; what stands for x where x does not
 
 _jit = compiled()
 _part = compiled(inline="always")  # of the one function that calls it
@@ -100,7 +102,7 @@ def _split(shape: tuple[int, int, int]) -> _Split:
         length = next((n for n in range(min(inner, STRIP), STRIP // 2, -1) if inner % n == 0), STRIP)
         pieces, width = _up(inner, length), inner
     else:
-        block = max(1, min(channels, (STRIP if inner == 1 else CACHED) // max(1, inner)))
+        block = max(1, min(channels, STRIP // max(1, inner)))
         if block == channels:
             repeats = max(1, min(outer, CACHED // max(1, channels * inner)))
         length = width = repeats * block * inner
@@ -120,11 +122,11 @@ def _split(shape: tuple[int, int, int]) -> _Split:
 
 @compiled(forceinline=True)
 def _run(p: _Split, q: _Task, c0: int, c1: int, row: int) -> tuple[int, int]:
-    """Where a row begins and ends."""
+    """Where a row begins, and how long it is."""
     at = row % p.pieces * p.length
     start = row // p.pieces * p.stride + c0 * p.inner + at
     width = p.width - (p.block - (c1 - c0)) * p.inner
-    return start, min(start + min(p.length, width - at), q.x.size)
+    return start, min(p.length, width - at, q.x.size - start)
 
 
 @_jit
@@ -146,64 +148,67 @@ def _fold(p: _Split, q: _Task, c0: int, c1: int, segment: int, line: Array) -> N
 
 
 @_part
-def _prepare(p: _Split, q: _Task, i: int, end: int, row: int, line: Array, dz: Array, seen: Array, kept: Array) -> None:
+def _prepare(p: _Split, q: _Task, row: int, i: int, n: int, line: Array, work: Array, kept: Array) -> None:
     """Fills what the sums and dx of a run come from: dz, what is seen in place of x, and what the mask says."""
-    slope, x, residual, dy = dz.dtype.type(q.slope), q.x[i:end], q.residual[i:end], q.dy[i:end]
+    x, residual, dy, dz, slope = (
+        q.x[i : i + n],
+        q.residual[i : i + n],
+        q.dy[i : i + n],
+        work[DZ, :n],
+        work.dtype.type(q.slope),
+    )
     if q.from_y:
-        loops.deactivate(q.activation, x, residual, dz, seen, slope)
+        loops.deactivate(q.activation, x, residual, dz, work[SEEN, :n], slope)
     elif q.activation != IDENTITY and q.backward:
         loops.normalize(p.plane, x, residual, dz, line)
     loops.activate_gradient(q.activation, dy, dz, slope)
     if q.mask.size:
         first = row // p.pieces * p.positions + row % p.pieces * p.length
-        loops.judge(q.frozen, q.mask[first:], p.position_of, dy, kept, dz)
+        loops.judge(q.frozen, q.mask[first:], p.position_of, dy, kept[:n], dz)
 
 
 @_part
-def _reduce(
-    p: _Split, q: _Task, c0: int, c1: int, segment: int, line: Array, dz: Array, seen: Array, kept: Array
-) -> None:
+def _reduce(p: _Split, q: _Task, c0: int, c1: int, segment: int, line: Array, work: Array, kept: Array) -> None:
     """Adds up the rows of a segment."""
     line[SUM * STRIP :] = 0.0
     row, last = segment * p.segment, min(p.rows, (segment + 1) * p.segment)
     while row < last:
-        i, end = _run(p, q, c0, c1, row)
-        n = end - i
-        if q.as_it_is and not p.plane and row + 4 <= last and end + 3 * p.stride <= q.x.size:
+        i, n = _run(p, q, c0, c1, row)
+        if q.as_it_is and not p.plane and row + 4 <= last and i + n + 3 * p.stride <= q.x.size:
             loops.add(4, p.stride, q.backward, q.dy[i:], q.x[i:], kept[:0], n, line)
             row += 4
             continue
         if not q.as_it_is:
-            _prepare(p, q, i, end, row, line, dz[:n], seen[:n], kept[:n])
-        dzs, xs = q.dy[i:end] if q.as_it_is else dz[:n], seen[:n] if q.from_y else q.x[i:end]
+            _prepare(p, q, row, i, n, line, work, kept)
+        dz = q.dy[i : i + n] if q.as_it_is else work[DZ, :n]
+        x = work[SEEN, :n] if q.from_y else q.x[i : i + n]
         if p.plane:
-            loops.add_plane(q.backward, dzs, xs, kept[:n], line)
+            loops.add_plane(q.backward, dz, x, kept[:n], line)
         else:
-            loops.add(1, 0, q.backward, dzs, xs, kept[:n], n, line)
+            loops.add(1, 0, q.backward, dz, x, kept[:n], n, line)
         row += 1
     _fold(p, q, c0, c1, segment, line)
 
 
 @_part
-def _map(p: _Split, q: _Task, c0: int, c1: int, segment: int, line: Array, dz: Array, seen: Array, kept: Array) -> None:
-    """Fills y or dx in the rows of a segment."""
+def _map(p: _Split, q: _Task, c0: int, c1: int, segment: int, line: Array, work: Array, kept: Array) -> None:
+    """Fills y or dx in the rows of a segment. LLVM's loops are slow in place, and so are given a copy there."""
     for row in range(segment * p.segment, min(p.rows, (segment + 1) * p.segment)):
-        i, end = _run(p, q, c0, c1, row)
-        n, out = end - i, q.out[i:end]
+        i, n = _run(p, q, c0, c1, row)
+        out, prepared, seen = q.out[i : i + n], q.backward and (q.in_place or not q.as_it_is), work[SEEN, :n]
+        if prepared:
+            _prepare(p, q, row, i, n, line, work, kept)
+        elif q.in_place:
+            loops.copy(q.x[i : i + n], seen)
+        x = seen if q.from_y or (q.in_place and not q.backward) else q.x[i : i + n]
+        dz = work[DZ, :n] if prepared else q.dy[i : i + n]
         if q.backward:
-            prepared = q.in_place or not q.as_it_is
-            if prepared:
-                _prepare(p, q, i, end, row, line, dz[:n], seen[:n], kept[:n])
-            dzs, x = dz[:n] if prepared else q.dy[i:end], seen[:n] if q.from_y else q.x[i:end]
-            loops.differentiate(p.plane, kept[:n], dzs, x, out, line)
-            if q.dresidual.size:
-                loops.copy(dzs, q.dresidual[i:end])
+            loops.differentiate(p.plane, kept[:n], dz, x, out, line)
+            loops.copy(dz, q.dresidual[i : i + n])
         else:
-            if q.in_place:  # LLVM's loops are faster from one array to another
-                loops.copy(q.x[i:end], seen)
-            loops.normalize(p.plane, seen[:n] if q.in_place else q.x[i:end], q.residual[i:end], out, line)
+            loops.normalize(p.plane, x, q.residual[i : i + n], out, line)
             if q.activation != IDENTITY:
-                loops.activate(q.activation, out, dz.dtype.type(q.slope))
+                loops.activate(q.activation, out, work.dtype.type(q.slope))
 
 
 @_part
@@ -231,7 +236,7 @@ def _share(reduces: bool, maps: bool, unit: int, last: int, p: _Split, q: _Task)
     """Reduces or maps some segments, counted through all strips, or does both to whole strips."""
     line = np.empty(loops.LINE_ROWS * STRIP)
     kept = np.full(STRIP if q.frozen or q.mask.size else 0, loops.MOVES_NO_OTHER, np.uint8)
-    dz, seen = np.zeros(STRIP, q.x.dtype), np.zeros(STRIP, q.x.dtype)
+    work = np.zeros((2, STRIP), q.x.dtype)
     while unit < last:
         strip, first = unit // p.segments, unit % p.segments
         end = min(first + last - unit, p.segments)
@@ -242,14 +247,14 @@ def _share(reduces: bool, maps: bool, unit: int, last: int, p: _Split, q: _Task)
                 q.constants[MEAN, c] = q.origin[c]
             _spread(p, q, loops.FORWARD_CONSTANTS, c0, c1, line)
             for segment in range(first, end):
-                _reduce(p, q, c0, c1, segment, line, dz, seen, kept)
+                _reduce(p, q, c0, c1, segment, line, work, kept)
         if maps:
             for c in range(c0, c1):
                 _finish(q, c)
         if maps and q.out.size:
             _spread(p, q, loops.CONSTANTS if q.backward else loops.FORWARD_CONSTANTS, c0, c1, line)
             for segment in range(end - 1, first - 1, -1):
-                _map(p, q, c0, c1, segment, line, dz, seen, kept)
+                _map(p, q, c0, c1, segment, line, work, kept)
         unit += end - first
 
 
@@ -405,8 +410,5 @@ def backward(call: BackwardCall) -> None:
 
 def describe() -> dict[str, str]:
     """For show_config()."""
-    return {
-        "version": numba.__version__,
-        "threads": "Python's, which run compiled code without the GIL",
-        "most threads": str(_MOST_THREADS),
-    }
+    threads = "Python's, which run compiled code without the GIL"
+    return {"version": numba.__version__, "threads": threads, "most threads": str(_MOST_THREADS)}

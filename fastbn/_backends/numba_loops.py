@@ -23,13 +23,14 @@ from .jit import jit
 
 Array = np.ndarray[Any, Any]
 
-STRIP = 1024  # the most columns of a run, so that all that a loop reads is in the first cache
+STRIP = 1024  # the most columns of a run
 SAVED_MEAN, MEAN_LOW, VAR, INV_STD, GAMMA, BETA = range(len(SAVED_ROWS))
 MEAN, SCALE, SHIFT, ON_DY, ON_X, CONSTANT, SUM, PRODUCT = range(8)  # the rows of `line`: constants, then sums
 FORWARD_CONSTANTS, CONSTANTS, LINE_ROWS = 3, 6, 8
 NOTHING, COUNTS, MOVES_NO_OTHER = 0, 1, 2  # what a position is to the gradients, by the mask and dy
 IDENTITY, RELU, RELU6, LEAKY_RELU, SILU, HARDSWISH, SIGMOID = map(int, Activation)
 ZERO, HALF, ONE, THREE, SIX = (np.float32(value) for value in (0, 0.5, 1, 3, 6))
+NO_BOUND = np.float32(math.nan)  # no number is greater
 
 
 def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
@@ -162,8 +163,8 @@ def judge(frozen: bool, mask: Array, positions: Array, dy: Array, kept: Array, d
 
 @loop
 def copy(a: Array, b: Array) -> None:
-    """Fills b. (An assignment to a slice would compile much more, for its errors.)"""
-    for k in range(a.size):
+    """Fills b, if it is there. (An assignment to a slice would compile much more, for its errors.)"""
+    for k in range(b.size):
         b[k] = a[k]
 
 
@@ -203,58 +204,45 @@ def _sigmoids(z: Any, real: Any) -> Any:
 @loop
 def activate(activation: int, y: Array, slope: Any) -> None:
     """Makes y of what the activation gets, in its place. A NaN stays one."""
-    real = y.dtype.type
-    if activation == RELU:
+    if activation == RELU or activation == RELU6:
+        most = SIX if activation == RELU6 else NO_BOUND
         for k in range(y.size):
-            y[k] = ZERO if y[k] < ZERO else y[k]
-    elif activation == RELU6:
-        for k in range(y.size):
-            y[k] = ZERO if y[k] < ZERO else SIX if y[k] > SIX else y[k]
+            y[k] = ZERO if y[k] < ZERO else most if y[k] > most else y[k]
     elif activation == LEAKY_RELU:
         for k in range(y.size):
             y[k] = y[k] if y[k] > ZERO else y[k] * slope
-    elif activation == SILU:
-        for k in range(y.size):
-            y[k] = y[k] * _sigmoids(y[k], real)[0]
     elif activation == HARDSWISH:
         for k in range(y.size):
             gate = y[k] + THREE
             y[k] = y[k] * ((ZERO if gate < ZERO else SIX if gate > SIX else gate) / SIX)
-    elif activation == SIGMOID:
+    else:
         for k in range(y.size):
-            y[k] = _sigmoids(y[k], real)[0]
+            y[k] = (y[k] if activation == SILU else ONE) * _sigmoids(y[k], y.dtype.type)[0]
 
 
 @loop
 def activate_gradient(activation: int, dy: Array, dz: Array, slope: Any) -> None:
-    """Makes dz of z, in its place.
+    """Makes dz of what the activation got, in its place.
 
     At a kink the slope is the left one; at a NaN dy passes, unless a formula has it.
     """
-    real = dz.dtype.type
-    if activation == RELU:
+    if activation == RELU or activation == RELU6:
+        most = SIX if activation == RELU6 else NO_BOUND
         for k in range(dy.size):
-            dz[k] = ZERO if dz[k] <= ZERO else dy[k]
-    elif activation == RELU6:
-        for k in range(dy.size):
-            dz[k] = ZERO if dz[k] <= ZERO or dz[k] >= SIX else dy[k]
+            dz[k] = ZERO if dz[k] <= ZERO or dz[k] >= most else dy[k]
     elif activation == LEAKY_RELU:
         for k in range(dy.size):
             dz[k] = dy[k] if dz[k] > ZERO else dy[k] * slope
-    elif activation == SILU:
-        for k in range(dy.size):
-            up, down = _sigmoids(dz[k], real)
-            dz[k] = dy[k] * (up * (ONE + dz[k] * down))
     elif activation == HARDSWISH:
         for k in range(dy.size):
             z = dz[k]
             dz[k] = ZERO if z <= -THREE else dy[k] if z >= THREE else dy[k] * (z / THREE + HALF)  # NaN at NaN
-    elif activation == SIGMOID:
-        for k in range(dy.size):
-            up, down = _sigmoids(dz[k], real)
-            dz[k] = dy[k] * (up * down)
-    else:
+    elif activation == IDENTITY:
         copy(dy, dz)
+    else:
+        for k in range(dy.size):
+            up, down = _sigmoids(dz[k], dz.dtype.type)
+            dz[k] = dy[k] * (up * (ONE + dz[k] * down if activation == SILU else down))
 
 
 @loop
