@@ -8,8 +8,7 @@ near the mean, so that a common offset cancels before anything is squared.
 
 Where strips fit in the cache, one thread reduces and maps a strip. Otherwise all threads reduce, and then map from the
 end backwards, which the cache still holds. A strip is summed by segments of its rows. Both follow from the shape alone,
-and segments are added in order, so no bit depends on the number of threads. These are Python's, and run the same
-compiled code without the GIL.
+and a channel's segments are added in one order, so no bit depends on the number of threads.
 """
 
 from __future__ import annotations
@@ -30,7 +29,6 @@ from . import numba_loops as loops
 from .numba_loops import BETA, GAMMA, IDENTITY, INV_STD, MEAN, MEAN_LOW, STRIP, SUM, VAR, compiled
 
 DTYPES = frozenset({"float32", "float64"})
-
 Array = np.ndarray[Any, Any]
 SEGMENT_ROWS, SEGMENTS_MOST = 64, 64  # rows that a segment has at least, and segments that a strip has at most
 CACHED = 512  # columns whose constants the first cache holds beside the data
@@ -38,11 +36,8 @@ STRIP_BYTES = 1 << 22  # of a strip that one thread takes by itself
 WORK_PER_THREAD = 32768  # values that are worth waking a thread for
 _MOST_THREADS = int(numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
 
-DZ, SEEN = 0, 1  # rows of a thread's own data: z, then dz; what stands for x where x does not
-
 _jit = compiled()
 _part = compiled(inline="always")  # of the one function that calls it
-_kept = compiled(cache=True)
 
 
 class _Split(NamedTuple):
@@ -54,15 +49,13 @@ class _Split(NamedTuple):
     plane: bool  # a row is a piece of one channel's plane
     pieces: int  # in a plane
     length: int  # of a row, but where less is left
-    width: int  # of what the pieces are cut from
-    stride: int  # from there to the next in the strip
+    stride: int  # from a row, or plane, to the next
     rows: int  # in a strip
     segment: int  # rows in a segment
     segments: int
     span: int  # columns of one channel that lie together
-    channel_of: Array  # of each column, in its strip; a plane has one column
+    channel_of: Array  # of each column, in its strip
     position_of: Array  # of each value of a row, in the mask: from that of the first
-    positions: int  # in the mask, of a plane or row
 
 
 class _Task(NamedTuple):
@@ -90,42 +83,38 @@ class _Task(NamedTuple):
     in_place: bool
 
 
-def _up(a: int, b: int) -> int:
-    return -(-a // b)
-
-
 @functools.lru_cache(maxsize=256)
 def _split(shape: tuple[int, int, int]) -> _Split:
     outer, channels, inner = shape
     plane, block, pieces, repeats = inner > STRIP // 2, 1, 1, 1
     if plane:  # into equal pieces, if they are not short
         length = next((n for n in range(min(inner, STRIP), STRIP // 2, -1) if inner % n == 0), STRIP)
-        pieces, width = _up(inner, length), inner
+        pieces = math.ceil(inner / length)
     else:
         block = max(1, min(channels, STRIP // max(1, inner)))
         if block == channels:
             repeats = max(1, min(outer, CACHED // max(1, channels * inner)))
-        length = width = repeats * block * inner
-    rows = _up(outer, repeats) * pieces
-    segment = max(SEGMENT_ROWS, _up(rows, SEGMENTS_MOST))
+        length = repeats * block * inner
+    rows = math.ceil(outer / repeats) * pieces
+    segment = max(SEGMENT_ROWS, math.ceil(rows / SEGMENTS_MOST))
     samples, channel_of, i = (index.ravel() for index in np.indices((repeats, block, length if plane else inner)))
     return _Split(
-        inner=inner, block=block, strips=_up(channels, block), plane=plane, pieces=pieces, length=length, width=width,
-        stride=repeats * channels * inner, rows=rows, segment=segment, segments=max(1, _up(rows, segment)),
-        span=1 if plane else max(1, inner), channel_of=channel_of[:1] if plane else channel_of,
-        position_of=samples * inner + i, positions=repeats * inner,
+        inner=inner, block=block, strips=math.ceil(channels / block), plane=plane, pieces=pieces, length=length,
+        stride=repeats * channels * inner, rows=rows, segment=segment, segments=max(1, math.ceil(rows / segment)),
+        span=length if plane else max(1, inner), channel_of=channel_of,
+        position_of=samples * inner + i,
     )  # fmt: skip
 
 
 # A strip: channels c0 to c1 ------------------------------------------------------------------------------------------
 
 
-@compiled(forceinline=True)
+@loops.scalar
 def _run(p: _Split, q: _Task, c0: int, c1: int, row: int) -> tuple[int, int]:
     """Where a row begins, and how long it is."""
     at = row % p.pieces * p.length
     start = row // p.pieces * p.stride + c0 * p.inner + at
-    width = p.width - (p.block - (c1 - c0)) * p.inner
+    width = p.inner if p.plane else p.length - (p.block - (c1 - c0)) * p.inner
     return start, min(p.length, width - at, q.x.size - start)
 
 
@@ -133,9 +122,8 @@ def _run(p: _Split, q: _Task, c0: int, c1: int, row: int) -> tuple[int, int]:
 def _spread(p: _Split, q: _Task, constants: int, c0: int, c1: int, line: Array) -> None:
     """Gives each column its channel's constants."""
     for j in range(constants):
-        of_strip = q.constants[j, c0:c1]
         for k in range(p.channel_of.size - (p.block - (c1 - c0)) * p.span):
-            line[j * STRIP + k] = of_strip[p.channel_of[k]]
+            line[j * STRIP + k] = q.constants[j, c0 + p.channel_of[k]]
 
 
 @_jit
@@ -148,45 +136,39 @@ def _fold(p: _Split, q: _Task, c0: int, c1: int, segment: int, line: Array) -> N
 
 
 @_part
-def _prepare(p: _Split, q: _Task, row: int, i: int, n: int, line: Array, work: Array, kept: Array) -> None:
-    """Fills what the sums and dx of a run come from: dz, what is seen in place of x, and what the mask says."""
-    x, residual, dy, dz, slope = (
-        q.x[i : i + n],
-        q.residual[i : i + n],
-        q.dy[i : i + n],
-        work[DZ, :n],
-        work.dtype.type(q.slope),
-    )
+def _inputs(p: _Split, q: _Task, row: int, i: int, n: int, copies: bool, line: Array, work: Array, kept: Array) -> Any:
+    """What the sums and results of a run come from: dz, and x or what stands for it; and what the mask says."""
+    x, residual, dy, dz, seen = q.x[i : i + n], q.residual[i : i + n], q.dy[i : i + n], work[0, :n], work[1, :n]
+    if q.as_it_is and not copies:
+        return dy, x
     if q.from_y:
-        loops.deactivate(q.activation, x, residual, dz, work[SEEN, :n], slope)
-    elif q.activation != IDENTITY and q.backward:
+        loops.deactivate(q.activation, x, residual, dz, seen, work.dtype.type(q.slope))
+    elif not q.backward:
+        loops.copy(x, seen)
+    elif q.activation != IDENTITY:
         loops.normalize(p.plane, x, residual, dz, line)
-    loops.activate_gradient(q.activation, dy, dz, slope)
+    loops.activate_gradient(q.activation, dy, dz, work.dtype.type(q.slope))
     if q.mask.size:
-        first = row // p.pieces * p.positions + row % p.pieces * p.length
+        first = row // p.pieces * (p.stride // q.saved.shape[1]) + row % p.pieces * p.length
         loops.judge(q.frozen, q.mask[first:], p.position_of, dy, kept[:n], dz)
+    return dz, seen if q.from_y or not q.backward else x
 
 
 @_part
 def _reduce(p: _Split, q: _Task, c0: int, c1: int, segment: int, line: Array, work: Array, kept: Array) -> None:
-    """Adds up the rows of a segment."""
+    """Adds up the rows of a segment: four at once, where they begin at equal distances."""
     line[SUM * STRIP :] = 0.0
     row, last = segment * p.segment, min(p.rows, (segment + 1) * p.segment)
     while row < last:
         i, n = _run(p, q, c0, c1, row)
-        if q.as_it_is and not p.plane and row + 4 <= last and i + n + 3 * p.stride <= q.x.size:
-            loops.add(4, p.stride, q.backward, q.dy[i:], q.x[i:], kept[:0], n, line)
+        step = _run(p, q, c0, c1, row + 1)[0] - i
+        if q.as_it_is and row + 4 <= last and _run(p, q, c0, c1, row + 3) == (i + 3 * step, n):
+            loops.add(4, step, q.backward, q.dy[i:], q.x[i:], kept[:0], n, line)
             row += 4
-            continue
-        if not q.as_it_is:
-            _prepare(p, q, row, i, n, line, work, kept)
-        dz = q.dy[i : i + n] if q.as_it_is else work[DZ, :n]
-        x = work[SEEN, :n] if q.from_y else q.x[i : i + n]
-        if p.plane:
-            loops.add_plane(q.backward, dz, x, kept[:n], line)
         else:
+            dz, x = _inputs(p, q, row, i, n, False, line, work, kept)
             loops.add(1, 0, q.backward, dz, x, kept[:n], n, line)
-        row += 1
+            row += 1
     _fold(p, q, c0, c1, segment, line)
 
 
@@ -195,13 +177,8 @@ def _map(p: _Split, q: _Task, c0: int, c1: int, segment: int, line: Array, work:
     """Fills y or dx in the rows of a segment. LLVM's loops are slow in place, and so are given a copy there."""
     for row in range(segment * p.segment, min(p.rows, (segment + 1) * p.segment)):
         i, n = _run(p, q, c0, c1, row)
-        out, prepared, seen = q.out[i : i + n], q.backward and (q.in_place or not q.as_it_is), work[SEEN, :n]
-        if prepared:
-            _prepare(p, q, row, i, n, line, work, kept)
-        elif q.in_place:
-            loops.copy(q.x[i : i + n], seen)
-        x = seen if q.from_y or (q.in_place and not q.backward) else q.x[i : i + n]
-        dz = work[DZ, :n] if prepared else q.dy[i : i + n]
+        out = q.out[i : i + n]
+        dz, x = _inputs(p, q, row, i, n, q.in_place, line, work, kept)
         if q.backward:
             loops.differentiate(p.plane, kept[:n], dz, x, out, line)
             loops.copy(dz, q.dresidual[i : i + n])
@@ -231,7 +208,7 @@ def _finish(q: _Task, c: int) -> None:
     q.totals[0, c], q.totals[1, c] = first, second
 
 
-@_kept
+@compiled(cache=True)
 def _share(reduces: bool, maps: bool, unit: int, last: int, p: _Split, q: _Task) -> None:
     """Reduces or maps some segments, counted through all strips, or does both to whole strips."""
     line = np.empty(loops.LINE_ROWS * STRIP)
@@ -293,15 +270,14 @@ def _input(array: Array | None, dtype: Any) -> Array:
 
 @np.errstate(all="ignore")
 def _calculate(
-    call: Call | BackwardCall, saved: Array, out: Array | None, *, reduces: bool, count: float = 1,
-    totals: Array | None = None,
-) -> Array:  # fmt: skip
-    """Takes the sums of each channel, or has their `totals` or statistics, and fills y or dx, if it is given `out`.
-
-    Gives the totals, (2, channels).
-    """
+    call: Call | BackwardCall, saved: Array, out: Array | None, *, reduces: bool = False, totals: Array | None = None
+) -> _Task:
+    """Takes the sums of each channel, or is given their `totals` or statistics; fills y or dx, if there is an `out`."""
+    if isinstance(call, Call):
+        saved[GAMMA], saved[BETA] = 1 if call.gamma is None else call.gamma, 0 if call.beta is None else call.beta
     x, backward, dresidual = call.x, isinstance(call, BackwardCall), getattr(call, "dresidual", None)
     mask = None if call.mask is None or not (reduces or backward) else call.mask.view(np.uint8)
+    count = call.counted if isinstance(call, BackwardCall) else x[:, 0].size if mask is None else np.count_nonzero(mask)
     p, channels, changed = _split(x.shape), x.shape[1], getattr(call, "dy", x)
     from_y = bool(getattr(call, "from_y", False))
     q = _Task(
@@ -319,64 +295,49 @@ def _calculate(
     )  # fmt: skip
     most = 1 if thread_count.in_forked_child() else min(call.threads, x.size // WORK_PER_THREAD, _MOST_THREADS)
     threads = max(1, most)
-    balanced = 5 * _up(p.strips, threads) * threads <= 7 * p.strips
+    balanced = 5 * math.ceil(p.strips / threads) * threads <= 7 * p.strips
     if not reduces or (balanced and x.nbytes <= STRIP_BYTES * p.strips):
         _in_parallel(threads, reduces, True, p, q)
     else:
         _in_parallel(threads, True, False, p, q)
         _in_parallel(threads, False, True, p, q)
-    return q.totals
+    return q
 
 
 def _origin(x: Array, mask: Array | None) -> Array:
     """The origin of each channel's sums: the median of three of its values, so that one outlier does not matter."""
-    outer, _, inner = x.shape
-    if mask is None:
-        three = [0, (outer // 2) * inner + inner // 2, outer * inner - 1]
-    else:
-        true = np.flatnonzero(mask)
-        three = [int(true[k]) for k in (0, true.size // 2, -1)]
-    a, b, d = (x[position // inner, :, position % inner] for position in three)
-    with np.errstate(all="ignore"):
-        median = np.fmax(np.fmin(a, b), np.fmin(np.fmax(a, b), d)).astype(np.float64)
+    inner, values = x.shape[2], x.shape[0] * x.shape[2]
+    chosen = np.array([0, values // 2, values - 1])
+    if mask is not None:
+        counted = np.flatnonzero(mask)
+        chosen = counted[[0, counted.size // 2, -1]]
+    median = np.sort(x[chosen // inner, :, chosen % inner], axis=0)[1].astype(np.float64)
     return np.where(np.isfinite(median), median, 0)
-
-
-def _count(call: Call) -> int:
-    return call.x.shape[0] * call.x.shape[2] if call.mask is None else int(np.count_nonzero(call.mask.view(np.uint8)))
 
 
 def forward(call: Call) -> None:
     """Ioffe & Szegedy 2015, algorithm 1."""
-    if not call.x.size:
-        return
-    count = _count(call)
-    _, m2 = _fill_y(call, call.saved, reduces=True, count=count)
-    blend(call, np.stack((call.saved[loops.SAVED_MEAN], call.saved[MEAN_LOW], m2)), count)
-
-
-def _fill_y(call: Call, saved: Array, *, reduces: bool = False, count: int = 1) -> Array:
-    saved[GAMMA], saved[BETA] = 1 if call.gamma is None else call.gamma, 0 if call.beta is None else call.beta
-    return _calculate(call, saved, call.y, reduces=reduces, count=count)
+    done = _calculate(call, call.saved, call.y, reduces=True)
+    blend(call, np.stack((call.saved[loops.SAVED_MEAN], call.saved[MEAN_LOW], done.totals[1])), int(done.count))
 
 
 def infer(call: Call) -> None:
     """Ioffe & Szegedy 2015, algorithm 2."""
     saved = np.empty((len(SAVED_ROWS), call.x.shape[1])) if call.saved is None else call.saved
     saved[loops.SAVED_MEAN], saved[MEAN_LOW], saved[VAR] = call.running_mean, 0, call.running_var
-    _fill_y(call, saved)
+    _calculate(call, saved, call.y)
 
 
 def apply(call: Call) -> None:
     """The same, with the statistics that are in saved."""
-    _fill_y(call, call.saved)
+    _calculate(call, call.saved, call.y)
 
 
 def moments(call: Call) -> None:
     """Of the values where mask is True; the mean in two pieces."""
     saved = np.zeros((len(SAVED_ROWS), call.x.shape[1]))
-    _, m2 = _calculate(call, saved, None, reduces=True, count=_count(call))
-    call.moments[...] = saved[loops.SAVED_MEAN], saved[MEAN_LOW], m2
+    done = _calculate(call, saved, None, reduces=True)
+    call.moments[...] = saved[loops.SAVED_MEAN], saved[MEAN_LOW], done.totals[1]
 
 
 @np.errstate(all="ignore")
@@ -395,13 +356,13 @@ def _known(call: BackwardCall) -> Array:
 
 def backward_sums(call: BackwardCall) -> None:
     """Of dz, dbeta, and of dz * xhat, dgamma: Ioffe & Szegedy 2015, section 3."""
-    call.sums[...] = _calculate(call, _known(call), None, reduces=True)
+    call.sums[...] = _calculate(call, _known(call), None, reduces=True).totals
 
 
 def backward(call: BackwardCall) -> None:
     """Ioffe & Szegedy 2015, section 3, the gradients gathered by input."""
     reduces = call.sums is None and not (call.frozen and call.dgamma is None and call.dbeta is None)
-    totals = _calculate(call, _known(call), call.dx, reduces=reduces, count=call.counted, totals=call.sums)
+    totals = _calculate(call, _known(call), call.dx, reduces=reduces, totals=call.sums).totals
     with np.errstate(all="ignore"):
         for gradient, total in zip((call.dbeta, call.dgamma), totals, strict=True):
             if gradient is not None:

@@ -2,8 +2,8 @@
 
 A run is at most STRIP elements that lie together: a piece of one channel's plane, or columns of several channels. The
 constants and the sums of its columns are the rows of one array, `line`, each STRIP values long: distances within an
-array are known to LLVM, so it need not ask whether the rows overlap. A plane has its constants and sums in column 0;
-LLVM makes two loops of the one that asks which it is.
+array are known to LLVM, so it need not ask whether the rows overlap. In a plane all columns have the same constants,
+and maps take those of column 0; LLVM makes two loops of the one that asks which it is.
 
 Arithmetic is float64, and what it gives is rounded once. So an offset of float32 data costs no digits, and no exponent
 leaves the range; a * b + c may be fused. The smooth activations alone are computed in the dtype of the data.
@@ -52,7 +52,8 @@ def set_moments(origin: float, total: float, squares: float, count: float, saved
     mean = origin + offset
     back = mean - origin
     lost = (origin - (mean - back)) + (offset - back)
-    m2 = max(0.0, squares - total * offset)
+    m2 = squares - total * offset
+    m2 = 0.0 if m2 < 0 else m2  # a NaN stays one
     saved[SAVED_MEAN, c], saved[MEAN_LOW, c], saved[VAR, c] = mean, lost if lost == lost else 0.0, m2 / count
     return m2
 
@@ -77,20 +78,20 @@ def set_gradient(saved: Array, dbeta: float, dgamma: float, count: float, consta
     constants[CONSTANT, c] = -on_dy * dbeta / count - on_x * saved[MEAN_LOW, c]
 
 
-# Sums of a run -------------------------------------------------------------------------------------------------------
+# Loops over a run ----------------------------------------------------------------------------------------------------
 
 
 @inline
-def add(rows: int, stride: int, gradients: bool, dz: Array, x: Array, kept: Array, n: int, line: Array) -> None:
+def add(rows: int, step: int, gradients: bool, dz: Array, x: Array, kept: Array, n: int, line: Array) -> None:
     """Adds to the sums of n columns d and its square, where d is x - mean where x counts, else 0; or dz and dz * d.
 
-    So for as many rows as a constant says, which lie `stride` apart: the sums are loaded and stored once for all.
+    So for as many rows as a constant says, which begin `step` apart: the sums are loaded and stored once for all.
     """
     for k in range(n):
-        total = products = 0.0
+        mean, total, products = line[MEAN * STRIP + k], 0.0, 0.0
         for row in range(rows):
-            at = np.uint64(row * stride + k)  # of this type, since an index that may be negative costs the vectors
-            d = np.float64(x[at]) - line[MEAN * STRIP + k]
+            at = np.uint64(row * step + k)  # of this type, since an index that may be negative costs the vectors
+            d = np.float64(x[at]) - mean
             if kept.size and not kept[k]:
                 d = 0.0
             g = np.float64(dz[at]) if gradients else d
@@ -100,21 +101,6 @@ def add(rows: int, stride: int, gradients: bool, dz: Array, x: Array, kept: Arra
         line[PRODUCT * STRIP + k] += products
 
 
-@compiled(fastmath={"contract", "reassoc"})
-def add_plane(gradients: bool, dz: Array, x: Array, kept: Array, line: Array) -> None:
-    """The same where all columns are of one channel: in any order, but the same one each time."""
-    mean, total, products = line[MEAN * STRIP], 0.0, 0.0
-    for k in range(x.size):
-        d = np.float64(x[k]) - mean
-        if kept.size and not kept[k]:
-            d = 0.0
-        g = np.float64(dz[k]) if gradients else d
-        total += g
-        products += g * d
-    line[SUM * STRIP] += total
-    line[PRODUCT * STRIP] += products
-
-
 @compiled(fastmath={"reassoc"})
 def total(values: Array) -> float:
     """In any order, but the same one each time."""
@@ -122,9 +108,6 @@ def total(values: Array) -> float:
     for k in range(values.size):
         found += values[k]
     return found
-
-
-# Maps of a run -------------------------------------------------------------------------------------------------------
 
 
 @loop
@@ -204,7 +187,7 @@ def _sigmoids(z: Any, real: Any) -> Any:
 @loop
 def activate(activation: int, y: Array, slope: Any) -> None:
     """Makes y of what the activation gets, in its place. A NaN stays one."""
-    if activation == RELU or activation == RELU6:
+    if activation in (RELU, RELU6):
         most = SIX if activation == RELU6 else NO_BOUND
         for k in range(y.size):
             y[k] = ZERO if y[k] < ZERO else most if y[k] > most else y[k]
@@ -226,7 +209,7 @@ def activate_gradient(activation: int, dy: Array, dz: Array, slope: Any) -> None
 
     At a kink the slope is the left one; at a NaN dy passes, unless a formula has it.
     """
-    if activation == RELU or activation == RELU6:
+    if activation in (RELU, RELU6):
         most = SIX if activation == RELU6 else NO_BOUND
         for k in range(dy.size):
             dz[k] = ZERO if dz[k] <= ZERO or dz[k] >= most else dy[k]
