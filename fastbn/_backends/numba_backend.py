@@ -143,15 +143,14 @@ def _inputs(p: _Split, q: _Task, row: int, i: int, n: int, copies: bool, line: A
         return dy, x
     if q.from_y:
         loops.deactivate(q.activation, x, residual, dz, seen, work.dtype.type(q.slope))
-    elif not q.backward:
-        loops.copy(x, seen)
-    elif q.activation != IDENTITY:
+    elif q.activation != IDENTITY and q.backward:
         loops.normalize(p.plane, x, residual, dz, line)
-    loops.activate_gradient(q.activation, dy, dz, work.dtype.type(q.slope))
+    if q.backward:
+        loops.activate_gradient(q.activation, dy, dz, work.dtype.type(q.slope))
     if q.mask.size:
         first = row // p.pieces * (p.stride // q.saved.shape[1]) + row % p.pieces * p.length
         loops.judge(q.frozen, q.mask[first:], p.position_of, dy, kept[:n], dz)
-    return dz, seen if q.from_y or not q.backward else x
+    return dz, seen if q.from_y else x
 
 
 @_part
@@ -178,11 +177,14 @@ def _map(p: _Split, q: _Task, c0: int, c1: int, segment: int, line: Array, work:
     for row in range(segment * p.segment, min(p.rows, (segment + 1) * p.segment)):
         i, n = _run(p, q, c0, c1, row)
         out = q.out[i : i + n]
-        dz, x = _inputs(p, q, row, i, n, q.in_place, line, work, kept)
         if q.backward:
+            dz, x = _inputs(p, q, row, i, n, q.in_place, line, work, kept)
             loops.differentiate(p.plane, kept[:n], dz, x, out, line)
             loops.copy(dz, q.dresidual[i : i + n])
         else:
+            if q.in_place:
+                loops.copy(q.x[i : i + n], work[1, :n])
+            x = work[1, :n] if q.in_place else q.x[i : i + n]
             loops.normalize(p.plane, x, q.residual[i : i + n], out, line)
             if q.activation != IDENTITY:
                 loops.activate(q.activation, out, work.dtype.type(q.slope))
