@@ -120,7 +120,7 @@ def _run(p: _Split, q: _Task, c0: int, c1: int, row: int) -> tuple[int, int]:
 
 @_jit
 def _spread(p: _Split, q: _Task, constants: int, c0: int, c1: int, sums: bool, line: Array) -> None:
-    """Gives each column its channel's constants. Of a plane, all columns have the mean for sums, and column 0 the rest."""
+    """Gives each column its channel's constants; in a plane, the mean for sums alone, and column 0 the others."""
     for j in range(constants):
         alike = p.plane and not (sums and j == MEAN)
         for k in range(1 if alike else p.channel_of.size - (p.block - (c1 - c0)) * p.span):
