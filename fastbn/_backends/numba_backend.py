@@ -119,10 +119,11 @@ def _run(p: _Split, q: _Task, c0: int, c1: int, row: int) -> tuple[int, int]:
 
 
 @_jit
-def _spread(p: _Split, q: _Task, constants: int, c0: int, c1: int, line: Array) -> None:
-    """Gives each column its channel's constants."""
+def _spread(p: _Split, q: _Task, constants: int, c0: int, c1: int, sums: bool, line: Array) -> None:
+    """Gives each column its channel's constants; in a plane, the mean for sums alone, and column 0 the others."""
     for j in range(constants):
-        for k in range(p.channel_of.size - (p.block - (c1 - c0)) * p.span):
+        alike = p.plane and not (sums and j == MEAN)
+        for k in range(1 if alike else p.channel_of.size - (p.block - (c1 - c0)) * p.span):
             line[j * STRIP + k] = q.constants[j, c0 + p.channel_of[k]]
 
 
@@ -224,14 +225,14 @@ def _share(reduces: bool, maps: bool, unit: int, last: int, p: _Split, q: _Task)
             for c in range(c0, c1):
                 loops.set_line(q.saved, q.constants, c)
                 q.constants[MEAN, c] = q.origin[c]
-            _spread(p, q, loops.FORWARD_CONSTANTS, c0, c1, line)
+            _spread(p, q, loops.FORWARD_CONSTANTS, c0, c1, True, line)
             for segment in range(first, end):
                 _reduce(p, q, c0, c1, segment, line, work, kept)
         if maps:
             for c in range(c0, c1):
                 _finish(q, c)
         if maps and q.out.size:
-            _spread(p, q, loops.CONSTANTS if q.backward else loops.FORWARD_CONSTANTS, c0, c1, line)
+            _spread(p, q, loops.CONSTANTS if q.backward else loops.FORWARD_CONSTANTS, c0, c1, False, line)
             for segment in range(end - 1, first - 1, -1):
                 _map(p, q, c0, c1, segment, line, work, kept)
         unit += end - first
