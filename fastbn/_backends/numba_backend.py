@@ -13,9 +13,10 @@ and a channel's segments are added in one order, so no bit depends on the number
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numba
@@ -255,8 +256,11 @@ def _in_parallel(threads: int, reduces: bool, maps: bool, p: _Split, q: _Task) -
     length = p.segments if reduces and maps else 1
     units = p.strips * p.segments // length
     ends = [units * t // threads * length for t in range(threads + 1)]
-    others = [_pool().submit(_share, reduces, maps, ends[t], ends[t + 1], p, q) for t in range(1, threads)]
-    _share(reduces, maps, ends[0], ends[1], p, q)
+    others: list[Future[None]] = []
+    with contextlib.suppress(RuntimeError):  # when the interpreter exits it starts no more threads
+        others.extend(_pool().submit(_share, reduces, maps, ends[t], ends[t + 1], p, q) for t in range(1, threads))
+    for t in (0, *range(len(others) + 1, threads)):
+        _share(reduces, maps, ends[t], ends[t + 1], p, q)
     for other in others:
         other.result()
 

@@ -19,6 +19,7 @@ from .formulas import Gradients
 from .tensors import (
     STATISTICS,
     Place,
+    arranged,
     cast,
     check_saved,
     differentiate,
@@ -65,6 +66,7 @@ class Normalization(torch.autograd.Function):
         wanted = ctx.needs_input_grad
         unrecorded = not (torch.is_grad_enabled() or watched(dy))
         if unrecorded:
+            dy = arranged(dy, x)
             quick = differentiate_plain(dy, x, residual, gamma, beta, saved, training, activation, wanted)
             if quick is not None:
                 return quick

@@ -201,6 +201,18 @@ def place(
     return tuple(addresses), *(_dense(x, residual) if plain else (None, 1))
 
 
+def arranged(dy: Tensor, x: Tensor) -> Tensor:
+    """Returns dy in the memory order of x: a copy if dy is small, which costs less than a gradient by way of arrays.
+
+    The gradient of a sum, which is one value for all, is such a dy.
+    """
+    if type(dy) is Tensor and dy.shape == x.shape and dy.stride() != x.stride() and dy.numel() <= _SMALL:
+        for order in (torch.contiguous_format, _CHANNELS_LAST.get(x.ndim)):
+            if order is not None and x.is_contiguous(memory_format=order):
+                return dy.contiguous(memory_format=order)
+    return dy
+
+
 def place_of_gradient(dy: Tensor, x: Tensor, residual: Tensor | None) -> Place | None:
     """The place of these tensors for `differentiate`; None if hooks of saved tensors have made them unfit for it."""
     addresses = _address(dy), _address(x), 0 if residual is None else _address(residual)

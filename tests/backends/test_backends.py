@@ -208,3 +208,31 @@ def test_backward_on_another_backend(first: str, second: str, dtype: str) -> Non
             rtol = 64 * np.finfo(dtype).eps
             for a, b in zip((*got, got.dresidual), (*wanted, wanted.dresidual), strict=True):
                 np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * max(1, float(abs(b).max())))
+
+
+def test_an_infinite_mean_stays_infinite(any_backend: cases.Kernel) -> None:
+    x, mean, var = np.array([[1.0, 2], [np.inf, 3], [4, 5]]), np.zeros(2), np.ones(2)
+    cache = fastbn.forward(x, None, None, mean, var, momentum=1.0).cache
+    assert cache.mean.tolist() == [np.inf, 10 / 3]
+    assert mean.tolist() == [np.inf, 10 / 3]
+    assert fastbn.moments(x).mean.tolist() == [np.inf, 10 / 3]
+
+
+LATE = """
+import threading, time
+import numpy as np, fastbn
+fastbn.set_backend("{}")
+fastbn.set_num_threads(2)
+x = np.random.default_rng(0).standard_normal((64, 64, 14, 14), dtype=np.float32)
+wanted = fastbn.forward(x).y
+def work():
+    time.sleep(0.5)
+    print(np.array_equal(fastbn.forward(x).y, wanted))
+threading.Thread(target=work).start()
+"""
+
+
+def test_a_thread_that_outlives_the_main_thread(any_backend: cases.Kernel, tmp_path: Path) -> None:
+    """The interpreter then starts no more threads, but the call has the same bits on one."""
+    done = cases.run_python(LATE.format(any_backend.backend), tmp_path)
+    assert (done.returncode, done.stdout.strip()) == (0, "True"), done.stderr

@@ -170,3 +170,24 @@ def test_hooks_of_a_traced_layer_are_refused() -> None:
     x = torch.randn(5, 3)
     wanted = model(x)
     assert torch.allclose(torch.fx.symbolic_trace(fastbn.torch.revert_batchnorm(model))(x), wanted)
+
+
+@pytest.mark.parametrize("shape", [(8, 6), (4, 6, 3, 2)], ids=str)
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_a_gradient_in_another_order(shape: tuple[int, ...], order: torch.memory_format) -> None:
+    """It may be one value for all, as the gradient of a sum is; the bits are those of a dense one."""
+    if len(shape) == 2 and order is torch.channels_last:
+        pytest.skip("channels_last has four axes")
+    x = torch.randn(shape).to(memory_format=order).requires_grad_()
+    bn = (fastbn.torch.BatchNorm1d if len(shape) == 2 else fastbn.torch.BatchNorm2d)(6)
+    wanted = (x, bn.weight, bn.bias)
+    for dy in (
+        torch.full((), 0.75).expand(shape),
+        torch.randn(shape),
+        torch.randn(shape[::-1]).permute(*range(x.ndim)[::-1]),
+    ):
+        dense = dy.contiguous(memory_format=order).clone(memory_format=torch.preserve_format)
+        found, expected = (torch.autograd.grad(bn(x), wanted, given) for given in (dy, dense))
+        for one, other in zip(found, expected, strict=True):
+            assert torch.equal(one, other)
+        assert found[0].is_contiguous(memory_format=order)
