@@ -1,14 +1,15 @@
 """How does Numba compute batch norm? In plain loops (numba_loops.py), compiled on first use and kept on disk.
 
-A call reduces (adds up each channel) and maps (makes constants of the sums, and y or dx of the constants). The data is
-walked in strips, parts of the channels, and in the rows of a strip, which are runs of memory: a piece of one channel's
-plane where planes are large, else columns of as many channels as fit in, and of several samples where all do. Each
-column has its channel's constants, and sums of its own, which are then put together. Sums are float64, about a value
-near the mean, so that a common offset cancels before anything is squared.
+A call reduces (adds up each channel) and maps (turns the sums into constants, and the constants into y or dx). A strip
+is a number of channels, and its rows are runs of memory. Where planes are large, a row is a piece of one channel's
+plane; otherwise it has the columns of as many channels as fit, and of several samples if all channels fit. Each column
+has the constants of its channel and sums of its own, which are added up per channel at the end. Sums are float64, about
+a value near the mean, so that a common offset cancels before anything is squared.
 
-Where strips fit in the cache, one thread reduces and maps a strip. Otherwise all threads reduce, and then map from the
-end backwards, which the cache still holds. A strip is summed by segments of its rows. Both follow from the shape alone,
-and a channel's segments are added in one order, so no bit depends on the number of threads.
+If strips fit into the cache, one thread reduces a strip and maps it. Otherwise all threads reduce first, and then map
+from the end backwards, since the cache still holds the end. The rows of a strip are summed in segments. Strips and
+segments follow from the shape alone, and the segments of a channel are added in one order, so that no bit of the result
+depends on the number of threads.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class _Split(NamedTuple):
 
 
 class _Task(NamedTuple):
-    """What a call computes, and its arrays, those of data flat. An array that is absent has no elements."""
+    """What a call computes, and its arrays. Arrays of data are flat, and an absent array has no elements."""
 
     x: Array
     residual: Array
@@ -139,7 +140,7 @@ def _fold(p: _Split, q: _Task, c0: int, c1: int, segment: int, line: Array) -> N
 
 @_part
 def _inputs(p: _Split, q: _Task, row: int, i: int, n: int, copies: bool, line: Array, work: Array, kept: Array) -> Any:
-    """What the sums and results of a run come from: dz, and x or what stands for it; and what the mask says."""
+    """Returns dz and x of a run (or what replaces x), and fills `kept` by the mask."""
     x, residual, dy, dz, seen = q.x[i : i + n], q.residual[i : i + n], q.dy[i : i + n], work[0, :n], work[1, :n]
     if q.as_it_is and not copies:
         return dy, x
@@ -175,7 +176,7 @@ def _reduce(p: _Split, q: _Task, c0: int, c1: int, segment: int, line: Array, wo
 
 @_part
 def _map(p: _Split, q: _Task, c0: int, c1: int, segment: int, line: Array, work: Array, kept: Array) -> None:
-    """Fills y or dx in the rows of a segment. LLVM's loops are slow in place, and so are given a copy there."""
+    """Fills y or dx in the rows of a segment. In place, the loops get a copy, since LLVM's are slow otherwise."""
     for row in range(segment * p.segment, min(p.rows, (segment + 1) * p.segment)):
         i, n = _run(p, q, c0, c1, row)
         out = q.out[i : i + n]
@@ -194,7 +195,7 @@ def _map(p: _Split, q: _Task, c0: int, c1: int, segment: int, line: Array, work:
 
 @_part
 def _finish(q: _Task, c: int) -> None:
-    """Makes a channel's constants of its sums. Threads that share a strip all do it, and write the same."""
+    """Computes a channel's constants from its sums. Threads that share a strip all do so and write the same values."""
     first, second = q.totals[0, c], q.totals[1, c]
     reduced = q.parts.shape[2] > 0
     if reduced:
@@ -248,14 +249,12 @@ def _pool() -> ThreadPoolExecutor:
 
 
 def _in_parallel(threads: int, reduces: bool, maps: bool, p: _Split, q: _Task) -> None:
-    """Shares segments among threads of Python's, or whole strips, which run compiled code without the GIL.
+    """Shares segments, or whole strips, among Python's threads, which run compiled code without the GIL.
 
-    Numba's own prange would compile `_share` once more, and LLVM may then fuse and order its operations otherwise: the
-    bits would depend on the number of threads.
+    Numba's prange would compile `_share` once more, perhaps with other bits: these would depend on the threads.
     """
     length = p.segments if reduces and maps else 1
-    units = p.strips * p.segments // length
-    ends = [units * t // threads * length for t in range(threads + 1)]
+    ends = [p.strips * p.segments // length * t // threads * length for t in range(threads + 1)]
     others: list[Future[None]] = []
     with contextlib.suppress(RuntimeError):  # when the interpreter exits it starts no more threads
         others.extend(_pool().submit(_share, reduces, maps, ends[t], ends[t + 1], p, q) for t in range(1, threads))
@@ -269,7 +268,7 @@ def _in_parallel(threads: int, reduces: bool, maps: bool, p: _Split, q: _Task) -
 
 
 def _input(array: Array | None, dtype: Any) -> Array:
-    """As compiled code takes it: flat, and always read-only, since that is part of the type."""
+    """An array as compiled code takes it: flat, and always read-only, since that is part of the type."""
     flat = np.empty(0, dtype) if array is None else array.reshape(-1)
     flat.flags.writeable = False
     return flat
@@ -279,7 +278,7 @@ def _input(array: Array | None, dtype: Any) -> Array:
 def _calculate(
     call: Call | BackwardCall, saved: Array, out: Array | None, *, reduces: bool = False, totals: Array | None = None
 ) -> _Task:
-    """Takes the sums of each channel, or is given their `totals` or statistics; fills y or dx, if there is an `out`."""
+    """Computes each channel's sums, unless `totals` or statistics are given, and fills y or dx if there is `out`."""
     if isinstance(call, Call):
         saved[GAMMA], saved[BETA] = 1 if call.gamma is None else call.gamma, 0 if call.beta is None else call.beta
     x, backward, dresidual = call.x, isinstance(call, BackwardCall), getattr(call, "dresidual", None)

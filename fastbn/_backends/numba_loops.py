@@ -1,12 +1,12 @@
-"""What does batch norm do with one channel, and with one run of memory? In loops that LLVM makes vector code of.
+"""What does batch norm do with one channel, and with one run of memory? In loops that LLVM turns into vector code.
 
 A run is at most STRIP elements that lie together: a piece of one channel's plane, or columns of several channels. The
-constants and the sums of its columns are the rows of one array, `line`, each STRIP values long: distances within an
-array are known to LLVM, so it need not ask whether the rows overlap. In a plane all columns have the same constants,
-and maps take those of column 0; LLVM makes two loops of the one that asks which it is.
+constants and the sums of its columns are the rows of one array, `line`, each STRIP values long: LLVM knows distances
+within an array, so it need not check whether the rows overlap. In a plane all columns have the same constants, and maps
+use those of column 0. LLVM makes two loops of one that asks whether it is in a plane.
 
-Arithmetic is float64, and what it gives is rounded once. So an offset of float32 data costs no digits, and no exponent
-leaves the range; a * b + c may be fused. The smooth activations alone are computed in the dtype of the data.
+Arithmetic is float64, and its result is rounded once, so an offset of float32 data costs no digits, and no exponent
+leaves the range. a * b + c may be fused. Only the smooth activations are computed in the dtype of the data.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ scalar = compiled(forceinline=True)
 
 @scalar
 def set_moments(origin: float, total: float, squares: float, count: float, saved: Array, c: int) -> float:
-    """Of the batch, from sums about the origin; gives m2. Knuth's two-sum keeps what the mean loses to rounding."""
+    """The batch's moments, from sums about the origin; returns m2. Knuth's two-sum keeps the mean's rounding error."""
     offset = total / count
     mean = origin + offset
     back = mean - origin
@@ -83,9 +83,9 @@ def set_gradient(saved: Array, dbeta: float, dgamma: float, count: float, consta
 
 @inline
 def add(rows: int, step: int, gradients: bool, dz: Array, x: Array, kept: Array, n: int, line: Array) -> None:
-    """Adds to the sums of n columns d and its square, where d is x - mean where x counts, else 0; or dz and dz * d.
+    """Adds d and d * d, or dz and dz * d, to the sums of n columns; d is x - mean, or 0 where x does not count.
 
-    So for as many rows as a constant says, which begin `step` apart: the sums are loaded and stored once for all.
+    It adds `rows` rows, a constant, that begin `step` apart: the sums are loaded and stored once for all of them.
     """
     for k in range(n):
         mean, total, products = line[MEAN * STRIP + k], 0.0, 0.0
@@ -103,7 +103,7 @@ def add(rows: int, step: int, gradients: bool, dz: Array, x: Array, kept: Array,
 
 @compiled(fastmath={"reassoc"})
 def total(values: Array) -> float:
-    """In any order, but the same one each time."""
+    """The sum in any order, which is the same one each time."""
     found = 0.0
     for k in range(values.size):
         found += values[k]
@@ -112,7 +112,7 @@ def total(values: Array) -> float:
 
 @loop
 def normalize(plane: bool, x: Array, residual: Array, z: Array, line: Array) -> None:
-    """Fills z, what the activation gets."""
+    """Fills z, the argument of the activation."""
     for k in range(x.size):
         c = 0 if plane else k
         shift = line[SHIFT * STRIP + c]
@@ -136,7 +136,7 @@ def differentiate(plane: bool, kept: Array, dz: Array, x: Array, dx: Array, line
 
 @loop
 def judge(frozen: bool, mask: Array, positions: Array, dy: Array, kept: Array, dz: Array) -> None:
-    """Says what each position is: any byte of the mask but 0 is True. Where it is nothing, so is dz, whatever x is."""
+    """Fills `kept` by the mask, in which any byte but 0 is True. Where a position is NOTHING, dz is 0, whatever x is."""
     in_statistics = np.uint8(MOVES_NO_OTHER if frozen else COUNTS)
     for k in range(kept.size):
         moves = dy.size > 0 and dy[k] != 0
@@ -146,7 +146,7 @@ def judge(frozen: bool, mask: Array, positions: Array, dy: Array, kept: Array, d
 
 @loop
 def copy(a: Array, b: Array) -> None:
-    """Fills b, if it is there. (An assignment to a slice would compile much more, for its errors.)"""
+    """Fills b, which may have no elements. (An assignment to a slice takes longer to compile.)"""
     for k in range(b.size):
         b[k] = a[k]
 
@@ -160,17 +160,17 @@ TO_INTEGER = 1.5 * 2.0**52  # when it is added, an integer stands in the last bi
 
 @inline
 def _power_of_two(n: Any) -> float:
-    """Two to the n, a whole number between -1022 and 1023, by its bits."""
+    """Two to the n, a whole number between -1022 and 1023, made from its bits."""
     bits = np.float64(n + TO_INTEGER).view(np.int64)
     return np.int64((bits + 1023) << 52).view(np.float64)
 
 
 @inline
 def _sigmoids(z: Any, real: Any) -> Any:
-    """Of z and of -z, each as accurate as the other, in the dtype `real`. They are made of e = exp(-|z|) <= 1.
+    """The sigmoids of z and of -z, equally accurate, in the dtype `real`. Both follow from e = exp(-|z|) <= 1.
 
-    That is two to the n times the power series of what is left, |r| <= log(2) / 2. The power is applied in two steps,
-    so that a denormal result is rounded once.
+    e is two to the n times the power series of the rest, |r| <= log(2) / 2. The power of two is applied in two steps, so
+    that a denormal result is rounded once.
     """
     x = real(-1100) if abs(z) > real(1100) else -abs(z)
     n = np.rint(x * real(LOG2E))
@@ -186,7 +186,7 @@ def _sigmoids(z: Any, real: Any) -> Any:
 
 @loop
 def activate(activation: int, y: Array, slope: Any) -> None:
-    """Makes y of what the activation gets, in its place. A NaN stays one."""
+    """Replaces z by y. A NaN stays a NaN."""
     if activation in (RELU, RELU6):
         most = SIX if activation == RELU6 else NO_BOUND
         for k in range(y.size):
@@ -205,10 +205,7 @@ def activate(activation: int, y: Array, slope: Any) -> None:
 
 @loop
 def activate_gradient(activation: int, dy: Array, dz: Array, slope: Any) -> None:
-    """Makes dz of what the activation got, in its place.
-
-    At a kink the slope is the left one; at a NaN dy passes, unless a formula has it.
-    """
+    """Replaces z by dz. At a kink the derivative is the left one. At a NaN dy passes, unless z is in the formula."""
     if activation in (RELU, RELU6):
         most = SIX if activation == RELU6 else NO_BOUND
         for k in range(dy.size):

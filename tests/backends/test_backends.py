@@ -211,11 +211,11 @@ def test_backward_on_another_backend(first: str, second: str, dtype: str) -> Non
 
 
 def test_an_infinite_mean_stays_infinite(any_backend: cases.Kernel) -> None:
-    x, mean, var = np.array([[1.0, 2], [np.inf, 3], [4, 5]]), np.zeros(2), np.ones(2)
+    x, mean, var = np.array([[1.0, 2], [np.inf, 3], [4, 4]]), np.zeros(2), np.ones(2)
     cache = fastbn.forward(x, None, None, mean, var, momentum=1.0).cache
-    assert cache.mean.tolist() == [np.inf, 10 / 3]
-    assert mean.tolist() == [np.inf, 10 / 3]
-    assert fastbn.moments(x).mean.tolist() == [np.inf, 10 / 3]
+    assert cache.mean.tolist() == [np.inf, 3]
+    assert mean.tolist() == [np.inf, 3]
+    assert fastbn.moments(x).mean.tolist() == [np.inf, 3]
 
 
 LATE = """
