@@ -136,7 +136,7 @@ def differentiate(plane: bool, kept: Array, dz: Array, x: Array, dx: Array, line
 
 @loop
 def judge(frozen: bool, mask: Array, positions: Array, dy: Array, kept: Array, dz: Array) -> None:
-    """Fills `kept` by the mask, in which any byte but 0 is True. Where a position is NOTHING, dz is 0, whatever x is."""
+    """Fills `kept` by the mask: any byte but 0 is True. Where a position is NOTHING, dz is 0, whatever x is."""
     in_statistics = np.uint8(MOVES_NO_OTHER if frozen else COUNTS)
     for k in range(kept.size):
         moves = dy.size > 0 and dy[k] != 0
@@ -169,7 +169,7 @@ def _power_of_two(n: Any) -> float:
 def _sigmoids(z: Any, real: Any) -> Any:
     """The sigmoids of z and of -z, equally accurate, in the dtype `real`. Both follow from e = exp(-|z|) <= 1.
 
-    e is two to the n times the power series of the rest, |r| <= log(2) / 2. The power of two is applied in two steps, so
+    e is two to the n times the power series of the rest, |r| <= log(2) / 2. The power of two is applied twice, so
     that a denormal result is rounded once.
     """
     x = real(-1100) if abs(z) > real(1100) else -abs(z)
