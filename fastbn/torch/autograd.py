@@ -31,6 +31,8 @@ from .tensors import (
 )
 from .watchers import has_tangent, transformed, watched
 
+_is_grad_enabled = torch.is_grad_enabled
+
 # In eager code -------------------------------------------------------------------------------------------------------
 
 
@@ -64,10 +66,12 @@ class Normalization(torch.autograd.Function):
         x, residual = tensors if len(tensors) == 2 else (tensors[0], None)
         saved, gamma, beta, of_gamma, of_beta, training, eps, activation = ctx.kept
         wanted = ctx.needs_input_grad
-        unrecorded = not (torch.is_grad_enabled() or watched(dy))
+        unrecorded = not (_is_grad_enabled() or watched(dy))
         if unrecorded:
-            dy = arranged(dy, x)
             quick = differentiate_plain(dy, x, residual, gamma, beta, saved, training, activation, wanted)
+            if quick is None:
+                dy = arranged(dy, x)
+                quick = differentiate_plain(dy, x, residual, gamma, beta, saved, training, activation, wanted)
             if quick is not None:
                 return quick
         where = place_of_gradient(dy, x, residual) if unrecorded else None

@@ -49,12 +49,13 @@ FBN_INLINE void NAME(affine_rows)(const fbn_affine *a, const NAME(runs) * r, int
 /* Maps the elements [at, end) of adjacent planes, of which the first `left` are of channel c. */
 FBN_INLINE void NAME(affine_planes)(const fbn_affine *a, const NAME(runs) * r, int64_t at, int64_t end, int64_t c,
                                     int64_t left, int activation, int has_residual) {
+    const fbn_affine own = *a; /* no store can change it, so the loop need not read it again */
     const int64_t head = NAME(head)((elem *)a->y + at, end - at, a->stream);
     NAME(line) l = NAME(line_at)(&a->line, c, 0);
     for (int64_t n = NAME(least)(head ? head : WIDTH, end - at); at < end; n = NAME(least)(WIDTH, end - at)) {
         if (n == WIDTH && left >= WIDTH) {
             n = NAME(least)(left, end - at) / WIDTH * WIDTH;
-            for (int64_t k = 0; k < n; k += WIDTH) NAME(affine_at)(a, at + k, &l, activation, has_residual);
+            for (int64_t k = 0; k < n; k += WIDTH) NAME(affine_at)(&own, at + k, &l, activation, has_residual);
         } else if (NAME(is_short)(activation) && (left >= n || left + r->length >= WIDTH)) {
             const NAME(line) part = left < n ? NAME(line_of_two)(&a->line, c, left, r) : l;
             NAME(affine_n)(a, at, n, &part, activation, has_residual);

@@ -72,6 +72,7 @@ FBN_APART void NAME(grad_affine_part)(const fbn_grad_affine *g, int64_t i, int64
 /* The following functions do for dx what affine_rows, _planes, _turns and _runs do for y. */
 FBN_INLINE void NAME(grad_affine_rows)(const fbn_grad_affine *g, const NAME(runs) * r, int64_t at, int64_t end,
                                        int64_t c, NAME(grad_parts) parts) {
+    const fbn_grad_affine own = *g; /* see affine_planes */
     const int64_t head = NAME(least)(NAME(misaligned)((elem *)g->dx + at), end - at);
     if (head) NAME(grad_affine_part)(g, at, head, c, WIDTH, r);
     at += head;
@@ -79,8 +80,8 @@ FBN_INLINE void NAME(grad_affine_rows)(const fbn_grad_affine *g, const NAME(runs
     for (int64_t n; at + WIDTH <= end; at += n, c = NAME(onward)(c, n, r->period)) {
         n = NAME(vectors)(end - at, c, r->period);
         for (int64_t k = 0; k < n; k += WIDTH) {
-            const NAME(grad) b = NAME(grad_at)(g, c + k, 1);
-            NAME(grad_affine_at)(g, at + k, &b, parts);
+            const NAME(grad) b = NAME(grad_at)(&own, c + k, 1);
+            NAME(grad_affine_at)(&own, at + k, &b, parts);
         }
     }
     if (at < end) NAME(grad_affine_part)(g, at, end - at, c, WIDTH, r);
