@@ -184,8 +184,8 @@ class BatchNorm2d(_Layer, torch.nn.BatchNorm2d):
 
     Derivatives of any order are supported. Calls that the kernels cannot take, or that torch must record, go to torch's
     layer: see the table in fastbn.torch's docstring. The number of threads is the smaller of torch.get_num_threads()
-    and fastbn.get_num_threads(). A small call takes as long as torch's, and about 5 microseconds longer with its
-    backward pass, which goes through Python.
+    and fastbn.get_num_threads(). A small call takes as long as torch's. With its
+    backward pass, which goes through Python, it takes up to 8 microseconds longer; most so after eval().
 
     eps and momentum may be ints, and tensors of one value; momentum may have any sign. torch's layers allow the same.
 
