@@ -42,10 +42,18 @@ cdef extern from "fastbn.h" nogil:
     ctypedef struct fbn_kernels:
         pass
 
+    ctypedef struct fbn_habits:
+        int64_t streams
+        int64_t turn
+        int64_t ahead
+        int64_t stream_from
+        int64_t block
+
     ctypedef struct fbn_machine:
         const fbn_kernels *kernels
         int64_t core_cache
         int64_t shared_cache
+        fbn_habits habits
 
     enum:
         FBN_WORK_PER_THREAD

@@ -86,12 +86,23 @@ typedef enum {
 /* The kernels of one instruction set. Opaque; see fbn_kernels_at. */
 typedef struct fbn_kernels fbn_kernels;
 
-/* Where a call runs: the kernels, and the bytes of data cache that a core has for itself (level 2) and that the cores
- * share (the last level). The sizes guide how the work is split. They never change a bit of the result, and any number
- * is valid. */
+/* How this machine's memory is used best. A field that is 0 stands for the default. No bit of a result depends on them,
+ * and any number is valid. */
+typedef struct {
+    int64_t streams;     /* arrays and planes that are far apart and read in turns, at most 8 of each */
+    int64_t turn;        /* the bytes of a turn */
+    int64_t ahead;       /* how many bytes ahead memory is fetched; negative: the processor is left to do so */
+    int64_t stream_from; /* a result of at least so many bytes is written around the cache; negative: none is */
+    int64_t block;       /* the bytes of arrays that stay in the cache from one step of a call to the next */
+} fbn_habits;
+
+/* Where a call runs: the kernels, the bytes of data cache that a core has for itself (level 2) and that the cores share
+ * (the last level), and habits. The sizes guide how the work is split. They never change a bit of the result, and any
+ * number is valid. */
 typedef struct {
     const fbn_kernels *kernels;
     int64_t core_cache, shared_cache;
+    fbn_habits habits;
 } fbn_machine;
 
 /* The least values that a thread is used for. A call on fewer than twice as many stays in the calling thread. */
@@ -253,7 +264,8 @@ fbn_status fbn_backward(const fbn_problem *problem, const fbn_backward_args *arg
 
 /* ---- this processor ---- */
 
-/* The best kernels and the caches of this processor; 1 and 8 MiB where the system does not tell. Never fails. */
+/* The best kernels, the caches (1 and 8 MiB where the system does not tell) and the habits of this processor. Never
+ * fails. */
 fbn_machine fbn_this_machine(void);
 
 /* The kernels that this processor can run, best first; NULL past the end and for a negative index. They are never

@@ -9,18 +9,6 @@
 
 static fbn_dtype statistics_dtype(const fbn_job *j) { return j->p->dtype == FBN_F64 ? FBN_F64 : FBN_F32; }
 
-fbn_line fbn_line_at(const fbn_job *j, int64_t c) {
-    const int64_t skip = c * j->split.real;
-    return (fbn_line){(char *)j->line.prescale + skip, (char *)j->line.neg_mean + skip,  (char *)j->line.scale + skip,
-                      (char *)j->line.shift + skip,    (char *)j->line.shift_low + skip, j->p->slope};
-}
-
-fbn_gradient fbn_gradient_at(const fbn_job *j, int64_t c) {
-    const int64_t skip = c * j->split.real;
-    return (fbn_gradient){(char *)j->gradient.on_dy + skip, (char *)j->gradient.on_x + skip,
-                          (char *)j->gradient.constant + skip, (char *)j->gradient.postscale + skip};
-}
-
 /* ---- before a reduction ---- */
 
 /* The origin of a channel's sums: one of its values. */
@@ -29,6 +17,7 @@ void fbn_set_origins(fbn_job *j, int64_t c0, int64_t c1) {
     const char *at[3];
     for (int i = 0; i < 3; i++) at[i] = j->x + ((j->origins[i] / n * C + c0) * n + j->origins[i] % n) * j->split.elem;
     j->kernels->set_origin(at[0], at[1], at[2], c1 - c0, n, j->origin + c0);
+    fbn_repeat_columns(j, c0, c1, -1, 0);
 }
 
 static fbn_channels known_at(const fbn_job *j, int64_t c) {
@@ -40,14 +29,16 @@ static fbn_channels known_at(const fbn_job *j, int64_t c) {
 
 static void set_lines(fbn_job *j, int64_t c0, int64_t c1) {
     const fbn_channels known = known_at(j, c0);
-    const fbn_line line = fbn_line_at(j, c0);
-    j->kernels->set_line(&known, c1 - c0, &line);
+    const fbn_constants constants = fbn_constants_at(j, c0);
+    j->kernels->set_line(&known, c1 - c0, &constants);
+    fbn_repeat_columns(j, c0, c1, 0, FBN_CONSTANTS_OF_Y);
 }
 
 /* The sums of a gradient are taken about the mean. */
 void fbn_set_lines_known(fbn_job *j, int64_t c0, int64_t c1) {
     set_lines(j, c0, c1);
     memcpy(j->origin + c0, j->known + FBN_MEAN * j->p->channels + c0, (size_t)(c1 - c0) * sizeof(double));
+    fbn_repeat_columns(j, c0, c1, -1, 0);
 }
 
 /* The same where `x` holds y. Then gamma * xhat + beta takes the place of x, beta that of its mean and gamma that of
@@ -75,17 +66,6 @@ static void total(fbn_job *j, int64_t c0, int64_t c1) {
         for (int64_t c = c0; c < c1; c++) first[c] += more[c];
         for (int64_t c = c0; c < c1; c++) second[c] += more[j->split.padded + c];
     }
-}
-
-/* Repeats the constants of the first channels behind those of the last, for vectors that reach into the next row. The
- * thread that finishes channel 0 also finishes all the channels that are repeated. */
-static void repeat_first(fbn_job *j, int64_t c0, int64_t c1) {
-    if (!j->split.rows || c0 || c0 == c1 || j->split.units < 2) return;
-    for (int i = 0; i < FBN_CONSTANTS; i++)
-        for (int64_t k = 0; k < FBN_CHANNEL_PAD; k++) {
-            const int64_t to = (j->p->channels + k) * j->split.real, from = k % j->p->channels * j->split.real;
-            memcpy((char *)j->arrays[i] + to, (char *)j->arrays[i] + from, (size_t)j->split.real);
-        }
 }
 
 /* ---- forward ---- */
@@ -144,7 +124,6 @@ void fbn_finish_applied(fbn_job *j, int64_t c0, int64_t c1) {
     set_row(j, FBN_GAMMA, j->parameters.gamma, j->parameters.dtype, 1, c0, c1);
     set_row(j, FBN_BETA, j->parameters.beta, j->parameters.dtype, 0, c0, c1);
     set_lines(j, c0, c1);
-    repeat_first(j, c0, c1);
 }
 
 void fbn_finish_statistics(fbn_job *j, int64_t c0, int64_t c1) {
@@ -185,10 +164,9 @@ static void finish_known_sums(fbn_job *j, int64_t c0, int64_t c1) {
     for (int64_t c = c0; j->dgamma && c < c1; c++) fbn_put(j->dgamma, c, products[c] * inv_std[c], statistics_dtype(j));
     for (int64_t c = c0; j->dbeta && c < c1; c++) fbn_put(j->dbeta, c, sums[c], statistics_dtype(j));
     const fbn_channels known = known_at(j, c0);
-    const fbn_line line = fbn_line_at(j, c0);
-    const fbn_gradient gradient = fbn_gradient_at(j, c0);
-    j->kernels->set_gradient(&known, sums + c0, products + c0, j->count, c1 - c0, &line, &gradient);
-    repeat_first(j, c0, c1);
+    const fbn_constants constants = fbn_constants_at(j, c0);
+    j->kernels->set_gradient(&known, sums + c0, products + c0, j->count, c1 - c0, &constants);
+    fbn_repeat_columns(j, c0, c1, FBN_CONSTANTS_OF_Y, FBN_CONSTANTS);
 }
 
 void fbn_finish_gradient(fbn_job *j, int64_t c0, int64_t c1) {

@@ -15,13 +15,20 @@ typedef struct fbn_job fbn_job;
 /* A step that is done once per channel, for the channels [c0, c1). */
 typedef void fbn_of_channels(fbn_job *job, int64_t c0, int64_t c1);
 
-/* Adds a tile to the sums of the channels [c0, c1). Rows are added to `sums` and `others`; planes are added to lanes,
- * and `sums` then points to these. */
-typedef void fbn_of_sums(const fbn_job *job, const fbn_tile *tile, int64_t c0, int64_t c1, double *sums,
+/* The channels [c0, c1), which kernels get at once, and what is known about them or their columns. */
+typedef struct {
+    int64_t c0, c1;
+    fbn_constants constants;
+    const double *origin;
+    int usual, exact; /* as in fbn_operands */
+} fbn_panel;
+
+/* Adds a tile to the sums of a panel. Columns are added to `sums` and `others`, planes to the lanes in `sums`. */
+typedef void fbn_of_sums(const fbn_job *job, const fbn_tile *tile, const fbn_panel *panel, double *sums,
                          double *others);
 
-/* Fills the part of the result that a tile covers, for the channels [c0, c1). */
-typedef void fbn_of_results(const fbn_job *job, const fbn_tile *tile, int64_t c0, int64_t c1);
+/* Fills the part of the result that a tile of a panel covers. */
+typedef void fbn_of_results(const fbn_job *job, const fbn_tile *tile, const fbn_panel *panel);
 
 typedef struct {
     fbn_of_channels *prepare;
@@ -29,9 +36,6 @@ typedef struct {
     fbn_of_channels *finish;
     fbn_of_results *map;
 } fbn_operation;
-
-/* The constants of a channel: five of the line, four of the gradient. */
-enum { FBN_CONSTANTS = 9 };
 
 struct fbn_job {
     const fbn_problem *p;
@@ -58,11 +62,9 @@ struct fbn_job {
     const double *known;      /* the rows that describe what `x` holds */
 
     /* What is computed for each channel, in the workspace. */
-    double *origin;              /* the value that the sums are taken about: one of x's, or the mean */
-    double *partial, *lanes;     /* the sums of each segment; the lanes of each thread */
-    void *arrays[FBN_CONSTANTS]; /* in the compute type; `line` and `gradient` point into these */
-    fbn_line line;
-    fbn_gradient gradient;
+    double *origin;          /* the value that the sums are taken about: one of x's, or the mean */
+    double *partial, *lanes; /* the sums of each segment; the lanes of each thread */
+    fbn_constants constants;
 
     /* The results per channel; NULL where the caller did not ask for them. */
     double *moments_out, *sums_out;
@@ -74,8 +76,14 @@ static inline double *fbn_first_sums(const fbn_job *j) { return j->partial; }
 static inline double *fbn_second_sums(const fbn_job *j) { return j->partial + j->split.padded; }
 
 /* The constants from channel c on. */
-fbn_line fbn_line_at(const fbn_job *job, int64_t c);
-fbn_gradient fbn_gradient_at(const fbn_job *job, int64_t c);
+fbn_constants fbn_constants_at(const fbn_job *job, int64_t c);
+
+/* panel.c: channels as kernels get them. `room` has FBN_ROOM bytes, for the constants of small planes' columns. */
+enum { FBN_ROOM = FBN_CONSTANTS * (FBN_COLUMN_BYTES + FBN_CHANNEL_PAD * (int)sizeof(double)) };
+fbn_panel fbn_panel_to_sum(const fbn_job *job, int64_t c0, int64_t c1, double *lanes, void *room);
+fbn_panel fbn_panel_to_map(const fbn_job *job, int64_t c0, int64_t c1, void *room);
+void fbn_reduce_panel(const fbn_job *job, int64_t segment, const fbn_panel *panel, double *lanes);
+void fbn_repeat_columns(fbn_job *job, int64_t c0, int64_t c1, int first, int last);
 
 /* finish.c: the steps that are done once per channel. */
 fbn_of_channels fbn_set_origins, fbn_set_lines_known, fbn_set_lines_from_y;

@@ -1,8 +1,9 @@
 /* kernels.h: the contract of each kernel, and the table that an instruction set fills.
  *
  * A kernel is a loop over one tile. It starts no threads, allocates nothing and reads only the arrays in its arguments.
- * `cf` kernels get planes, which are runs of contiguous elements of one channel each. `cl` kernels get rows, which are
- * runs of `channels` contiguous elements, one after the other.
+ * There are two shapes. Planes are runs of contiguous elements of one channel each, so that a channel's constants are
+ * in every lane of a vector. Columns are runs of contiguous elements that have constants of their own: the channels of
+ * rows (channels-last), or whole small planes, whose constants have been spread over their elements.
  */
 #ifndef FBN_KERNELS_H
 #define FBN_KERNELS_H
@@ -17,18 +18,16 @@
 #define FBN_APART static __attribute__((noinline))
 #endif
 
-/* The lanes of a cf reduction: element i of a plane is added to lane i % FBN_LANES on every instruction set. All
- * instruction sets with a fused multiply-add therefore give the same bits. */
+/* The lanes of a sum over a plane: element i is added to lane i % FBN_LANES on every instruction set. All instruction
+ * sets with a fused multiply-add therefore give the same bits. */
 enum { FBN_LANES = 16 };
 
-/* Kernels prefetch what they read FBN_AHEAD bytes in advance. Memory serves several streams faster than one, and is
- * written faster in stretches than line by line. Kernels therefore work on several streams that are far apart
- * (FBN_STREAMS for rows), in turns of FBN_TURN bytes. Planes of fewer than FBN_SMALL_PLANE elements may be joined. */
-enum { FBN_AHEAD = 512, FBN_STREAMS = 4, FBN_TURN = 256, FBN_SMALL_PLANE = 1024 };
-
-/* Per-channel arrays have room for this many values more than there are channels, rounded up to a multiple of it, so
- * that cl kernels may load and store whole vectors. */
+/* Arrays with a value per channel or per column have room for this many values more, so that kernels may load and store
+ * whole vectors. */
 enum { FBN_CHANNEL_PAD = 16 };
+
+/* The most planes that a kernel gets at once, and so the most streams of planes. */
+enum { FBN_IMAGES = 8 };
 
 /* Or'ed to an activation that has an inverse (identity, leaky_relu). The kernel then gets y = activation(gamma * xhat +
  * beta + residual) instead of x, and gamma * xhat + beta takes the place of x. */
@@ -40,13 +39,27 @@ enum { FBN_OUTSIDE = 1024, FBN_WHICH = 255 }; /* `activation & FBN_WHICH` is the
 
 _Static_assert(FBN_ACTIVATIONS <= FBN_WHICH + 1, "the flags must not be bits of an activation");
 
-/* y = ((x * prescale + neg_mean) * scale + shift) + shift_low, per channel, in the compute type (float or double) of
- * the dtype. shift_low is the rounding error of shift. prescale is a power of two; it is 1 unless a channel's spread or
- * gain is near an end of the exponent range (see kernels/constants.h). `slope` is leaky_relu's. */
+/* The constants of a channel, in the compute type (float or double) of the dtype. With them
+ *     y = ((x * prescale + neg_mean) * scale + shift) + shift_low
+ *     dx = (on_dy * dz + on_x * (x * prescale + neg_mean) + constant) * postscale
+ * shift_low is the rounding error of shift. prescale and postscale are powers of two, which are 1 unless a channel's
+ * spread or gain is near an end of the exponent range (see kernels/constants.h). */
+enum {
+    FBN_PRESCALE,
+    FBN_NEG_MEAN,
+    FBN_SCALE,
+    FBN_SHIFT,
+    FBN_SHIFT_LOW,
+    FBN_CONSTANTS_OF_Y, /* how many there are so far */
+    FBN_ON_DY = FBN_CONSTANTS_OF_Y,
+    FBN_ON_X,
+    FBN_CONSTANT,
+    FBN_POSTSCALE,
+    FBN_CONSTANTS
+};
 typedef struct {
-    void *prescale, *neg_mean, *scale, *shift, *shift_low;
-    double slope;
-} fbn_line;
+    void *of[FBN_CONSTANTS]; /* each with a value per channel or column */
+} fbn_constants;
 
 /* What is known about channels, from which their constants are computed: float64 arrays, one value per channel. */
 typedef struct {
@@ -58,82 +71,72 @@ typedef struct {
 typedef void fbn_set_origin(const void *first, const void *middle, const void *last, int64_t n, int64_t apart,
                             double *origin);
 
-/* Computes the lines of n channels, and writes them to the arrays of `line`. */
-typedef void fbn_set_line(const fbn_channels *known, int64_t n, const fbn_line *line);
+/* Computes the constants of y for n channels. */
+typedef void fbn_set_line(const fbn_channels *known, int64_t n, const fbn_constants *constants);
 
-/* The constants of a gradient (see fbn_grad_affine). They are computed for n channels from the sums of dz and of
- * dz * (x - mean), M = count and the lines, and written to the arrays of `gradient`. */
-typedef struct {
-    void *on_dy, *on_x, *constant, *postscale;
-} fbn_gradient;
+/* Computes those of dx, from the sums of dz and of dz * (x - mean), M = count and the constants of y. */
 typedef void fbn_set_gradient(const fbn_channels *known, const double *sums, const double *products, double count,
-                              int64_t n, const fbn_line *line, const fbn_gradient *gradient);
+                              int64_t n, const fbn_constants *constants);
 
 /* `images` times `channels` runs of `inner` contiguous elements. The runs of an image start `step` elements apart, and
- * images start `apart` elements apart. */
+ * images, of which there are at most FBN_IMAGES, start `apart` elements apart. */
 typedef struct {
     int64_t images, apart, channels, step, inner;
 } fbn_planes;
 
-/* sums[c] += x - origin[c], squares[c] += (x - origin[c])^2, in float64.
- * cf: each channel has FBN_LANES lanes of sums and then of squares: [channels][2][FBN_LANES].
- * origin must be representable in the dtype, since parts of vectors are padded with it. */
-typedef void fbn_moments_cf(const void *x, fbn_planes planes, const double *origin, double *lanes);
-typedef void fbn_moments_cl(const void *x, int64_t rows, int64_t channels, const double *origin, double *sums,
-                            double *squares);
-
-/* Maps. `stream` says whether results are written around the cache. Rows are mapped as one run, so that a vector may
- * reach into the next row: after the last channel's constants, those of the first FBN_CHANNEL_PAD must be repeated. */
-
-/* y = activation(line(x) + residual); y may be x. residual may be NULL. */
+/* `count` runs of `length` contiguous elements, `apart` elements apart. The columns of a run recur after `period`
+ * elements. If they recur, the first FBN_CHANNEL_PAD columns' constants are repeated after the last one's, so that a
+ * vector may reach into the next period. */
 typedef struct {
-    const void *x, *residual;
-    void *y;
-    fbn_line line;
-    fbn_activation activation;
-    int stream;
-} fbn_affine;
-typedef void fbn_affine_cf(const fbn_affine *a, fbn_planes planes);
-typedef void fbn_affine_cl(const fbn_affine *a, int64_t rows, int64_t channels);
+    int64_t count, apart, length, period;
+} fbn_runs;
 
-/* With dz = dy * activation'(line(x) + residual): sums[c] += dz, products[c] += dz * (x - mean[c]), in float64, laid
- * out as for moments. `activation` may have FBN_FROM_Y. */
+/* How to walk through memory, which changes no bit of a result: in how many streams that are far apart, in turns of how
+ * many bytes, and how many bytes ahead memory is fetched; 0 means that the processor is left to do so. */
 typedef struct {
-    const void *dy, *x, *residual;
-    fbn_line line;
-    int activation;
-    const double *mean;
-} fbn_grad_moments;
-typedef void fbn_grad_moments_cf(const fbn_grad_moments *g, fbn_planes planes, double *lanes);
-typedef void fbn_grad_moments_cl(const fbn_grad_moments *g, int64_t rows, int64_t channels, double *sums,
-                                 double *products);
+    int64_t streams, turn, ahead;
+} fbn_walk;
 
-/* dx = (on_dy * dz + on_x * (x * prescale + neg_mean) + constant) * postscale, with dz as above. If `frozen`, the terms
- * with on_x and constant are left out. postscale is a power of two, 1 for usual channels. With an activation and a
- * residual, dresidual = dz is written, too. */
+/* What a kernel works on. Which fields it reads is said below. */
 typedef struct {
-    const void *dy, *x, *residual;
-    void *dx, *dresidual;
-    fbn_line line;
-    int activation;
-    fbn_gradient gradient;
+    const void *x, *dy, *residual; /* residual may be NULL */
+    void *out, *dresidual;
+    fbn_constants constants; /* of the first channel or column, and the following ones */
+    const double *origin;
+    double slope;
+    int activation; /* with flags */
+    int usual;      /* all prescales and postscales are 1 */
+    int exact;      /* all shift_low are 0 */
     int frozen, stream;
-} fbn_grad_affine;
-typedef void fbn_grad_affine_cf(const fbn_grad_affine *g, fbn_planes planes);
-typedef void fbn_grad_affine_cl(const fbn_grad_affine *g, int64_t rows, int64_t channels);
+    fbn_walk walk;
+} fbn_operands;
+
+/* Sums, in float64, which are added to what the arrays hold: `sums` and `others` with a value per column, and lanes
+ * [channels][2][FBN_LANES]. Every column's elements are added in the order of the runs. Every plane's elements are added
+ * to lanes of its own first, and then these in the order of the images. So no order depends on the walk.
+ *     moments:      x - origin, and its square; origin must be representable in the dtype, since parts of vectors are
+ *                   padded with it
+ *     grad_moments: dz and dz * (x - origin), with dz = dy * activation'(y before the activation); the origin is the mean
+ */
+typedef void fbn_sum_planes(const fbn_operands *o, fbn_planes planes, double *lanes);
+typedef void fbn_sum_columns(const fbn_operands *o, fbn_runs runs, double *sums, double *others);
+
+/* Maps. `stream` says whether `out` is written around the cache.
+ *     affine:       out = activation(y + residual), with y as above; out may be x
+ *     grad_affine:  out = dx as above, and dresidual = dz, where there are an activation and a residual; out may be dy.
+ *                   If `frozen`, the terms with on_x and constant are left out.
+ */
+typedef void fbn_map_planes(const fbn_operands *o, fbn_planes planes);
+typedef void fbn_map_columns(const fbn_operands *o, fbn_runs runs);
 
 typedef struct {
     fbn_set_origin *set_origin;
     fbn_set_line *set_line;
     fbn_set_gradient *set_gradient;
-    fbn_moments_cf *moments_cf;
-    fbn_moments_cl *moments_cl;
-    fbn_affine_cf *affine_cf;
-    fbn_affine_cl *affine_cl;
-    fbn_grad_moments_cf *grad_moments_cf;
-    fbn_grad_moments_cl *grad_moments_cl;
-    fbn_grad_affine_cf *grad_affine_cf;
-    fbn_grad_affine_cl *grad_affine_cl;
+    fbn_sum_planes *moments_planes, *grad_moments_planes;
+    fbn_sum_columns *moments_columns, *grad_moments_columns;
+    fbn_map_planes *affine_planes, *grad_affine_planes;
+    fbn_map_columns *affine_columns, *grad_affine_columns;
 } fbn_dtype_kernels;
 
 struct fbn_kernels {

@@ -204,5 +204,5 @@ int64_t fbn_cache_bytes(int level) {
 
 fbn_machine fbn_this_machine(void) {
     const int64_t core = fbn_cache_bytes(2), shared = fbn_cache_bytes(3);
-    return (fbn_machine){fbn_kernels_at(0), core ? core : 1 << 20, shared ? shared : 8 << 20};
+    return (fbn_machine){fbn_kernels_at(0), core ? core : 1 << 20, shared ? shared : 8 << 20, {0, 0, 0, 0, 0}};
 }

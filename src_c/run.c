@@ -7,8 +7,6 @@
  *
  * Neither the blocks nor the number of threads change a bit of the result; split.h says why.
  */
-#include <string.h>
-
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -18,59 +16,35 @@
 static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-/* The sum of a channel's lanes, always added in this order. */
-static double fold(double *lanes) {
-    for (int n = FBN_LANES / 2; n; n /= 2)
-        for (int i = 0; i < n; i++) lanes[i] += lanes[i + n];
-    return lanes[0];
-}
-
-static void clear(const fbn_job *j, int64_t channels, double *sums, double *others, double *lanes) {
-    const size_t bytes = (size_t)divide_up(channels, FBN_CHANNEL_PAD) * FBN_CHANNEL_PAD * sizeof(double);
-    if (j->split.rows) {
-        memset(sums, 0, bytes);
-        memset(others, 0, bytes);
-    } else memset(lanes, 0, (size_t)channels * 2 * FBN_LANES * sizeof(double));
-}
-
-/* The sums of one segment. Planes are summed in lanes first. */
-static void reduce_segment(fbn_job *j, int64_t segment, int64_t c0, int64_t c1, double *lanes) {
-    const int64_t first = segment * j->split.segment, last = smaller(first + j->split.segment, j->split.units);
-    double *sums = j->partial + 2 * segment * j->split.padded + c0, *others = sums + j->split.padded;
-    clear(j, c1 - c0, sums, others, lanes);
-    for (int64_t unit = first, from = 0; unit < last;) {
-        const fbn_tile t = fbn_tile_at(&j->split, unit, from, last, j->reduce_mask);
-        j->operation->reduce(j, &t, c0, c1, j->split.rows ? sums : lanes, others);
-        unit = t.next_unit;
-        from = t.next_from;
-    }
-    for (int64_t c = 0; c < c1 - c0 && !j->split.rows; c++, lanes += 2 * FBN_LANES) {
-        sums[c] = fold(lanes);
-        others[c] = fold(lanes + FBN_LANES);
+/* The sums of the segments [s0, s1) and the channels [c0, c1). */
+static void reduce(fbn_job *j, int64_t s0, int64_t s1, int64_t c0, int64_t c1, int thread, void *room) {
+    double *lanes = j->lanes + thread * fbn_lane_doubles(&j->split);
+    for (int64_t c = c0; c < c1; c += j->split.panel) {
+        const fbn_panel panel = fbn_panel_to_sum(j, c, smaller(c + j->split.panel, c1), lanes, room);
+        for (int64_t s = s0; s < s1; s++) fbn_reduce_panel(j, s, &panel, lanes);
     }
 }
 
-static void reduce(fbn_job *j, int64_t s0, int64_t s1, int64_t c0, int64_t c1, int thread) {
-    for (int64_t s = s0; s < s1; s++)
-        for (int64_t c = c0; c < c1; c += j->split.block)
-            reduce_segment(j, s, c, smaller(c + j->split.block, c1), j->lanes + thread * fbn_lane_doubles(&j->split));
-}
-
-static void map_units(const fbn_job *j, int64_t first, int64_t last, int64_t c0, int64_t c1) {
+static void map_units(const fbn_job *j, int64_t first, int64_t last, const fbn_panel *panel) {
     for (int64_t unit = first, from = 0; unit < last;) {
         const fbn_tile t = fbn_tile_at(&j->split, unit, from, last, j->map_mask);
-        for (int64_t c = c0; c < c1; c += j->split.block) j->operation->map(j, &t, c, smaller(c + j->split.block, c1));
+        j->operation->map(j, &t, panel);
         unit = t.next_unit;
         from = t.next_from;
     }
 }
 
 /* After a reduction the map goes from the end backwards, since the reduction has left the end in the cache. */
-static void map(const fbn_job *j, int64_t u0, int64_t u1, int64_t c0, int64_t c1) {
+static void map(const fbn_job *j, int64_t u0, int64_t u1, int64_t c0, int64_t c1, void *room) {
     const int64_t chunk = fbn_chunk(&j->split, c1 - c0), chunks = divide_up(u1 - u0, chunk);
+    const int one_panel = c1 - c0 <= j->split.panel;
+    fbn_panel panel;
     for (int64_t k = 0; k < chunks; k++) {
         const int64_t first = u0 + (j->operation->reduce ? chunks - 1 - k : k) * chunk;
-        map_units(j, first, smaller(first + chunk, u1), c0, c1);
+        for (int64_t c = c0; c < c1; c += j->split.panel) {
+            if (k == 0 || !one_panel) panel = fbn_panel_to_map(j, c, smaller(c + j->split.panel, c1), room);
+            map_units(j, first, smaller(first + chunk, u1), &panel);
+        }
     }
 }
 
@@ -83,14 +57,15 @@ static void begin(fbn_job *j, int64_t c0, int64_t c1) {
 
 /* All steps on one of this thread's blocks of channels, then on the next. */
 static void work_by_channels(fbn_job *j, int64_t t, int threads) {
+    double room[FBN_ROOM / sizeof(double)];
     const fbn_operation *o = j->operation;
     const int64_t C = j->split.channels, block = j->split.block, blocks = divide_up(C, block);
     for (int64_t b = blocks * t / threads; b < blocks * (t + 1) / threads; b++) {
         const int64_t c0 = b * block, c1 = smaller(c0 + block, C);
         o->prepare(j, c0, c1);
-        reduce(j, 0, j->split.segments, c0, c1, (int)t);
+        reduce(j, 0, j->split.segments, c0, c1, (int)t, room);
         o->finish(j, c0, c1);
-        if (o->map) map(j, 0, j->split.units, c0, c1);
+        if (o->map) map(j, 0, j->split.units, c0, c1, room);
     }
 }
 
@@ -104,6 +79,7 @@ static void barrier(int threads) {
 /* This thread's share of the first step, then of the next. Share t of n things is [n * t / threads, n * (t + 1) /
  * threads). */
 static void work_by_steps(fbn_job *j, int64_t t, int threads) {
+    double room[FBN_ROOM / sizeof(double)];
     const fbn_operation *o = j->operation;
     const int64_t C = j->split.channels, pad = FBN_CHANNEL_PAD, groups = divide_up(C, pad);
     const int64_t c0 = groups * t / threads * pad, c1 = smaller(groups * (t + 1) / threads * pad, C);
@@ -112,12 +88,12 @@ static void work_by_steps(fbn_job *j, int64_t t, int threads) {
         barrier(threads);
     }
     if (o->reduce) {
-        reduce(j, j->split.segments * t / threads, j->split.segments * (t + 1) / threads, 0, C, (int)t);
+        reduce(j, j->split.segments * t / threads, j->split.segments * (t + 1) / threads, 0, C, (int)t, room);
         barrier(threads);
         o->finish(j, c0, c1);
         if (o->map) barrier(threads);
     }
-    if (o->map) map(j, j->split.units * t / threads, j->split.units * (t + 1) / threads, 0, C);
+    if (o->map) map(j, j->split.units * t / threads, j->split.units * (t + 1) / threads, 0, C, room);
 }
 
 void fbn_run(fbn_job *j) {

@@ -1,14 +1,17 @@
-/* split.c: segments, blocks and tiles, from the shape, the caches and the number of threads. */
+/* split.c: segments, blocks, panels and tiles, from the shape, the caches and habits, and the number of threads. */
 #include "split.h"
 
 #include "values.h"
 
 enum {
     SEGMENT = 32768,      /* the least values of a channel in a channels-first segment; those in a cut plane's piece */
-    SEGMENT_ROWS = 128,   /* the least rows in a channels-last segment */
+    SEGMENT_ROWS = 128,   /* the least rows in a channels-last segment, counted after joining */
     SEGMENTS_MOST = 64,   /* the most channels-last segments */
+    SMALL_PLANE = 512,    /* planes of fewer elements are taken as columns */
+    SMALL_PLANES = 64,    /* the small planes of a channel that are mapped at a time */
+    JOINED = 256,         /* shorter rows are joined to so many columns, ... */
+    JOINED_MOST = 512,    /* ... and to whole vectors if that takes no more columns than these */
     BLOCK_CHANNELS = 64,  /* the most channels in a channels-first block */
-    IMAGES = 8,           /* planes of a channel that a kernel gets at once */
     CHUNK_BYTES = 262144, /* bytes of rows that are mapped at a time */
     CHANNELS_TO_SHARE = 16384, /* from so many channels on, threads share what is done once per channel */
     PART_OF_CACHE = 8          /* a result larger than this part of the shared cache is written around it */
@@ -18,21 +21,42 @@ static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 static int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
+static int64_t in_steps(int64_t a, int64_t step) { return a < step ? larger(a, 1) : a / step * step; }
+
+/* The least number whose product with n is a multiple of `power`, which is a power of two. */
+static int64_t to_multiple(int64_t n, int64_t power) {
+    while (power > 1 && n % 2 == 0) n /= 2, power /= 2;
+    return power;
+}
+
+/* How many rows are joined. */
+static int64_t repeat_of(int64_t channels) {
+    if (channels == 0 || channels >= JOINED) return 1;
+    const int64_t least = divide_up(JOINED, channels), whole = round_up(least, to_multiple(channels, FBN_CHANNEL_PAD));
+    return whole * channels <= JOINED_MOST ? whole : least;
+}
+
+/* The channels of small planes that kernels get at once: as many as have FBN_COLUMN_BYTES of each constant, in whole
+ * cache lines of elements if possible. */
+static int64_t panel_of(const fbn_split *s) {
+    return in_steps(FBN_COLUMN_BYTES / s->real / s->inner, to_multiple(s->inner, 64 / s->elem));
+}
 
 /* Channels in a block: as many as fill a third of a core's cache, which leaves room for what is fetched ahead and for
  * the results. */
-static int64_t block_of(const fbn_split *s, int64_t core_cache, int arrays) {
-    const int64_t channel = s->outer * s->inner * s->elem * arrays, fit = core_cache / 3 / larger(channel, 1);
+static int64_t block_of(const fbn_split *s, const fbn_machine *machine, int arrays) {
+    const int64_t room = machine->habits.block > 0 ? machine->habits.block : machine->core_cache / 3;
+    const int64_t channel = s->outer * s->inner * s->elem * arrays, fit = room / larger(channel, 1);
     if (s->rows) return s->channels;
     if (s->cuts > 1) return 1;
     const int64_t most = smaller(smaller(divide_up(s->channels, s->threads), fit), BLOCK_CHANNELS);
-    return most >= FBN_CHANNEL_PAD ? most / FBN_CHANNEL_PAD * FBN_CHANNEL_PAD : larger(1, most);
+    return in_steps(in_steps(most, FBN_CHANNEL_PAD), s->columns ? panel_of(s) : 1);
 }
 
 /* Going block by block saves memory traffic, but the blocks must divide well among the threads: at most two
- * sevenths of the threads' time may be lost. */
+ * sevenths of the threads' time may be lost. A block of less than a panel of small planes would be slow. */
 static int by_channels(const fbn_split *s) {
-    if (s->rows) return 0; /* one block has all the channels, and perhaps there are none */
+    if (s->rows || (s->columns && s->block < smaller(panel_of(s), s->channels))) return 0;
     const int64_t blocks = divide_up(s->channels, s->block);
     return 5 * divide_up(blocks, s->threads) * s->threads <= 7 * blocks;
 }
@@ -40,28 +64,49 @@ static int by_channels(const fbn_split *s) {
 /* There is room on the left as well, since the constants of rows start at any place in a cache line (see job_of). */
 int64_t fbn_padded(int64_t channels) { return round_up(channels, FBN_CHANNEL_PAD) + 2 * FBN_CHANNEL_PAD; }
 
-fbn_split fbn_split_of(const fbn_problem *p, int arrays) {
+int64_t fbn_joined(int64_t channels) { return fbn_padded(channels * repeat_of(channels)); }
+
+static fbn_walk walk_of(const fbn_habits *h) {
+    const int64_t line = 64, turn = h->turn > 0 ? h->turn : 256, streams = h->streams > 0 ? h->streams : 8;
+    return (fbn_walk){streams, larger(line, smaller(turn, 1 << 20) / line * line), h->ahead < 0 ? 0 : h->ahead ? h->ahead : 512};
+}
+
+static int is_large(int64_t bytes, const fbn_machine *machine) {
+    const int64_t from = machine->habits.stream_from;
+    return from ? from > 0 && bytes >= from : bytes > machine->shared_cache / PART_OF_CACHE;
+}
+
+fbn_split fbn_split_of(const fbn_problem *p, int arrays, int masked) {
     fbn_split s = {.outer = p->outer, .channels = p->channels, .inner = p->inner};
     const int64_t values = p->outer * p->channels * p->inner;
     s.rows = p->inner == 1;
+    s.columns = s.rows || (p->inner > 1 && p->inner < SMALL_PLANE && !masked);
+    s.repeat = s.rows && values >= FBN_WORTH_JOINING ? repeat_of(p->channels) : 1;
     s.real = p->dtype == FBN_F64 ? 8 : 4;
     s.elem = (int64_t)fbn_element(p->dtype);
     s.cut = p->inner <= 2 * SEGMENT ? p->inner : SEGMENT;
     s.cuts = s.rows ? 1 : divide_up(p->inner, larger(s.cut, 1));
     s.units = p->outer * s.cuts;
-    s.segment =
-        s.rows ? larger(SEGMENT_ROWS, divide_up(s.units, SEGMENTS_MOST)) : larger(IMAGES, SEGMENT / larger(s.cut, 1));
+    s.segment = s.rows ? larger(SEGMENT_ROWS * s.repeat, divide_up(s.units, SEGMENTS_MOST))
+                       : larger(FBN_IMAGES, SEGMENT / larger(s.cut, 1));
     s.segments = larger(1, divide_up(s.units, s.segment));
     s.padded = fbn_padded(p->channels);
+    s.joined = fbn_joined(p->channels);
     s.threads = (int)larger(1, smaller(p->threads, values / FBN_WORK_PER_THREAD));
-    s.block = block_of(&s, p->machine->core_cache, arrays);
+    s.block = block_of(&s, p->machine, arrays);
     s.by_channels = by_channels(&s);
+    s.panel = s.rows || !s.columns ? s.block : smaller(panel_of(&s), larger(p->channels, 1));
     s.shares_channels = p->channels >= CHANNELS_TO_SHARE;
-    s.large = values * s.elem > p->machine->shared_cache / PART_OF_CACHE;
+    s.large = is_large(values * s.elem, p->machine);
+    s.walk = walk_of(&p->machine->habits);
     return s;
 }
 
-int64_t fbn_lane_doubles(const fbn_split *s) { return s->rows ? 0 : s->block * 2 * FBN_LANES; }
+int64_t fbn_columns(const fbn_split *s, int64_t channels) { return channels * (s->rows ? s->repeat : s->inner); }
+
+int64_t fbn_lane_doubles(const fbn_split *s) {
+    return s->columns ? 3 * fbn_padded(fbn_columns(s, s->panel)) : s->panel * 2 * FBN_LANES;
+}
 
 int64_t fbn_start(const fbn_split *s, int64_t unit, int64_t c) {
     const int64_t plane = unit / s->cuts, cut = unit % s->cuts;
@@ -69,7 +114,8 @@ int64_t fbn_start(const fbn_split *s, int64_t unit, int64_t c) {
 }
 
 int64_t fbn_chunk(const fbn_split *s, int64_t n) {
-    return s->rows ? round_up(divide_up(CHUNK_BYTES, n * s->elem), FBN_STREAMS) : IMAGES;
+    if (s->rows) return round_up(divide_up(CHUNK_BYTES, n * s->elem), s->repeat);
+    return s->columns ? SMALL_PLANES : FBN_IMAGES;
 }
 
 /* The elements in a unit, of one channel. */
@@ -103,13 +149,13 @@ static fbn_tile planes_at(const fbn_split *s, int64_t unit, int64_t last) {
     const int64_t start = fbn_start(s, unit, 0), length = length_of(s, unit);
     const int64_t apart = unit + 1 < last ? fbn_start(s, unit + 1, 0) - start : 0;
     int64_t n = 1;
-    while (n < IMAGES && unit + n < last && length_of(s, unit + n) == length &&
+    while (n < FBN_IMAGES && unit + n < last && length_of(s, unit + n) == length &&
            fbn_start(s, unit + n, 0) == start + n * apart)
         n++;
     return (fbn_tile){.unit = unit, .planes = {n, apart, 0, s->inner, length}, .counts = 1, .next_unit = unit + n};
 }
 
 fbn_tile fbn_tile_at(const fbn_split *s, int64_t unit, int64_t from, int64_t last, const unsigned char *mask) {
-    if (s->rows) return rows_at(unit, last, mask);
+    if (s->columns) return rows_at(unit, last, mask);
     return mask ? positions_at(s, unit, from, mask) : planes_at(s, unit, last);
 }

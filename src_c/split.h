@@ -1,10 +1,14 @@
 /* split.h: how is a call cut into parts? Integers in, integers out: no array but the mask is read here.
  *
- * A unit is a row (channels-last), or a plane or a piece of one (channels-first). A segment is a number of units that
- * follow each other. It has sums of its own, which are added up in order; since its bounds follow from the shape alone,
- * the bits of the result do not depend on anything else. A block is a number of channels, of all units, that is small
- * enough to stay in a core's cache from the reduction to the map. A tile is what one call of a kernel gets: units of
- * equal length at equal distances, which either all count towards the statistics or do not.
+ * A unit is a row (channels-last), a small plane, or a plane or a piece of one (channels-first). A segment is a number
+ * of units that follow each other. It has sums of its own, which are added up in order; since its bounds follow from the
+ * shape and the mask alone, the bits of the result do not depend on anything else. A block is a number of channels, of
+ * all units, that is small enough to stay in a core's cache from the reduction to the map. A panel is the number of
+ * channels that a kernel gets at once. A tile is what one call of a kernel gets of them: units of equal length at equal
+ * distances, which either all count towards the statistics or do not.
+ *
+ * Kernels get rows and small planes as columns (see kernels.h). Small planes have a span of `inner` columns a channel.
+ * Where rows are short, `repeat` of them are joined, so that the kernels' loops are long enough.
  */
 #ifndef FBN_SPLIT_H
 #define FBN_SPLIT_H
@@ -14,30 +18,46 @@
 typedef struct {
     int64_t outer, channels, inner;
     int rows;                 /* channels-last */
+    int columns;              /* kernels get columns: rows, or small planes */
+    int64_t repeat;           /* rows that are joined */
     int64_t elem, real;       /* bytes of an element, and of a channel's constant */
     int64_t cut, cuts;        /* elements in a piece of a plane; pieces in a plane */
     int64_t units, segment;   /* units in all; units in a segment */
     int64_t segments, padded; /* segments in all; channels with padding */
-    int64_t block;            /* channels in a block */
+    int64_t joined;           /* the columns of joined rows, with padding */
+    int64_t block, panel;     /* channels in a block, and in a panel */
     int threads;              /* how many threads have enough work */
     int by_channels;          /* a thread does all steps on one block before it turns to the next */
     int shares_channels;      /* there are so many channels that threads share the work done once per channel */
     int large;                /* a result is so large that it is written around the cache */
+    fbn_walk walk;
 } fbn_split;
 
-/* The split of a valid problem, for a call that reads this number of large arrays. */
-fbn_split fbn_split_of(const fbn_problem *problem, int arrays);
+/* The split of a valid problem, for a call that reads this number of large arrays, with a mask or without. */
+fbn_split fbn_split_of(const fbn_problem *problem, int arrays, int masked);
 
-/* The number of channels, rounded up and padded: the length of arrays with one value per channel. */
+/* Rows are joined in calls on at least so many values. */
+enum { FBN_WORTH_JOINING = 4096 };
+
+/* The length of arrays with a value per channel: the number of channels, rounded up and padded. */
 int64_t fbn_padded(int64_t channels);
 
-/* How many float64 lanes a thread needs to reduce a block of planes. */
+/* The length of arrays with a value per column, where rows of so many channels may be joined. */
+int64_t fbn_joined(int64_t channels);
+
+/* The columns of a panel of so many channels. */
+int64_t fbn_columns(const fbn_split *split, int64_t channels);
+
+/* How many float64 numbers a thread needs to reduce a panel: lanes, or the columns' sums and origins. */
 int64_t fbn_lane_doubles(const fbn_split *split);
+
+/* The most columns in a panel of small planes, by the bytes of their constants. */
+enum { FBN_COLUMN_BYTES = 4096 };
 
 typedef struct {
     int64_t unit, from; /* where it starts: a unit, and an element in it */
-    int64_t rows;       /* of a channels-last array */
-    fbn_planes planes;  /* of a channels-first array */
+    int64_t rows;       /* of columns */
+    fbn_planes planes;  /* otherwise */
     int counts;         /* whether its positions count towards the statistics */
     int64_t next_unit, next_from;
 } fbn_tile;

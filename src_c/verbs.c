@@ -8,7 +8,7 @@ enum { ALIGNMENT = 64 };
 
 /* ---- the steps that call a kernel on a tile ---- */
 
-static const char *at(const char *array, int64_t bytes) { return array ? array + bytes : NULL; }
+static const char *at(const void *array, int64_t bytes) { return array ? (const char *)array + bytes : NULL; }
 
 static int64_t bytes_to(const fbn_job *j, const fbn_tile *t, int64_t c) {
     return (fbn_start(&j->split, t->unit, c) + t->from) * j->split.elem;
@@ -20,63 +20,79 @@ static fbn_planes planes_of(const fbn_tile *t, int64_t channels) {
     return planes;
 }
 
-/* The flag tells the gradient's kernels that the positions do not count: where dy is 0 there, x may be a NaN. */
-static int activation_of(const fbn_job *j, const fbn_tile *t) { return j->activation | (t->counts ? 0 : FBN_OUTSIDE); }
-
-static void reduce_moments(const fbn_job *j, const fbn_tile *t, int64_t c0, int64_t c1, double *sums, double *others) {
-    const char *x = j->x + bytes_to(j, t, c0);
-    if (!t->counts) return;
-    if (j->split.rows) j->kernels->moments_cl(x, t->rows, c1 - c0, j->origin + c0, sums, others);
-    else j->kernels->moments_cf(x, planes_of(t, c1 - c0), j->origin + c0, sums);
-}
-
-static void reduce_gradient(const fbn_job *j, const fbn_tile *t, int64_t c0, int64_t c1, double *sums, double *others) {
-    const int64_t skip = bytes_to(j, t, c0);
-    const fbn_grad_moments g = {.dy = j->dy + skip,
-                                .x = j->x + skip,
-                                .residual = at(j->residual, skip),
-                                .line = fbn_line_at(j, c0),
-                                .activation = activation_of(j, t),
-                                .mean = j->origin + c0};
-    if (j->split.rows) j->kernels->grad_moments_cl(&g, t->rows, c1 - c0, sums, others);
-    else j->kernels->grad_moments_cf(&g, planes_of(t, c1 - c0), sums);
-}
-
-static void map_affine(const fbn_job *j, const fbn_tile *t, int64_t c0, int64_t c1) {
-    const int64_t skip = bytes_to(j, t, c0);
-    const fbn_affine a = {.x = j->x + skip,
+static fbn_operands operands_of(const fbn_job *j, const fbn_tile *t, const fbn_panel *panel) {
+    const int64_t skip = bytes_to(j, t, panel->c0);
+    return (fbn_operands){.x = j->x + skip,
+                          .dy = at(j->dy, skip),
                           .residual = at(j->residual, skip),
-                          .y = j->result + skip,
-                          .line = fbn_line_at(j, c0),
-                          .activation = j->p->activation,
-                          .stream = j->stream};
-    if (j->split.rows) j->kernels->affine_cl(&a, t->rows, c1 - c0);
-    else j->kernels->affine_cf(&a, planes_of(t, c1 - c0));
+                          .constants = panel->constants,
+                          .origin = panel->origin,
+                          .slope = j->p->slope,
+                          .activation = j->activation | (t->counts || !j->dy ? 0 : FBN_OUTSIDE),
+                          .usual = panel->usual,
+                          .exact = panel->exact,
+                          .stream = j->stream,
+                          .walk = j->split.walk};
+}
+
+/* Small planes are runs of the panel's columns. Rows are runs of `repeat` rows that are joined, and what is left. */
+static void sum_columns(const fbn_job *j, fbn_sum_columns *sum, fbn_operands o, const fbn_tile *t,
+                        const fbn_panel *panel, double *sums, double *others) {
+    const int64_t step = fbn_columns(&j->split, j->split.channels), columns = fbn_columns(&j->split, panel->c1 - panel->c0);
+    const int64_t repeat = j->split.repeat, runs = t->rows / repeat, left = t->rows % repeat;
+    sum(&o, (fbn_runs){runs, step, columns, columns}, sums, others);
+    if (left == 0) return;
+    const int64_t skip = runs * step * j->split.elem, rest = left * j->split.channels;
+    o.x = at(o.x, skip);
+    o.dy = at(o.dy, skip);
+    o.residual = at(o.residual, skip);
+    sum(&o, (fbn_runs){1, rest, rest, columns}, sums, others);
+}
+
+static void reduce_moments(const fbn_job *j, const fbn_tile *t, const fbn_panel *panel, double *sums, double *others) {
+    const fbn_operands o = operands_of(j, t, panel);
+    if (!t->counts) return;
+    if (j->split.columns) sum_columns(j, j->kernels->moments_columns, o, t, panel, sums, others);
+    else j->kernels->moments_planes(&o, planes_of(t, panel->c1 - panel->c0), sums);
+}
+
+static void reduce_gradient(const fbn_job *j, const fbn_tile *t, const fbn_panel *panel, double *sums, double *others) {
+    const fbn_operands o = operands_of(j, t, panel);
+    if (j->split.columns) sum_columns(j, j->kernels->grad_moments_columns, o, t, panel, sums, others);
+    else j->kernels->grad_moments_planes(&o, planes_of(t, panel->c1 - panel->c0), sums);
+}
+
+/* The rows of a tile are one run, in which the columns recur. */
+static fbn_runs runs_to_map(const fbn_job *j, const fbn_tile *t, const fbn_panel *panel) {
+    const int64_t columns = fbn_columns(&j->split, panel->c1 - panel->c0), C = j->split.channels;
+    if (j->split.rows) return (fbn_runs){1, 0, t->rows * C, columns};
+    return (fbn_runs){t->rows, C * j->split.inner, columns, columns};
+}
+
+static void map_affine(const fbn_job *j, const fbn_tile *t, const fbn_panel *panel) {
+    fbn_operands o = operands_of(j, t, panel);
+    o.out = j->result + bytes_to(j, t, panel->c0);
+    if (j->split.columns) j->kernels->affine_columns(&o, runs_to_map(j, t, panel));
+    else j->kernels->affine_planes(&o, planes_of(t, panel->c1 - panel->c0));
 }
 
 /* Positions that do not count are mapped as with frozen statistics, since the statistics do not depend on them. */
-static void map_gradient_as(const fbn_job *j, const fbn_tile *t, int64_t c0, int64_t c1, int frozen) {
-    const int64_t skip = bytes_to(j, t, c0);
-    const fbn_grad_affine g = {.dy = j->dy + skip,
-                               .x = j->x + skip,
-                               .residual = at(j->residual, skip),
-                               .dx = j->result + skip,
-                               .dresidual = j->dresidual ? j->dresidual + skip : NULL,
-                               .line = fbn_line_at(j, c0),
-                               .activation = activation_of(j, t),
-                               .gradient = fbn_gradient_at(j, c0),
-                               .frozen = frozen,
-                               .stream = j->stream};
-    if (j->split.rows) j->kernels->grad_affine_cl(&g, t->rows, c1 - c0);
-    else j->kernels->grad_affine_cf(&g, planes_of(t, c1 - c0));
+static void map_gradient_as(const fbn_job *j, const fbn_tile *t, const fbn_panel *panel, int frozen) {
+    const int64_t skip = bytes_to(j, t, panel->c0);
+    fbn_operands o = operands_of(j, t, panel);
+    o.out = j->result + skip;
+    o.dresidual = j->dresidual ? j->dresidual + skip : NULL;
+    o.frozen = frozen;
+    if (j->split.columns) j->kernels->grad_affine_columns(&o, runs_to_map(j, t, panel));
+    else j->kernels->grad_affine_planes(&o, planes_of(t, panel->c1 - panel->c0));
 }
 
-static void map_gradient(const fbn_job *j, const fbn_tile *t, int64_t c0, int64_t c1) {
-    map_gradient_as(j, t, c0, c1, !t->counts);
+static void map_gradient(const fbn_job *j, const fbn_tile *t, const fbn_panel *panel) {
+    map_gradient_as(j, t, panel, !t->counts);
 }
 
-static void map_frozen_gradient(const fbn_job *j, const fbn_tile *t, int64_t c0, int64_t c1) {
-    map_gradient_as(j, t, c0, c1, 1);
+static void map_frozen_gradient(const fbn_job *j, const fbn_tile *t, const fbn_panel *panel) {
+    map_gradient_as(j, t, panel, 1);
 }
 
 /* ---- the operations: prepare, reduce, finish, map ---- */
@@ -113,8 +129,8 @@ static const fbn_operation BACKWARD_SUMS[2] = {
 
 /* How many float64 numbers fit into a job's workspace, alignment aside. Arrays of the compute type get as much room. */
 static int64_t doubles_of(const fbn_split *s) {
-    const int64_t rows = FBN_CONSTANTS + FBN_SAVED_ROWS + 1 + 2 * s->segments;
-    return rows * s->padded + s->threads * fbn_lane_doubles(s);
+    const int64_t rows = FBN_SAVED_ROWS + 2 * s->segments, arrays = FBN_CONSTANTS + 1;
+    return rows * s->padded + arrays * s->joined + s->threads * fbn_lane_doubles(s);
 }
 
 /* The bytes of so many doubles, and `more` bytes; 0 where a size_t cannot hold the sum. */
@@ -124,8 +140,9 @@ static size_t bytes_of(int64_t doubles, size_t more) {
 
 size_t fbn_workspace_bytes(const fbn_problem *p) {
     if (fbn_check_problem(p)) return 0;
-    const fbn_split s = fbn_split_of(p, 1);
-    return bytes_of(doubles_of(&s), ALIGNMENT);
+    const fbn_split s = fbn_split_of(p, 1, 0), masked = fbn_split_of(p, 1, 1);
+    const int64_t doubles = doubles_of(&s), more = doubles_of(&masked);
+    return bytes_of(doubles > more ? doubles : more, ALIGNMENT);
 }
 
 /* Whether a size_t can hold the workspace's size: one of 64 bits always can. */
@@ -136,25 +153,25 @@ static fbn_status check_fits(const fbn_problem *p) {
 /* `out` is what the map will write; NULL where there is no map, or where calls share the constants. A map of rows
  * follows the alignment of `out`. The constants get the same alignment, so that those of a vector lie in one cache
  * line. */
-static fbn_job job_of(const fbn_problem *p, const fbn_operation *operation, int arrays, void *out, void *workspace) {
+static fbn_job job_of(const fbn_problem *p, const fbn_operation *operation, int arrays, int masked, void *out,
+                      void *workspace) {
     fbn_job j;
     memset(&j, 0, sizeof j);
     j.p = p;
     j.operation = operation;
     j.kernels = p->machine->kernels->of[p->dtype];
-    j.split = fbn_split_of(p, arrays);
+    j.split = fbn_split_of(p, arrays, masked);
     j.activation = (int)p->activation;
     j.result = out;
     const int64_t values = ALIGNMENT / j.split.real, elem = j.split.elem;
     const int64_t lead = j.split.rows ? (int64_t)((uintptr_t)out / (uintptr_t)elem % (uintptr_t)values) : 0;
     double *next = (double *)(((uintptr_t)workspace + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);
-    for (int i = 0; i < FBN_CONSTANTS; i++, next += j.split.padded) j.arrays[i] = (char *)next + lead * j.split.real;
-    j.line = (fbn_line){j.arrays[0], j.arrays[1], j.arrays[2], j.arrays[3], j.arrays[4], p->slope};
-    j.gradient = (fbn_gradient){j.arrays[5], j.arrays[6], j.arrays[7], j.arrays[8]};
+    for (int i = 0; i < FBN_CONSTANTS; i++, next += j.split.joined)
+        j.constants.of[i] = (char *)next + lead * j.split.real;
     j.saved = next;
     j.known = j.saved;
     j.origin = next + FBN_SAVED_ROWS * j.split.padded;
-    j.partial = j.origin + j.split.padded;
+    j.partial = j.origin + j.split.joined;
     j.lanes = j.partial + 2 * j.split.segments * j.split.padded;
     return j;
 }
@@ -165,8 +182,8 @@ static int streams(const fbn_job *j) { return j->split.large && (uintptr_t)j->re
 
 /* A job that maps x to y. Its rows go to `saved`, unless that is NULL. */
 static fbn_job job_of_x(const fbn_problem *p, const fbn_operation *operation, const void *x, const void *residual,
-                        void *y, double *saved, void *workspace) {
-    fbn_job j = job_of(p, operation, residual ? 2 : 1, y, workspace);
+                        const unsigned char *mask, void *y, double *saved, void *workspace) {
+    fbn_job j = job_of(p, operation, residual ? 2 : 1, mask != NULL, y, workspace);
     j.x = x;
     j.residual = residual;
     if (saved) j.known = j.saved = saved;
@@ -177,7 +194,7 @@ static fbn_job job_of_x(const fbn_problem *p, const fbn_operation *operation, co
 /* A job that differentiates. Where `x` holds y, the rows that describe it are in the workspace. */
 static fbn_job job_of_dy(const fbn_problem *p, const fbn_operation *operation, const fbn_sums_args *a, void *dx,
                          void *workspace) {
-    fbn_job j = job_of(p, operation, a->residual && p->activation ? 3 : 2, dx, workspace);
+    fbn_job j = job_of(p, operation, a->residual && p->activation ? 3 : 2, a->mask != NULL, dx, workspace);
     j.dy = a->dy;
     j.x = a->x;
     j.residual = a->residual;
@@ -218,7 +235,7 @@ fbn_status fbn_forward(const fbn_problem *p, const fbn_forward_args *a, void *wo
     fbn_status status = fbn_check_forward(p, a, workspace);
     if (!status) status = check_fits(p);
     if (status) return status;
-    fbn_job j = job_of_x(p, &FORWARD, a->x, a->residual, a->y, a->saved, workspace);
+    fbn_job j = job_of_x(p, &FORWARD, a->x, a->residual, a->mask, a->y, a->saved, workspace);
     j.parameters = a->parameters;
     j.running = a->running;
     j.eps = a->eps;
@@ -231,7 +248,7 @@ fbn_status fbn_infer(const fbn_problem *p, const fbn_infer_args *a, void *worksp
     fbn_status status = fbn_check_infer(p, a, workspace);
     if (!status) status = check_fits(p);
     if (status) return status;
-    fbn_job j = job_of_x(p, &INFER, a->x, a->residual, a->y, a->saved, workspace);
+    fbn_job j = job_of_x(p, &INFER, a->x, a->residual, NULL, a->y, a->saved, workspace);
     j.parameters = a->parameters;
     j.statistics = a->statistics;
     j.eps = a->eps;
@@ -242,7 +259,7 @@ fbn_status fbn_apply(const fbn_problem *p, const fbn_apply_args *a, void *worksp
     fbn_status status = fbn_check_apply(p, a, workspace);
     if (!status) status = check_fits(p);
     if (status) return status;
-    fbn_job j = job_of_x(p, &APPLY, a->x, a->residual, a->y, a->saved, workspace);
+    fbn_job j = job_of_x(p, &APPLY, a->x, a->residual, NULL, a->y, a->saved, workspace);
     j.parameters = a->parameters;
     j.eps = a->eps;
     return run(&j);
@@ -252,7 +269,7 @@ fbn_status fbn_moments(const fbn_problem *p, const fbn_moments_args *a, void *wo
     fbn_status status = fbn_check_moments(p, a, workspace);
     if (!status) status = check_fits(p);
     if (status) return status;
-    fbn_job j = job_of(p, &MOMENTS, 1, NULL, workspace);
+    fbn_job j = job_of(p, &MOMENTS, 1, a->mask != NULL, NULL, workspace);
     j.x = a->x;
     j.moments_out = a->moments;
     set_mask(&j, a->mask);
@@ -279,7 +296,8 @@ static label label_of(const fbn_problem *p, const void *plan) {
 
 size_t fbn_plan_bytes(int64_t channels) {
     if (!fbn_valid_channels(channels)) return 0;
-    return bytes_of((FBN_CONSTANTS + FBN_SAVED_ROWS) * fbn_padded(channels), ALIGNMENT + sizeof(label));
+    return bytes_of(FBN_CONSTANTS * fbn_joined(channels) + FBN_SAVED_ROWS * fbn_padded(channels),
+                    ALIGNMENT + sizeof(label));
 }
 
 fbn_status fbn_plan_set(const fbn_problem *p, const fbn_plan_args *a, void *plan) {
@@ -287,9 +305,9 @@ fbn_status fbn_plan_set(const fbn_problem *p, const fbn_plan_args *a, void *plan
     if (status) return status;
     const label labelled = label_of(p, plan);
     fbn_problem rows = *p;
-    rows.outer = 2; /* more than one row, so that the constants are repeated */
+    rows.outer = FBN_WORTH_JOINING; /* so many rows that the constants are repeated */
     rows.inner = 1;
-    fbn_job j = job_of_x(&rows, &INFER, NULL, NULL, NULL, NULL, (char *)plan + sizeof(label));
+    fbn_job j = job_of_x(&rows, &INFER, NULL, NULL, NULL, NULL, NULL, (char *)plan + sizeof(label));
     j.parameters = a->parameters;
     j.statistics = a->statistics;
     j.eps = a->eps;
@@ -304,7 +322,7 @@ fbn_status fbn_plan_run(const fbn_problem *p, const fbn_run_args *a, const void 
     const label expected = label_of(p, plan);
     if (memcmp(&expected, plan, sizeof expected) != 0) return FBN_BAD_PLAN;
     /* The constants lie where fbn_plan_set, which knew no y, put them. They are only read. */
-    fbn_job j = job_of_x(p, &PLAN_RUN, a->x, a->residual, NULL, NULL, (char *)(uintptr_t)plan + sizeof(label));
+    fbn_job j = job_of_x(p, &PLAN_RUN, a->x, a->residual, NULL, NULL, NULL, (char *)(uintptr_t)plan + sizeof(label));
     j.result = a->y;
     j.stream = streams(&j);
     return run(&j);

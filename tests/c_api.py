@@ -71,8 +71,14 @@ def setup_lists() -> dict[str, Any]:
     return found
 
 
+class Habits(ct.Structure):
+    """fbn_habits."""
+
+    _fields_ = tuple((name, ct.c_int64) for name in ("streams", "turn", "ahead", "stream_from", "block"))
+
+
 class Machine(ct.Structure):
-    _fields_ = (("kernels", ct.c_void_p), ("core_cache", ct.c_int64), ("shared_cache", ct.c_int64))
+    _fields_ = (("kernels", ct.c_void_p), ("core_cache", ct.c_int64), ("shared_cache", ct.c_int64), ("habits", Habits))
 
 
 class Problem(ct.Structure):

@@ -1,20 +1,25 @@
-/* dtype_kernels.h: all kernels for the dtype whose names are bound, and their table. The order matters: the kernels use
- * line.h, exp.h and activations.h, and grad_affine.h uses affine.h and grad_moments.h, too. */
+/* dtype_kernels.h: all kernels for the dtype whose names are bound, and their table. The order matters: each header uses
+ * those before it. */
 #include "../kernels/line.h"
 
 #include "../kernels/exp.h"
 
 #include "../kernels/activations.h"
 
-#include "../kernels/affine.h"
-#include "../kernels/grad_moments.h"
-#include "../kernels/moments.h"
+#include "../kernels/sums.h"
 
-#include "../kernels/grad_affine.h"
+#include "../kernels/map.h"
 
 static const fbn_dtype_kernels NAME(kernels) = {
-    NAME(set_origin),     NAME_OF_REAL(set_line), NAME_OF_REAL(set_gradient),
-    NAME(moments_cf),     NAME(moments_cl),       NAME(affine_cf),
-    NAME(affine_cl),      NAME(grad_moments_cf),  NAME(grad_moments_cl),
-    NAME(grad_affine_cf), NAME(grad_affine_cl),
+    .set_origin = NAME(set_origin),
+    .set_line = NAME_OF_REAL(set_line),
+    .set_gradient = NAME_OF_REAL(set_gradient),
+    .moments_planes = NAME(moments_planes),
+    .moments_columns = NAME(moments_columns),
+    .grad_moments_planes = NAME(grad_moments_planes),
+    .grad_moments_columns = NAME(grad_moments_columns),
+    .affine_planes = NAME(affine_planes),
+    .affine_columns = NAME(affine_columns),
+    .grad_affine_planes = NAME(grad_affine_planes),
+    .grad_affine_columns = NAME(grad_affine_columns),
 };

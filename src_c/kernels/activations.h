@@ -32,9 +32,6 @@ FBN_INLINE vec NAME(sigmoid_derivative)(vec z, int times_z) {
     return vwhere_less(z, zero, below, above);
 }
 
-/* Or'ed to the activation in loops that serve every activation. */
-enum { NAME(ANY) = 512 };
-
 /* Not inlined: a call costs little compared with its work, and the loops need not be compiled for each activation. */
 FBN_APART vec NAME(other)(vec z, real slope, int activation) {
     switch (activation) {
@@ -72,29 +69,29 @@ FBN_APART vec NAME(other_gradient)(vec dy, vec z, real slope, int activation) {
     }
 }
 
-FBN_INLINE vec NAME(activate)(vec z, const NAME(line) * l, int activation) {
+FBN_INLINE vec NAME(activate)(vec z, real slope, int activation) {
     const int which = activation & FBN_WHICH;
     if (which == FBN_IDENTITY) return z;
     if (which == FBN_RELU) return vrelu(z);
     if (activation == FBN_SILU) return NAME(sigmoid)(z, 1);
     if (activation == FBN_SIGMOID) return NAME(sigmoid)(z, 0);
-    return NAME(other)(z, l->slope, which);
+    return NAME(other)(z, slope, which);
 }
 
 /* dy times the activation's derivative at z. */
-FBN_INLINE vec NAME(activation_gradient)(vec dy, vec z, const NAME(line) * l, int activation) {
+FBN_INLINE vec NAME(activation_gradient)(vec dy, vec z, real slope, int activation) {
     const int which = activation & FBN_WHICH;
     if (which == FBN_IDENTITY) return dy;
     if (which == FBN_RELU) return vkeep_if_positive(z, dy);
     if (activation == FBN_SILU) return vmul(dy, NAME(sigmoid_derivative)(z, 1));
     if (activation == FBN_SIGMOID) return vmul(dy, NAME(sigmoid_derivative)(z, 0));
-    return NAME(other_gradient)(dy, z, l->slope, which);
+    return NAME(other_gradient)(dy, z, slope, which);
 }
 
 /* z from y = activation(z), for the activations that have an inverse (identity, leaky_relu). */
-FBN_INLINE vec NAME(inverse)(vec y, const NAME(line) * l, int activation) {
+FBN_INLINE vec NAME(inverse)(vec y, real slope, int activation) {
     if ((activation & FBN_WHICH) != FBN_LEAKY_RELU) return y;
-    return vwhere_less(vset(0), y, y, vdiv(y, vset(l->slope)));
+    return vwhere_less(vset(0), y, y, vdiv(y, vset(slope)));
 }
 
 /* Whether an activation's code is short, or a call, so that loops may also compute parts of vectors. */

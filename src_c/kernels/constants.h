@@ -37,16 +37,16 @@ FBN_INLINE double NAME(finite)(double v) {
 }
 
 /* y = ((x - mean_hi) - mean_lo) * gain + beta, where mean_lo * gain is moved into the shift. */
-FBN_INLINE void NAME(set_one_line)(const fbn_channels *k, int64_t c, double prescale, const fbn_line *l) {
+FBN_INLINE void NAME(set_one_line)(const fbn_channels *k, int64_t c, double prescale, const fbn_constants *to) {
     const real mean_hi = (real)k->mean[c];
     const double mean_lo = (k->mean[c] - mean_hi) + k->mean_low[c], gain = k->inv_std[c] * k->gamma[c];
     const double moved = mean_lo * gain, shift = k->beta[c] - moved;
     const real shift_hi = (real)shift, shift_low = (real)((k->beta[c] - shift_hi) - moved);
-    ((real *)l->prescale)[c] = (real)prescale;
-    ((real *)l->neg_mean)[c] = (real)(-mean_hi * prescale);
-    ((real *)l->scale)[c] = (real)NAME(finite)(gain / prescale);
-    ((real *)l->shift)[c] = shift_hi;
-    ((real *)l->shift_low)[c] = shift_low == shift_low ? shift_low : 0; /* beta may be infinite */
+    ((real *)to->of[FBN_PRESCALE])[c] = (real)prescale;
+    ((real *)to->of[FBN_NEG_MEAN])[c] = (real)(-mean_hi * prescale);
+    ((real *)to->of[FBN_SCALE])[c] = (real)NAME(finite)(gain / prescale);
+    ((real *)to->of[FBN_SHIFT])[c] = shift_hi;
+    ((real *)to->of[FBN_SHIFT_LOW])[c] = shift_low == shift_low ? shift_low : 0; /* beta may be infinite */
 }
 
 static int NAME(all_usual)(const fbn_channels *k, int64_t n) {
@@ -55,36 +55,36 @@ static int NAME(all_usual)(const fbn_channels *k, int64_t n) {
     return usual == n;
 }
 
-static void NAME(set_line)(const fbn_channels *k, int64_t n, const fbn_line *line) {
+static void NAME(set_line)(const fbn_channels *k, int64_t n, const fbn_constants *to) {
     if (NAME(all_usual)(k, n))
-        for (int64_t c = 0; c < n; c++) NAME(set_one_line)(k, c, 1, line);
+        for (int64_t c = 0; c < n; c++) NAME(set_one_line)(k, c, 1, to);
     else
         for (int64_t c = 0; c < n; c++) {
             const int e = NAME(prescale_exponent)(k->mean[c], k->inv_std[c], k->inv_std[c] * k->gamma[c]);
-            NAME(set_one_line)(k, c, ldexp(1, e), line);
+            NAME(set_one_line)(k, c, ldexp(1, e), to);
         }
 }
 
 /* dx = gain (dz + B (x - mean) + D), with gain = gamma / std, B = -sum(dz (x - mean)) / (M var), D = -sum(dz) / M
  * (Ioffe & Szegedy 2015, section 3, solved for dx). The kernel computes x - mean_hi, prescaled. */
 FBN_INLINE void NAME(set_one_gradient)(const fbn_channels *k, int64_t c, double sum, double product, double count,
-                                       double postscale, const fbn_line *line, const fbn_gradient *g) {
+                                       double postscale, const fbn_constants *to) {
     const double a = k->inv_std[c] * k->gamma[c] / postscale, b = -(product * k->inv_std[c]) / count * a;
-    const double prescale = ((const real *)line->prescale)[c],
+    const double prescale = ((const real *)to->of[FBN_PRESCALE])[c],
                  mean_lo = (k->mean[c] - (real)k->mean[c]) + k->mean_low[c];
-    ((real *)g->on_dy)[c] = (real)a;
-    ((real *)g->on_x)[c] = (real)(b * (k->inv_std[c] / prescale));
-    ((real *)g->constant)[c] = (real)(-a * sum / count - b * k->inv_std[c] * mean_lo);
-    ((real *)g->postscale)[c] = (real)postscale;
+    ((real *)to->of[FBN_ON_DY])[c] = (real)a;
+    ((real *)to->of[FBN_ON_X])[c] = (real)(b * (k->inv_std[c] / prescale));
+    ((real *)to->of[FBN_CONSTANT])[c] = (real)(-a * sum / count - b * k->inv_std[c] * mean_lo);
+    ((real *)to->of[FBN_POSTSCALE])[c] = (real)postscale;
 }
 
 static void NAME(set_gradient)(const fbn_channels *k, const double *sums, const double *products, double count,
-                               int64_t n, const fbn_line *line, const fbn_gradient *gradient) {
+                               int64_t n, const fbn_constants *to) {
     if (NAME(all_usual)(k, n))
-        for (int64_t c = 0; c < n; c++) NAME(set_one_gradient)(k, c, sums[c], products[c], count, 1, line, gradient);
+        for (int64_t c = 0; c < n; c++) NAME(set_one_gradient)(k, c, sums[c], products[c], count, 1, to);
     else
         for (int64_t c = 0; c < n; c++) {
             const int e = NAME(between)(NAME(exponent_of)(k->inv_std[c] * k->gamma[c]), -NAME(MOST), NAME(MOST));
-            NAME(set_one_gradient)(k, c, sums[c], products[c], count, ldexp(1, e), line, gradient);
+            NAME(set_one_gradient)(k, c, sums[c], products[c], count, ldexp(1, e), to);
         }
 }

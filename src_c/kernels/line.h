@@ -1,40 +1,64 @@
-/* line.h: what forward and backward share: the line of a channel, and the way of a map through memory. */
+/* line.h: what all kernels share: the constants of channels in vectors, loads, and z, the argument of an activation. */
 
-/* The constants of one channel (cf), or of a vector of channels (cl). */
+/* Which parts of a kernel a call needs: compile-time constants in the loops for common calls. */
 typedef struct {
-    vec prescale, neg_mean, scale, shift, shift_low;
+    int activation, has_residual;
+    int usual, exact, frozen; /* as in fbn_operands */
+} NAME(parts);
+
+/* Or'ed to the activation in loops that serve every call: any activation, residual and constants. */
+enum { NAME(ANY) = 512 };
+
+/* The parts that serve every call, so that code that is seldom run is compiled once. */
+FBN_INLINE NAME(parts) NAME(any_parts)(const fbn_operands *o) {
+    return (NAME(parts)){.activation = o->activation | NAME(ANY), .has_residual = o->residual != NULL, .frozen = o->frozen};
+}
+
+/* The memory that a kernel works on: planes or columns. */
+typedef struct {
+    int columns;
+    fbn_planes planes;
+    fbn_runs runs;
+} NAME(where);
+
+/* The constants of one channel, or of a vector of columns. Those that a call does not need are never loaded. */
+typedef struct {
+    vec prescale, neg_mean, scale, shift, shift_low, on_dy, on_x, constant, postscale;
     real slope;
-} NAME(line);
+} NAME(constants);
 
-/* The constants from channel c on: channel c's in every lane (period 0), or those of one channel after another. */
-FBN_INLINE vec NAME(constant_at)(const void *constants, int64_t c, int64_t period) {
-    const real *at = (const real *)constants + c;
-    return period ? vget(at) : vset(*at);
+/* The constants from column c on, one after another if `each`, else channel c's in every lane. */
+FBN_INLINE vec NAME(constant_at)(const fbn_operands *o, int which, int64_t c, int each) {
+    const real *at = (const real *)o->constants.of[which] + c;
+    return each ? vget(at) : vset(*at);
 }
 
-FBN_INLINE NAME(line) NAME(line_at)(const fbn_line *l, int64_t c, int64_t period) {
-    return (NAME(line)){NAME(constant_at)(l->prescale, c, period),  NAME(constant_at)(l->neg_mean, c, period),
-                        NAME(constant_at)(l->scale, c, period),     NAME(constant_at)(l->shift, c, period),
-                        NAME(constant_at)(l->shift_low, c, period), (real)l->slope};
-}
-
-/* The channel of the element that comes n elements after one of channel c. */
-FBN_INLINE int64_t NAME(onward)(int64_t c, int64_t n, int64_t period) {
-    const int64_t on = c + n;
-    return !period ? c : on < period ? on : on < 2 * period ? on - period : on % period;
+FBN_INLINE NAME(constants) NAME(constants_at)(const fbn_operands *o, int64_t c, int each) {
+    return (NAME(constants)){.prescale = NAME(constant_at)(o, FBN_PRESCALE, c, each),
+                             .neg_mean = NAME(constant_at)(o, FBN_NEG_MEAN, c, each),
+                             .scale = NAME(constant_at)(o, FBN_SCALE, c, each),
+                             .shift = NAME(constant_at)(o, FBN_SHIFT, c, each),
+                             .shift_low = NAME(constant_at)(o, FBN_SHIFT_LOW, c, each),
+                             .on_dy = NAME(constant_at)(o, FBN_ON_DY, c, each),
+                             .on_x = NAME(constant_at)(o, FBN_ON_X, c, each),
+                             .constant = NAME(constant_at)(o, FBN_CONSTANT, c, each),
+                             .postscale = NAME(constant_at)(o, FBN_POSTSCALE, c, each),
+                             .slope = (real)o->slope};
 }
 
 /* x - mean_hi, which is exact where x is near the mean, however large the mean is. */
-FBN_INLINE vec NAME(centre)(vec x, const NAME(line) * l) { return vfma(x, l->prescale, l->neg_mean); }
+FBN_INLINE vec NAME(centre)(vec x, const NAME(constants) * k, NAME(parts) p) {
+    return p.usual ? vadd(x, k->neg_mean) : vfma(x, k->prescale, k->neg_mean);
+}
 
 /* z, the argument of the activation. shift_low is added last, since it matters where y is near the shift. A residual
  * may cancel the shift, so the rounding error of their sum is kept (Knuth's two-sum), unless the sum is infinite. */
-FBN_INLINE vec NAME(preactivation)(vec x, vec residual, const NAME(line) * l, int has_residual) {
-    const vec d = NAME(centre)(x, l);
-    if (!has_residual) return vadd(vfma(d, l->scale, l->shift), l->shift_low);
-    const vec sum = vadd(l->shift, residual), back = vsub(sum, l->shift);
-    const vec lost = vadd(vsub(l->shift, vsub(sum, back)), vsub(residual, back));
-    return vadd(vfma(d, l->scale, sum), vzero_nan(vadd(lost, l->shift_low)));
+FBN_INLINE vec NAME(preactivation)(vec x, vec residual, const NAME(constants) * k, NAME(parts) p) {
+    const vec d = NAME(centre)(x, k, p);
+    if (!p.has_residual) return p.exact ? vfma(d, k->scale, k->shift) : vadd(vfma(d, k->scale, k->shift), k->shift_low);
+    const vec sum = vadd(k->shift, residual), back = vsub(sum, k->shift);
+    const vec lost = vadd(vsub(k->shift, vsub(sum, back)), vsub(residual, back));
+    return vadd(vfma(d, k->scale, sum), vzero_nan(vadd(lost, k->shift_low)));
 }
 
 /* n <= WIDTH elements, followed by zeros. In loops, n is the constant WIDTH. */
@@ -42,86 +66,22 @@ FBN_INLINE vec NAME(load)(const elem *p, int64_t n) { return n == WIDTH ? vload(
 
 FBN_INLINE int64_t NAME(least)(int64_t a, int64_t b) { return a < b ? a : b; }
 
-/* The number of elements from p to the first address that is a multiple of `multiple` elements. */
-FBN_INLINE int64_t NAME(up_to)(const elem *p, uint64_t multiple) {
-    return (int64_t)(-((uintptr_t)p / sizeof(elem)) % multiple);
-}
-FBN_INLINE int64_t NAME(misaligned)(const elem *p) { return NAME(up_to)(p, WIDTH); }
-
-/* The number of elements before a plane's first aligned vector; 0 if aligning does not pay. */
-FBN_INLINE int64_t NAME(head)(const elem *p, int64_t length, int stream) {
-    return stream || length >= 4 * WIDTH ? NAME(misaligned)(p) : 0;
+/* Fetches the n elements from element i on into the cache, of every array that is read. */
+FBN_INLINE void NAME(fetch)(const fbn_operands *o, int64_t i, int64_t n) {
+    const void *const arrays[] = {o->x, o->dy, o->residual};
+    for (int a = 0; a < 3; a++)
+        for (int64_t bytes = 0; arrays[a] && bytes < n * (int64_t)sizeof(elem); bytes += 64)
+            prefetch((const char *)((const elem *)arrays[a] + i) + bytes);
 }
 
-/* The memory of a map: `streams` times `count` runs of `length` contiguous elements. The runs of a stream start `step`
- * elements apart. Streams start `apart` elements apart, and take turns. A run is a plane (period 0), or rows, in which
- * the channels recur after `period` elements. */
-typedef struct {
-    int64_t count, step, length, streams, apart, period;
-} NAME(runs);
-
-FBN_INLINE NAME(runs) NAME(runs_of_planes)(fbn_planes p) {
-    return (NAME(runs)){p.channels, p.step, p.inner, p.images, p.apart, 0};
+/* How many of at most `most` streams are read in turns. The arrays that are read share the streams. */
+FBN_INLINE int64_t NAME(streams)(const fbn_operands *o, int64_t most) {
+    const int arrays = 1 + (o->dy != NULL) + (o->residual != NULL);
+    const int64_t streams = NAME(least)(o->walk.streams / arrays, most);
+    return streams < 1 ? 1 : streams;
 }
 
-/* Rows are one run, in one stream or in FBN_STREAMS streams of the same length. */
-FBN_INLINE NAME(runs) NAME(runs_of_rows)(int64_t rows, int64_t channels) {
-    const int64_t streams = rows % FBN_STREAMS ? 1 : FBN_STREAMS, length = rows / streams * channels;
-    return (NAME(runs)){1, length, length, streams, length, channels};
-}
-
-/* The constants of a vector whose first `left` elements are of channel c. It may reach into the next channels of the
- * same runs. The constants of other channels are not read, since another thread may be writing them. */
-FBN_INLINE vec NAME(constant_over)(const void *constants, int64_t c, int64_t left, const NAME(runs) * r) {
-    vec v = NAME(constant_at)(constants, c, r->period);
-    if (r->period) return v;
-    for (; left < WIDTH && c + 1 < r->count; left += r->length)
-        v = vjoin(v, NAME(constant_at)(constants, ++c, 0), left);
-    return v;
-}
-
-FBN_INLINE NAME(line) NAME(line_over)(const fbn_line *l, int64_t c, int64_t left, const NAME(runs) * r) {
-    return (NAME(line)){NAME(constant_over)(l->prescale, c, left, r),  NAME(constant_over)(l->neg_mean, c, left, r),
-                        NAME(constant_over)(l->scale, c, left, r),     NAME(constant_over)(l->shift, c, left, r),
-                        NAME(constant_over)(l->shift_low, c, left, r), (real)l->slope};
-}
-
-/* The same without a branch, for a vector of at most two channels. */
-FBN_INLINE vec NAME(constant_of_two)(const void *constants, int64_t c, int64_t left, const NAME(runs) * r) {
-    const int64_t next = c + 1 < r->count ? c + 1 : c;
-    return vjoin(NAME(constant_at)(constants, c, 0), NAME(constant_at)(constants, next, 0), left);
-}
-
-FBN_INLINE NAME(line) NAME(line_of_two)(const fbn_line *l, int64_t c, int64_t left, const NAME(runs) * r) {
-    return (NAME(line)){NAME(constant_of_two)(l->prescale, c, left, r),  NAME(constant_of_two)(l->neg_mean, c, left, r),
-                        NAME(constant_of_two)(l->scale, c, left, r),     NAME(constant_of_two)(l->shift, c, left, r),
-                        NAME(constant_of_two)(l->shift_low, c, left, r), (real)l->slope};
-}
-
-/* The number of elements in a cache line. Streams should write whole lines: writing a part of one is much slower. */
-enum { NAME(LINE) = 64 / sizeof(elem) };
-
-/* Whether planes are so small, and so far from whole vectors, that vectors should reach from one into the next. */
-FBN_INLINE int NAME(joins)(const NAME(runs) * r, int stream) {
-    return r->count > 1 && r->step == r->length && (stream || r->length > 2 * WIDTH) && r->length < FBN_SMALL_PLANE &&
-           r->length % (stream ? (int64_t)NAME(LINE) : WIDTH);
-}
-
-/* The number of elements in a turn. There is one turn if the data is in the cache, if streams differ in alignment, or
- * if so much is computed that one stream is fast enough. */
-FBN_INLINE int64_t NAME(turn)(const NAME(runs) * r, int stream, int activation, int64_t length) {
-    const int computes = activation == FBN_SILU || activation == FBN_SIGMOID;
-    const int in_turns = stream && r->streams > 1 && r->apart % NAME(LINE) == 0 && !computes;
-    return in_turns ? (int64_t)(FBN_TURN / sizeof(elem)) : length;
-}
-
-/* The number of elements in the first turn, from p on. The other turns begin with a cache line. */
-FBN_INLINE int64_t NAME(first_turn)(const elem *p, int64_t turn, int64_t length) {
-    return NAME(least)(NAME(up_to)(p, NAME(LINE)) + turn, length);
-}
-
-/* The number of elements in whole vectors, of `length` elements from channel c on, until the channels recur. */
-FBN_INLINE int64_t NAME(vectors)(int64_t length, int64_t c, int64_t period) {
-    const int64_t whole = length / WIDTH * WIDTH;
-    return period ? NAME(least)(whole, (period - c + WIDTH - 1) / WIDTH * WIDTH) : whole;
+/* The elements of a turn, of at most `length`. A single stream for which nothing is fetched needs no turns. */
+FBN_INLINE int64_t NAME(turn)(const fbn_operands *o, int64_t streams, int64_t length) {
+    return streams == 1 && !o->walk.ahead ? length : NAME(least)(o->walk.turn / (int64_t)sizeof(elem), length);
 }

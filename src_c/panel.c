@@ -1,0 +1,156 @@
+/* panel.c: how do kernels get the channels of a panel, and what becomes of its sums?
+ *
+ * Planes and rows use the constants of the channels themselves. Where several rows are joined, finish.c has repeated the
+ * constants for each of them. The columns of small planes need each channel's constants once per element of a plane:
+ * they are spread for one panel at a time, so that they stay in the nearest cache.
+ */
+#include <string.h>
+
+#include "job.h"
+
+static int spreads(const fbn_split *s) { return s->columns && !s->rows; }
+
+/* ---- constants ---- */
+
+fbn_constants fbn_constants_at(const fbn_job *j, int64_t c) {
+    fbn_constants at;
+    for (int i = 0; i < FBN_CONSTANTS; i++) at.of[i] = (char *)j->constants.of[i] + c * j->split.real;
+    return at;
+}
+
+/* Whether n constants from channel c on are all of this value. */
+static int all_are(const fbn_job *j, int which, int64_t c, int64_t n, double value) {
+    const void *array = j->constants.of[which];
+    int64_t others = 0;
+    if (j->split.real == 8)
+        for (int64_t i = c; i < c + n; i++) others += ((const double *)array)[i] != value;
+    else
+        for (int64_t i = c; i < c + n; i++) others += ((const float *)array)[i] != (float)value;
+    return others == 0;
+}
+
+/* Writes each of n values `times` times. */
+static void spread_doubles(const double *from, int64_t n, int64_t times, double *to) {
+    for (int64_t c = 0; c < n; c++)
+        for (int64_t i = 0; i < times; i++) *to++ = from[c];
+}
+static void spread_floats(const float *from, int64_t n, int64_t times, float *to) {
+    for (int64_t c = 0; c < n; c++)
+        for (int64_t i = 0; i < times; i++) *to++ = from[c];
+}
+
+/* The constants [first, last) of a panel's columns, in `room`. */
+static fbn_constants spread(const fbn_job *j, int64_t c0, int64_t c1, int first, int last, void *room) {
+    const int64_t inner = j->split.inner, columns = fbn_columns(&j->split, j->split.panel) + FBN_CHANNEL_PAD;
+    const fbn_constants from = fbn_constants_at(j, c0);
+    fbn_constants to = from;
+    char *next = room;
+    for (int i = first; i < last; i++, next += columns * j->split.real) {
+        to.of[i] = next;
+        if (j->split.real == 8) spread_doubles(from.of[i], c1 - c0, inner, to.of[i]);
+        else spread_floats(from.of[i], c1 - c0, inner, to.of[i]);
+    }
+    return to;
+}
+
+/* Repeats the constants [first, last), or where first is negative the origins, of the channels [c0, c1) for each of the
+ * rows that are joined, and for vectors that reach into the next row. */
+void fbn_repeat_columns(fbn_job *j, int64_t c0, int64_t c1, int first, int last) {
+    const int64_t C = j->split.channels, columns = C * j->split.repeat + FBN_CHANNEL_PAD;
+    if (!j->split.rows || j->split.units < 2 || C == 0) return;
+    for (int i = first; i < last; i++) {
+        const int64_t size = i < 0 ? (int64_t)sizeof(double) : j->split.real;
+        char *array = i < 0 ? (char *)j->origin : j->constants.of[i];
+        for (int64_t to = C; to + c0 < columns; to += C) {
+            const int64_t n = to + c1 < columns ? c1 - c0 : columns - to - c0;
+            memcpy(array + (to + c0) * size, array + c0 * size, (size_t)(n * size));
+        }
+    }
+}
+
+/* ---- panels ---- */
+
+/* The sums of moments need no constants, and those of a gradient only with an activation. */
+fbn_panel fbn_panel_to_sum(const fbn_job *j, int64_t c0, int64_t c1, double *lanes, void *room) {
+    fbn_panel panel = {c0, c1, fbn_constants_at(j, c0), j->origin + c0, .usual = 1};
+    if (j->dy && j->activation) panel.usual = all_are(j, FBN_PRESCALE, c0, c1 - c0, 1);
+    if (!spreads(&j->split)) return panel;
+    double *origin = lanes + 2 * fbn_padded(fbn_columns(&j->split, j->split.panel));
+    spread_doubles(panel.origin, c1 - c0, j->split.inner, origin);
+    panel.origin = origin;
+    if (j->dy && j->activation) panel.constants = spread(j, c0, c1, 0, FBN_CONSTANTS_OF_Y, room);
+    return panel;
+}
+
+fbn_panel fbn_panel_to_map(const fbn_job *j, int64_t c0, int64_t c1, void *room) {
+    const int backward = j->dy != NULL, last = backward ? FBN_CONSTANTS : FBN_CONSTANTS_OF_Y;
+    fbn_panel panel = {c0, c1, fbn_constants_at(j, c0), NULL, .usual = 1};
+    panel.usual = all_are(j, FBN_PRESCALE, c0, c1 - c0, 1);
+    if (backward) panel.usual &= all_are(j, FBN_POSTSCALE, c0, c1 - c0, 1);
+    else panel.exact = all_are(j, FBN_SHIFT_LOW, c0, c1 - c0, 0);
+    if (spreads(&j->split)) panel.constants = spread(j, c0, c1, 0, last, room);
+    return panel;
+}
+
+/* ---- sums ---- */
+
+/* The sum of n values, always added in this order: element i to lane i % FBN_LANES, and then these. */
+static double fold(const double *values, int64_t n) {
+    double lanes[FBN_LANES] = {0};
+    int64_t i = 0;
+    for (; i + FBN_LANES <= n; i += FBN_LANES)
+        for (int k = 0; k < FBN_LANES; k++) lanes[k] += values[i + k];
+    for (int k = 0; i + k < n; k++) lanes[k] += values[i + k];
+    for (int half = FBN_LANES / 2; half; half /= 2)
+        for (int k = 0; k < half; k++) lanes[k] += lanes[k + half];
+    return lanes[0];
+}
+
+/* Adds up the columns of joined rows. */
+static void fold_rows(const double *columns, int64_t channels, int64_t rows, double *sums) {
+    memcpy(sums, columns, (size_t)channels * sizeof(double));
+    for (int64_t r = 1; r < rows; r++)
+        for (int64_t c = 0; c < channels; c++) sums[c] += columns[r * channels + c];
+}
+
+/* Adds all tiles of a segment to the sums of a panel, which are 0 before. */
+static void add_tiles(const fbn_job *j, int64_t segment, const fbn_panel *panel, double *sums, double *others) {
+    const int64_t first = segment * j->split.segment, end = first + j->split.segment;
+    const int64_t last = end < j->split.units ? end : j->split.units;
+    for (int64_t unit = first, from = 0; unit < last;) {
+        const fbn_tile t = fbn_tile_at(&j->split, unit, from, last, j->reduce_mask);
+        j->operation->reduce(j, &t, panel, sums, others);
+        unit = t.next_unit;
+        from = t.next_from;
+    }
+}
+
+/* The sums of one segment, which are those of a panel's lanes or columns, added up. */
+void fbn_reduce_panel(const fbn_job *j, int64_t segment, const fbn_panel *panel, double *lanes) {
+    const int64_t n = panel->c1 - panel->c0, columns = fbn_columns(&j->split, n);
+    double *sums = j->partial + 2 * segment * j->split.padded + panel->c0, *others = sums + j->split.padded;
+    if (!j->split.columns) {
+        memset(lanes, 0, (size_t)n * 2 * FBN_LANES * sizeof(double));
+        add_tiles(j, segment, panel, lanes, NULL);
+        for (int64_t c = 0; c < n; c++, lanes += 2 * FBN_LANES) {
+            sums[c] = fold(lanes, FBN_LANES);
+            others[c] = fold(lanes + FBN_LANES, FBN_LANES);
+        }
+        return;
+    }
+    const int direct = columns == n;
+    double *first = direct ? sums : lanes, *second = direct ? others : lanes + fbn_padded(columns);
+    memset(first, 0, (size_t)(fbn_padded(columns) - 2 * FBN_CHANNEL_PAD) * sizeof(double));
+    memset(second, 0, (size_t)(fbn_padded(columns) - 2 * FBN_CHANNEL_PAD) * sizeof(double));
+    add_tiles(j, segment, panel, first, second);
+    if (direct) return;
+    if (j->split.rows) {
+        fold_rows(first, n, j->split.repeat, sums);
+        fold_rows(second, n, j->split.repeat, others);
+        return;
+    }
+    for (int64_t c = 0; c < n; c++) {
+        sums[c] = fold(first + c * j->split.inner, j->split.inner);
+        others[c] = fold(second + c * j->split.inner, j->split.inner);
+    }
+}
