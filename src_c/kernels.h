@@ -26,8 +26,11 @@ enum { FBN_LANES = 16 };
  * whole vectors. */
 enum { FBN_CHANNEL_PAD = 16 };
 
-/* The most planes that a kernel gets at once, and so the most streams of planes. */
-enum { FBN_IMAGES = 8 };
+/* Sums of columns fetch what they read so many bytes ahead. */
+enum { FBN_AHEAD = 512 };
+
+/* The most planes of a channel that a kernel gets at once, and the most streams into which it divides rows. */
+enum { FBN_IMAGES = 8, FBN_ROW_STREAMS = 4 };
 
 /* Or'ed to an activation that has an inverse (identity, leaky_relu). The kernel then gets y = activation(gamma * xhat +
  * beta + residual) instead of x, and gamma * xhat + beta takes the place of x. */
@@ -77,6 +80,9 @@ typedef void fbn_set_line(const fbn_channels *known, int64_t n, const fbn_consta
 /* Computes those of dx, from the sums of dz and of dz * (x - mean), M = count and the constants of y. */
 typedef void fbn_set_gradient(const fbn_channels *known, const double *sums, const double *products, double count,
                               int64_t n, const fbn_constants *constants);
+
+/* Writes each of n constants `times` times. */
+typedef void fbn_spread(const void *from, int64_t n, int64_t times, void *to);
 
 /* `images` times `channels` runs of `inner` contiguous elements. The runs of an image start `step` elements apart, and
  * images, of which there are at most FBN_IMAGES, start `apart` elements apart. */
@@ -133,6 +139,7 @@ typedef struct {
     fbn_set_origin *set_origin;
     fbn_set_line *set_line;
     fbn_set_gradient *set_gradient;
+    fbn_spread *spread;
     fbn_sum_planes *moments_planes, *grad_moments_planes;
     fbn_sum_columns *moments_columns, *grad_moments_columns;
     fbn_map_planes *affine_planes, *grad_affine_planes;

@@ -29,28 +29,23 @@ static int all_are(const fbn_job *j, int which, int64_t c, int64_t n, double val
     return others == 0;
 }
 
-/* Writes each of n values `times` times. */
-static void spread_doubles(const double *from, int64_t n, int64_t times, double *to) {
-    for (int64_t c = 0; c < n; c++)
-        for (int64_t i = 0; i < times; i++) *to++ = from[c];
-}
-static void spread_floats(const float *from, int64_t n, int64_t times, float *to) {
+/* Writes each of n origins `times` times. */
+static void spread_origins(const double *from, int64_t n, int64_t times, double *to) {
     for (int64_t c = 0; c < n; c++)
         for (int64_t i = 0; i < times; i++) *to++ = from[c];
 }
 
-/* The constants [first, last) of a panel's columns, in `room`. */
-static fbn_constants spread(const fbn_job *j, int64_t c0, int64_t c1, int first, int last, void *room) {
-    const int64_t inner = j->split.inner, columns = fbn_columns(&j->split, j->split.panel) + FBN_CHANNEL_PAD;
-    const fbn_constants from = fbn_constants_at(j, c0);
-    fbn_constants to = from;
+/* Spreads the first `last` constants of a panel over its columns, in `room`, without those that are 1 or 0. */
+static void spread(const fbn_job *j, fbn_panel *panel, int last, void *room) {
+    const int64_t columns = fbn_columns(&j->split, j->split.panel) + FBN_CHANNEL_PAD;
     char *next = room;
-    for (int i = first; i < last; i++, next += columns * j->split.real) {
-        to.of[i] = next;
-        if (j->split.real == 8) spread_doubles(from.of[i], c1 - c0, inner, to.of[i]);
-        else spread_floats(from.of[i], c1 - c0, inner, to.of[i]);
+    for (int i = 0; i < last; i++) {
+        if (panel->usual && (i == FBN_PRESCALE || i == FBN_POSTSCALE)) continue;
+        if (panel->exact && i == FBN_SHIFT_LOW) continue;
+        j->kernels->spread(panel->constants.of[i], panel->c1 - panel->c0, j->split.inner, next);
+        panel->constants.of[i] = next;
+        next += columns * j->split.real;
     }
-    return to;
 }
 
 /* Repeats the constants [first, last), or where first is negative the origins, of the channels [c0, c1) for each of the
@@ -76,9 +71,9 @@ fbn_panel fbn_panel_to_sum(const fbn_job *j, int64_t c0, int64_t c1, double *lan
     if (j->dy && j->activation) panel.usual = all_are(j, FBN_PRESCALE, c0, c1 - c0, 1);
     if (!spreads(&j->split)) return panel;
     double *origin = lanes + 2 * fbn_padded(fbn_columns(&j->split, j->split.panel));
-    spread_doubles(panel.origin, c1 - c0, j->split.inner, origin);
+    spread_origins(panel.origin, c1 - c0, j->split.inner, origin);
     panel.origin = origin;
-    if (j->dy && j->activation) panel.constants = spread(j, c0, c1, 0, FBN_CONSTANTS_OF_Y, room);
+    if (j->dy && j->activation) spread(j, &panel, FBN_CONSTANTS_OF_Y, room);
     return panel;
 }
 
@@ -88,7 +83,7 @@ fbn_panel fbn_panel_to_map(const fbn_job *j, int64_t c0, int64_t c1, void *room)
     panel.usual = all_are(j, FBN_PRESCALE, c0, c1 - c0, 1);
     if (backward) panel.usual &= all_are(j, FBN_POSTSCALE, c0, c1 - c0, 1);
     else panel.exact = all_are(j, FBN_SHIFT_LOW, c0, c1 - c0, 0);
-    if (spreads(&j->split)) panel.constants = spread(j, c0, c1, 0, last, room);
+    if (spreads(&j->split)) spread(j, &panel, last, room);
     return panel;
 }
 

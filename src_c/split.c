@@ -2,6 +2,7 @@
 #include "split.h"
 
 #include "values.h"
+#include <stdlib.h>
 
 enum {
     SEGMENT = 32768,      /* the least values of a channel in a channels-first segment; those in a cut plane's piece */
@@ -66,9 +67,11 @@ int64_t fbn_padded(int64_t channels) { return round_up(channels, FBN_CHANNEL_PAD
 
 int64_t fbn_joined(int64_t channels) { return fbn_padded(channels * repeat_of(channels)); }
 
-static fbn_walk walk_of(const fbn_habits *h) {
-    const int64_t line = 64, turn = h->turn > 0 ? h->turn : 256, streams = h->streams > 0 ? h->streams : 8;
-    return (fbn_walk){streams, larger(line, smaller(turn, 1 << 20) / line * line), h->ahead < 0 ? 0 : h->ahead ? h->ahead : 512};
+static int64_t env(const char *n, int64_t d) { const char *e = getenv(n); return e ? atoll(e) : d; }
+static fbn_walk walk_of(const fbn_habits *h, int large) {
+    (void)h;
+    if (!large) return (fbn_walk){env("SS", 1), env("ST", 1024), env("SA", 0)};
+    return (fbn_walk){env("LS", 8), env("LT", 256), env("LA", 0)};
 }
 
 static int is_large(int64_t bytes, const fbn_machine *machine) {
@@ -98,7 +101,7 @@ fbn_split fbn_split_of(const fbn_problem *p, int arrays, int masked) {
     s.panel = s.rows || !s.columns ? s.block : smaller(panel_of(&s), larger(p->channels, 1));
     s.shares_channels = p->channels >= CHANNELS_TO_SHARE;
     s.large = is_large(values * s.elem, p->machine);
-    s.walk = walk_of(&p->machine->habits);
+    s.walk = walk_of(&p->machine->habits, s.large);
     return s;
 }
 

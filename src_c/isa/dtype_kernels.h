@@ -14,6 +14,7 @@ static const fbn_dtype_kernels NAME(kernels) = {
     .set_origin = NAME(set_origin),
     .set_line = NAME_OF_REAL(set_line),
     .set_gradient = NAME_OF_REAL(set_gradient),
+    .spread = NAME_OF_REAL(spread),
     .moments_planes = NAME(moments_planes),
     .moments_columns = NAME(moments_columns),
     .grad_moments_planes = NAME(grad_moments_planes),

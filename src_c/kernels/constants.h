@@ -88,3 +88,11 @@ static void NAME(set_gradient)(const fbn_channels *k, const double *sums, const 
             NAME(set_one_gradient)(k, c, sums[c], products[c], count, ldexp(1, e), to);
         }
 }
+
+/* Writes each of n constants `times` times, for the columns of small planes. */
+static void NAME(spread)(const void *from_, int64_t n, int64_t times, void *to_) {
+    const real *from = from_;
+    real *to = to_;
+    for (int64_t c = 0; c < n; c++, to += times)
+        for (int64_t i = 0; i < times; i++) to[i] = from[c];
+}

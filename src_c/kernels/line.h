@@ -11,7 +11,7 @@ enum { NAME(ANY) = 512 };
 
 /* The parts that serve every call, so that code that is seldom run is compiled once. */
 FBN_INLINE NAME(parts) NAME(any_parts)(const fbn_operands *o) {
-    return (NAME(parts)){.activation = o->activation | NAME(ANY), .has_residual = o->residual != NULL, .frozen = o->frozen};
+    return (NAME(parts)){o->activation | NAME(ANY), o->residual != NULL, o->usual, o->exact, o->frozen};
 }
 
 /* The memory that a kernel works on: planes or columns. */
@@ -27,22 +27,22 @@ typedef struct {
     real slope;
 } NAME(constants);
 
-/* The constants from column c on, one after another if `each`, else channel c's in every lane. */
 FBN_INLINE vec NAME(constant_at)(const fbn_operands *o, int which, int64_t c, int each) {
     const real *at = (const real *)o->constants.of[which] + c;
     return each ? vget(at) : vset(*at);
 }
 
-FBN_INLINE NAME(constants) NAME(constants_at)(const fbn_operands *o, int64_t c, int each) {
-    return (NAME(constants)){.prescale = NAME(constant_at)(o, FBN_PRESCALE, c, each),
+/* The constants from column c on, one after another if `each`, else channel c's in every lane. */
+FBN_INLINE NAME(constants) NAME(constants_at)(const fbn_operands *o, int64_t c, int each, NAME(parts) p) {
+    return (NAME(constants)){.prescale = p.usual ? vset(1) : NAME(constant_at)(o, FBN_PRESCALE, c, each),
                              .neg_mean = NAME(constant_at)(o, FBN_NEG_MEAN, c, each),
                              .scale = NAME(constant_at)(o, FBN_SCALE, c, each),
                              .shift = NAME(constant_at)(o, FBN_SHIFT, c, each),
-                             .shift_low = NAME(constant_at)(o, FBN_SHIFT_LOW, c, each),
+                             .shift_low = p.exact ? vset(0) : NAME(constant_at)(o, FBN_SHIFT_LOW, c, each),
                              .on_dy = NAME(constant_at)(o, FBN_ON_DY, c, each),
                              .on_x = NAME(constant_at)(o, FBN_ON_X, c, each),
                              .constant = NAME(constant_at)(o, FBN_CONSTANT, c, each),
-                             .postscale = NAME(constant_at)(o, FBN_POSTSCALE, c, each),
+                             .postscale = p.usual ? vset(1) : NAME(constant_at)(o, FBN_POSTSCALE, c, each),
                              .slope = (real)o->slope};
 }
 

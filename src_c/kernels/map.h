@@ -41,11 +41,11 @@ FBN_INLINE void NAME(map_n)(const fbn_operands *o, int64_t i, int64_t n, const N
 
 /* Maps a part of a vector, from column c on or of channel c. */
 FBN_APART void NAME(affine_part)(const fbn_operands *o, int64_t i, int64_t n, int64_t c, int each) {
-    const NAME(constants) k = NAME(constants_at)(o, c, each);
+    const NAME(constants) k = NAME(constants_at)(o, c, each, NAME(any_parts)(o));
     NAME(affine_n)(o, i, n, &k, NAME(any_parts)(o));
 }
 FBN_APART void NAME(grad_affine_part)(const fbn_operands *o, int64_t i, int64_t n, int64_t c, int each) {
-    const NAME(constants) k = NAME(constants_at)(o, c, each);
+    const NAME(constants) k = NAME(constants_at)(o, c, each, NAME(any_parts)(o));
     NAME(grad_affine_n)(o, i, n, &k, NAME(any_parts)(o));
 }
 FBN_INLINE void NAME(map_part)(const fbn_operands *o, int64_t i, int64_t n, int64_t c, int each, int backward) {
@@ -73,7 +73,6 @@ FBN_INLINE int64_t NAME(onward)(int64_t c, int64_t n, int64_t period) {
 /* Maps the elements [at, end), from column c on. */
 FBN_INLINE void NAME(map_run)(const fbn_operands *o, int64_t at, int64_t end, int64_t c, int64_t period, NAME(parts) p,
                               int backward) {
-    const fbn_operands own = *o; /* no store can change it, so the loop need not read it again */
     const int64_t head = NAME(least)(NAME(up_to)(o, at, WIDTH), end - at);
     NAME(map_part)(o, at, head, c, 1, backward);
     at += head;
@@ -82,8 +81,8 @@ FBN_INLINE void NAME(map_run)(const fbn_operands *o, int64_t at, int64_t end, in
         const int64_t recur = (period - c + WIDTH - 1) / WIDTH * WIDTH;
         const int64_t n = NAME(least)((end - at) / WIDTH * WIDTH, recur);
         for (int64_t i = 0; i < n; i += WIDTH) {
-            const NAME(constants) k = NAME(constants_at)(&own, c + i, 1);
-            NAME(map_n)(&own, at + i, WIDTH, &k, p, backward);
+            const NAME(constants) k = NAME(constants_at)(o, c + i, 1, p);
+            NAME(map_n)(o, at + i, WIDTH, &k, p, backward);
         }
         at += n;
         c = NAME(onward)(c, n, period);
@@ -91,27 +90,32 @@ FBN_INLINE void NAME(map_run)(const fbn_operands *o, int64_t at, int64_t end, in
     NAME(map_part)(o, at, end - at, c, 1, backward);
 }
 
-/* Maps a long run in turns: `streams` parts of whole periods each, and then what is left. */
-FBN_INLINE void NAME(map_turns)(const fbn_operands *o, int64_t length, int64_t period, NAME(parts) p, int backward) {
-    const int64_t most = length / period / 16 > 8 ? 8 : 1;
-    int64_t streams = NAME(streams)(o, most), apart = length / period / streams * period;
-    if (apart % NAME(LINE)) streams = 1, apart = length;
-    const int64_t turn = NAME(turn)(o, streams, apart), ahead = o->walk.ahead / (int64_t)sizeof(elem);
-    for (int64_t i = 0, n = NAME(least)(NAME(up_to)(o, 0, NAME(LINE)) + turn, apart); i < apart;
-         i += n, n = NAME(least)(turn, apart - i))
+/* Maps `streams` runs in turns. The first turn ends where a cache line does. */
+FBN_INLINE void NAME(map_streams)(const fbn_operands *o, int64_t start, int64_t streams, int64_t apart, int64_t length,
+                                  int64_t period, NAME(parts) p, int backward) {
+    const int64_t turn = NAME(turn)(o, streams, length), ahead = o->walk.ahead / (int64_t)sizeof(elem);
+    int64_t n = NAME(least)(NAME(up_to)(o, start, NAME(LINE)) + turn, length);
+    for (int64_t i = 0; i < length; i += n, n = NAME(least)(turn, length - i))
         for (int64_t s = 0; s < streams; s++) {
-            const int64_t at = s * apart + i;
+            const int64_t at = start + s * apart + i;
             if (ahead) NAME(fetch)(o, at + ahead, n);
             NAME(map_run)(o, at, at + n, i % period, period, p, backward);
         }
-    NAME(map_run)(o, streams * apart, length, 0, period, p, backward);
 }
 
+/* A long run is mapped in parts of whole periods, as streams, and then what is left of it. */
 FBN_INLINE void NAME(map_all_runs)(const fbn_operands *o, fbn_runs r, NAME(parts) p, int backward) {
-    if (r.count == 1) NAME(map_turns)(o, r.length, r.period, p, backward);
-    else
-        for (int64_t i = 0; i < r.count; i++)
-            NAME(map_run)(o, i * r.apart, i * r.apart + r.length, 0, r.period, p, backward);
+    const fbn_operands own = *o; /* no store can change it, so loops need not read it again */
+    const int64_t periods = r.length / r.period, most = r.count > 1 ? r.count : periods >= 64 ? FBN_ROW_STREAMS : 1;
+    int64_t streams = NAME(streams)(o, most), part = r.count > 1 ? r.apart : periods / streams * r.period;
+    if (part % NAME(LINE)) streams = 1, part = r.length;
+    if (r.count == 1) {
+        NAME(map_streams)(&own, 0, streams, part, part, r.period, p, backward);
+        if (streams * part < r.length) NAME(map_run)(&own, streams * part, r.length, 0, r.period, p, backward);
+    } else
+        for (int64_t i = 0; i < r.count; i += streams)
+            NAME(map_streams)(&own, i * r.apart, NAME(least)(streams, r.count - i), r.apart, r.length, r.period, p,
+                              backward);
 }
 
 /* ---- planes ---- */
@@ -127,11 +131,11 @@ FBN_INLINE void NAME(map_plane)(const fbn_operands *o, int64_t at, int64_t end, 
 }
 
 FBN_INLINE void NAME(map_all_planes)(const fbn_operands *o, fbn_planes r, NAME(parts) p, int backward) {
-    const fbn_operands own = *o; /* see map_run */
+    const fbn_operands own = *o; /* see map_all_runs */
     const int64_t most = r.apart % NAME(LINE) ? 1 : r.images, streams = NAME(streams)(o, most);
     const int64_t turn = NAME(turn)(o, streams, r.inner), ahead = o->walk.ahead / (int64_t)sizeof(elem);
     for (int64_t c = 0; c < r.channels; c++) {
-        const NAME(constants) k = NAME(constants_at)(o, c, 0);
+        const NAME(constants) k = NAME(constants_at)(o, c, 0, p);
         const int64_t start = c * r.step, first = NAME(up_to)(o, start, NAME(LINE)) + turn;
         for (int64_t image = 0; image < r.images; image += streams)
             for (int64_t i = 0, n = NAME(least)(first, r.inner); i < r.inner; i += n, n = NAME(least)(turn, r.inner - i))
@@ -147,7 +151,8 @@ FBN_INLINE void NAME(map_all_planes)(const fbn_operands *o, fbn_planes r, NAME(p
 
 FBN_INLINE void NAME(map_as)(const fbn_operands *o, const NAME(where) * w, int activation, int has_residual, int exact,
                              int frozen, int backward) {
-    const NAME(parts) p = {activation, has_residual, !(activation & NAME(ANY)), exact, frozen};
+    const int any = activation & NAME(ANY);
+    const NAME(parts) p = {activation, has_residual, any ? o->usual : 1, any ? o->exact : exact, frozen};
     if (w->columns) NAME(map_all_runs)(o, w->runs, p, backward);
     else NAME(map_all_planes)(o, w->planes, p, backward);
 }

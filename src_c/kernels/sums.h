@@ -102,7 +102,7 @@ FBN_INLINE void NAME(sum_all_planes)(const fbn_operands *o, fbn_planes r, double
     const int64_t streams = NAME(streams)(o, r.images), turn = NAME(turn)(o, streams, r.inner);
     const int64_t ahead = o->walk.ahead / (int64_t)sizeof(elem);
     for (int64_t c = 0; c < r.channels; c++, lanes += 2 * FBN_LANES) {
-        const NAME(constants) k = NAME(constants_at)(o, c, 0);
+        const NAME(constants) k = NAME(constants_at)(o, c, 0, p);
         const wide origin = wset(o->origin[c]);
         const vec fill = vset((real)o->origin[c]);
         double own[FBN_IMAGES][2 * FBN_LANES];
@@ -129,13 +129,12 @@ enum { NAME(MOMENTS_ROWS) = 8, NAME(GRAD_MOMENTS_ROWS) = 4 };
 /* Adds n <= WIDTH columns of some rows, from element i on, which is in column c. */
 FBN_INLINE void NAME(sum_rows)(const fbn_operands *o, int64_t i, int64_t n, int64_t c, int rows, int64_t apart,
                                double *sums, double *others, NAME(parts) p, int backward) {
-    const NAME(constants) k = NAME(constants_at)(o, c, 1);
+    const NAME(constants) k = NAME(constants_at)(o, c, 1, p);
     const wide origin = wget(o->origin + c);
     wide sum = wget(sums + c), other = wget(others + c);
-    const int64_t ahead = o->walk.ahead;
     for (int r = 0; r < rows; r++, i += apart) {
-        prefetch((const char *)((const elem *)o->x + i) + ahead);
-        if (backward) prefetch((const char *)((const elem *)o->dy + i) + ahead);
+        prefetch((const char *)((const elem *)o->x + i) + FBN_AHEAD);
+        if (backward) prefetch((const char *)((const elem *)o->dy + i) + FBN_AHEAD);
         NAME(sum_n)(o, i, n, &k, origin, vset(0), p, backward, &sum, &other);
     }
     wput(sums + c, sum);
@@ -179,7 +178,7 @@ FBN_INLINE void NAME(sum_all_runs)(const fbn_operands *o, fbn_runs r, double *su
 
 FBN_INLINE void NAME(sum_as)(const fbn_operands *o, const NAME(where) * w, double *sums, double *others, int activation,
                              int has_residual, int backward) {
-    const NAME(parts) p = {activation, has_residual, .usual = !(activation & NAME(ANY))};
+    const NAME(parts) p = {activation, has_residual, activation & NAME(ANY) ? o->usual : 1, 0, 0};
     if (w->columns) NAME(sum_all_runs)(o, w->runs, sums, others, p, backward);
     else NAME(sum_all_planes)(o, w->planes, sums, p, backward);
 }
