@@ -26,12 +26,6 @@ enum { FBN_LANES = 16 };
  * whole vectors. */
 enum { FBN_CHANNEL_PAD = 16 };
 
-/* Sums of columns fetch what they read so many bytes ahead. */
-enum { FBN_AHEAD = 512 };
-
-/* The most planes of a channel that a kernel gets at once, and the most streams into which it divides rows. */
-enum { FBN_IMAGES = 8, FBN_ROW_STREAMS = 4 };
-
 /* Or'ed to an activation that has an inverse (identity, leaky_relu). The kernel then gets y = activation(gamma * xhat +
  * beta + residual) instead of x, and gamma * xhat + beta takes the place of x. */
 enum { FBN_FROM_Y = 256 };
@@ -84,26 +78,13 @@ typedef void fbn_set_gradient(const fbn_channels *known, const double *sums, con
 /* Writes each of n constants `times` times. */
 typedef void fbn_spread(const void *from, int64_t n, int64_t times, void *to);
 
-/* `images` times `channels` runs of `inner` contiguous elements. The runs of an image start `step` elements apart, and
- * images, of which there are at most FBN_IMAGES, start `apart` elements apart. */
-typedef struct {
-    int64_t images, apart, channels, step, inner;
-} fbn_planes;
-
-/* `count` runs of `length` contiguous elements, `apart` elements apart. The columns of a run recur after `period`
- * elements. If they recur, the first FBN_CHANNEL_PAD columns' constants are repeated after the last one's, so that a
- * vector may reach into the next period. */
-typedef struct {
-    int64_t count, apart, length, period;
-} fbn_runs;
-
 /* How to walk through memory, which changes no bit of a result: in how many streams that are far apart, in turns of how
- * many bytes, and how many bytes ahead memory is fetched; 0 means that the processor is left to do so. */
+ * many bytes, and how many bytes ahead the sums of columns fetch what they read. */
 typedef struct {
     int64_t streams, turn, ahead;
 } fbn_walk;
 
-/* What a kernel works on. Which fields it reads is said below. */
+/* What a call works on. Which fields a loop reads is said below. */
 typedef struct {
     const void *x, *dy, *residual; /* residual may be NULL */
     void *out, *dresidual;
@@ -111,39 +92,47 @@ typedef struct {
     const double *origin;
     double slope;
     int activation; /* with flags */
-    int usual;      /* all prescales and postscales are 1 */
-    int exact;      /* all shift_low are 0 */
+    int usual;      /* all prescales and postscales are 1, and are not read */
+    int exact;      /* all shift_low are 0, and are not read */
     int frozen, stream;
     fbn_walk walk;
 } fbn_operands;
 
-/* Sums, in float64, which are added to what the arrays hold: `sums` and `others` with a value per column, and lanes
- * [channels][2][FBN_LANES]. Every column's elements are added in the order of the runs. Every plane's elements are added
- * to lanes of its own first, and then these in the order of the images. So no order depends on the walk.
+/* The elements that a loop passes through. */
+typedef struct {
+    int64_t at, n, c;      /* n elements from element `at` on, which is of channel or column c */
+    int64_t period;        /* maps of columns: these recur after so many, and the constants of the first FBN_CHANNEL_PAD
+                            * are repeated behind the last, so that a vector may reach into the next period */
+    int64_t rows, apart;   /* sums of columns: of so many rows, `apart` elements from each other; c is 0 */
+    int64_t left;          /* joined planes of `period` elements: how many elements are of channel c */
+    double *sums, *others; /* where sums are added: a value per column, or FBN_LANES lanes */
+} fbn_stretch;
+
+/* Sums, in float64. The elements of a column are added in the order of the rows.
  *     moments:      x - origin, and its square; origin must be representable in the dtype, since parts of vectors are
  *                   padded with it
  *     grad_moments: dz and dz * (x - origin), with dz = dy * activation'(y before the activation); the origin is the mean
- */
-typedef void fbn_sum_planes(const fbn_operands *o, fbn_planes planes, double *lanes);
-typedef void fbn_sum_columns(const fbn_operands *o, fbn_runs runs, double *sums, double *others);
-
-/* Maps. `stream` says whether `out` is written around the cache.
+ * Maps. `stream` says whether `out` is written around the cache.
  *     affine:       out = activation(y + residual), with y as above; out may be x
  *     grad_affine:  out = dx as above, and dresidual = dz, where there are an activation and a residual; out may be dy.
  *                   If `frozen`, the terms with on_x and constant are left out.
  */
-typedef void fbn_map_planes(const fbn_operands *o, fbn_planes planes);
-typedef void fbn_map_columns(const fbn_operands *o, fbn_runs runs);
+typedef void fbn_loop(const fbn_operands *o, const fbn_stretch *s);
+
+/* The rows that the sums of columns add at a time, so that accumulators are loaded and stored once for all of them. */
+enum { FBN_ROWS = 8, FBN_GRAD_ROWS = 4 };
+
+/* Orders streamed stores before later ones. */
+typedef void fbn_fence(void);
 
 typedef struct {
     fbn_set_origin *set_origin;
     fbn_set_line *set_line;
     fbn_set_gradient *set_gradient;
     fbn_spread *spread;
-    fbn_sum_planes *moments_planes, *grad_moments_planes;
-    fbn_sum_columns *moments_columns, *grad_moments_columns;
-    fbn_map_planes *affine_planes, *grad_affine_planes;
-    fbn_map_columns *affine_columns, *grad_affine_columns;
+    fbn_loop *moments_plane, *moments_columns, *grad_moments_plane, *grad_moments_columns;
+    fbn_loop *affine_plane, *affine_joined, *affine_columns, *grad_affine_plane, *grad_affine_columns;
+    fbn_fence *fence;
 } fbn_dtype_kernels;
 
 struct fbn_kernels {

@@ -13,12 +13,13 @@
 #ifndef FBN_SPLIT_H
 #define FBN_SPLIT_H
 
-#include "kernels.h"
+#include "walk.h"
 
 typedef struct {
     int64_t outer, channels, inner;
     int rows;                 /* channels-last */
     int columns;              /* kernels get columns: rows, or small planes */
+    int joins;                /* small planes of an image are mapped as one run */
     int64_t repeat;           /* rows that are joined */
     int64_t elem, real;       /* bytes of an element, and of a channel's constant */
     int64_t cut, cuts;        /* elements in a piece of a plane; pieces in a plane */
@@ -33,8 +34,11 @@ typedef struct {
     fbn_walk walk;
 } fbn_split;
 
-/* The split of a valid problem, for a call that reads this number of large arrays, with a mask or without. */
-fbn_split fbn_split_of(const fbn_problem *problem, int arrays, int masked);
+/* What a call does: it only maps; it reduces and then maps; or it does so with a mask. */
+typedef enum { FBN_MAPS, FBN_REDUCES, FBN_MASKED } fbn_kind;
+
+/* The split of a valid problem, for a call that reads this number of large arrays. */
+fbn_split fbn_split_of(const fbn_problem *problem, int arrays, fbn_kind kind);
 
 /* Rows are joined in calls on at least so many values. */
 enum { FBN_WORTH_JOINING = 4096 };

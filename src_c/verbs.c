@@ -14,9 +14,9 @@ static int64_t bytes_to(const fbn_job *j, const fbn_tile *t, int64_t c) {
     return (fbn_start(&j->split, t->unit, c) + t->from) * j->split.elem;
 }
 
-static fbn_planes planes_of(const fbn_tile *t, int64_t channels) {
+static fbn_planes planes_of(const fbn_tile *t, const fbn_panel *panel) {
     fbn_planes planes = t->planes;
-    planes.channels = channels;
+    planes.channels = panel->c1 - panel->c0;
     return planes;
 }
 
@@ -36,44 +36,49 @@ static fbn_operands operands_of(const fbn_job *j, const fbn_tile *t, const fbn_p
 }
 
 /* Small planes are runs of the panel's columns. Rows are runs of `repeat` rows that are joined, and what is left. */
-static void sum_columns(const fbn_job *j, fbn_sum_columns *sum, fbn_operands o, const fbn_tile *t,
+static void sum_columns(const fbn_job *j, fbn_loop *loop, int64_t rows, fbn_operands o, const fbn_tile *t,
                         const fbn_panel *panel, double *sums, double *others) {
-    const int64_t step = fbn_columns(&j->split, j->split.channels), columns = fbn_columns(&j->split, panel->c1 - panel->c0);
-    const int64_t repeat = j->split.repeat, runs = t->rows / repeat, left = t->rows % repeat;
-    sum(&o, (fbn_runs){runs, step, columns, columns}, sums, others);
-    if (left == 0) return;
-    const int64_t skip = runs * step * j->split.elem, rest = left * j->split.channels;
+    const int64_t step = fbn_columns(&j->split, j->split.channels), repeat = j->split.repeat, runs = t->rows / repeat;
+    const int64_t skip = runs * step * j->split.elem, rest = t->rows % repeat * j->split.channels;
+    fbn_sum_runs(loop, &o, rows, (fbn_runs){runs, step, fbn_columns(&j->split, panel->c1 - panel->c0), 0}, sums, others);
+    if (rest == 0) return;
     o.x = at(o.x, skip);
     o.dy = at(o.dy, skip);
     o.residual = at(o.residual, skip);
-    sum(&o, (fbn_runs){1, rest, rest, columns}, sums, others);
+    fbn_sum_runs(loop, &o, rows, (fbn_runs){1, rest, rest, 0}, sums, others);
 }
 
 static void reduce_moments(const fbn_job *j, const fbn_tile *t, const fbn_panel *panel, double *sums, double *others) {
     const fbn_operands o = operands_of(j, t, panel);
+    const fbn_dtype_kernels *k = j->kernels;
     if (!t->counts) return;
-    if (j->split.columns) sum_columns(j, j->kernels->moments_columns, o, t, panel, sums, others);
-    else j->kernels->moments_planes(&o, planes_of(t, panel->c1 - panel->c0), sums);
+    if (j->split.columns) sum_columns(j, k->moments_columns, FBN_ROWS, o, t, panel, sums, others);
+    else fbn_sum_planes(k->moments_plane, &o, j->split.elem, planes_of(t, panel), sums);
 }
 
 static void reduce_gradient(const fbn_job *j, const fbn_tile *t, const fbn_panel *panel, double *sums, double *others) {
     const fbn_operands o = operands_of(j, t, panel);
-    if (j->split.columns) sum_columns(j, j->kernels->grad_moments_columns, o, t, panel, sums, others);
-    else j->kernels->grad_moments_planes(&o, planes_of(t, panel->c1 - panel->c0), sums);
+    const fbn_dtype_kernels *k = j->kernels;
+    if (j->split.columns) sum_columns(j, k->grad_moments_columns, FBN_GRAD_ROWS, o, t, panel, sums, others);
+    else fbn_sum_planes(k->grad_moments_plane, &o, j->split.elem, planes_of(t, panel), sums);
 }
 
 /* The rows of a tile are one run, in which the columns recur. */
-static fbn_runs runs_to_map(const fbn_job *j, const fbn_tile *t, const fbn_panel *panel) {
+static void map_by(const fbn_job *j, const fbn_tile *t, const fbn_panel *panel, fbn_loop *of_planes,
+                   fbn_loop *of_columns, const fbn_operands *o) {
     const int64_t columns = fbn_columns(&j->split, panel->c1 - panel->c0), C = j->split.channels;
-    if (j->split.rows) return (fbn_runs){1, 0, t->rows * C, columns};
-    return (fbn_runs){t->rows, C * j->split.inner, columns, columns};
+    if (j->split.joins) fbn_map_joined(of_planes, o, j->split.elem, planes_of(t, panel));
+    else if (!j->split.columns) fbn_map_planes(of_planes, o, j->split.elem, planes_of(t, panel));
+    else if (j->split.rows) fbn_map_runs(of_columns, o, j->split.elem, (fbn_runs){1, 0, t->rows * C, columns});
+    else fbn_map_runs(of_columns, o, j->split.elem, (fbn_runs){t->rows, C * j->split.inner, columns, columns});
+    if (o->stream) j->kernels->fence();
 }
 
 static void map_affine(const fbn_job *j, const fbn_tile *t, const fbn_panel *panel) {
+    const fbn_dtype_kernels *k = j->kernels;
     fbn_operands o = operands_of(j, t, panel);
     o.out = j->result + bytes_to(j, t, panel->c0);
-    if (j->split.columns) j->kernels->affine_columns(&o, runs_to_map(j, t, panel));
-    else j->kernels->affine_planes(&o, planes_of(t, panel->c1 - panel->c0));
+    map_by(j, t, panel, j->split.joins ? k->affine_joined : k->affine_plane, k->affine_columns, &o);
 }
 
 /* Positions that do not count are mapped as with frozen statistics, since the statistics do not depend on them. */
@@ -83,8 +88,7 @@ static void map_gradient_as(const fbn_job *j, const fbn_tile *t, const fbn_panel
     o.out = j->result + skip;
     o.dresidual = j->dresidual ? j->dresidual + skip : NULL;
     o.frozen = frozen;
-    if (j->split.columns) j->kernels->grad_affine_columns(&o, runs_to_map(j, t, panel));
-    else j->kernels->grad_affine_planes(&o, planes_of(t, panel->c1 - panel->c0));
+    map_by(j, t, panel, j->kernels->grad_affine_plane, j->kernels->grad_affine_columns, &o);
 }
 
 static void map_gradient(const fbn_job *j, const fbn_tile *t, const fbn_panel *panel) {
@@ -140,7 +144,7 @@ static size_t bytes_of(int64_t doubles, size_t more) {
 
 size_t fbn_workspace_bytes(const fbn_problem *p) {
     if (fbn_check_problem(p)) return 0;
-    const fbn_split s = fbn_split_of(p, 1, 0), masked = fbn_split_of(p, 1, 1);
+    const fbn_split s = fbn_split_of(p, 1, FBN_REDUCES), masked = fbn_split_of(p, 1, FBN_MASKED);
     const int64_t doubles = doubles_of(&s), more = doubles_of(&masked);
     return bytes_of(doubles > more ? doubles : more, ALIGNMENT);
 }
@@ -160,7 +164,7 @@ static fbn_job job_of(const fbn_problem *p, const fbn_operation *operation, int 
     j.p = p;
     j.operation = operation;
     j.kernels = p->machine->kernels->of[p->dtype];
-    j.split = fbn_split_of(p, arrays, masked);
+    j.split = fbn_split_of(p, arrays, masked ? FBN_MASKED : operation->reduce ? FBN_REDUCES : FBN_MAPS);
     j.activation = (int)p->activation;
     j.result = out;
     const int64_t values = ALIGNMENT / j.split.real, elem = j.split.elem;

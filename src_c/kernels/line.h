@@ -14,13 +14,6 @@ FBN_INLINE NAME(parts) NAME(any_parts)(const fbn_operands *o) {
     return (NAME(parts)){o->activation | NAME(ANY), o->residual != NULL, o->usual, o->exact, o->frozen};
 }
 
-/* The memory that a kernel works on: planes or columns. */
-typedef struct {
-    int columns;
-    fbn_planes planes;
-    fbn_runs runs;
-} NAME(where);
-
 /* The constants of one channel, or of a vector of columns. Those that a call does not need are never loaded. */
 typedef struct {
     vec prescale, neg_mean, scale, shift, shift_low, on_dy, on_x, constant, postscale;
@@ -65,23 +58,3 @@ FBN_INLINE vec NAME(preactivation)(vec x, vec residual, const NAME(constants) * 
 FBN_INLINE vec NAME(load)(const elem *p, int64_t n) { return n == WIDTH ? vload(p) : vload_n(p, n, vset(0)); }
 
 FBN_INLINE int64_t NAME(least)(int64_t a, int64_t b) { return a < b ? a : b; }
-
-/* Fetches the n elements from element i on into the cache, of every array that is read. */
-FBN_INLINE void NAME(fetch)(const fbn_operands *o, int64_t i, int64_t n) {
-    const void *const arrays[] = {o->x, o->dy, o->residual};
-    for (int a = 0; a < 3; a++)
-        for (int64_t bytes = 0; arrays[a] && bytes < n * (int64_t)sizeof(elem); bytes += 64)
-            prefetch((const char *)((const elem *)arrays[a] + i) + bytes);
-}
-
-/* How many of at most `most` streams are read in turns. The arrays that are read share the streams. */
-FBN_INLINE int64_t NAME(streams)(const fbn_operands *o, int64_t most) {
-    const int arrays = 1 + (o->dy != NULL) + (o->residual != NULL);
-    const int64_t streams = NAME(least)(o->walk.streams / arrays, most);
-    return streams < 1 ? 1 : streams;
-}
-
-/* The elements of a turn, of at most `length`. A single stream for which nothing is fetched needs no turns. */
-FBN_INLINE int64_t NAME(turn)(const fbn_operands *o, int64_t streams, int64_t length) {
-    return streams == 1 && !o->walk.ahead ? length : NAME(least)(o->walk.turn / (int64_t)sizeof(elem), length);
-}

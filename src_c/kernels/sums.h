@@ -73,148 +73,107 @@ FBN_INLINE void NAME(sum_n)(const fbn_operands *o, int64_t i, int64_t n, const N
     else NAME(moments_n)(o, i, n, origin, fill, sum, other);
 }
 
-/* ---- planes ---- */
-
-/* Adds the elements [i, end) to a plane's lanes, of which the first is that of element i. */
-FBN_INLINE void NAME(sum_plane)(const fbn_operands *o, int64_t i, int64_t end, const NAME(constants) * k, wide origin,
-                                vec fill, NAME(parts) p, int backward, double *lanes) {
+/* Adds a part of a plane of channel c to its lanes, of which the first is that of the part's first element. */
+FBN_INLINE void NAME(sum_plane)(const fbn_operands *o, const fbn_stretch *s, NAME(parts) p, int backward) {
     enum { STEP = FBN_LANES / WIDTH };
+    const fbn_operands own = *o; /* see map_columns */
+    const NAME(constants) k = NAME(constants_at)(&own, s->c, 0, p);
+    const wide origin = wset(own.origin[s->c]);
+    const vec fill = vset((real)own.origin[s->c]);
+    const int64_t end = s->at + s->n;
     wide sum[STEP], other[STEP];
     for (int j = 0; j < STEP; j++) {
-        sum[j] = wget(lanes + j * WIDTH);
-        other[j] = wget(lanes + FBN_LANES + j * WIDTH);
+        sum[j] = wget(s->sums + j * WIDTH);
+        other[j] = wget(s->others + j * WIDTH);
     }
+    int64_t i = s->at;
     for (; i + FBN_LANES <= end; i += FBN_LANES)
         for (int j = 0; j < STEP; j++)
-            NAME(sum_n)(o, i + j * WIDTH, WIDTH, k, origin, fill, p, backward, &sum[j], &other[j]);
+            NAME(sum_n)(&own, i + j * WIDTH, WIDTH, &k, origin, fill, p, backward, &sum[j], &other[j]);
     for (int j = 0; j < STEP && i + j * WIDTH < end; j++) {
         const int64_t n = NAME(least)(end - i - j * WIDTH, WIDTH);
-        NAME(sum_n)(o, i + j * WIDTH, n, k, origin, fill, p, backward, &sum[j], &other[j]);
+        NAME(sum_n)(&own, i + j * WIDTH, n, &k, origin, fill, p, backward, &sum[j], &other[j]);
     }
     for (int j = 0; j < STEP; j++) {
-        wput(lanes + j * WIDTH, sum[j]);
-        wput(lanes + FBN_LANES + j * WIDTH, other[j]);
+        wput(s->sums + j * WIDTH, sum[j]);
+        wput(s->others + j * WIDTH, other[j]);
     }
 }
 
-/* A turn is a multiple of FBN_LANES elements, so that every turn begins with the first lane. */
-FBN_INLINE void NAME(sum_all_planes)(const fbn_operands *o, fbn_planes r, double *lanes, NAME(parts) p, int backward) {
-    const int64_t streams = NAME(streams)(o, r.images), turn = NAME(turn)(o, streams, r.inner);
-    const int64_t ahead = o->walk.ahead / (int64_t)sizeof(elem);
-    for (int64_t c = 0; c < r.channels; c++, lanes += 2 * FBN_LANES) {
-        const NAME(constants) k = NAME(constants_at)(o, c, 0, p);
-        const wide origin = wset(o->origin[c]);
-        const vec fill = vset((real)o->origin[c]);
-        double own[FBN_IMAGES][2 * FBN_LANES];
-        for (int64_t s = 0; s < r.images; s++)
-            for (int j = 0; j < 2 * FBN_LANES; j++) own[s][j] = 0;
-        for (int64_t image = 0; image < r.images; image += streams)
-            for (int64_t i = 0; i < r.inner; i += turn)
-                for (int64_t s = image; s < NAME(least)(image + streams, r.images); s++) {
-                    const int64_t at = c * r.step + s * r.apart + i, n = NAME(least)(turn, r.inner - i);
-                    if (ahead) NAME(fetch)(o, at + ahead, n);
-                    NAME(sum_plane)(o, at, at + n, &k, origin, fill, p, backward, own[s]);
-                }
-        for (int64_t s = 0; s < r.images; s++)
-            for (int j = 0; j < 2 * FBN_LANES; j++) lanes[j] += own[s][j];
-    }
-}
-
-/* ---- columns ---- */
-
-/* Rows that are summed at a time, so that the accumulators are loaded and stored once for all of them. The rows are far
- * apart, since most processors read several streams faster than one. */
-enum { NAME(MOMENTS_ROWS) = 8, NAME(GRAD_MOMENTS_ROWS) = 4 };
-
-/* Adds n <= WIDTH columns of some rows, from element i on, which is in column c. */
-FBN_INLINE void NAME(sum_rows)(const fbn_operands *o, int64_t i, int64_t n, int64_t c, int rows, int64_t apart,
-                               double *sums, double *others, NAME(parts) p, int backward) {
+/* Adds n <= WIDTH columns from column c on, of `rows` rows. */
+FBN_INLINE void NAME(sum_vector)(const fbn_operands *o, const fbn_stretch *s, int64_t c, int64_t n, int64_t rows,
+                                 NAME(parts) p, int backward) {
     const NAME(constants) k = NAME(constants_at)(o, c, 1, p);
     const wide origin = wget(o->origin + c);
-    wide sum = wget(sums + c), other = wget(others + c);
-    for (int r = 0; r < rows; r++, i += apart) {
-        prefetch((const char *)((const elem *)o->x + i) + FBN_AHEAD);
-        if (backward) prefetch((const char *)((const elem *)o->dy + i) + FBN_AHEAD);
+    wide sum = wget(s->sums + c), other = wget(s->others + c);
+    for (int64_t r = 0, i = s->at + c; r < rows; r++, i += s->apart) {
+        prefetch((const char *)((const elem *)o->x + i) + o->walk.ahead);
+        if (backward) prefetch((const char *)((const elem *)o->dy + i) + o->walk.ahead);
         NAME(sum_n)(o, i, n, &k, origin, vset(0), p, backward, &sum, &other);
     }
-    wput(sums + c, sum);
-    wput(others + c, other);
+    wput(s->sums + c, sum);
+    wput(s->others + c, other);
 }
 
-/* Adds the columns [c, end). */
-FBN_APART void NAME(moments_rest)(const fbn_operands *o, int64_t at, int64_t c, int64_t end, int rows, int64_t apart,
-                                  double *sums, double *others) {
-    for (; c < end; c += WIDTH)
-        NAME(sum_rows)(o, at + c, NAME(least)(end - c, WIDTH), c, rows, apart, sums, others, NAME(any_parts)(o), 0);
+/* Adds the columns from column c on. One function serves every call. */
+FBN_APART void NAME(moments_rest)(const fbn_operands *o, const fbn_stretch *s, int64_t c) {
+    for (; c < s->n; c += WIDTH)
+        NAME(sum_vector)(o, s, c, NAME(least)(s->n - c, WIDTH), s->rows, NAME(any_parts)(o), 0);
 }
-FBN_APART void NAME(grad_moments_rest)(const fbn_operands *o, int64_t at, int64_t c, int64_t end, int rows,
-                                       int64_t apart, double *sums, double *others) {
-    for (; c < end; c += WIDTH)
-        NAME(sum_rows)(o, at + c, NAME(least)(end - c, WIDTH), c, rows, apart, sums, others, NAME(any_parts)(o), 1);
-}
-FBN_INLINE void NAME(sum_rest)(const fbn_operands *o, int64_t at, int64_t c, int64_t end, int rows, int64_t apart,
-                               double *sums, double *others, int backward) {
-    if (c == end) return;
-    if (backward) NAME(grad_moments_rest)(o, at, c, end, rows, apart, sums, others);
-    else NAME(moments_rest)(o, at, c, end, rows, apart, sums, others);
+FBN_APART void NAME(grad_moments_rest)(const fbn_operands *o, const fbn_stretch *s, int64_t c) {
+    for (; c < s->n; c += WIDTH)
+        NAME(sum_vector)(o, s, c, NAME(least)(s->n - c, WIDTH), s->rows, NAME(any_parts)(o), 1);
 }
 
-FBN_INLINE void NAME(sum_all_runs)(const fbn_operands *o, fbn_runs r, double *sums, double *others, NAME(parts) p,
-                                   int backward) {
-    const int rows = backward ? NAME(GRAD_MOMENTS_ROWS) : NAME(MOMENTS_ROWS);
-    const int64_t times = r.count / rows, apart = times * r.apart;
-    for (int64_t row = 0; row < times; row++) {
-        const int64_t at = row * r.apart;
-        int64_t c = 0;
-        for (; c + WIDTH <= r.length; c += WIDTH)
-            NAME(sum_rows)(o, at + c, WIDTH, c, rows, apart, sums, others, p, backward);
-        NAME(sum_rest)(o, at, c, r.length, rows, apart, sums, others, backward);
-    }
-    for (int64_t row = rows * times; row < r.count; row++)
-        NAME(sum_rest)(o, row * r.apart, 0, r.length, 1, 0, sums, others, backward);
+/* Adds the columns of some rows. */
+FBN_INLINE void NAME(sum_columns)(const fbn_operands *o, const fbn_stretch *s, NAME(parts) p, int backward) {
+    const fbn_operands own = *o; /* see map_columns */
+    const fbn_stretch stretch = *s;
+    const int rows = backward ? FBN_GRAD_ROWS : FBN_ROWS;
+    int64_t c = 0;
+    if (stretch.rows == rows)
+        for (; c + WIDTH <= stretch.n; c += WIDTH) NAME(sum_vector)(&own, &stretch, c, WIDTH, rows, p, backward);
+    if (c == stretch.n) return;
+    if (backward) NAME(grad_moments_rest)(o, s, c);
+    else NAME(moments_rest)(o, s, c);
 }
 
 /* ---- which loop serves a call ---- */
 
-FBN_INLINE void NAME(sum_as)(const fbn_operands *o, const NAME(where) * w, double *sums, double *others, int activation,
-                             int has_residual, int backward) {
-    const NAME(parts) p = {activation, has_residual, activation & NAME(ANY) ? o->usual : 1, 0, 0};
-    if (w->columns) NAME(sum_all_runs)(o, w->runs, sums, others, p, backward);
-    else NAME(sum_all_planes)(o, w->planes, sums, p, backward);
+FBN_INLINE void NAME(sum_as)(const fbn_operands *o, const fbn_stretch *s, int columns, int backward, NAME(parts) p) {
+    if (columns) NAME(sum_columns)(o, s, p, backward);
+    else NAME(sum_plane)(o, s, p, backward);
 }
 
-FBN_INLINE void NAME(grad_moments)(const fbn_operands *o, const NAME(where) * w, double *sums, double *others) {
+FBN_INLINE void NAME(grad_moments)(const fbn_operands *o, const fbn_stretch *s, int columns) {
+    const NAME(parts) any = NAME(any_parts)(o);
     switch (OWN_LOOPS && o->usual ? o->activation : -1) {
     case FBN_IDENTITY:
-        NAME(sum_as)(o, w, sums, others, FBN_IDENTITY, 0, 1);
+        NAME(sum_as)(o, s, columns, 1, (NAME(parts)){FBN_IDENTITY, 0, 1, 0, 0});
         break;
     case FBN_RELU:
-        if (o->residual) NAME(sum_as)(o, w, sums, others, FBN_RELU, 1, 1);
-        else NAME(sum_as)(o, w, sums, others, FBN_RELU, 0, 1);
+        if (o->residual) NAME(sum_as)(o, s, columns, 1, (NAME(parts)){FBN_RELU, 1, 1, 0, 0});
+        else NAME(sum_as)(o, s, columns, 1, (NAME(parts)){FBN_RELU, 0, 1, 0, 0});
         break;
     case FBN_SILU:
-        NAME(sum_as)(o, w, sums, others, FBN_SILU, o->residual != NULL, 1);
+        NAME(sum_as)(o, s, columns, 1, (NAME(parts)){FBN_SILU, any.has_residual, 1, 0, 0});
         break;
     case FBN_SIGMOID:
-        NAME(sum_as)(o, w, sums, others, FBN_SIGMOID, o->residual != NULL, 1);
+        NAME(sum_as)(o, s, columns, 1, (NAME(parts)){FBN_SIGMOID, any.has_residual, 1, 0, 0});
         break;
     default:
-        NAME(sum_as)(o, w, sums, others, o->activation | NAME(ANY), o->residual != NULL, 1);
+        NAME(sum_as)(o, s, columns, 1, any);
     }
 }
 
-static void NAME(moments_planes)(const fbn_operands *o, fbn_planes planes, double *lanes) {
-    NAME(sum_as)(o, &(NAME(where)){.planes = planes}, lanes, NULL, FBN_IDENTITY, 0, 0);
+static void NAME(moments_plane)(const fbn_operands *o, const fbn_stretch *s) {
+    NAME(sum_as)(o, s, 0, 0, (NAME(parts)){FBN_IDENTITY, 0, 1, 0, 0});
 }
-static void NAME(moments_columns)(const fbn_operands *o, fbn_runs runs, double *sums, double *others) {
-    NAME(sum_as)(o, &(NAME(where)){.columns = 1, .runs = runs}, sums, others, FBN_IDENTITY, 0, 0);
+static void NAME(moments_columns)(const fbn_operands *o, const fbn_stretch *s) {
+    NAME(sum_as)(o, s, 1, 0, (NAME(parts)){FBN_IDENTITY, 0, 1, 0, 0});
 }
-static void NAME(grad_moments_planes)(const fbn_operands *o, fbn_planes planes, double *lanes) {
-    NAME(grad_moments)(o, &(NAME(where)){.planes = planes}, lanes, NULL);
-}
-static void NAME(grad_moments_columns)(const fbn_operands *o, fbn_runs runs, double *sums, double *others) {
-    NAME(grad_moments)(o, &(NAME(where)){.columns = 1, .runs = runs}, sums, others);
-}
+static void NAME(grad_moments_plane)(const fbn_operands *o, const fbn_stretch *s) { NAME(grad_moments)(o, s, 0); }
+static void NAME(grad_moments_columns)(const fbn_operands *o, const fbn_stretch *s) { NAME(grad_moments)(o, s, 1); }
 
 /* The median of three values of each channel, so that one outlier has no effect. */
 static void NAME(set_origin)(const void *first_, const void *middle_, const void *last_, int64_t n, int64_t apart,

@@ -1,0 +1,106 @@
+/* walk.c: streams and turns. */
+#include "walk.h"
+
+enum { LINE = 64 }; /* bytes. Streams should write whole cache lines: writing a part of one is much slower. */
+
+static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* The arrays that are read share the streams. */
+static int64_t streams_of(const fbn_operands *o, int64_t most) {
+    const int arrays = 1 + (o->dy != NULL) + (o->residual != NULL);
+    const int64_t streams = smaller(o->walk.streams / arrays, most);
+    return streams < 1 ? 1 : streams;
+}
+
+/* The elements of a turn. A single stream takes one. */
+static int64_t turn_of(const fbn_operands *o, int64_t elem, int64_t streams, int64_t length) {
+    return streams == 1 ? length : o->walk.turn / elem;
+}
+
+/* The elements of the first turn, which ends where a cache line of the result does. */
+static int64_t first_turn(const fbn_operands *o, int64_t elem, int64_t at, int64_t turn) {
+    return turn + (int64_t)(-((uintptr_t)o->out + (uintptr_t)(at * elem)) % LINE) / elem;
+}
+
+void fbn_sum_planes(fbn_loop *loop, const fbn_operands *o, int64_t elem, fbn_planes p, double *lanes) {
+    const int64_t streams = streams_of(o, p.images), turn = turn_of(o, elem, streams, p.inner);
+    for (int64_t c = 0; c < p.channels; c++, lanes += 2 * FBN_LANES) {
+        double own[FBN_IMAGES][2 * FBN_LANES];
+        for (int64_t s = 0; s < p.images; s++)
+            for (int k = 0; k < 2 * FBN_LANES; k++) own[s][k] = 0;
+        for (int64_t image = 0; image < p.images; image += streams)
+            for (int64_t i = 0; i < p.inner; i += turn)
+                for (int64_t s = image; s < smaller(image + streams, p.images); s++)
+                    loop(o, &(fbn_stretch){.at = c * p.step + s * p.apart + i,
+                                           .n = smaller(turn, p.inner - i),
+                                           .c = c,
+                                           .sums = own[s],
+                                           .others = own[s] + FBN_LANES});
+        for (int64_t s = 0; s < p.images; s++)
+            for (int k = 0; k < 2 * FBN_LANES; k++) lanes[k] += own[s][k];
+    }
+}
+
+/* Rows that are added at a time are far apart, since most processors read several streams faster than one. */
+void fbn_sum_runs(fbn_loop *loop, const fbn_operands *o, int64_t rows, fbn_runs r, double *sums, double *others) {
+    const int64_t times = r.count / rows;
+    fbn_stretch s = {.n = r.length, .rows = rows, .apart = times * r.apart, .sums = sums, .others = others};
+    for (int64_t i = 0; i < times; i++, s.at += r.apart) loop(o, &s);
+    s.rows = 1;
+    s.at = times * rows * r.apart;
+    for (int64_t i = times * rows; i < r.count; i++, s.at += r.apart) loop(o, &s);
+}
+
+void fbn_map_planes(fbn_loop *loop, const fbn_operands *o, int64_t elem, fbn_planes p) {
+    const int64_t streams = streams_of(o, p.apart * elem % LINE ? 1 : p.images);
+    const int64_t turn = turn_of(o, elem, streams, p.inner);
+    for (int64_t c = 0; c < p.channels; c++) {
+        const int64_t start = c * p.step, first = first_turn(o, elem, start, turn);
+        for (int64_t image = 0; image < p.images; image += streams)
+            for (int64_t i = 0, n = smaller(first, p.inner); i < p.inner; i += n, n = smaller(turn, p.inner - i))
+                for (int64_t s = image; s < smaller(image + streams, p.images); s++)
+                    loop(o, &(fbn_stretch){.at = start + s * p.apart + i, .n = n, .c = c});
+    }
+}
+
+/* All channels of an image are one run. */
+void fbn_map_joined(fbn_loop *loop, const fbn_operands *o, int64_t elem, fbn_planes p) {
+    const int64_t streams = streams_of(o, p.apart * elem % LINE ? 1 : p.images), length = p.channels * p.inner;
+    const int64_t turn = turn_of(o, elem, streams, length), first = first_turn(o, elem, 0, turn);
+    for (int64_t image = 0; image < p.images; image += streams)
+        for (int64_t i = 0, n = smaller(first, length); i < length; i += n, n = smaller(turn, length - i))
+            for (int64_t s = image; s < smaller(image + streams, p.images); s++)
+                loop(o, &(fbn_stretch){.at = s * p.apart + i,
+                                       .n = n,
+                                       .c = i / p.inner,
+                                       .period = p.inner,
+                                       .left = p.inner - i % p.inner});
+}
+
+/* Maps `streams` runs from element `start` on. */
+static void map_streams(fbn_loop *loop, const fbn_operands *o, int64_t elem, int64_t start, int64_t streams,
+                        fbn_runs r) {
+    const int64_t turn = turn_of(o, elem, streams, r.length), first = first_turn(o, elem, start, turn);
+    for (int64_t i = 0, n = smaller(first, r.length); i < r.length; i += n, n = smaller(turn, r.length - i))
+        for (int64_t s = 0; s < streams; s++)
+            loop(o, &(fbn_stretch){.at = start + s * r.apart + i, .n = n, .c = i % r.period, .period = r.period});
+}
+
+/* A long run is mapped in parts of whole periods, as streams, and then what is left of it. */
+static void map_long_run(fbn_loop *loop, const fbn_operands *o, int64_t elem, fbn_runs r) {
+    const int64_t periods = r.length / r.period, streams = streams_of(o, FBN_ROW_STREAMS);
+    const int64_t part = periods / streams * r.period, left = r.length - streams * part;
+    if (streams == 1 || part * elem % LINE || periods < 8 * streams) map_streams(loop, o, elem, 0, 1, r);
+    else {
+        map_streams(loop, o, elem, 0, streams, (fbn_runs){streams, part, part, r.period});
+        if (left) loop(o, &(fbn_stretch){.at = streams * part, .n = left, .period = r.period});
+    }
+}
+
+void fbn_map_runs(fbn_loop *loop, const fbn_operands *o, int64_t elem, fbn_runs r) {
+    const int64_t streams = streams_of(o, r.apart * elem % LINE ? 1 : FBN_IMAGES);
+    if (r.count == 1) map_long_run(loop, o, elem, r);
+    else
+        for (int64_t i = 0; i < r.count; i += streams)
+            map_streams(loop, o, elem, i * r.apart, smaller(streams, r.count - i), r);
+}

@@ -1,0 +1,34 @@
+/* walk.h: in which order do the elements of a tile pass through a loop?
+ *
+ * Memory is read and written faster in several streams, in turns, on some processors, and in one on others. What a walk
+ * must not change is a bit of a sum: a plane is added to lanes of its own first, and these are added up in the order of
+ * the images; columns are always added in the same groups of rows.
+ */
+#ifndef FBN_WALK_H
+#define FBN_WALK_H
+
+#include "kernels.h"
+
+/* The most planes of a channel in a tile, and the most streams into which rows are divided. */
+enum { FBN_IMAGES = 8, FBN_ROW_STREAMS = 4 };
+
+/* `images` times `channels` runs of `inner` contiguous elements. The runs of an image start `step` elements apart, and
+ * images, of which there are at most FBN_IMAGES, start `apart` elements apart. */
+typedef struct {
+    int64_t images, apart, channels, step, inner;
+} fbn_planes;
+
+/* `count` runs of `length` contiguous elements, `apart` elements apart. The columns of a run recur after `period`
+ * elements. */
+typedef struct {
+    int64_t count, apart, length, period;
+} fbn_runs;
+
+/* `elem` is the bytes of an element. Sums are added to `lanes`, [channels][2][FBN_LANES], or to `sums` and `others`. */
+void fbn_sum_planes(fbn_loop *loop, const fbn_operands *o, int64_t elem, fbn_planes planes, double *lanes);
+void fbn_sum_runs(fbn_loop *loop, const fbn_operands *o, int64_t rows, fbn_runs runs, double *sums, double *others);
+void fbn_map_planes(fbn_loop *loop, const fbn_operands *o, int64_t elem, fbn_planes planes);
+void fbn_map_joined(fbn_loop *loop, const fbn_operands *o, int64_t elem, fbn_planes planes);
+void fbn_map_runs(fbn_loop *loop, const fbn_operands *o, int64_t elem, fbn_runs runs);
+
+#endif
