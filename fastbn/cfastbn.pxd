@@ -44,6 +44,7 @@ cdef extern from "fastbn.h" nogil:
 
     ctypedef struct fbn_habits:
         int64_t streams
+        int64_t row_streams
         int64_t turn
         int64_t ahead
         int64_t stream_from

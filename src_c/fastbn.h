@@ -86,14 +86,15 @@ typedef enum {
 /* The kernels of one instruction set. Opaque; see fbn_kernels_at. */
 typedef struct fbn_kernels fbn_kernels;
 
-/* How this machine's memory is used best. A field that is 0 stands for the default. No bit of a result depends on them,
- * and any number is valid. */
+/* How this machine's memory is used best. A field that is 0 stands for fastbn's default. No bit of a result depends on
+ * them, and any number is valid. */
 typedef struct {
-    int64_t streams;     /* arrays and planes that are far apart and read in turns, at most 8 of each */
+    int64_t streams;     /* planes and arrays that are far apart and read in turns, at most 8 planes at once */
+    int64_t row_streams; /* the same for rows and small planes */
     int64_t turn;        /* the bytes of a turn */
-    int64_t ahead;       /* how many bytes ahead memory is fetched; negative: the processor is left to do so */
+    int64_t ahead;       /* how many bytes ahead rows are fetched; negative: the processor is left to do so */
     int64_t stream_from; /* a result of at least so many bytes is written around the cache; negative: none is */
-    int64_t block;       /* the bytes of arrays that stay in the cache from one step of a call to the next */
+    int64_t block;       /* the bytes of arrays that stay in a core's cache from one step of a call to the next */
 } fbn_habits;
 
 /* Where a call runs: the kernels, the bytes of data cache that a core has for itself (level 2) and that the cores share

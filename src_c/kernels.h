@@ -78,10 +78,10 @@ typedef void fbn_set_gradient(const fbn_channels *known, const double *sums, con
 /* Writes each of n constants `times` times. */
 typedef void fbn_spread(const void *from, int64_t n, int64_t times, void *to);
 
-/* How to walk through memory, which changes no bit of a result: in how many streams that are far apart, in turns of how
- * many bytes, and how many bytes ahead the sums of columns fetch what they read. */
+/* How to walk through memory, which changes no bit of a result: in how many streams that are far apart planes are read,
+ * and rows, in turns of how many bytes, and how many bytes ahead the sums of columns fetch what they read. */
 typedef struct {
-    int64_t streams, turn, ahead;
+    int64_t streams, row_streams, turn, ahead;
 } fbn_walk;
 
 /* What a call works on. Which fields a loop reads is said below. */
@@ -93,7 +93,7 @@ typedef struct {
     double slope;
     int activation; /* with flags */
     int usual;      /* all prescales and postscales are 1, and are not read */
-    int exact;      /* all shift_low are 0, and are not read */
+    int exact;      /* there is no residual, and all shift_low are 0, and are not read */
     int frozen, stream;
     fbn_walk walk;
 } fbn_operands;

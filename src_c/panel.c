@@ -82,7 +82,7 @@ fbn_panel fbn_panel_to_map(const fbn_job *j, int64_t c0, int64_t c1, void *room)
     fbn_panel panel = {c0, c1, fbn_constants_at(j, c0), NULL, .usual = 1};
     panel.usual = all_are(j, FBN_PRESCALE, c0, c1 - c0, 1);
     if (backward) panel.usual &= all_are(j, FBN_POSTSCALE, c0, c1 - c0, 1);
-    else panel.exact = all_are(j, FBN_SHIFT_LOW, c0, c1 - c0, 0);
+    else panel.exact = !j->residual && all_are(j, FBN_SHIFT_LOW, c0, c1 - c0, 0);
     if (spreads(&j->split)) spread(j, &panel, last, room);
     return panel;
 }

@@ -2,7 +2,6 @@
 #include "split.h"
 
 #include "values.h"
-#include <stdlib.h>
 
 enum {
     SEGMENT = 32768,      /* the least values of a channel in a channels-first segment; those in a cut plane's piece */
@@ -14,12 +13,13 @@ enum {
     JOINED = 512,         /* shorter rows are joined to so many columns, ... */
     JOINED_MOST = 1024,    /* ... and to whole vectors if that takes no more columns than these */
     BLOCK_CHANNELS = 64,  /* the most channels in a channels-first block */
-    CHUNK_BYTES = 262144, /* bytes of rows that are mapped at a time */
+    CHUNK = 1 << 18,      /* bytes of rows that are mapped at a time, on the way from the end backwards */
+    LARGE_CHUNK = 1 << 22, /* the same where memory, not a cache, is read: changes of direction are slow there */
     CHANNELS_TO_SHARE = 16384, /* from so many channels on, threads share what is done once per channel */
-    PART_OF_CACHE = 8          /* a result larger than this part of the shared cache is written around it */
+    PART_OF_CACHE = 8,         /* a result larger than this part of the shared cache is written around it */
+    LONGEST_TURN = 1 << 20     /* bytes */
 };
 
-static int64_t env(const char *n, int64_t d) { const char *e = getenv(n); return e ? atoll(e) : d; }
 static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 static int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -52,7 +52,7 @@ static int64_t block_of(const fbn_split *s, const fbn_machine *machine, int arra
     const int64_t channel = s->outer * s->inner * s->elem * arrays, fit = room / larger(channel, 1);
     if (s->rows) return s->channels;
     if (s->cuts > 1) return 1;
-    const int64_t most = smaller(smaller(divide_up(s->channels, s->threads), fit), env("BC", BLOCK_CHANNELS)); if (env("BF",0)) return smaller(env("BF",0), s->channels);
+    const int64_t most = smaller(smaller(divide_up(s->channels, s->threads), fit), BLOCK_CHANNELS);
     return in_steps(in_steps(most, FBN_CHANNEL_PAD), s->columns ? panel_of(s) : 1);
 }
 
@@ -69,12 +69,18 @@ int64_t fbn_padded(int64_t channels) { return round_up(channels, FBN_CHANNEL_PAD
 
 int64_t fbn_joined(int64_t channels) { return fbn_padded(channels * repeat_of(channels)); }
 
+static int64_t or_usual(int64_t habit, int64_t usual) { return habit ? habit : usual; }
+
+/* What is in a cache is read best without streams. A turn is a multiple of FBN_LANES elements of any dtype. */
 static fbn_walk walk_of(const fbn_habits *h, int large) {
-    (void)h;
-    if (!large) return (fbn_walk){env("SS", 1), env("ST", 1024), env("SA", 512)};
-    return (fbn_walk){env("LS", 8), env("LT", 256), env("LA", 512)};
+    const int64_t turn = smaller(or_usual(h->turn, 256), LONGEST_TURN);
+    return (fbn_walk){.streams = large ? or_usual(h->streams, FBN_IMAGES) : 1,
+                      .row_streams = large ? smaller(or_usual(h->row_streams, 4), FBN_IMAGES) : 1,
+                      .turn = in_steps(larger(turn, FBN_LANES * 8), FBN_LANES * 8),
+                      .ahead = larger(or_usual(h->ahead, 512), 0)};
 }
 
+/* Whether a result of so many bytes is written around the cache. */
 static int is_large(int64_t bytes, const fbn_machine *machine) {
     const int64_t from = machine->habits.stream_from;
     return from ? from > 0 && bytes >= from : bytes > machine->shared_cache / PART_OF_CACHE;
@@ -84,7 +90,7 @@ fbn_split fbn_split_of(const fbn_problem *p, int arrays, fbn_kind kind) {
     fbn_split s = {.outer = p->outer, .channels = p->channels, .inner = p->inner};
     const int64_t values = p->outer * p->channels * p->inner;
     s.rows = p->inner == 1;
-    s.joins = env("J", 1) && kind == FBN_MAPS && p->inner >= LEAST_JOINED && p->inner < SMALL_PLANE;
+    s.joins = kind == FBN_MAPS && p->inner >= LEAST_JOINED && p->inner < SMALL_PLANE;
     s.columns = s.rows || (p->inner > 1 && p->inner < SMALL_PLANE && kind == FBN_REDUCES);
     s.repeat = s.rows && values >= FBN_WORTH_JOINING ? repeat_of(p->channels) : 1;
     s.real = p->dtype == FBN_F64 ? 8 : 4;
@@ -119,7 +125,7 @@ int64_t fbn_start(const fbn_split *s, int64_t unit, int64_t c) {
 }
 
 int64_t fbn_chunk(const fbn_split *s, int64_t n) {
-    if (s->rows) return round_up(divide_up(env("CB", 262144), n * s->elem), s->repeat);
+    if (s->rows) return round_up(divide_up(s->large ? LARGE_CHUNK : CHUNK, n * s->elem), s->repeat);
     return s->columns ? SMALL_PLANES : FBN_IMAGES;
 }
 

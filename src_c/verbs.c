@@ -164,7 +164,7 @@ static fbn_job job_of(const fbn_problem *p, const fbn_operation *operation, int 
     j.p = p;
     j.operation = operation;
     j.kernels = p->machine->kernels->of[p->dtype];
-    j.split = fbn_split_of(p, arrays, masked ? FBN_MASKED : operation->reduce ? FBN_REDUCES : FBN_MAPS);
+    j.split = fbn_split_of(p, arrays, masked ? FBN_MASKED : operation->map == map_affine && !operation->reduce ? FBN_MAPS : FBN_REDUCES);
     j.activation = (int)p->activation;
     j.result = out;
     const int64_t values = ALIGNMENT / j.split.real, elem = j.split.elem;

@@ -6,9 +6,9 @@ enum { LINE = 64 }; /* bytes. Streams should write whole cache lines: writing a 
 static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* The arrays that are read share the streams. */
-static int64_t streams_of(const fbn_operands *o, int64_t most) {
+static int64_t streams_of(const fbn_operands *o, int64_t wanted, int64_t most) {
     const int arrays = 1 + (o->dy != NULL) + (o->residual != NULL);
-    const int64_t streams = smaller(o->walk.streams / arrays, most);
+    const int64_t streams = smaller(wanted / arrays, most);
     return streams < 1 ? 1 : streams;
 }
 
@@ -23,7 +23,7 @@ static int64_t first_turn(const fbn_operands *o, int64_t elem, int64_t at, int64
 }
 
 void fbn_sum_planes(fbn_loop *loop, const fbn_operands *o, int64_t elem, fbn_planes p, double *lanes) {
-    const int64_t streams = streams_of(o, p.images), turn = turn_of(o, elem, streams, p.inner);
+    const int64_t streams = streams_of(o, o->walk.streams, p.images), turn = turn_of(o, elem, streams, p.inner);
     for (int64_t c = 0; c < p.channels; c++, lanes += 2 * FBN_LANES) {
         double own[FBN_IMAGES][2 * FBN_LANES];
         for (int64_t s = 0; s < p.images; s++)
@@ -52,7 +52,7 @@ void fbn_sum_runs(fbn_loop *loop, const fbn_operands *o, int64_t rows, fbn_runs 
 }
 
 void fbn_map_planes(fbn_loop *loop, const fbn_operands *o, int64_t elem, fbn_planes p) {
-    const int64_t streams = streams_of(o, p.apart * elem % LINE ? 1 : p.images);
+    const int64_t streams = streams_of(o, o->walk.streams, p.apart * elem % LINE ? 1 : p.images);
     const int64_t turn = turn_of(o, elem, streams, p.inner);
     for (int64_t c = 0; c < p.channels; c++) {
         const int64_t start = c * p.step, first = first_turn(o, elem, start, turn);
@@ -65,7 +65,7 @@ void fbn_map_planes(fbn_loop *loop, const fbn_operands *o, int64_t elem, fbn_pla
 
 /* All channels of an image are one run. */
 void fbn_map_joined(fbn_loop *loop, const fbn_operands *o, int64_t elem, fbn_planes p) {
-    const int64_t streams = streams_of(o, p.apart * elem % LINE ? 1 : p.images), length = p.channels * p.inner;
+    const int64_t streams = streams_of(o, o->walk.streams, p.apart * elem % LINE ? 1 : p.images), length = p.channels * p.inner;
     const int64_t turn = turn_of(o, elem, streams, length), first = first_turn(o, elem, 0, turn);
     for (int64_t image = 0; image < p.images; image += streams)
         for (int64_t i = 0, n = smaller(first, length); i < length; i += n, n = smaller(turn, length - i))
@@ -88,7 +88,7 @@ static void map_streams(fbn_loop *loop, const fbn_operands *o, int64_t elem, int
 
 /* A long run is mapped in parts of whole periods, as streams, and then what is left of it. */
 static void map_long_run(fbn_loop *loop, const fbn_operands *o, int64_t elem, fbn_runs r) {
-    const int64_t periods = r.length / r.period, streams = streams_of(o, FBN_ROW_STREAMS);
+    const int64_t periods = r.length / r.period, streams = streams_of(o, o->walk.row_streams, FBN_IMAGES);
     const int64_t part = periods / streams * r.period, left = r.length - streams * part;
     if (streams == 1 || part * elem % LINE || periods < 8 * streams) map_streams(loop, o, elem, 0, 1, r);
     else {
@@ -98,7 +98,7 @@ static void map_long_run(fbn_loop *loop, const fbn_operands *o, int64_t elem, fb
 }
 
 void fbn_map_runs(fbn_loop *loop, const fbn_operands *o, int64_t elem, fbn_runs r) {
-    const int64_t streams = streams_of(o, r.apart * elem % LINE ? 1 : FBN_IMAGES);
+    const int64_t streams = streams_of(o, o->walk.row_streams, r.apart * elem % LINE ? 1 : FBN_IMAGES);
     if (r.count == 1) map_long_run(loop, o, elem, r);
     else
         for (int64_t i = 0; i < r.count; i += streams)

@@ -9,8 +9,8 @@
 
 #include "kernels.h"
 
-/* The most planes of a channel in a tile, and the most streams into which rows are divided. */
-enum { FBN_IMAGES = 8, FBN_ROW_STREAMS = 4 };
+/* The most planes of a channel in a tile, and the most streams. */
+enum { FBN_IMAGES = 8 };
 
 /* `images` times `channels` runs of `inner` contiguous elements. The runs of an image start `step` elements apart, and
  * images, of which there are at most FBN_IMAGES, start `apart` elements apart. */

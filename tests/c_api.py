@@ -74,7 +74,7 @@ def setup_lists() -> dict[str, Any]:
 class Habits(ct.Structure):
     """fbn_habits."""
 
-    _fields_ = tuple((name, ct.c_int64) for name in ("streams", "turn", "ahead", "stream_from", "block"))
+    _fields_ = tuple((name, ct.c_int64) for name in ("streams", "row_streams", "turn", "ahead", "stream_from", "block"))
 
 
 class Machine(ct.Structure):

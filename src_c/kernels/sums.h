@@ -101,28 +101,32 @@ FBN_INLINE void NAME(sum_plane)(const fbn_operands *o, const fbn_stretch *s, NAM
 }
 
 /* Adds n <= WIDTH columns from column c on, of `rows` rows. */
-FBN_INLINE void NAME(sum_vector)(const fbn_operands *o, const fbn_stretch *s, int64_t c, int64_t n, int64_t rows,
-                                 NAME(parts) p, int backward) {
+FBN_INLINE void NAME(sum_vector)(const fbn_operands *o, const fbn_stretch *s, int64_t c, int64_t n, vec fill,
+                                 int64_t rows, NAME(parts) p, int backward) {
     const NAME(constants) k = NAME(constants_at)(o, c, 1, p);
     const wide origin = wget(o->origin + c);
     wide sum = wget(s->sums + c), other = wget(s->others + c);
     for (int64_t r = 0, i = s->at + c; r < rows; r++, i += s->apart) {
         prefetch((const char *)((const elem *)o->x + i) + o->walk.ahead);
         if (backward) prefetch((const char *)((const elem *)o->dy + i) + o->walk.ahead);
-        NAME(sum_n)(o, i, n, &k, origin, vset(0), p, backward, &sum, &other);
+        NAME(sum_n)(o, i, n, &k, origin, fill, p, backward, &sum, &other);
     }
     wput(s->sums + c, sum);
     wput(s->others + c, other);
 }
 
-/* Adds the columns from column c on. One function serves every call. */
+/* Adds the columns from column c on. One function serves every call. Parts of vectors are filled up with the origins,
+ * which add nothing to the columns behind them. */
 FBN_APART void NAME(moments_rest)(const fbn_operands *o, const fbn_stretch *s, int64_t c) {
-    for (; c < s->n; c += WIDTH)
-        NAME(sum_vector)(o, s, c, NAME(least)(s->n - c, WIDTH), s->rows, NAME(any_parts)(o), 0);
+    for (; c < s->n; c += WIDTH) {
+        real origins[WIDTH];
+        for (int k = 0; k < WIDTH; k++) origins[k] = (real)o->origin[c + k];
+        NAME(sum_vector)(o, s, c, NAME(least)(s->n - c, WIDTH), vget(origins), s->rows, NAME(any_parts)(o), 0);
+    }
 }
 FBN_APART void NAME(grad_moments_rest)(const fbn_operands *o, const fbn_stretch *s, int64_t c) {
     for (; c < s->n; c += WIDTH)
-        NAME(sum_vector)(o, s, c, NAME(least)(s->n - c, WIDTH), s->rows, NAME(any_parts)(o), 1);
+        NAME(sum_vector)(o, s, c, NAME(least)(s->n - c, WIDTH), vset(0), s->rows, NAME(any_parts)(o), 1);
 }
 
 /* Adds the columns of some rows. */
@@ -132,7 +136,7 @@ FBN_INLINE void NAME(sum_columns)(const fbn_operands *o, const fbn_stretch *s, N
     const int rows = backward ? FBN_GRAD_ROWS : FBN_ROWS;
     int64_t c = 0;
     if (stretch.rows == rows)
-        for (; c + WIDTH <= stretch.n; c += WIDTH) NAME(sum_vector)(&own, &stretch, c, WIDTH, rows, p, backward);
+        for (; c + WIDTH <= stretch.n; c += WIDTH) NAME(sum_vector)(&own, &stretch, c, WIDTH, vset(0), rows, p, backward);
     if (c == stretch.n) return;
     if (backward) NAME(grad_moments_rest)(o, s, c);
     else NAME(moments_rest)(o, s, c);
