@@ -24,7 +24,7 @@ import numba
 import numpy as np
 
 from .._moments import blend
-from ..call.record import BackwardCall, Call
+from ..call.record import BackwardCall, Call, Options
 from ..config import thread_count
 from . import SAVED_ROWS
 from . import numba_loops as loops
@@ -76,8 +76,7 @@ class _Task(NamedTuple):
     constants: Array  # (loops.CONSTANTS, channels)
     count: float  # type: ignore[assignment]  # of the values in each channel's statistics
     eps: float
-    activation: int
-    slope: float
+    options: Options
     backward: bool
     frozen: bool
     from_y: bool
@@ -145,11 +144,11 @@ def _inputs(p: _Split, q: _Task, row: int, i: int, n: int, copies: bool, line: A
     if q.as_it_is and not copies:
         return dy, x
     if q.from_y:
-        loops.deactivate(q.activation, x, residual, dz, seen, work.dtype.type(q.slope))
-    elif q.activation != IDENTITY and q.backward:
+        loops.deactivate(q.options.activation, x, residual, dz, seen, work.dtype.type(q.options.slope))
+    elif q.options.activation != IDENTITY and q.backward:
         loops.normalize(p.plane, x, residual, dz, line)
     if q.backward:
-        loops.activate_gradient(q.activation, dy, dz, work.dtype.type(q.slope))
+        loops.activate_gradient(q.options.activation, dy, dz, work.dtype.type(q.options.slope))
     if q.mask.size:
         first = row // p.pieces * (p.stride // q.saved.shape[1]) + row % p.pieces * p.length
         loops.judge(q.frozen, q.mask[first:], p.position_of, dy, kept[:n], dz)
@@ -189,8 +188,8 @@ def _map(p: _Split, q: _Task, c0: int, c1: int, segment: int, line: Array, work:
                 loops.copy(q.x[i : i + n], work[1, :n])
             x = work[1, :n] if q.in_place else q.x[i : i + n]
             loops.normalize(p.plane, x, q.residual[i : i + n], out, line)
-            if q.activation != IDENTITY:
-                loops.activate(q.activation, out, work.dtype.type(q.slope))
+            if q.options.activation != IDENTITY:
+                loops.activate(q.options.activation, out, work.dtype.type(q.options.slope))
 
 
 @_part
@@ -294,9 +293,9 @@ def _calculate(
         parts=np.zeros((2, channels, p.segments if reduces else 0)),
         totals=np.zeros((2, channels)) if totals is None else np.array(totals),
         saved=saved, constants=np.zeros((loops.CONSTANTS, channels)), count=float(count),
-        eps=float(getattr(call, "eps", 0)), activation=int(call.code), slope=float(call.slope), backward=backward,
+        eps=float(getattr(call, "eps", 0)), options=call.options, backward=backward,
         frozen=bool(getattr(call, "frozen", False)), from_y=from_y,
-        as_it_is=mask is None and (not backward or (not call.code and not from_y)),
+        as_it_is=mask is None and (not backward or (not call.options.activation and not from_y)),
         in_place=out is not None and out.ctypes.data == changed.ctypes.data,
     )  # fmt: skip
     most = 1 if thread_count.in_forked_child() else min(call.threads, x.size // WORK_PER_THREAD, _MOST_THREADS)

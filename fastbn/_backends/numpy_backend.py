@@ -101,7 +101,7 @@ def _dz(call: BackwardCall) -> Array:
 
     Where z is NaN, it is dy, unless the formula of the derivative contains z.
     """
-    dy, x, saved, activation = call.dy, call.x, call.saved, call.code
+    dy, x, saved, activation = call.dy, call.x, call.saved, call.options.activation
     if activation == Activation.IDENTITY:
         return dy.astype(np.float64)
     # With from_y, x is y, which has the sign of z.
@@ -124,7 +124,7 @@ def _dz(call: BackwardCall) -> Array:
     if derivative is not None:
         dz *= derivative
     if activation == Activation.LEAKY_RELU:
-        np.multiply(dz, call.slope, out=dz, where=flat)
+        np.multiply(dz, call.options.slope, out=dz, where=flat)
     else:
         np.copyto(dz, 0, where=flat)
     return dz
@@ -155,8 +155,8 @@ def _xhat(call: BackwardCall) -> Array:
         xhat *= _column(saved[3])
         return xhat
     xhat = x.astype(np.float64)
-    if call.code == Activation.LEAKY_RELU:
-        np.divide(xhat, call.slope, out=xhat, where=x <= 0)
+    if call.options.activation == Activation.LEAKY_RELU:
+        np.divide(xhat, call.options.slope, out=xhat, where=x <= 0)
     if call.residual is not None:
         xhat -= call.residual
     xhat -= _column(saved[5])
@@ -172,7 +172,7 @@ def _normalize(call: Call, saved: Array, centred: Array | None = None) -> None:
     saved[5] = 0 if call.beta is None else call.beta
     if centred is None:
         centred = _centred(call.x, saved[0], saved[1])
-    _activate(_preactivation(centred, call.residual, saved), call.code, call.slope, call.y)
+    _activate(_preactivation(centred, call.residual, saved), call.options.activation, call.options.slope, call.y)
 
 
 def forward(call: Call) -> None:

@@ -7,21 +7,32 @@ from typing import Any
 
 
 class Activation(IntEnum):
-    """The codes of `fbn_activation` in fastbn.h; a test compares the two lists."""
+    """The codes of `fbn_activation` in fastbn.h; a test compares the two lists.
+
+    An activation that takes a number has, beside its code, the number that its name alone means. ("leaky_relu", slope)
+    gives another. The number is called the slope, whatever it is.
+    """
 
     IDENTITY = 0
     RELU = 1
     RELU6 = 2
-    LEAKY_RELU = 3
+    LEAKY_RELU = 3, 0.01
     SILU = 4
     HARDSWISH = 5
     SIGMOID = 6
 
+    slope: float | None
+
+    def __new__(cls, code: int, slope: float | None = None) -> Activation:
+        self = int.__new__(cls, code)
+        self._value_, self.slope = code, slope
+        return self
+
 
 BY_NAME: dict[str | None, Activation] = {code.name.lower() if code else None: code for code in Activation}
 
-DEFAULT_SLOPES = {"leaky_relu": 0.01}
-"""The activations that have a slope, and the slope that the name alone means; ("leaky_relu", slope) gives another."""
+DEFAULT_SLOPES = {name: code.slope for name, code in BY_NAME.items() if code.slope is not None}
+"""The activations that have a slope, and the slope that the name alone means."""
 
 
 def name_and_slope(activation: Any) -> tuple[str | None, float]:

@@ -85,7 +85,7 @@ def parts_of(call: Call, *, frozen: bool = False, count: int | None = None) -> P
         saved=call.saved,
         axis=call.axis,
         frozen=frozen,
-        activation=call.activation,
+        options=call.options,
         has_gamma=call.gamma is not None,
         has_beta=call.beta is not None,
         mask=call.mask,
@@ -101,7 +101,6 @@ def views(x: Array, residual: Array | None) -> tuple[Array, Array | None]:
 
 def _call_of(dy: Array, parts: Parts, threads: int) -> BackwardCall:
     """The record of a gradient, from the parts of a cache, without arrays to fill."""
-    code, slope = checks.activation(parts.activation)
     return BackwardCall(
         dy=dy,
         x=parts.x,
@@ -109,8 +108,7 @@ def _call_of(dy: Array, parts: Parts, threads: int) -> BackwardCall:
         residual=parts.residual,
         mask=parts.mask,
         axis=parts.channel_axis,
-        code=code,
-        slope=slope,
+        options=parts.options.checked(),
         counted=float(parts.total),
         frozen=parts.frozen,
         from_y=parts.from_y,
@@ -126,7 +124,7 @@ def check_backward(dy: object, parts: Parts, out: object, threads: int) -> Backw
     target = checks.out(out, x, inputs, may_be="dy")
     call = _call_of(gradient, parts, threads)
     dresidual = returned = None
-    if parts.residual is not None and call.code is not Activation.IDENTITY:
+    if parts.residual is not None and call.options.activation != Activation.IDENTITY:
         dresidual = returned = np.empty_like(x, dtype, subok=False)
     elif parts.residual is not None:
         overwritten = target is not None and checks.same_memory(target, gradient)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from .._backends import get_num_threads, select
+from ..call.record import USUAL, Options
 from ..call.results import Cache, Parts
 from ..config.thread_count import use_num_threads
 from ..ops import Activation, backward, backward_sums, forward, infer
@@ -372,7 +373,8 @@ def differentiate(
                     dresidual = dy if for_residual else None
                 return dx if for_x else None, dresidual, dgamma, dbeta
     axis, (dy_, x_, residual_, dx_) = _channels_together(x, dy, x, residual, dx)
-    cache = Cache(Parts(x_, residual_, saved, axis, not training, activation, for_gamma, for_beta))
+    options = USUAL.get(activation, Options(activation))
+    cache = Cache(Parts(x_, residual_, saved, axis, not training, options, for_gamma, for_beta))
     found: Any
     with use_num_threads(_threads()):
         if dx is None:
