@@ -28,10 +28,15 @@ class Activation(IntEnum):
         self._value_, self.slope = code, slope
         return self
 
+    @property
+    def public(self) -> str | None:
+        """The name that users give."""
+        return self.name.lower() if self else None
 
-BY_NAME: dict[str | None, Activation] = {code.name.lower() if code else None: code for code in Activation}
 
-DEFAULT_SLOPES = {name: code.slope for name, code in BY_NAME.items() if code.slope is not None}
+BY_NAME = {code.public: code for code in Activation}
+
+DEFAULT_SLOPES: dict[str | None, float] = {name: code.slope for name, code in BY_NAME.items() if code.slope is not None}
 """The activations that have a slope, and the slope that the name alone means."""
 
 
@@ -42,4 +47,4 @@ def name_and_slope(activation: Any) -> tuple[str | None, float]:
 
 def as_given(name: str | None, slope: float) -> Any:
     """An activation as users give it, from its name and slope."""
-    return (name, slope) if name in DEFAULT_SLOPES else name
+    return name if slope == DEFAULT_SLOPES.get(name, slope) else (name, slope)

@@ -85,7 +85,7 @@ def parts_of(call: Call, *, frozen: bool = False, count: int | None = None) -> P
         saved=call.saved,
         axis=call.axis,
         frozen=frozen,
-        options=call.options,
+        options=call.options.given(),
         has_gamma=call.gamma is not None,
         has_beta=call.beta is not None,
         mask=call.mask,

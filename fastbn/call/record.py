@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from . import checks
-from .activations import BY_NAME, Activation
+from .activations import BY_NAME, Activation, as_given
 from .dtypes import FLOAT64, DType, kind_of, native, rounded
 from .shape import positions_of
 
@@ -45,8 +45,14 @@ class Options(NamedTuple):
         code, slope = checks.activation(self.activation)
         return self._replace(activation=int(code), slope=slope)
 
+    def given(self) -> Options:
+        """Checked options as a caller gives them, which is how a cache keeps them."""
+        activation = as_given(Activation(self.activation).public, self.slope)
+        options = self._replace(activation=activation, slope=0.0)
+        return USUAL[activation] if USUAL.get(activation) == options else options
 
-USUAL = {name: Options(name) for name in BY_NAME}
+
+USUAL: dict[object, Options] = {name: Options(name) for name in BY_NAME}
 """The options of the calls that the express lane takes, in which nothing but the activation's name is given."""
 
 IDENTITY = USUAL[None].checked()
