@@ -486,9 +486,7 @@ def through(activation: int, slope: float, z: Array) -> tuple[Array, Array]:
     one, zero = np.ones(1), np.zeros(1)
     y, dz, saved = np.empty_like(z), np.empty_like(z), np.empty((6, 1))
     numba_backend.infer(
-        record.Call(
-            x=z, running_mean=zero, running_var=one, options=Options(activation, slope), y=y, saved=saved
-        )
+        record.Call(x=z, running_mean=zero, running_var=one, options=Options(activation, slope), y=y, saved=saved)
     )
     numba_backend.backward(record.BackwardCall(
         dy=np.ones_like(z), x=z, saved=saved, counted=1.0, frozen=True, options=Options(activation, slope), dx=dz,
