@@ -24,11 +24,12 @@ import numba
 import numpy as np
 
 from .._moments import blend
+from ..call.activations import Activation
 from ..call.record import BackwardCall, Call, Options
 from ..config import thread_count
 from . import SAVED_ROWS
 from . import numba_loops as loops
-from .numba_loops import BETA, GAMMA, IDENTITY, INV_STD, MEAN, MEAN_LOW, STRIP, SUM, VAR, compiled
+from .numba_loops import BETA, GAMMA, INV_STD, MEAN, MEAN_LOW, STRIP, SUM, VAR, compiled
 
 DTYPES = frozenset({"float32", "float64"})
 Array = np.ndarray[Any, Any]
@@ -145,10 +146,10 @@ def _inputs(p: _Split, q: _Task, row: int, i: int, n: int, copies: bool, line: A
         return dy, x
     if q.from_y:
         loops.deactivate(q.options.activation, x, residual, dz, seen, work.dtype.type(q.options.slope))
-    elif q.options.activation != IDENTITY and q.backward:
+    elif q.options.activation != Activation.IDENTITY and q.backward:
         loops.normalize(p.plane, x, residual, dz, line)
     if q.backward:
-        loops.activate_gradient(q.options.activation, dy, dz, work.dtype.type(q.options.slope))
+        loops.activate(q.options.activation, True, dy, dz, work.dtype.type(q.options.slope))
     if q.mask.size:
         first = row // p.pieces * (p.stride // q.saved.shape[1]) + row % p.pieces * p.length
         loops.judge(q.frozen, q.mask[first:], p.position_of, dy, kept[:n], dz)
@@ -188,8 +189,7 @@ def _map(p: _Split, q: _Task, c0: int, c1: int, segment: int, line: Array, work:
                 loops.copy(q.x[i : i + n], work[1, :n])
             x = work[1, :n] if q.in_place else q.x[i : i + n]
             loops.normalize(p.plane, x, q.residual[i : i + n], out, line)
-            if q.options.activation != IDENTITY:
-                loops.activate(q.options.activation, out, work.dtype.type(q.options.slope))
+            loops.activate(q.options.activation, False, q.dy, out, work.dtype.type(q.options.slope))
 
 
 @_part

@@ -28,7 +28,6 @@ SAVED_MEAN, MEAN_LOW, VAR, INV_STD, GAMMA, BETA = range(len(SAVED_ROWS))
 MEAN, SCALE, SHIFT, ON_DY, ON_X, CONSTANT, SUM, PRODUCT = range(8)  # the rows of `line`: constants, then sums
 FORWARD_CONSTANTS, CONSTANTS, LINE_ROWS = 3, 6, 8
 NOTHING, COUNTS, MOVES_NO_OTHER = 0, 1, 2  # what a position is to the gradients, by the mask and dy
-IDENTITY, RELU, RELU6, LEAKY_RELU, SILU, HARDSWISH, SIGMOID = map(int, Activation)
 ZERO, HALF, ONE, THREE, SIX = (np.float32(value) for value in (0, 0.5, 1, 3, 6))
 NO_BOUND = np.float32(math.nan)  # no number is greater
 
@@ -185,44 +184,38 @@ def _sigmoids(z: Any, real: Any) -> Any:
 
 
 @loop
-def activate(activation: int, y: Array, slope: Any) -> None:
-    """Replaces z by y. A NaN stays a NaN."""
-    if activation in (RELU, RELU6):
-        most = SIX if activation == RELU6 else NO_BOUND
-        for k in range(y.size):
-            y[k] = ZERO if y[k] < ZERO else most if y[k] > most else y[k]
-    elif activation == LEAKY_RELU:
-        for k in range(y.size):
-            y[k] = y[k] if y[k] > ZERO else y[k] * slope
-    elif activation == HARDSWISH:
-        for k in range(y.size):
-            gate = y[k] + THREE
-            y[k] = y[k] * ((ZERO if gate < ZERO else SIX if gate > SIX else gate) / SIX)
-    else:
-        for k in range(y.size):
-            y[k] = (y[k] if activation == SILU else ONE) * _sigmoids(y[k], y.dtype.type)[0]
+def activate(activation: int, gradients: bool, dy: Array, z: Array, slope: Any) -> None:
+    """Replaces z by the activation of z, or by dy times its derivative.
 
-
-@loop
-def activate_gradient(activation: int, dy: Array, dz: Array, slope: Any) -> None:
-    """Replaces z by dz. At a kink the derivative is the left one. At a NaN dy passes, unless z is in the formula."""
-    if activation in (RELU, RELU6):
-        most = SIX if activation == RELU6 else NO_BOUND
-        for k in range(dy.size):
-            dz[k] = ZERO if dz[k] <= ZERO or dz[k] >= most else dy[k]
-    elif activation == LEAKY_RELU:
-        for k in range(dy.size):
-            dz[k] = dy[k] if dz[k] > ZERO else dy[k] * slope
-    elif activation == HARDSWISH:
-        for k in range(dy.size):
-            z = dz[k]
-            dz[k] = ZERO if z <= -THREE else dy[k] if z >= THREE else dy[k] * (z / THREE + HALF)  # NaN at NaN
-    elif activation == IDENTITY:
-        copy(dy, dz)
-    else:
-        for k in range(dy.size):
-            up, down = _sigmoids(dz[k], dz.dtype.type)
-            dz[k] = dy[k] * (up * (ONE + dz[k] * down if activation == SILU else down))
+    A NaN stays a NaN. At a kink the derivative is the left one. At a NaN dy passes, unless z is in the formula.
+    """
+    if activation in (Activation.RELU, Activation.RELU6):
+        most = SIX if activation == Activation.RELU6 else NO_BOUND
+        for k in range(z.size):
+            if gradients:
+                z[k] = ZERO if z[k] <= ZERO or z[k] >= most else dy[k]
+            else:
+                z[k] = ZERO if z[k] < ZERO else most if z[k] > most else z[k]
+    elif activation == Activation.LEAKY_RELU:
+        for k in range(z.size):
+            given = dy[k] if gradients else z[k]
+            z[k] = given if z[k] > ZERO else given * slope
+    elif activation == Activation.HARDSWISH:
+        for k in range(z.size):
+            if gradients:  # NaN at NaN
+                z[k] = ZERO if z[k] <= -THREE else dy[k] if z[k] >= THREE else dy[k] * (z[k] / THREE + HALF)
+            else:
+                gate = z[k] + THREE
+                z[k] = z[k] * ((ZERO if gate < ZERO else SIX if gate > SIX else gate) / SIX)
+    elif activation == Activation.SILU or activation == Activation.SIGMOID:
+        for k in range(z.size):
+            up, down = _sigmoids(z[k], z.dtype.type)
+            if gradients:
+                z[k] = dy[k] * (up * (ONE + z[k] * down if activation == Activation.SILU else down))
+            else:
+                z[k] = (z[k] if activation == Activation.SILU else ONE) * up
+    elif gradients:
+        copy(dy, z)
 
 
 @loop
@@ -233,6 +226,6 @@ def deactivate(activation: int, y: Array, residual: Array, z: Array, seen: Array
     """
     for k in range(y.size):
         z[k] = y[k]
-        seen[k] = y[k] / slope if activation == LEAKY_RELU and y[k] <= ZERO else y[k]
+        seen[k] = y[k] / slope if activation == Activation.LEAKY_RELU and y[k] <= ZERO else y[k]
     for k in range(residual.size):
         seen[k] -= residual[k]

@@ -281,8 +281,9 @@ def normalize(
 
     In training, mean and var are updated. mean, var, gamma and beta may have any dtype. `where` is the tensors' place.
     """
-    if _tensors is not None and select(None) is bridge:
-        found: tuple[Tensor, Any] | None = _tensors.normalize(where, x, momentum, eps, activation, training, keeps)
+    bridged = on_plain_tensors()
+    if bridged is not None:
+        found: tuple[Tensor, Any] | None = bridged.normalize(where, x, momentum, eps, activation, training, keeps)
         if found is not None:
             return found
     y = _empty_like(x)
@@ -314,23 +315,9 @@ def normalize(
     return y, saved
 
 
-def differentiate_plain(
-    dy: Tensor,
-    x: Tensor,
-    residual: Tensor | None,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    saved: Array,
-    training: bool,
-    activation: Activation,
-    wanted: Sequence[bool],
-) -> tuple[Tensor | None, ...] | None:
-    """The result of Normalization.backward for plain tensors, by the bridge; None for other tensors."""
-    if _tensors is None or select(None) is not bridge:
-        return None
-    found: tuple[Tensor | None, ...] | None
-    found = _tensors.differentiate(dy, x, residual, gamma, beta, saved, training, activation, wanted)
-    return found
+def on_plain_tensors() -> Any:
+    """The bridge's functions for plain tensors, or None if they are missing, or another backend is in use."""
+    return _tensors if _tensors is not None and select(None) is bridge else None
 
 
 def _per_channel(x: Tensor) -> Tensor:
