@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numba
 import numpy as np
 
-from .._moments import blend
+from .._moments import blend, save_parameters
 from ..call.activations import Activation
 from ..call.record import BackwardCall, Call, Options
 from ..config import thread_count
@@ -279,7 +279,7 @@ def _calculate(
 ) -> _Task:
     """Computes each channel's sums, unless `totals` or statistics are given, and fills y or dx if there is `out`."""
     if isinstance(call, Call):
-        saved[GAMMA], saved[BETA] = 1 if call.gamma is None else call.gamma, 0 if call.beta is None else call.beta
+        save_parameters(call, saved)
     x, backward, dresidual = call.x, isinstance(call, BackwardCall), getattr(call, "dresidual", None)
     mask = None if call.mask is None or not (reduces or backward) else call.mask.view(np.uint8)
     count = call.counted if isinstance(call, BackwardCall) else x[:, 0].size if mask is None else np.count_nonzero(mask)

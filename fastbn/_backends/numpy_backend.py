@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from .._moments import blend, save
+from .._moments import blend, save, save_parameters
 from ..call.activations import Activation
 from ..call.record import BackwardCall, Call, Options
 
@@ -166,8 +166,7 @@ def _normalize(call: Call, saved: Array, centred: Array | None = None) -> None:
     """Fills y and the last three rows of saved from its first three; overwrites `centred`."""
     std = np.sqrt(saved[2] + call.eps)
     saved[3] = np.divide(1, std, out=np.zeros_like(std), where=std != 0)
-    saved[4] = 1 if call.gamma is None else call.gamma
-    saved[5] = 0 if call.beta is None else call.beta
+    save_parameters(call, saved)
     if centred is None:
         centred = _centred(call.x, saved[0], saved[1])
     call.y[...] = _pointwise(_preactivation(centred, call.residual, saved), call.options)
