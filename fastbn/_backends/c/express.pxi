@@ -353,7 +353,9 @@ def express_backward(
     cdef void *residual_ = NULL
     cdef int64_t bytes
     cdef int statistics
-    if not set_problem(&p, x, axis, usual_activation(options), threads) or dy is None or not is_saved(saved, p.channels):
+    if not set_problem(&p, x, axis, usual_activation(options), threads) or dy is None:
+        return None
+    if not is_saved(saved, p.channels):
         return None
     if type(frozen) is not bool or type(has_gamma) is not bool or type(has_beta) is not bool:
         return None
