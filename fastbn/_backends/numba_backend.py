@@ -33,6 +33,7 @@ from .numba_loops import BETA, GAMMA, IDENTITY, INV_STD, MEAN, MEAN_LOW, STRIP, 
 DTYPES = frozenset({"float32", "float64"})
 Array = np.ndarray[Any, Any]
 SEGMENT_ROWS, SEGMENTS_MOST = 64, 64  # rows that a segment has at least, and segments that a strip has at most
+PIECE = 4096  # values of a plane that a row has at most
 CACHED = 512  # columns whose constants the first cache holds beside the data
 STRIP_BYTES = 1 << 22  # of a strip that one thread takes by itself
 WORK_PER_THREAD = 32768  # values that are worth waking a thread for
@@ -56,6 +57,7 @@ class _Split(NamedTuple):
     segment: int  # rows in a segment
     segments: int
     span: int  # columns of one channel that lie together
+    in_order: bool  # planes are taken in the order of memory, each a segment of its own
     channel_of: Array  # of each column, in its strip
     position_of: Array  # of each value of a row, in the mask: from that of the first
 
@@ -86,11 +88,11 @@ class _Task(NamedTuple):
 
 
 @functools.lru_cache(maxsize=256)
-def _split(shape: tuple[int, int, int]) -> _Split:
+def _split(shape: tuple[int, int, int], reduces: bool) -> _Split:
     outer, channels, inner = shape
-    plane, block, pieces, repeats = inner > STRIP // 2, 1, 1, 1
+    plane, block, pieces, repeats = inner > STRIP // (2 if reduces else 8), 1, 1, 1
     if plane:  # into equal pieces, if they are not short
-        length = next((n for n in range(min(inner, STRIP), STRIP // 2, -1) if inner % n == 0), STRIP)
+        length = next((n for n in range(min(inner, PIECE), PIECE // 2, -1) if inner % n == 0), PIECE)
         pieces = math.ceil(inner / length)
     else:
         block = max(1, min(channels, STRIP // max(1, inner)))
@@ -98,12 +100,13 @@ def _split(shape: tuple[int, int, int]) -> _Split:
             repeats = max(1, min(outer, CACHED // max(1, channels * inner)))
         length = repeats * block * inner
     rows = math.ceil(outer / repeats) * pieces
-    segment = max(SEGMENT_ROWS, math.ceil(rows / SEGMENTS_MOST))
+    in_order = plane and not reduces
+    segment = pieces if in_order else max(SEGMENT_ROWS, math.ceil(rows / SEGMENTS_MOST))
     samples, channel_of, i = (index.ravel() for index in np.indices((repeats, block, length if plane else inner)))
     return _Split(
         inner=inner, block=block, strips=math.ceil(channels / block), plane=plane, pieces=pieces, length=length,
         stride=repeats * channels * inner, rows=rows, segment=segment, segments=max(1, math.ceil(rows / segment)),
-        span=length if plane else max(1, inner), channel_of=channel_of,
+        span=length if plane else max(1, inner), in_order=in_order, channel_of=channel_of,
         position_of=samples * inner + i,
     )  # fmt: skip
 
@@ -121,12 +124,11 @@ def _run(p: _Split, q: _Task, c0: int, c1: int, row: int) -> tuple[int, int]:
 
 
 @_jit
-def _spread(p: _Split, q: _Task, constants: int, c0: int, c1: int, sums: bool, line: Array) -> None:
-    """Gives each column its channel's constants; in a plane, the mean for sums alone, and column 0 the others."""
-    for j in range(constants):
-        alike = p.plane and not (sums and j == MEAN)
-        for k in range(1 if alike else p.channel_of.size - (p.block - (c1 - c0)) * p.span):
-            line[j * STRIP + k] = q.constants[j, c0 + p.channel_of[k]]
+def _spread(plane: bool, constants: Array, c0: int, channel_of: Array, line: Array) -> None:
+    """Gives each column its channel's constants; in a plane, column 0 has those of all."""
+    for j in range(len(constants)):
+        for k in range(1 if plane else channel_of.size):
+            line[j * STRIP + k] = constants[j, c0 + channel_of[k]]
 
 
 @_jit
@@ -158,20 +160,29 @@ def _inputs(p: _Split, q: _Task, row: int, i: int, n: int, copies: bool, line: A
 
 @_part
 def _reduce(p: _Split, q: _Task, c0: int, c1: int, segment: int, line: Array, work: Array, kept: Array) -> None:
-    """Adds up the rows of a segment: four at once, where they begin at equal distances."""
-    line[SUM * STRIP :] = 0.0
+    """Adds up the rows of a segment: as many samples from each quarter as there are, four rows at once.
+
+    Processors fetch four distant rows ahead of their use, but not four rows of one page of memory.
+    """
+    if not p.plane:
+        line[SUM * STRIP :] = 0.0
     row, last = segment * p.segment, min(p.rows, (segment + 1) * p.segment)
-    while row < last:
+    samples = (min(last, q.x.size // p.stride * p.pieces) - row) // (4 * p.pieces) if q.as_it_is else 0
+    for row in range(row, row + samples * p.pieces):
         i, n = _run(p, q, c0, c1, row)
-        step = _run(p, q, c0, c1, row + 1)[0] - i
-        if q.as_it_is and row + 4 <= last and _run(p, q, c0, c1, row + 3) == (i + 3 * step, n):
-            loops.add(4, step, q.backward, q.dy[i:], q.x[i:], kept[:0], n, line)
-            row += 4
+        if p.plane:
+            loops.add_plane(4, samples * p.stride, q.backward, q.dy[i:], q.x[i:], kept[:0], n, line, q.parts[:, c0, segment])
         else:
-            dz, x = _inputs(p, q, row, i, n, False, line, work, kept)
+            loops.add(4, samples * p.stride, q.backward, q.dy[i:], q.x[i:], kept[:0], n, line)
+    for row in range(segment * p.segment + 4 * samples * p.pieces, last):
+        i, n = _run(p, q, c0, c1, row)
+        dz, x = _inputs(p, q, row, i, n, False, line, work, kept)
+        if p.plane:
+            loops.add_plane(1, 0, q.backward, dz, x, kept[:n], n, line, q.parts[:, c0, segment])
+        else:
             loops.add(1, 0, q.backward, dz, x, kept[:n], n, line)
-            row += 1
-    _fold(p, q, c0, c1, segment, line)
+    if not p.plane:
+        _fold(p, q, c0, c1, segment, line)
 
 
 @_part
@@ -217,24 +228,30 @@ def _finish(q: _Task, c: int) -> None:
 def _share(reduces: bool, maps: bool, unit: int, last: int, p: _Split, q: _Task) -> None:
     """Reduces or maps some segments, counted through all strips, or does both to whole strips."""
     line = np.empty(loops.LINE_ROWS * STRIP)
-    kept = np.full(STRIP if q.frozen or q.mask.size else 0, loops.MOVES_NO_OTHER, np.uint8)
-    work = np.zeros((2, STRIP), q.x.dtype)
+    longest = max(STRIP, p.length)
+    kept = np.full(longest if q.frozen or q.mask.size else 0, loops.MOVES_NO_OTHER, np.uint8)
+    work = np.zeros((2, longest), q.x.dtype)
+    begin = unit
     while unit < last:
         strip, first = unit // p.segments, unit % p.segments
         end = min(first + last - unit, p.segments)
+        if p.in_order:
+            strip, first, end = unit % p.strips, unit // p.strips, unit // p.strips + 1
         c0, c1 = strip * p.block, min((strip + 1) * p.block, q.saved.shape[1])
+        width = p.channel_of.size - (p.block - (c1 - c0)) * p.span
         if reduces:
             for c in range(c0, c1):
                 loops.set_line(q.saved, q.constants, c)
                 q.constants[MEAN, c] = q.origin[c]
-            _spread(p, q, loops.FORWARD_CONSTANTS, c0, c1, True, line)
+            _spread(p.plane, q.constants[: loops.FORWARD_CONSTANTS], c0, p.channel_of[:width], line)
             for segment in range(first, end):
                 _reduce(p, q, c0, c1, segment, line, work, kept)
-        if maps:
-            for c in range(c0, c1):
+        if maps and (unit == begin or not p.in_order):
+            for c in range(0, q.saved.shape[1]) if p.in_order else range(c0, c1):
                 _finish(q, c)
         if maps and q.out.size:
-            _spread(p, q, loops.CONSTANTS if q.backward else loops.FORWARD_CONSTANTS, c0, c1, False, line)
+            used = loops.CONSTANTS if q.backward else loops.FORWARD_CONSTANTS
+            _spread(p.plane, q.constants[:used], c0, p.channel_of[:width], line)
             for segment in range(end - 1, first - 1, -1):
                 _map(p, q, c0, c1, segment, line, work, kept)
         unit += end - first
@@ -284,7 +301,7 @@ def _calculate(
     x, backward, dresidual = call.x, isinstance(call, BackwardCall), getattr(call, "dresidual", None)
     mask = None if call.mask is None or not (reduces or backward) else call.mask.view(np.uint8)
     count = call.counted if isinstance(call, BackwardCall) else x[:, 0].size if mask is None else np.count_nonzero(mask)
-    p, channels, changed = _split(x.shape), x.shape[1], getattr(call, "dy", x)
+    p, channels, changed = _split(x.shape, reduces), x.shape[1], getattr(call, "dy", x)
     from_y = bool(getattr(call, "from_y", False))
     q = _Task(
         x=_input(x, x.dtype), residual=_input(call.residual, x.dtype), dy=_input(getattr(call, "dy", None), x.dtype),

@@ -101,6 +101,28 @@ def add(rows: int, step: int, gradients: bool, dz: Array, x: Array, kept: Array,
         line[PRODUCT * STRIP + k] += products
 
 
+@inline
+def _distance(x: Any, mean: float) -> float:
+    return np.float64(x) - mean
+
+
+@compiled(fastmath={"reassoc", "contract"}, forceinline=True)
+def add_plane(rows: int, step: int, gradients: bool, dz: Array, x: Array, kept: Array, n: int, line: Array, sums: Array) -> None:
+    """Adds the same to the two sums of a plane, in any order, which is the same one each time."""
+    mean, total, products = line[MEAN * STRIP], 0.0, 0.0
+    for k in range(n):
+        for row in range(rows):
+            at = np.uint64(row * step + k)
+            d = _distance(x[at], mean)
+            if kept.size and not kept[k]:
+                d = 0.0
+            g = np.float64(dz[at]) if gradients else d
+            total += g
+            products += g * d
+    sums[0] += total
+    sums[1] += products
+
+
 @compiled(fastmath={"reassoc"})
 def total(values: Array) -> float:
     """The sum in any order, which is the same one each time."""
