@@ -298,7 +298,7 @@ def save(rows: Array, count: int, saved: Array) -> None:
         saved[0], saved[1], saved[2] = rows[0], rows[1], rows[2] / count
 
 
-def blend(call: Call, rows: Array, count: int) -> None:
+def blend(call: Call, rows: Array | tuple[Array, ...], count: int) -> None:
     """Updates the call's running statistics, if it has any.
 
     The rows are mean, mean_low and m2 of the batch, whose variance is m2 / (count - correction). The new values are

@@ -71,7 +71,8 @@ class _Task(NamedTuple):
     mask: Array
     out: Array  # y or dx
     dresidual: Array
-    origin: Array  # of the sums of each channel; the mean in a backward call
+    origin: Array  # of the sums of each channel, from x; the mean in a backward call
+    chosen: tuple[int, int, int]  # where channel 0 has the values whose median is the origin
     parts: Array  # (2, channels, segments): the sums; no segments where none are taken
     totals: Array  # (2, channels): sum and m2, or dbeta and dgamma
     saved: Array  # (6, channels)
@@ -132,20 +133,18 @@ def _spread(plane: bool, constants: Array, c0: int, channel_of: Array, line: Arr
 
 
 @_jit
-def _fold(p: _Split, q: _Task, c0: int, c1: int, segment: int, line: Array) -> None:
+def _fold(parts: Array, c0: int, channel_of: Array, span: int, line: Array) -> None:
     """Adds up what the columns of each channel have."""
     for j in range(2):
-        for k in range(0, p.channel_of.size - (p.block - (c1 - c0)) * p.span, p.span):
+        for k in range(0, channel_of.size, span):
             first = (SUM + j) * STRIP + k
-            q.parts[j, c0 + p.channel_of[k], segment] += loops.total(line[first : first + p.span])
+            parts[j, c0 + channel_of[k]] += loops.total(line[first : first + span])
 
 
-@_part
-def _inputs(p: _Split, q: _Task, row: int, i: int, n: int, copies: bool, line: Array, work: Array, kept: Array) -> Any:
+@_jit
+def _inputs(p: _Split, q: _Task, row: int, i: int, n: int, line: Array, work: Array, kept: Array) -> Any:
     """Returns dz and x of a run (or what replaces x), and fills `kept` by the mask."""
     x, residual, dy, dz, seen = q.x[i : i + n], q.residual[i : i + n], q.dy[i : i + n], work[0, :n], work[1, :n]
-    if q.as_it_is and not copies:
-        return dy, x
     if q.from_y:
         loops.deactivate(q.activation, x, residual, dz, seen, work.dtype.type(q.slope))
     elif q.activation != IDENTITY and q.backward:
@@ -158,41 +157,56 @@ def _inputs(p: _Split, q: _Task, row: int, i: int, n: int, copies: bool, line: A
     return dz, seen if q.from_y else x
 
 
+@loops.scalar
+def _quarter(p: _Split, q: _Task, row: int, last: int) -> int:
+    """How many samples, all of the same length, there are in each quarter of these rows.
+
+    Loops take a row of each quarter at once: processors fetch them ahead of their use if they are on different pages.
+    """
+    return (min(last, q.x.size // p.stride * p.pieces) - row) // (4 * p.pieces)
+
+
 @_part
 def _reduce(p: _Split, q: _Task, c0: int, c1: int, segment: int, line: Array, work: Array, kept: Array) -> None:
-    """Adds up the rows of a segment: as many samples from each quarter as there are, four rows at once.
-
-    Processors fetch four distant rows ahead of their use, but not four rows of one page of memory.
-    """
-    if not p.plane:
-        line[SUM * STRIP :] = 0.0
-    row, last = segment * p.segment, min(p.rows, (segment + 1) * p.segment)
-    samples = (min(last, q.x.size // p.stride * p.pieces) - row) // (4 * p.pieces) if q.as_it_is else 0
-    for row in range(row, row + samples * p.pieces):
+    """Adds up the rows of a segment: in a plane, to its sums, and otherwise to those of the columns."""
+    start, last = segment * p.segment, min(p.rows, (segment + 1) * p.segment)
+    samples, sums = _quarter(p, q, start, last) if q.as_it_is else 0, q.parts[:, c0, segment]
+    for row in range(start, start + samples * p.pieces):
         i, n = _run(p, q, c0, c1, row)
         if p.plane:
-            loops.add_plane(4, samples * p.stride, q.backward, q.dy[i:], q.x[i:], kept[:0], n, line, q.parts[:, c0, segment])
+            loops.add_plane(4, samples * p.stride, q.backward, q.dy[i:], q.x[i:], kept[:0], n, line, sums)
         else:
             loops.add(4, samples * p.stride, q.backward, q.dy[i:], q.x[i:], kept[:0], n, line)
-    for row in range(segment * p.segment + 4 * samples * p.pieces, last):
+    for row in range(start + 4 * samples * p.pieces, last):
         i, n = _run(p, q, c0, c1, row)
-        dz, x = _inputs(p, q, row, i, n, False, line, work, kept)
+        dz, x = q.dy[i : i + n], q.x[i : i + n]
+        if not q.as_it_is:
+            dz, x = _inputs(p, q, row, i, n, line, work, kept)
         if p.plane:
-            loops.add_plane(1, 0, q.backward, dz, x, kept[:n], n, line, q.parts[:, c0, segment])
+            loops.add_plane(1, 0, q.backward, dz, x, kept[:n], n, line, sums)
         else:
             loops.add(1, 0, q.backward, dz, x, kept[:n], n, line)
-    if not p.plane:
-        _fold(p, q, c0, c1, segment, line)
 
 
 @_part
 def _map(p: _Split, q: _Task, c0: int, c1: int, segment: int, line: Array, work: Array, kept: Array) -> None:
     """Fills y or dx in the rows of a segment. In place, the loops get a copy, since LLVM's are slow otherwise."""
-    for row in range(segment * p.segment, min(p.rows, (segment + 1) * p.segment)):
+    start, last, samples = segment * p.segment, min(p.rows, (segment + 1) * p.segment), 0
+    if p.length > CACHED and not (p.plane or q.backward or q.in_place or q.residual.size or q.activation):
+        samples = _quarter(p, q, start, last)
+    for row in range(start, start + samples):
+        i, n = _run(p, q, c0, c1, row)
+        loops.normalize_rows(samples * p.stride, q.x[i:], q.out[i:], n, line)
+    for row in range(start + 4 * samples, last):
         i, n = _run(p, q, c0, c1, row)
         out = q.out[i : i + n]
         if q.backward:
-            dz, x = _inputs(p, q, row, i, n, q.in_place, line, work, kept)
+            dz, x = q.dy[i : i + n], q.x[i : i + n]
+            if not q.as_it_is:
+                dz, x = _inputs(p, q, row, i, n, line, work, kept)
+            elif q.in_place:
+                loops.copy(dz, work[0, :n])
+                dz = work[0, :n]
             loops.differentiate(p.plane, kept[:n], dz, x, out, line)
             loops.copy(dz, q.dresidual[i : i + n])
         else:
@@ -227,31 +241,32 @@ def _finish(q: _Task, c: int) -> None:
 @compiled(cache=True)
 def _share(reduces: bool, maps: bool, unit: int, last: int, p: _Split, q: _Task) -> None:
     """Reduces or maps some segments, counted through all strips, or does both to whole strips."""
-    line = np.empty(loops.LINE_ROWS * STRIP)
-    longest = max(STRIP, p.length)
+    begin, longest, line = unit, max(STRIP, p.length), np.empty(loops.LINE_ROWS * STRIP)
     kept = np.full(longest if q.frozen or q.mask.size else 0, loops.MOVES_NO_OTHER, np.uint8)
     work = np.zeros((2, longest), q.x.dtype)
-    begin = unit
     while unit < last:
-        strip, first = unit // p.segments, unit % p.segments
-        end = min(first + last - unit, p.segments)
-        if p.in_order:
-            strip, first, end = unit % p.strips, unit // p.strips, unit // p.strips + 1
+        strip, first = (unit % p.strips, unit // p.strips) if p.in_order else (unit // p.segments, unit % p.segments)
+        end = first + 1 if p.in_order else min(first + last - unit, p.segments)
         c0, c1 = strip * p.block, min((strip + 1) * p.block, q.saved.shape[1])
-        width = p.channel_of.size - (p.block - (c1 - c0)) * p.span
+        columns = p.channel_of[: p.channel_of.size - (p.block - (c1 - c0)) * p.span]
         if reduces:
             for c in range(c0, c1):
+                if not q.backward:
+                    q.origin[c] = loops.median(q.x, q.chosen, c * p.inner)
                 loops.set_line(q.saved, q.constants, c)
                 q.constants[MEAN, c] = q.origin[c]
-            _spread(p.plane, q.constants[: loops.FORWARD_CONSTANTS], c0, p.channel_of[:width], line)
+            _spread(p.plane, q.constants[: loops.FORWARD_CONSTANTS], c0, columns, line)
             for segment in range(first, end):
+                line[SUM * STRIP :] = 0.0
                 _reduce(p, q, c0, c1, segment, line, work, kept)
+                if not p.plane:
+                    _fold(q.parts[:, :, segment], c0, columns, p.span, line)
         if maps and (unit == begin or not p.in_order):
             for c in range(0, q.saved.shape[1]) if p.in_order else range(c0, c1):
                 _finish(q, c)
         if maps and q.out.size:
             used = loops.CONSTANTS if q.backward else loops.FORWARD_CONSTANTS
-            _spread(p.plane, q.constants[:used], c0, p.channel_of[:width], line)
+            _spread(p.plane, q.constants[:used], c0, columns, line)
             for segment in range(end - 1, first - 1, -1):
                 _map(p, q, c0, c1, segment, line, work, kept)
         unit += end - first
@@ -270,6 +285,9 @@ def _in_parallel(threads: int, reduces: bool, maps: bool, p: _Split, q: _Task) -
 
     Numba's prange would compile `_share` once more, perhaps with other bits: these would depend on the threads.
     """
+    if threads == 1:
+        _share(reduces, maps, 0, p.strips * p.segments, p, q)
+        return
     length = p.segments if reduces and maps else 1
     ends = [p.strips * p.segments // length * t // threads * length for t in range(threads + 1)]
     others: list[Future[None]] = []
@@ -284,10 +302,11 @@ def _in_parallel(threads: int, reduces: bool, maps: bool, p: _Split, q: _Task) -
 # The verbs -----------------------------------------------------------------------------------------------------------
 
 
-def _input(array: Array | None, dtype: Any) -> Array:
-    """An array as compiled code takes it: flat, and always read-only, since that is part of the type."""
+def _flat(array: Array | None, dtype: Any, *, read: bool = True) -> Array:
+    """An array as compiled code takes it: flat, and read-only if it is only read, since that is part of the type."""
     flat = np.empty(0, dtype) if array is None else array.reshape(-1)
-    flat.flags.writeable = False
+    if read:
+        flat.flags.writeable = False
     return flat
 
 
@@ -298,23 +317,24 @@ def _calculate(
     """Computes each channel's sums, unless `totals` or statistics are given, and fills y or dx if there is `out`."""
     if isinstance(call, Call):
         saved[GAMMA], saved[BETA] = 1 if call.gamma is None else call.gamma, 0 if call.beta is None else call.beta
-    x, backward, dresidual = call.x, isinstance(call, BackwardCall), getattr(call, "dresidual", None)
+    x, dtype, dy, backward = call.x, call.x.dtype, getattr(call, "dy", None), isinstance(call, BackwardCall)
     mask = None if call.mask is None or not (reduces or backward) else call.mask.view(np.uint8)
-    count = call.counted if isinstance(call, BackwardCall) else x[:, 0].size if mask is None else np.count_nonzero(mask)
-    p, channels, changed = _split(x.shape, reduces), x.shape[1], getattr(call, "dy", x)
-    from_y = bool(getattr(call, "from_y", False))
+    (outer, channels, inner), p, from_y = x.shape, _split(x.shape, reduces), bool(getattr(call, "from_y", False))
+    counted: Any = range(1)
+    if reduces and not backward:
+        counted = range(outer * inner) if mask is None else np.flatnonzero(mask)
+    i, j, k = (n // inner * channels * inner + n % inner for n in (counted[0], counted[len(counted) // 2], counted[-1]))
     q = _Task(
-        x=_input(x, x.dtype), residual=_input(call.residual, x.dtype), dy=_input(getattr(call, "dy", None), x.dtype),
-        mask=_input(mask, np.uint8), out=np.empty(0, x.dtype) if out is None else out.reshape(-1),
-        dresidual=np.empty(0, x.dtype) if dresidual is None else dresidual.reshape(-1),
-        origin=_origin(x, mask) if reduces and not backward else saved[loops.SAVED_MEAN],
+        x=_flat(x, dtype), residual=_flat(call.residual, dtype), dy=_flat(dy, dtype), mask=_flat(mask, np.uint8),
+        out=_flat(out, dtype, read=False), dresidual=_flat(getattr(call, "dresidual", None), dtype, read=False),
+        origin=np.empty(channels) if reduces and not backward else saved[loops.SAVED_MEAN], chosen=(i, j, k),
         parts=np.zeros((2, channels, p.segments if reduces else 0)),
         totals=np.zeros((2, channels)) if totals is None else np.array(totals),
-        saved=saved, constants=np.zeros((loops.CONSTANTS, channels)), count=float(count),
+        saved=saved, constants=np.empty((loops.CONSTANTS, channels)), count=float(getattr(call, "counted", len(counted))),
         eps=float(getattr(call, "eps", 0)), activation=int(call.code), slope=float(call.slope), backward=backward,
         frozen=bool(getattr(call, "frozen", False)), from_y=from_y,
         as_it_is=mask is None and (not backward or (not call.code and not from_y)),
-        in_place=out is not None and out.ctypes.data == changed.ctypes.data,
+        in_place=out is not None and np.may_share_memory(out, x if dy is None else dy),
     )  # fmt: skip
     most = 1 if thread_count.in_forked_child() else min(call.threads, x.size // WORK_PER_THREAD, _MOST_THREADS)
     threads = max(1, most)
@@ -327,21 +347,10 @@ def _calculate(
     return q
 
 
-def _origin(x: Array, mask: Array | None) -> Array:
-    """The origin of each channel's sums: the median of three of its values, so that one outlier does not matter."""
-    inner, values = x.shape[2], x.shape[0] * x.shape[2]
-    chosen = np.array([0, values // 2, values - 1])
-    if mask is not None:
-        counted = np.flatnonzero(mask)
-        chosen = counted[[0, counted.size // 2, -1]]
-    median = np.sort(x[chosen // inner, :, chosen % inner], axis=0)[1].astype(np.float64)
-    return np.where(np.isfinite(median), median, 0)
-
-
 def forward(call: Call) -> None:
     """Ioffe & Szegedy 2015, algorithm 1."""
     done = _calculate(call, call.saved, call.y, reduces=True)
-    blend(call, np.stack((call.saved[loops.SAVED_MEAN], call.saved[MEAN_LOW], done.totals[1])), int(done.count))
+    blend(call, (call.saved[loops.SAVED_MEAN], call.saved[MEAN_LOW], done.totals[1]), int(done.count))
 
 
 def infer(call: Call) -> None:

@@ -46,6 +46,16 @@ scalar = compiled(forceinline=True)
 
 
 @scalar
+def median(x: Array, positions: tuple[int, int, int], start: int) -> float:
+    """The median of three values, so that one outlier does not matter, or 0 if it is not finite."""
+    a, b, c = x[start + positions[0]], x[start + positions[1]], x[start + positions[2]]
+    if a > b:
+        a, b = b, a
+    middle = np.float64(b if b < c else c if a < c else a)
+    return middle if math.isfinite(middle) else 0.0
+
+
+@scalar
 def set_moments(origin: float, total: float, squares: float, count: float, saved: Array, c: int) -> float:
     """The batch's moments, from sums about the origin; returns m2. Knuth's two-sum keeps the mean's rounding error."""
     offset = total / count
@@ -82,41 +92,38 @@ def set_gradient(saved: Array, dbeta: float, dgamma: float, count: float, consta
 
 
 @inline
+def _terms(gradients: bool, dz: Array, x: Array, kept: Array, k: int, at: int, mean: float) -> tuple[float, float]:
+    """d and d, or d and dz; d is x - mean, or 0 where x does not count."""
+    i = np.uint64(at)  # of this type, since an index that may be negative costs the vectors
+    d = np.float64(x[i]) - mean
+    if kept.size and not kept[k]:
+        d = 0.0
+    return d, np.float64(dz[i]) if gradients else d
+
+
+@inline
 def add(rows: int, step: int, gradients: bool, dz: Array, x: Array, kept: Array, n: int, line: Array) -> None:
-    """Adds d and d * d, or dz and dz * d, to the sums of n columns; d is x - mean, or 0 where x does not count.
+    """Adds d and d * d, or dz and dz * d, to the sums of n columns.
 
     It adds `rows` rows, a constant, that begin `step` apart: the sums are loaded and stored once for all of them.
     """
     for k in range(n):
         mean, total, products = line[MEAN * STRIP + k], 0.0, 0.0
         for row in range(rows):
-            at = np.uint64(row * step + k)  # of this type, since an index that may be negative costs the vectors
-            d = np.float64(x[at]) - mean
-            if kept.size and not kept[k]:
-                d = 0.0
-            g = np.float64(dz[at]) if gradients else d
+            d, g = _terms(gradients, dz, x, kept, k, row * step + k, mean)
             total += g
             products += g * d
         line[SUM * STRIP + k] += total
         line[PRODUCT * STRIP + k] += products
 
 
-@inline
-def _distance(x: Any, mean: float) -> float:
-    return np.float64(x) - mean
-
-
 @compiled(fastmath={"reassoc", "contract"}, forceinline=True)
-def add_plane(rows: int, step: int, gradients: bool, dz: Array, x: Array, kept: Array, n: int, line: Array, sums: Array) -> None:
+def add_plane(rows: int, step: int, gradients: bool, dz: Array, x: Array, kept: Array, n: int, line: Array, sums: Array) -> None:  # fmt: skip
     """Adds the same to the two sums of a plane, in any order, which is the same one each time."""
     mean, total, products = line[MEAN * STRIP], 0.0, 0.0
     for k in range(n):
         for row in range(rows):
-            at = np.uint64(row * step + k)
-            d = _distance(x[at], mean)
-            if kept.size and not kept[k]:
-                d = 0.0
-            g = np.float64(dz[at]) if gradients else d
+            d, g = _terms(gradients, dz, x, kept, k, row * step + k, mean)
             total += g
             products += g * d
     sums[0] += total
@@ -141,6 +148,16 @@ def normalize(plane: bool, x: Array, residual: Array, z: Array, line: Array) -> 
         if residual.size:
             shift += residual[k]
         z[k] = (x[k] - line[MEAN * STRIP + c]) * line[SCALE * STRIP + c] + shift
+
+
+@loop
+def normalize_rows(step: int, x: Array, y: Array, n: int, line: Array) -> None:
+    """Fills four rows at once, which begin `step` apart: the constants are loaded once for all of them."""
+    for k in range(n):
+        mean, scale, shift = line[MEAN * STRIP + k], line[SCALE * STRIP + k], line[SHIFT * STRIP + k]
+        for row in range(4):
+            at = np.uint64(row * step + k)
+            y[at] = (x[at] - mean) * scale + shift
 
 
 @loop
