@@ -2,12 +2,12 @@
 
 A call reduces (adds up each channel) and maps (turns the sums into constants, and the constants into y or dx). A strip
 is a number of channels, and its rows are runs of memory. Where planes are large, a row is a piece of one channel's
-plane; otherwise it has the columns of as many channels as fit, and of several samples if all channels fit. Each column
-has the constants of its channel and sums of its own, which are added up per channel at the end. Sums are float64, about
-a value near the mean, so that a common offset cancels before anything is squared.
+plane. Otherwise it has the columns of as many channels as fit, and of several samples if all channels fit: each column
+has its channel's constants and sums of its own. Sums are float64, about a value near the mean, so that a common offset
+cancels before anything is squared.
 
-If strips fit into the cache, one thread reduces a strip and maps it. Otherwise all threads reduce first, and then map
-from the end backwards, since the cache still holds the end. The rows of a strip are summed in segments. Strips and
+If strips fit into the cache, one thread reduces a strip and maps it. Otherwise all threads reduce first and then map,
+from the end, which the cache still holds. The rows of a strip are summed in segments. Strips and
 segments follow from the shape alone, and the segments of a channel are added in one order, so that no bit of the result
 depends on the number of threads.
 """
@@ -28,15 +28,13 @@ from ..call.record import BackwardCall, Call
 from ..config import thread_count
 from . import SAVED_ROWS
 from . import numba_loops as loops
-from .numba_loops import BETA, GAMMA, IDENTITY, INV_STD, MEAN, MEAN_LOW, STRIP, SUM, VAR, compiled
+from .numba_loops import BETA, GAMMA, IDENTITY, INV_STD, MEAN, MEAN_LOW, SAVED_MEAN, STRIP, SUM, VAR, compiled
 
 DTYPES = frozenset({"float32", "float64"})
 Array = np.ndarray[Any, Any]
 SEGMENT_ROWS, SEGMENTS_MOST = 64, 64  # rows that a segment has at least, and segments that a strip has at most
-PIECE = 4096  # values of a plane that a row has at most
-CACHED = 512  # columns whose constants the first cache holds beside the data
-STRIP_BYTES = 1 << 22  # of a strip that one thread takes by itself
-WORK_PER_THREAD = 32768  # values that are worth waking a thread for
+PIECE, CACHED = 4096, 512  # values in a row of a plane, and columns whose constants the first cache holds, at most
+STRIP_BYTES, WORK_PER_THREAD = 1 << 22, 32768  # bytes of a strip, and values that are worth waking a thread for
 _MOST_THREADS = int(numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
 
 _jit = compiled()
@@ -56,7 +54,6 @@ class _Split(NamedTuple):
     rows: int  # in a strip
     segment: int  # rows in a segment
     segments: int
-    span: int  # columns of one channel that lie together
     in_order: bool  # planes are taken in the order of memory, each a segment of its own
     channel_of: Array  # of each column, in its strip
     position_of: Array  # of each value of a row, in the mask: from that of the first
@@ -107,8 +104,7 @@ def _split(shape: tuple[int, int, int], reduces: bool) -> _Split:
     return _Split(
         inner=inner, block=block, strips=math.ceil(channels / block), plane=plane, pieces=pieces, length=length,
         stride=repeats * channels * inner, rows=rows, segment=segment, segments=max(1, math.ceil(rows / segment)),
-        span=length if plane else max(1, inner), in_order=in_order, channel_of=channel_of,
-        position_of=samples * inner + i,
+        in_order=in_order, channel_of=channel_of, position_of=samples * inner + i,
     )  # fmt: skip
 
 
@@ -138,7 +134,7 @@ def _fold(parts: Array, c0: int, channel_of: Array, span: int, line: Array) -> N
     for j in range(2):
         for k in range(0, channel_of.size, span):
             first = (SUM + j) * STRIP + k
-            parts[j, c0 + channel_of[k]] += loops.total(line[first : first + span])
+            parts[j, c0 + channel_of[k]] += loops.total(line[first : first + min(span, channel_of.size)])
 
 
 @_jit
@@ -157,51 +153,35 @@ def _inputs(p: _Split, q: _Task, row: int, i: int, n: int, line: Array, work: Ar
     return dz, seen if q.from_y else x
 
 
-@loops.scalar
-def _quarter(p: _Split, q: _Task, row: int, last: int) -> int:
-    """How many samples, all of the same length, there are in each quarter of these rows.
-
-    Loops take a row of each quarter at once: processors fetch them ahead of their use if they are on different pages.
-    """
-    return (min(last, q.x.size // p.stride * p.pieces) - row) // (4 * p.pieces)
-
-
 @_part
 def _reduce(p: _Split, q: _Task, c0: int, c1: int, segment: int, line: Array, work: Array, kept: Array) -> None:
-    """Adds up the rows of a segment: in a plane, to its sums, and otherwise to those of the columns."""
+    """Adds up the rows of a segment, one of each quarter at once: processors fetch these ahead if on different pages."""
     start, last = segment * p.segment, min(p.rows, (segment + 1) * p.segment)
-    samples, sums = _quarter(p, q, start, last) if q.as_it_is else 0, q.parts[:, c0, segment]
+    samples = (min(last, q.x.size // p.stride * p.pieces) - start) // (4 * p.pieces) if q.as_it_is else 0
     for row in range(start, start + samples * p.pieces):
         i, n = _run(p, q, c0, c1, row)
         if p.plane:
-            loops.add_plane(4, samples * p.stride, q.backward, q.dy[i:], q.x[i:], kept[:0], n, line, sums)
+            loops.add(True, 4, samples * p.stride, q.backward, q.dy[i:], q.x[i:], kept[:0], n, line)
         else:
-            loops.add(4, samples * p.stride, q.backward, q.dy[i:], q.x[i:], kept[:0], n, line)
+            loops.add(False, 4, samples * p.stride, q.backward, q.dy[i:], q.x[i:], kept[:0], n, line)
     for row in range(start + 4 * samples * p.pieces, last):
         i, n = _run(p, q, c0, c1, row)
         dz, x = q.dy[i : i + n], q.x[i : i + n]
         if not q.as_it_is:
             dz, x = _inputs(p, q, row, i, n, line, work, kept)
         if p.plane:
-            loops.add_plane(1, 0, q.backward, dz, x, kept[:n], n, line, sums)
+            loops.add(True, 1, 0, q.backward, dz, x, kept[:n], n, line)
         else:
-            loops.add(1, 0, q.backward, dz, x, kept[:n], n, line)
+            loops.add(False, 1, 0, q.backward, dz, x, kept[:n], n, line)
 
 
 @_part
 def _map(p: _Split, q: _Task, c0: int, c1: int, segment: int, line: Array, work: Array, kept: Array) -> None:
     """Fills y or dx in the rows of a segment. In place, the loops get a copy, since LLVM's are slow otherwise."""
-    start, last, samples = segment * p.segment, min(p.rows, (segment + 1) * p.segment), 0
-    if p.length > CACHED and not (p.plane or q.backward or q.in_place or q.residual.size or q.activation):
-        samples = _quarter(p, q, start, last)
-    for row in range(start, start + samples):
+    for row in range(segment * p.segment, min(p.rows, (segment + 1) * p.segment)):
         i, n = _run(p, q, c0, c1, row)
-        loops.normalize_rows(samples * p.stride, q.x[i:], q.out[i:], n, line)
-    for row in range(start + 4 * samples, last):
-        i, n = _run(p, q, c0, c1, row)
-        out = q.out[i : i + n]
+        out, dz, x = q.out[i : i + n], q.dy[i : i + n], q.x[i : i + n]
         if q.backward:
-            dz, x = q.dy[i : i + n], q.x[i : i + n]
             if not q.as_it_is:
                 dz, x = _inputs(p, q, row, i, n, line, work, kept)
             elif q.in_place:
@@ -209,32 +189,45 @@ def _map(p: _Split, q: _Task, c0: int, c1: int, segment: int, line: Array, work:
                 dz = work[0, :n]
             loops.differentiate(p.plane, kept[:n], dz, x, out, line)
             loops.copy(dz, q.dresidual[i : i + n])
-        else:
-            if q.in_place:
-                loops.copy(q.x[i : i + n], work[1, :n])
-            x = work[1, :n] if q.in_place else q.x[i : i + n]
-            loops.normalize(p.plane, x, q.residual[i : i + n], out, line)
-            if q.activation != IDENTITY:
-                loops.activate(q.activation, out, work.dtype.type(q.slope))
+            continue
+        if q.in_place:
+            loops.copy(x, work[1, :n])
+            x = work[1, :n]
+        loops.normalize(p.plane, x, q.residual[i : i + n], out, line)
+        if q.activation != IDENTITY:
+            loops.activate(q.activation, out, work.dtype.type(q.slope))
 
 
 @_part
 def _finish(q: _Task, c: int) -> None:
-    """Computes a channel's constants from its sums. Threads that share a strip all do so and write the same values."""
-    first, second = q.totals[0, c], q.totals[1, c]
-    reduced = q.parts.shape[2] > 0
+    """Computes a channel's constants from its sums. Threads that share a strip all do so and write the same values.
+
+    dx = A dz + B (x - mean) + D: A = gamma/std, B = -A dgamma / (M std), D = -A dbeta / M. That is Ioffe & Szegedy
+    2015, section 3, gathered by input. D has the term of mean_low, too.
+    """
+    first, second, reduced = q.totals[0, c], q.totals[1, c], q.parts.shape[2] > 0
     if reduced:
         first, second = loops.total(q.parts[0, c]), loops.total(q.parts[1, c])
-    if q.backward:
-        if reduced:
-            second = (second - first * q.saved[MEAN_LOW, c]) * q.saved[INV_STD, c]
-        loops.set_gradient(q.saved, first, second, q.count, q.constants, c)
-    else:
-        if reduced:
-            second = loops.set_moments(q.origin[c], first, second, q.count, q.saved, c)
+    if not q.backward:
+        if reduced:  # the sums are about the origin; Knuth's two-sum keeps the mean's rounding error
+            offset = first / q.count
+            mean = q.origin[c] + offset
+            back = mean - q.origin[c]
+            lost = (q.origin[c] - (mean - back)) + (offset - back)
+            second -= first * offset
+            second = 0.0 if second < 0 else second  # a NaN stays one
+            q.saved[SAVED_MEAN, c], q.saved[VAR, c] = mean, second / q.count
+            q.saved[MEAN_LOW, c] = lost if lost == lost else 0.0
         var = q.saved[VAR, c] + q.eps
         q.saved[INV_STD, c] = 0.0 if var == 0 else 1 / math.sqrt(var)
+    elif reduced:
+        second = (second - first * q.saved[MEAN_LOW, c]) * q.saved[INV_STD, c]
     loops.set_line(q.saved, q.constants, c)
+    if q.backward:
+        on_dy = q.constants[loops.SCALE, c]
+        on_x = -second / q.count * on_dy * q.saved[INV_STD, c]
+        q.constants[loops.ON_DY, c], q.constants[loops.ON_X, c] = on_dy, on_x
+        q.constants[loops.CONSTANT, c] = -on_dy * first / q.count - on_x * q.saved[MEAN_LOW, c]
     q.totals[0, c], q.totals[1, c] = first, second
 
 
@@ -243,12 +236,12 @@ def _share(reduces: bool, maps: bool, unit: int, last: int, p: _Split, q: _Task)
     """Reduces or maps some segments, counted through all strips, or does both to whole strips."""
     begin, longest, line = unit, max(STRIP, p.length), np.empty(loops.LINE_ROWS * STRIP)
     kept = np.full(longest if q.frozen or q.mask.size else 0, loops.MOVES_NO_OTHER, np.uint8)
-    work = np.zeros((2, longest), q.x.dtype)
+    work = np.empty((2, longest), q.x.dtype)
     while unit < last:
         strip, first = (unit % p.strips, unit // p.strips) if p.in_order else (unit // p.segments, unit % p.segments)
         end = first + 1 if p.in_order else min(first + last - unit, p.segments)
         c0, c1 = strip * p.block, min((strip + 1) * p.block, q.saved.shape[1])
-        columns = p.channel_of[: p.channel_of.size - (p.block - (c1 - c0)) * p.span]
+        columns = p.channel_of[: p.channel_of.size - (p.block - (c1 - c0)) * p.inner]
         if reduces:
             for c in range(c0, c1):
                 if not q.backward:
@@ -259,10 +252,9 @@ def _share(reduces: bool, maps: bool, unit: int, last: int, p: _Split, q: _Task)
             for segment in range(first, end):
                 line[SUM * STRIP :] = 0.0
                 _reduce(p, q, c0, c1, segment, line, work, kept)
-                if not p.plane:
-                    _fold(q.parts[:, :, segment], c0, columns, p.span, line)
+                _fold(q.parts[:, :, segment], c0, columns[: 1 if p.plane else STRIP], p.inner, line)
         if maps and (unit == begin or not p.in_order):
-            for c in range(0, q.saved.shape[1]) if p.in_order else range(c0, c1):
+            for c in range(q.saved.shape[1]) if p.in_order else range(c0, c1):
                 _finish(q, c)
         if maps and q.out.size:
             used = loops.CONSTANTS if q.backward else loops.FORWARD_CONSTANTS
@@ -275,9 +267,7 @@ def _share(reduces: bool, maps: bool, unit: int, last: int, p: _Split, q: _Task)
 # Threads -------------------------------------------------------------------------------------------------------------
 
 
-@functools.cache
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(_MOST_THREADS, thread_name_prefix="fastbn")
+_pool = functools.cache(lambda: ThreadPoolExecutor(_MOST_THREADS, thread_name_prefix="fastbn"))
 
 
 def _in_parallel(threads: int, reduces: bool, maps: bool, p: _Split, q: _Task) -> None:
@@ -305,8 +295,7 @@ def _in_parallel(threads: int, reduces: bool, maps: bool, p: _Split, q: _Task) -
 def _flat(array: Array | None, dtype: Any, *, read: bool = True) -> Array:
     """An array as compiled code takes it: flat, and read-only if it is only read, since that is part of the type."""
     flat = np.empty(0, dtype) if array is None else array.reshape(-1)
-    if read:
-        flat.flags.writeable = False
+    flat.flags.writeable = not read
     return flat
 
 
@@ -320,43 +309,39 @@ def _calculate(
     x, dtype, dy, backward = call.x, call.x.dtype, getattr(call, "dy", None), isinstance(call, BackwardCall)
     mask = None if call.mask is None or not (reduces or backward) else call.mask.view(np.uint8)
     (outer, channels, inner), p, from_y = x.shape, _split(x.shape, reduces), bool(getattr(call, "from_y", False))
-    counted: Any = range(1)
-    if reduces and not backward:
-        counted = range(outer * inner) if mask is None else np.flatnonzero(mask)
+    counted: Any = range(max(1, outer * inner)) if mask is None or backward else np.flatnonzero(mask)
     i, j, k = (n // inner * channels * inner + n % inner for n in (counted[0], counted[len(counted) // 2], counted[-1]))
     q = _Task(
         x=_flat(x, dtype), residual=_flat(call.residual, dtype), dy=_flat(dy, dtype), mask=_flat(mask, np.uint8),
         out=_flat(out, dtype, read=False), dresidual=_flat(getattr(call, "dresidual", None), dtype, read=False),
-        origin=np.empty(channels) if reduces and not backward else saved[loops.SAVED_MEAN], chosen=(i, j, k),
+        origin=np.empty(channels) if reduces and not backward else saved[SAVED_MEAN], chosen=(i, j, k),
         parts=np.zeros((2, channels, p.segments if reduces else 0)),
         totals=np.zeros((2, channels)) if totals is None else np.array(totals),
-        saved=saved, constants=np.empty((loops.CONSTANTS, channels)), count=float(getattr(call, "counted", len(counted))),
-        eps=float(getattr(call, "eps", 0)), activation=int(call.code), slope=float(call.slope), backward=backward,
-        frozen=bool(getattr(call, "frozen", False)), from_y=from_y,
+        saved=saved, constants=np.empty((loops.CONSTANTS, channels)), eps=float(getattr(call, "eps", 0)),
+        count=float(getattr(call, "counted", len(counted))), activation=int(call.code), slope=float(call.slope),
+        backward=backward, frozen=bool(getattr(call, "frozen", False)), from_y=from_y,
         as_it_is=mask is None and (not backward or (not call.code and not from_y)),
         in_place=out is not None and np.may_share_memory(out, x if dy is None else dy),
     )  # fmt: skip
-    most = 1 if thread_count.in_forked_child() else min(call.threads, x.size // WORK_PER_THREAD, _MOST_THREADS)
-    threads = max(1, most)
+    most = min(call.threads, x.size // WORK_PER_THREAD, _MOST_THREADS)
+    threads = 1 if thread_count.in_forked_child() else max(1, most)
     balanced = 5 * math.ceil(p.strips / threads) * threads <= 7 * p.strips
-    if not reduces or (balanced and x.nbytes <= STRIP_BYTES * p.strips):
-        _in_parallel(threads, reduces, True, p, q)
-    else:
-        _in_parallel(threads, True, False, p, q)
-        _in_parallel(threads, False, True, p, q)
+    together = not reduces or (balanced and x.nbytes <= STRIP_BYTES * p.strips)
+    for phase in [(reduces, True)] if together else [(True, False), (False, True)]:
+        _in_parallel(threads, *phase, p, q)
     return q
 
 
 def forward(call: Call) -> None:
     """Ioffe & Szegedy 2015, algorithm 1."""
     done = _calculate(call, call.saved, call.y, reduces=True)
-    blend(call, (call.saved[loops.SAVED_MEAN], call.saved[MEAN_LOW], done.totals[1]), int(done.count))
+    blend(call, (call.saved[SAVED_MEAN], call.saved[MEAN_LOW], done.totals[1]), int(done.count))
 
 
 def infer(call: Call) -> None:
     """Ioffe & Szegedy 2015, algorithm 2."""
     saved = np.empty((len(SAVED_ROWS), call.x.shape[1])) if call.saved is None else call.saved
-    saved[loops.SAVED_MEAN], saved[MEAN_LOW], saved[VAR] = call.running_mean, 0, call.running_var
+    saved[SAVED_MEAN], saved[MEAN_LOW], saved[VAR] = call.running_mean, 0, call.running_var
     _calculate(call, saved, call.y)
 
 
@@ -369,7 +354,7 @@ def moments(call: Call) -> None:
     """Of the values where mask is True; the mean in two pieces."""
     saved = np.zeros((len(SAVED_ROWS), call.x.shape[1]))
     done = _calculate(call, saved, None, reduces=True)
-    call.moments[...] = saved[loops.SAVED_MEAN], saved[MEAN_LOW], done.totals[1]
+    call.moments[...] = saved[SAVED_MEAN], saved[MEAN_LOW], done.totals[1]
 
 
 @np.errstate(all="ignore")
@@ -381,7 +366,7 @@ def _known(call: BackwardCall) -> Array:
     """
     saved, known = call.saved, call.saved.copy()
     if call.from_y:
-        known[loops.SAVED_MEAN], known[MEAN_LOW] = saved[BETA], 0
+        known[SAVED_MEAN], known[MEAN_LOW] = saved[BETA], 0
         known[INV_STD], known[GAMMA] = 1 / saved[GAMMA], saved[GAMMA] * (saved[GAMMA] * saved[INV_STD])
     return known
 
