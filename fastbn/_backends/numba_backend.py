@@ -155,7 +155,7 @@ def _inputs(p: _Split, q: _Task, row: int, i: int, n: int, line: Array, work: Ar
 
 @_part
 def _reduce(p: _Split, q: _Task, c0: int, c1: int, segment: int, line: Array, work: Array, kept: Array) -> None:
-    """Adds up the rows of a segment, one of each quarter at once: processors fetch these ahead if on different pages."""
+    """Adds up the rows of a segment, one of each quarter at once: processors fetch these ahead on different pages."""
     start, last = segment * p.segment, min(p.rows, (segment + 1) * p.segment)
     samples = (min(last, q.x.size // p.stride * p.pieces) - start) // (4 * p.pieces) if q.as_it_is else 0
     for row in range(start, start + samples * p.pieces):
