@@ -303,7 +303,7 @@ def save_parameters(call: Call, saved: Array) -> None:
     saved[4], saved[5] = 1 if call.gamma is None else call.gamma, 0 if call.beta is None else call.beta
 
 
-def blend(call: Call, rows: Array, count: int) -> None:
+def blend(call: Call, rows: Array | tuple[Array, ...], count: int) -> None:
     """Updates the call's running statistics, if it has any.
 
     The rows are mean, mean_low and m2 of the batch, whose variance is m2 / (count - correction). The new values are

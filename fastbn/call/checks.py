@@ -195,8 +195,9 @@ def overlap(a: Array, b: Array) -> bool:
 
 def same_memory(a: Array, b: Array) -> bool:
     """Whether a and b, which have the same shape, are the same elements in memory."""
-    places = (array.__array_interface__["data"][0] for array in (a, b))
-    return next(places) == next(places) and a.strides == b.strides and a.dtype == b.dtype
+    if a.size and not np.may_share_memory(a, b):  # which is found sooner than their addresses
+        return False
+    return a is b or (a.ctypes.data == b.ctypes.data and a.strides == b.strides and a.dtype == b.dtype)
 
 
 def out(value: object, x: Array, inputs: Mapping[str, Array | None], *, may_be: str | None = None) -> Array | None:
@@ -240,7 +241,7 @@ def _apart(may_be: str | None) -> str:
 
 def number(name: str, value: object, low: float, high: float) -> float:
     """A real number with low <= value <= high."""
-    if not isinstance(value, Real | np.floating) or isinstance(value, bool):
+    if type(value) is not float and (not isinstance(value, Real | np.floating) or isinstance(value, bool)):
         _refuse(TypeError, name, shown(value), "a real number")
     try:
         result = float(value)
