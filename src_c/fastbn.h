@@ -108,7 +108,7 @@ typedef struct {
     const fbn_machine *machine;
     fbn_dtype dtype;
     fbn_activation activation;
-    double slope; /* of an activation that has one; it must be finite then, and is ignored else */
+    double slope; /* of an activation that has one: it must be finite then, and is ignored otherwise */
     int64_t outer, channels, inner;
     int threads; /* the most that may work, 1 to FBN_MOST_THREADS; 1 runs in the calling thread without OpenMP */
 } fbn_problem;

@@ -70,7 +70,8 @@ FBN_INLINE vec NAME(activate)(vec z, const NAME(line) * l, int activation) {
     const int which = activation & FBN_WHICH;
     if (which == FBN_IDENTITY) return z;
     if (which == FBN_RELU) return NAME(pointwise)(z, z, 0, FBN_RELU, 0);
-    return activation & NAME(ANY) ? NAME(other)(z, l->slope, which) : NAME(pointwise)(z, z, l->slope, which, 0);
+    if (activation == FBN_SILU || activation == FBN_SIGMOID) return NAME(pointwise)(z, z, 0, activation, 0);
+    return NAME(other)(z, l->slope, which);
 }
 
 /* dy times the activation's derivative at z. */
@@ -78,8 +79,8 @@ FBN_INLINE vec NAME(activation_gradient)(vec dy, vec z, const NAME(line) * l, in
     const int which = activation & FBN_WHICH;
     if (which == FBN_IDENTITY) return dy;
     if (which == FBN_RELU) return NAME(pointwise)(z, dy, 0, FBN_RELU, 1);
-    return activation & NAME(ANY) ? NAME(other_gradient)(dy, z, l->slope, which)
-                                  : NAME(pointwise)(z, dy, l->slope, which, 1);
+    if (activation == FBN_SILU || activation == FBN_SIGMOID) return NAME(pointwise)(z, dy, 0, activation, 1);
+    return NAME(other_gradient)(dy, z, l->slope, which);
 }
 
 /* z from y = activation(z), for the activations that have an inverse (identity, leaky_relu). */
