@@ -9,7 +9,9 @@
 cdef enum:
     MOST_AXES = 64  # that a NumPy array may have
 
-# The codes and the default slopes of activations, by name.
+# What usual options are, and the codes and the default slopes of activations, by name.
+cdef object OPTIONS = Options
+cdef dict KNOWN = USUAL
 cdef dict ACTIVATIONS = {name: tuple(options.checked()) for name, options in USUAL.items()}
 
 
@@ -24,9 +26,9 @@ cdef int set_activation(c.fbn_problem *p, object activation) except -1:
 
 cdef object usual_activation(object options):
     """The activation's name in options that are one of USUAL; for others, something that `set_activation` refuses."""
-    if type(options) is Options:
+    if type(options) is OPTIONS:
         activation = (<tuple> options)[0]
-        if (activation is None or type(activation) is str) and USUAL.get(activation) is options:
+        if (activation is None or type(activation) is str) and KNOWN.get(activation) is options:
             return activation
     return NotImplemented
 
