@@ -326,8 +326,8 @@ def _calculate(
     threads = 1 if thread_count.in_forked_child() else max(1, most)
     balanced = 5 * math.ceil(p.strips / threads) * threads <= 7 * p.strips
     together = not reduces or (balanced and x.nbytes <= STRIP_BYTES * p.strips)
-    for phase in [(reduces, True)] if together else [(True, False), (False, True)]:
-        _in_parallel(threads, *phase, p, q)
+    for sums, results in [(reduces, True)] if together else [(True, False), (False, True)]:
+        _in_parallel(threads, sums, results, p, q)
     return q
 
 
