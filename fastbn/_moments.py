@@ -298,7 +298,12 @@ def save(rows: Array, count: int, saved: Array) -> None:
         saved[0], saved[1], saved[2] = rows[0], rows[1], rows[2] / count
 
 
-def blend(call: Call, rows: Array, count: int) -> None:
+def save_parameters(call: Call, saved: Array) -> None:
+    """Writes the rows gamma and beta of `saved`; where they are absent, ones and zeros."""
+    saved[4], saved[5] = 1 if call.gamma is None else call.gamma, 0 if call.beta is None else call.beta
+
+
+def blend(call: Call, rows: Array | tuple[Array, ...], count: int) -> None:
     """Updates the call's running statistics, if it has any.
 
     The rows are mean, mean_low and m2 of the batch, whose variance is m2 / (count - correction). The new values are

@@ -11,7 +11,7 @@ from ._backends import get_num_threads, select
 from .call import checks
 from .call.dtypes import FLOAT32, FLOAT64, DType, kind_of, native, rounded
 from .call.pickles import packed, unpacked
-from .call.record import contiguous, parameters
+from .call.record import Options, contiguous, parameters
 from .config import environment
 from .ops import Activation, infer
 
@@ -107,9 +107,8 @@ class InferencePlan:
         axis = checks.integer("axis", self._axis)
         if plan is not None and abs(axis) < _MOST_AXES:
             gamma, beta, mean, var = _arrays(self._gamma, self._beta, self._mean, self._var)
-            code, slope = checks.activation(self._activation)
-            eps = checks.eps(self._eps)
-            run = plan(gamma, beta, mean, var, eps, axis, code, slope, get_num_threads).run
+            eps, options = checks.eps(self._eps), Options(self._activation).checked()
+            run = plan(gamma, beta, mean, var, eps, axis, options, get_num_threads).run
         self._prepared = backend, run
         return run
 

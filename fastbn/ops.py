@@ -7,7 +7,7 @@ import numpy as np
 from ._backends import get_num_threads, select, threads_of
 from ._moments import Moments, Sums
 from .call import batch, check_parts, checks, ghost
-from .call.record import Call, check
+from .call.record import USUAL, Call, Options, check
 from .call.results import Cache, Forward, Gradients, Parts, parts_of
 
 Array = np.ndarray
@@ -114,25 +114,11 @@ def forward(
         if done is not None:
             y, saved = done
             kept, added = batch.views(x, residual)
-            has_gamma, has_beta = gamma is not None, beta is not None
-            return Forward(y, Cache(Parts(kept, added, saved, axis, not training, activation, has_gamma, has_beta)))
+            options, has_gamma, has_beta = USUAL[activation], gamma is not None, beta is not None
+            return Forward(y, Cache(Parts(kept, added, saved, axis, not training, options, has_gamma, has_beta)))
     training = checks.flag("training", training)
-    call = Call(
-        x=x,
-        gamma=gamma,
-        beta=beta,
-        running_mean=running_mean,
-        running_var=running_var,
-        momentum=momentum,
-        correction=correction,
-        eps=eps,
-        axis=axis,
-        mask=mask,
-        activation=activation,
-        residual=residual,
-        out=out,
-        threads=threads_of(chosen),
-    )
+    call = Call(x, gamma, beta, running_mean, running_var, momentum, correction, eps, axis, mask, Options(activation))
+    call = call._replace(residual=residual, out=out, threads=threads_of(chosen))
     call = check(call, updates=training, keeps=True)
     size = checks.virtual_batch(virtual_batch_size, call.axis)
     if moments is not None:
@@ -178,19 +164,8 @@ def infer(
         y = express(x, gamma, beta, running_mean, running_var, eps, axis, activation, residual, out, get_num_threads)
         if y is not None:
             return cast(Array, y)
-    call = Call(
-        x=x,
-        gamma=gamma,
-        beta=beta,
-        running_mean=running_mean,
-        running_var=running_var,
-        eps=eps,
-        axis=axis,
-        activation=activation,
-        residual=residual,
-        out=out,
-        threads=threads_of(chosen),
-    )
+    call = Call(x, gamma, beta, running_mean, running_var, eps=eps, axis=axis, options=Options(activation))
+    call = call._replace(residual=residual, out=out, threads=threads_of(chosen))
     call = check(call, updates=False, keeps=False)
     batch.infer(call, chosen)
     return cast(Array, call.out)
@@ -246,7 +221,7 @@ def backward(
     parts = getattr(cache, "_parts", None)
     express = getattr(chosen, "express_backward", None)
     if express is not None and sums is None and type(cache) is Cache and type(parts) is Parts and parts.plain:
-        gradients = express(dy, parts.x, parts.residual, parts.saved, parts.axis, parts.frozen, parts.activation,
+        gradients = express(dy, parts.x, parts.residual, parts.saved, parts.axis, parts.frozen, parts.options,
                             parts.has_gamma, parts.has_beta, out, get_num_threads)  # fmt: skip
         if gradients is not None:
             return Gradients(*gradients)

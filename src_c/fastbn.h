@@ -70,17 +70,16 @@ const char *fbn_status_text(fbn_status status);
 
 typedef enum { FBN_F32 = 0, FBN_F64 = 1, FBN_F16 = 2, FBN_BF16 = 3 } fbn_dtype;
 
-/* Of z: relu is max(z, 0), relu6 min(max(z, 0), 6), leaky_relu z where z > 0 and slope * z elsewhere, silu
- * z * sigmoid(z), hardswish z * relu6(z + 3) / 6, sigmoid 1 / (1 + exp(-z)). */
+/* What is computed of z; `slope` is that of the problem. */
 typedef enum {
-    FBN_IDENTITY = 0,
-    FBN_RELU = 1,
-    FBN_RELU6 = 2,
-    FBN_LEAKY_RELU = 3,
-    FBN_SILU = 4,
-    FBN_HARDSWISH = 5,
-    FBN_SIGMOID = 6,
-    FBN_ACTIVATIONS /* how many there are */
+    FBN_IDENTITY = 0,   /* z */
+    FBN_RELU = 1,       /* max(z, 0) */
+    FBN_RELU6 = 2,      /* min(max(z, 0), 6) */
+    FBN_LEAKY_RELU = 3, /* z where z > 0, and slope * z elsewhere */
+    FBN_SILU = 4,       /* z * sigmoid(z) */
+    FBN_HARDSWISH = 5,  /* z * relu6(z + 3) / 6 */
+    FBN_SIGMOID = 6,    /* 1 / (1 + exp(-z)) */
+    FBN_ACTIVATIONS     /* how many there are */
 } fbn_activation;
 
 /* The kernels of one instruction set. Opaque; see fbn_kernels_at. */
@@ -121,7 +120,7 @@ typedef struct {
     const fbn_machine *machine;
     fbn_dtype dtype;
     fbn_activation activation;
-    double slope; /* leaky_relu's for z <= 0, which must be finite; other activations ignore it */
+    double slope; /* of an activation that has one: it must be finite then, and is ignored otherwise */
     int64_t outer, channels, inner;
     int threads; /* the most that may work, 1 to FBN_MOST_THREADS; 1 runs in the calling thread without OpenMP */
 } fbn_problem;

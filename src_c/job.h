@@ -49,6 +49,7 @@ struct fbn_job {
     const unsigned char *reduce_mask, *map_mask; /* NULL where all positions are treated alike */
     int activation;                              /* with the flag FBN_FROM_Y where `x` holds y */
     int stream;                                  /* whether the map writes around the cache */
+    int frozen;                                  /* whether x has no effect on the statistics */
 
     /* What is known about each channel. */
     fbn_parameters parameters;

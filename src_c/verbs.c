@@ -82,21 +82,13 @@ static void map_affine(const fbn_job *j, const fbn_tile *t, const fbn_panel *pan
 }
 
 /* Positions that do not count are mapped as with frozen statistics, since the statistics do not depend on them. */
-static void map_gradient_as(const fbn_job *j, const fbn_tile *t, const fbn_panel *panel, int frozen) {
+static void map_gradient(const fbn_job *j, const fbn_tile *t, const fbn_panel *panel) {
     const int64_t skip = bytes_to(j, t, panel->c0);
     fbn_operands o = operands_of(j, t, panel);
     o.out = j->result + skip;
     o.dresidual = j->dresidual ? j->dresidual + skip : NULL;
-    o.frozen = frozen;
+    o.frozen = j->frozen || !t->counts;
     map_by(j, t, panel, j->kernels->grad_affine_plane, j->kernels->grad_affine_columns, &o);
-}
-
-static void map_gradient(const fbn_job *j, const fbn_tile *t, const fbn_panel *panel) {
-    map_gradient_as(j, t, panel, !t->counts);
-}
-
-static void map_frozen_gradient(const fbn_job *j, const fbn_tile *t, const fbn_panel *panel) {
-    map_gradient_as(j, t, panel, 1);
 }
 
 /* ---- the operations: prepare, reduce, finish, map ---- */
@@ -107,27 +99,22 @@ static const fbn_operation APPLY = {NULL, NULL, fbn_finish_applied, map_affine};
 static const fbn_operation PLAN_RUN = {NULL, NULL, NULL, map_affine};
 static const fbn_operation MOMENTS = {fbn_set_origins, reduce_moments, fbn_finish_moments, NULL};
 
-/* The gradient's, by where its sums come from (the call computes them, they are given, or they are not needed) and by
- * whether `x` holds y. */
-enum { OWN_SUMS, GIVEN_SUMS, NO_SUMS };
-static const fbn_operation BACKWARD[3][2] = {
-    [OWN_SUMS] = {{fbn_set_lines_known, reduce_gradient, fbn_finish_gradient, map_gradient},
-                  {fbn_set_lines_from_y, reduce_gradient, fbn_finish_gradient, map_gradient}},
-    [GIVEN_SUMS] = {{fbn_set_lines_known, NULL, fbn_finish_given_sums, map_gradient},
-                    {fbn_set_lines_from_y, NULL, fbn_finish_given_sums, map_gradient}},
-};
-static const fbn_operation FROZEN_BACKWARD[3][2] = {
-    [OWN_SUMS] = {{fbn_set_lines_known, reduce_gradient, fbn_finish_gradient, map_frozen_gradient},
-                  {fbn_set_lines_from_y, reduce_gradient, fbn_finish_gradient, map_frozen_gradient}},
-    [GIVEN_SUMS] = {{fbn_set_lines_known, NULL, fbn_finish_given_sums, map_frozen_gradient},
-                    {fbn_set_lines_from_y, NULL, fbn_finish_given_sums, map_frozen_gradient}},
-    [NO_SUMS] = {{fbn_set_lines_known, NULL, fbn_finish_no_sums, map_frozen_gradient},
-                 {fbn_set_lines_from_y, NULL, fbn_finish_no_sums, map_frozen_gradient}},
-};
-static const fbn_operation BACKWARD_SUMS[2] = {
-    {fbn_set_lines_known, reduce_gradient, fbn_finish_sums, NULL},
-    {fbn_set_lines_from_y, reduce_gradient, fbn_finish_sums, NULL},
-};
+/* The gradient's sums are given, or the call computes them, or they are not needed. */
+static fbn_operation backward_of(const fbn_backward_args *a) {
+    const int needed = !a->frozen || a->dgamma || a->dbeta;
+    return (fbn_operation){.prepare = a->from_y ? fbn_set_lines_from_y : fbn_set_lines_known,
+                           .reduce = needed && !a->sums ? reduce_gradient : NULL,
+                           .finish = a->sums  ? fbn_finish_given_sums
+                                     : needed ? fbn_finish_gradient
+                                              : fbn_finish_no_sums,
+                           .map = map_gradient};
+}
+
+static fbn_operation sums_of(const fbn_sums_args *a) {
+    return (fbn_operation){.prepare = a->from_y ? fbn_set_lines_from_y : fbn_set_lines_known,
+                           .reduce = reduce_gradient,
+                           .finish = fbn_finish_sums};
+}
 
 /* ---- a job and its workspace ---- */
 
@@ -149,9 +136,9 @@ size_t fbn_workspace_bytes(const fbn_problem *p) {
     return bytes_of(doubles > more ? doubles : more, ALIGNMENT);
 }
 
-/* Whether a size_t can hold the workspace's size: one of 64 bits always can. */
-static fbn_status check_fits(const fbn_problem *p) {
-    return sizeof(size_t) >= sizeof(int64_t) || fbn_workspace_bytes(p) ? FBN_OK : FBN_BAD_SHAPE;
+/* Whether a valid call has a workspace whose size a size_t can hold: one of 64 bits always can. */
+static fbn_status if_fits(const fbn_problem *p, fbn_status status) {
+    return status || sizeof(size_t) >= sizeof(int64_t) || fbn_workspace_bytes(p) ? status : FBN_BAD_SHAPE;
 }
 
 /* `out` is what the map will write; NULL where there is no map, or where calls share the constants. A map of rows
@@ -236,8 +223,7 @@ static fbn_status run(fbn_job *j) {
 /* ---- forward ---- */
 
 fbn_status fbn_forward(const fbn_problem *p, const fbn_forward_args *a, void *workspace) {
-    fbn_status status = fbn_check_forward(p, a, workspace);
-    if (!status) status = check_fits(p);
+    const fbn_status status = if_fits(p, fbn_check_forward(p, a, workspace));
     if (status) return status;
     fbn_job j = job_of_x(p, &FORWARD, a->x, a->residual, a->mask, a->y, a->saved, workspace);
     j.parameters = a->parameters;
@@ -249,8 +235,7 @@ fbn_status fbn_forward(const fbn_problem *p, const fbn_forward_args *a, void *wo
 }
 
 fbn_status fbn_infer(const fbn_problem *p, const fbn_infer_args *a, void *workspace) {
-    fbn_status status = fbn_check_infer(p, a, workspace);
-    if (!status) status = check_fits(p);
+    const fbn_status status = if_fits(p, fbn_check_infer(p, a, workspace));
     if (status) return status;
     fbn_job j = job_of_x(p, &INFER, a->x, a->residual, NULL, a->y, a->saved, workspace);
     j.parameters = a->parameters;
@@ -260,8 +245,7 @@ fbn_status fbn_infer(const fbn_problem *p, const fbn_infer_args *a, void *worksp
 }
 
 fbn_status fbn_apply(const fbn_problem *p, const fbn_apply_args *a, void *workspace) {
-    fbn_status status = fbn_check_apply(p, a, workspace);
-    if (!status) status = check_fits(p);
+    const fbn_status status = if_fits(p, fbn_check_apply(p, a, workspace));
     if (status) return status;
     fbn_job j = job_of_x(p, &APPLY, a->x, a->residual, NULL, a->y, a->saved, workspace);
     j.parameters = a->parameters;
@@ -270,8 +254,7 @@ fbn_status fbn_apply(const fbn_problem *p, const fbn_apply_args *a, void *worksp
 }
 
 fbn_status fbn_moments(const fbn_problem *p, const fbn_moments_args *a, void *workspace) {
-    fbn_status status = fbn_check_moments(p, a, workspace);
-    if (!status) status = check_fits(p);
+    const fbn_status status = if_fits(p, fbn_check_moments(p, a, workspace));
     if (status) return status;
     fbn_job j = job_of(p, &MOMENTS, 1, a->mask != NULL, NULL, workspace);
     j.x = a->x;
@@ -335,25 +318,21 @@ fbn_status fbn_plan_run(const fbn_problem *p, const fbn_run_args *a, const void 
 /* ---- backward ---- */
 
 fbn_status fbn_backward_sums(const fbn_problem *p, const fbn_sums_args *a, void *workspace) {
-    fbn_status status = fbn_check_backward_sums(p, a, workspace);
-    if (!status) status = check_fits(p);
+    const fbn_status status = if_fits(p, fbn_check_backward_sums(p, a, workspace));
     if (status) return status;
-    fbn_job j = job_of_dy(p, &BACKWARD_SUMS[a->from_y != 0], a, NULL, workspace);
+    const fbn_operation operation = sums_of(a);
+    fbn_job j = job_of_dy(p, &operation, a, NULL, workspace);
     j.sums_out = a->sums;
     return run(&j);
 }
 
-static const fbn_operation *gradient_of(const fbn_backward_args *a) {
-    const int own = !a->frozen || a->dgamma || a->dbeta, sums = a->sums ? GIVEN_SUMS : own ? OWN_SUMS : NO_SUMS;
-    return a->frozen ? &FROZEN_BACKWARD[sums][a->from_y != 0] : &BACKWARD[sums][a->from_y != 0];
-}
-
 fbn_status fbn_backward(const fbn_problem *p, const fbn_backward_args *a, void *workspace) {
-    fbn_status status = fbn_check_backward(p, a, workspace);
-    if (!status) status = check_fits(p);
+    const fbn_status status = if_fits(p, fbn_check_backward(p, a, workspace));
     if (status) return status;
+    const fbn_operation operation = backward_of(a);
     const fbn_sums_args inputs = fbn_inputs_of(a);
-    fbn_job j = job_of_dy(p, gradient_of(a), &inputs, a->dx, workspace);
+    fbn_job j = job_of_dy(p, &operation, &inputs, a->dx, workspace);
+    j.frozen = a->frozen;
     j.dresidual = a->dresidual;
     j.count = a->count;
     j.given_sums = a->sums;

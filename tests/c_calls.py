@@ -8,7 +8,7 @@ import numpy as np
 
 from fastbn._backends import SAVED_ROWS
 from fastbn._backends.c import bridge
-from fastbn.call.record import BackwardCall, Call
+from fastbn.call.record import BackwardCall, Call, Options
 
 Array = np.ndarray[Any, Any]
 
@@ -47,7 +47,7 @@ def forward(
     y, saved = np.empty_like(x), np.empty((len(SAVED_ROWS), channels))
     bridge.forward(Call(
         x=x, residual=behind.residual, gamma=gamma, beta=beta, running_mean=mean, running_var=var, momentum=0.1,
-        correction=1, eps=eps, code=behind.activation, slope=behind.slope, y=y, saved=saved, threads=threads,
+        correction=1, eps=eps, options=Options(behind.activation, behind.slope), y=y, saved=saved, threads=threads,
     ))  # fmt: skip
     return Forward(y, saved, mean, var)
 
@@ -61,7 +61,7 @@ def infer(
     mean, var = np.zeros(channels, dtype), np.ones(channels, dtype)
     bridge.infer(Call(
         x=x, residual=behind.residual, gamma=gamma, beta=beta, running_mean=mean, running_var=var, eps=eps,
-        code=behind.activation, slope=behind.slope, y=y, saved=saved, threads=threads,
+        options=Options(behind.activation, behind.slope), y=y, saved=saved, threads=threads,
     ))  # fmt: skip
     return Forward(y, saved, None, None)
 
@@ -81,7 +81,7 @@ def backward(
     dresidual = np.empty_like(x) if behind.residual is not None and behind.activation else None
     bridge.backward(BackwardCall(
         dy=dy, x=x, residual=behind.residual, saved=saved, counted=float(x.shape[0] * x.shape[2]), frozen=frozen,
-        code=behind.activation, slope=behind.slope, from_y=from_y, dx=dx, dresidual=dresidual, dgamma=dgamma,
+        options=Options(behind.activation, behind.slope), from_y=from_y, dx=dx, dresidual=dresidual, dgamma=dgamma,
         dbeta=dbeta, threads=threads,
     ))  # fmt: skip
     return Backward(dx, dresidual, dgamma, dbeta)

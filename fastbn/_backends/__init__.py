@@ -26,7 +26,7 @@ class Backend(Protocol):
     statistics are (channels,), contiguous, in any native float dtype. mask is bool (outer, inner), contiguous, and any
     byte but 0 is True; at least one position is True, two for forward, any number for gradients. saved, moments and
     sums are float64 (rows, channels). Fields that may be None in `Call` or `BackwardCall` may be None here. A backend
-    also reads the numbers momentum, correction, eps, code, slope, counted, frozen, from_y and threads, and no others.
+    also reads the numbers momentum, correction, eps, options, counted, frozen, from_y and threads, and no others.
     """
 
     DTYPES: frozenset[str]

@@ -2,12 +2,12 @@
 
 A call reduces (adds up each channel) and maps (turns the sums into constants, and the constants into y or dx). A strip
 is a number of channels, and its rows are runs of memory. Where planes are large, a row is a piece of one channel's
-plane; otherwise it has the columns of as many channels as fit, and of several samples if all channels fit. Each column
-has the constants of its channel and sums of its own, which are added up per channel at the end. Sums are float64, about
-a value near the mean, so that a common offset cancels before anything is squared.
+plane. Otherwise it has the columns of as many channels as fit, and of several samples if all channels fit: each column
+has its channel's constants and sums of its own. Sums are float64, about a value near the mean, so that a common offset
+cancels before anything is squared.
 
-If strips fit into the cache, one thread reduces a strip and maps it. Otherwise all threads reduce first, and then map
-from the end backwards, since the cache still holds the end. The rows of a strip are summed in segments. Strips and
+If strips fit into the cache, one thread reduces a strip and maps it. Otherwise all threads reduce first and then map,
+from the end, which the cache still holds. The rows of a strip are summed in segments. Strips and
 segments follow from the shape alone, and the segments of a channel are added in one order, so that no bit of the result
 depends on the number of threads.
 """
@@ -23,19 +23,19 @@ from typing import Any, NamedTuple
 import numba
 import numpy as np
 
-from .._moments import blend
-from ..call.record import BackwardCall, Call
+from .._moments import blend, save_parameters
+from ..call.activations import Activation
+from ..call.record import BackwardCall, Call, Options
 from ..config import thread_count
 from . import SAVED_ROWS
 from . import numba_loops as loops
-from .numba_loops import BETA, GAMMA, IDENTITY, INV_STD, MEAN, MEAN_LOW, STRIP, SUM, VAR, compiled
+from .numba_loops import BETA, GAMMA, INV_STD, MEAN, MEAN_LOW, SAVED_MEAN, STRIP, SUM, VAR, compiled
 
 DTYPES = frozenset({"float32", "float64"})
 Array = np.ndarray[Any, Any]
 SEGMENT_ROWS, SEGMENTS_MOST = 64, 64  # rows that a segment has at least, and segments that a strip has at most
-CACHED = 512  # columns whose constants the first cache holds beside the data
-STRIP_BYTES = 1 << 22  # of a strip that one thread takes by itself
-WORK_PER_THREAD = 32768  # values that are worth waking a thread for
+PIECE, CACHED = 4096, 512  # values in a row of a plane, and columns whose constants the first cache holds, at most
+STRIP_BYTES, WORK_PER_THREAD = 1 << 22, 32768  # bytes of a strip, and values that are worth waking a thread for
 _MOST_THREADS = int(numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
 
 _jit = compiled()
@@ -55,7 +55,7 @@ class _Split(NamedTuple):
     rows: int  # in a strip
     segment: int  # rows in a segment
     segments: int
-    span: int  # columns of one channel that lie together
+    in_order: bool  # planes are taken in the order of memory, each a segment of its own
     channel_of: Array  # of each column, in its strip
     position_of: Array  # of each value of a row, in the mask: from that of the first
 
@@ -69,15 +69,15 @@ class _Task(NamedTuple):
     mask: Array
     out: Array  # y or dx
     dresidual: Array
-    origin: Array  # of the sums of each channel; the mean in a backward call
+    origin: Array  # of the sums of each channel, from x; the mean in a backward call
+    chosen: tuple[int, int, int]  # where channel 0 has the values whose median is the origin
     parts: Array  # (2, channels, segments): the sums; no segments where none are taken
     totals: Array  # (2, channels): sum and m2, or dbeta and dgamma
     saved: Array  # (6, channels)
     constants: Array  # (loops.CONSTANTS, channels)
     count: float  # type: ignore[assignment]  # of the values in each channel's statistics
     eps: float
-    activation: int
-    slope: float
+    options: Options
     backward: bool
     frozen: bool
     from_y: bool
@@ -86,11 +86,11 @@ class _Task(NamedTuple):
 
 
 @functools.lru_cache(maxsize=256)
-def _split(shape: tuple[int, int, int]) -> _Split:
+def _split(shape: tuple[int, int, int], reduces: bool) -> _Split:
     outer, channels, inner = shape
-    plane, block, pieces, repeats = inner > STRIP // 2, 1, 1, 1
+    plane, block, pieces, repeats = inner > STRIP // (2 if reduces else 8), 1, 1, 1
     if plane:  # into equal pieces, if they are not short
-        length = next((n for n in range(min(inner, STRIP), STRIP // 2, -1) if inner % n == 0), STRIP)
+        length = next((n for n in range(min(inner, PIECE), PIECE // 2, -1) if inner % n == 0), PIECE)
         pieces = math.ceil(inner / length)
     else:
         block = max(1, min(channels, STRIP // max(1, inner)))
@@ -98,13 +98,13 @@ def _split(shape: tuple[int, int, int]) -> _Split:
             repeats = max(1, min(outer, CACHED // max(1, channels * inner)))
         length = repeats * block * inner
     rows = math.ceil(outer / repeats) * pieces
-    segment = max(SEGMENT_ROWS, math.ceil(rows / SEGMENTS_MOST))
+    in_order = plane and not reduces
+    segment = pieces if in_order else max(SEGMENT_ROWS, math.ceil(rows / SEGMENTS_MOST))
     samples, channel_of, i = (index.ravel() for index in np.indices((repeats, block, length if plane else inner)))
     return _Split(
         inner=inner, block=block, strips=math.ceil(channels / block), plane=plane, pieces=pieces, length=length,
         stride=repeats * channels * inner, rows=rows, segment=segment, segments=max(1, math.ceil(rows / segment)),
-        span=length if plane else max(1, inner), channel_of=channel_of,
-        position_of=samples * inner + i,
+        in_order=in_order, channel_of=channel_of, position_of=samples * inner + i,
     )  # fmt: skip
 
 
@@ -121,35 +121,32 @@ def _run(p: _Split, q: _Task, c0: int, c1: int, row: int) -> tuple[int, int]:
 
 
 @_jit
-def _spread(p: _Split, q: _Task, constants: int, c0: int, c1: int, sums: bool, line: Array) -> None:
-    """Gives each column its channel's constants; in a plane, the mean for sums alone, and column 0 the others."""
-    for j in range(constants):
-        alike = p.plane and not (sums and j == MEAN)
-        for k in range(1 if alike else p.channel_of.size - (p.block - (c1 - c0)) * p.span):
-            line[j * STRIP + k] = q.constants[j, c0 + p.channel_of[k]]
+def _spread(plane: bool, constants: Array, c0: int, channel_of: Array, line: Array) -> None:
+    """Gives each column its channel's constants; in a plane, column 0 has those of all."""
+    for j in range(len(constants)):
+        for k in range(1 if plane else channel_of.size):
+            line[j * STRIP + k] = constants[j, c0 + channel_of[k]]
 
 
 @_jit
-def _fold(p: _Split, q: _Task, c0: int, c1: int, segment: int, line: Array) -> None:
+def _fold(parts: Array, c0: int, channel_of: Array, span: int, line: Array) -> None:
     """Adds up what the columns of each channel have."""
     for j in range(2):
-        for k in range(0, p.channel_of.size - (p.block - (c1 - c0)) * p.span, p.span):
+        for k in range(0, channel_of.size, span):
             first = (SUM + j) * STRIP + k
-            q.parts[j, c0 + p.channel_of[k], segment] += loops.total(line[first : first + p.span])
+            parts[j, c0 + channel_of[k]] += loops.total(line[first : first + min(span, channel_of.size)])
 
 
-@_part
-def _inputs(p: _Split, q: _Task, row: int, i: int, n: int, copies: bool, line: Array, work: Array, kept: Array) -> Any:
+@_jit
+def _inputs(p: _Split, q: _Task, row: int, i: int, n: int, line: Array, work: Array, kept: Array) -> Any:
     """Returns dz and x of a run (or what replaces x), and fills `kept` by the mask."""
     x, residual, dy, dz, seen = q.x[i : i + n], q.residual[i : i + n], q.dy[i : i + n], work[0, :n], work[1, :n]
-    if q.as_it_is and not copies:
-        return dy, x
     if q.from_y:
-        loops.deactivate(q.activation, x, residual, dz, seen, work.dtype.type(q.slope))
-    elif q.activation != IDENTITY and q.backward:
+        loops.deactivate(q.options.activation, x, residual, dz, seen, work.dtype.type(q.options.slope))
+    elif q.options.activation != Activation.IDENTITY and q.backward:
         loops.normalize(p.plane, x, residual, dz, line)
     if q.backward:
-        loops.activate_gradient(q.activation, dy, dz, work.dtype.type(q.slope))
+        loops.activate(q.options.activation, True, dy, dz, work.dtype.type(q.options.slope))
     if q.mask.size:
         first = row // p.pieces * (p.stride // q.saved.shape[1]) + row % p.pieces * p.length
         loops.judge(q.frozen, q.mask[first:], p.position_of, dy, kept[:n], dz)
@@ -158,20 +155,24 @@ def _inputs(p: _Split, q: _Task, row: int, i: int, n: int, copies: bool, line: A
 
 @_part
 def _reduce(p: _Split, q: _Task, c0: int, c1: int, segment: int, line: Array, work: Array, kept: Array) -> None:
-    """Adds up the rows of a segment: four at once, where they begin at equal distances."""
-    line[SUM * STRIP :] = 0.0
-    row, last = segment * p.segment, min(p.rows, (segment + 1) * p.segment)
-    while row < last:
+    """Adds up the rows of a segment, one of each quarter at once: processors fetch these ahead on different pages."""
+    start, last = segment * p.segment, min(p.rows, (segment + 1) * p.segment)
+    samples = (min(last, q.x.size // p.stride * p.pieces) - start) // (4 * p.pieces) if q.as_it_is else 0
+    for row in range(start, start + samples * p.pieces):
         i, n = _run(p, q, c0, c1, row)
-        step = _run(p, q, c0, c1, row + 1)[0] - i
-        if q.as_it_is and row + 4 <= last and _run(p, q, c0, c1, row + 3) == (i + 3 * step, n):
-            loops.add(4, step, q.backward, q.dy[i:], q.x[i:], kept[:0], n, line)
-            row += 4
+        if p.plane:
+            loops.add(True, 4, samples * p.stride, q.backward, q.dy[i:], q.x[i:], kept[:0], n, line)
         else:
-            dz, x = _inputs(p, q, row, i, n, False, line, work, kept)
-            loops.add(1, 0, q.backward, dz, x, kept[:n], n, line)
-            row += 1
-    _fold(p, q, c0, c1, segment, line)
+            loops.add(False, 4, samples * p.stride, q.backward, q.dy[i:], q.x[i:], kept[:0], n, line)
+    for row in range(start + 4 * samples * p.pieces, last):
+        i, n = _run(p, q, c0, c1, row)
+        dz, x = q.dy[i : i + n], q.x[i : i + n]
+        if not q.as_it_is:
+            dz, x = _inputs(p, q, row, i, n, line, work, kept)
+        if p.plane:
+            loops.add(True, 1, 0, q.backward, dz, x, kept[:n], n, line)
+        else:
+            loops.add(False, 1, 0, q.backward, dz, x, kept[:n], n, line)
 
 
 @_part
@@ -179,62 +180,84 @@ def _map(p: _Split, q: _Task, c0: int, c1: int, segment: int, line: Array, work:
     """Fills y or dx in the rows of a segment. In place, the loops get a copy, since LLVM's are slow otherwise."""
     for row in range(segment * p.segment, min(p.rows, (segment + 1) * p.segment)):
         i, n = _run(p, q, c0, c1, row)
-        out = q.out[i : i + n]
+        out, dz, x = q.out[i : i + n], q.dy[i : i + n], q.x[i : i + n]
         if q.backward:
-            dz, x = _inputs(p, q, row, i, n, q.in_place, line, work, kept)
+            if not q.as_it_is:
+                dz, x = _inputs(p, q, row, i, n, line, work, kept)
+            elif q.in_place:
+                loops.copy(dz, work[0, :n])
+                dz = work[0, :n]
             loops.differentiate(p.plane, kept[:n], dz, x, out, line)
             loops.copy(dz, q.dresidual[i : i + n])
-        else:
-            if q.in_place:
-                loops.copy(q.x[i : i + n], work[1, :n])
-            x = work[1, :n] if q.in_place else q.x[i : i + n]
-            loops.normalize(p.plane, x, q.residual[i : i + n], out, line)
-            if q.activation != IDENTITY:
-                loops.activate(q.activation, out, work.dtype.type(q.slope))
+            continue
+        if q.in_place:
+            loops.copy(x, work[1, :n])
+            x = work[1, :n]
+        loops.normalize(p.plane, x, q.residual[i : i + n], out, line)
+        loops.activate(q.options.activation, False, q.dy, out, work.dtype.type(q.options.slope))
 
 
 @_part
 def _finish(q: _Task, c: int) -> None:
-    """Computes a channel's constants from its sums. Threads that share a strip all do so and write the same values."""
-    first, second = q.totals[0, c], q.totals[1, c]
-    reduced = q.parts.shape[2] > 0
+    """Computes a channel's constants from its sums. Threads that share a strip all do so and write the same values.
+
+    dx = A dz + B (x - mean) + D: A = gamma/std, B = -A dgamma / (M std), D = -A dbeta / M. That is Ioffe & Szegedy
+    2015, section 3, gathered by input. D has the term of mean_low, too.
+    """
+    first, second, reduced = q.totals[0, c], q.totals[1, c], q.parts.shape[2] > 0
     if reduced:
         first, second = loops.total(q.parts[0, c]), loops.total(q.parts[1, c])
-    if q.backward:
-        if reduced:
-            second = (second - first * q.saved[MEAN_LOW, c]) * q.saved[INV_STD, c]
-        loops.set_gradient(q.saved, first, second, q.count, q.constants, c)
-    else:
-        if reduced:
-            second = loops.set_moments(q.origin[c], first, second, q.count, q.saved, c)
+    if not q.backward:
+        if reduced:  # the sums are about the origin; Knuth's two-sum keeps the mean's rounding error
+            offset = first / q.count
+            mean = q.origin[c] + offset
+            back = mean - q.origin[c]
+            lost = (q.origin[c] - (mean - back)) + (offset - back)
+            second -= first * offset
+            second = 0.0 if second < 0 else second  # a NaN stays one
+            q.saved[SAVED_MEAN, c], q.saved[VAR, c] = mean, second / q.count
+            q.saved[MEAN_LOW, c] = lost if lost == lost else 0.0
         var = q.saved[VAR, c] + q.eps
         q.saved[INV_STD, c] = 0.0 if var == 0 else 1 / math.sqrt(var)
+    elif reduced:
+        second = (second - first * q.saved[MEAN_LOW, c]) * q.saved[INV_STD, c]
     loops.set_line(q.saved, q.constants, c)
+    if q.backward:
+        on_dy = q.constants[loops.SCALE, c]
+        on_x = -second / q.count * on_dy * q.saved[INV_STD, c]
+        q.constants[loops.ON_DY, c], q.constants[loops.ON_X, c] = on_dy, on_x
+        q.constants[loops.CONSTANT, c] = -on_dy * first / q.count - on_x * q.saved[MEAN_LOW, c]
     q.totals[0, c], q.totals[1, c] = first, second
 
 
 @compiled(cache=True)
 def _share(reduces: bool, maps: bool, unit: int, last: int, p: _Split, q: _Task) -> None:
     """Reduces or maps some segments, counted through all strips, or does both to whole strips."""
-    line = np.empty(loops.LINE_ROWS * STRIP)
-    kept = np.full(STRIP if q.frozen or q.mask.size else 0, loops.MOVES_NO_OTHER, np.uint8)
-    work = np.zeros((2, STRIP), q.x.dtype)
+    begin, longest, line = unit, max(STRIP, p.length), np.empty(loops.LINE_ROWS * STRIP)
+    kept = np.full(longest if q.frozen or q.mask.size else 0, loops.MOVES_NO_OTHER, np.uint8)
+    work = np.empty((2, longest), q.x.dtype)
     while unit < last:
-        strip, first = unit // p.segments, unit % p.segments
-        end = min(first + last - unit, p.segments)
+        strip, first = (unit % p.strips, unit // p.strips) if p.in_order else (unit // p.segments, unit % p.segments)
+        end = first + 1 if p.in_order else min(first + last - unit, p.segments)
         c0, c1 = strip * p.block, min((strip + 1) * p.block, q.saved.shape[1])
+        columns = p.channel_of[: p.channel_of.size - (p.block - (c1 - c0)) * p.inner]
         if reduces:
             for c in range(c0, c1):
+                if not q.backward:
+                    q.origin[c] = loops.median(q.x, q.chosen, c * p.inner)
                 loops.set_line(q.saved, q.constants, c)
                 q.constants[MEAN, c] = q.origin[c]
-            _spread(p, q, loops.FORWARD_CONSTANTS, c0, c1, True, line)
+            _spread(p.plane, q.constants[: loops.FORWARD_CONSTANTS], c0, columns, line)
             for segment in range(first, end):
+                line[SUM * STRIP :] = 0.0
                 _reduce(p, q, c0, c1, segment, line, work, kept)
-        if maps:
-            for c in range(c0, c1):
+                _fold(q.parts[:, :, segment], c0, columns[: 1 if p.plane else STRIP], p.inner, line)
+        if maps and (unit == begin or not p.in_order):
+            for c in range(q.saved.shape[1]) if p.in_order else range(c0, c1):
                 _finish(q, c)
         if maps and q.out.size:
-            _spread(p, q, loops.CONSTANTS if q.backward else loops.FORWARD_CONSTANTS, c0, c1, False, line)
+            used = loops.CONSTANTS if q.backward else loops.FORWARD_CONSTANTS
+            _spread(p.plane, q.constants[:used], c0, columns, line)
             for segment in range(end - 1, first - 1, -1):
                 _map(p, q, c0, c1, segment, line, work, kept)
         unit += end - first
@@ -243,9 +266,7 @@ def _share(reduces: bool, maps: bool, unit: int, last: int, p: _Split, q: _Task)
 # Threads -------------------------------------------------------------------------------------------------------------
 
 
-@functools.cache
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(_MOST_THREADS, thread_name_prefix="fastbn")
+_pool = functools.cache(lambda: ThreadPoolExecutor(_MOST_THREADS, thread_name_prefix="fastbn"))
 
 
 def _in_parallel(threads: int, reduces: bool, maps: bool, p: _Split, q: _Task) -> None:
@@ -253,6 +274,9 @@ def _in_parallel(threads: int, reduces: bool, maps: bool, p: _Split, q: _Task) -
 
     Numba's prange would compile `_share` once more, perhaps with other bits: these would depend on the threads.
     """
+    if threads == 1:
+        _share(reduces, maps, 0, p.strips * p.segments, p, q)
+        return
     length = p.segments if reduces and maps else 1
     ends = [p.strips * p.segments // length * t // threads * length for t in range(threads + 1)]
     others: list[Future[None]] = []
@@ -267,10 +291,10 @@ def _in_parallel(threads: int, reduces: bool, maps: bool, p: _Split, q: _Task) -
 # The verbs -----------------------------------------------------------------------------------------------------------
 
 
-def _input(array: Array | None, dtype: Any) -> Array:
-    """An array as compiled code takes it: flat, and always read-only, since that is part of the type."""
+def _flat(array: Array | None, dtype: Any, *, read: bool = True) -> Array:
+    """An array as compiled code takes it: flat, and read-only if it is only read, since that is part of the type."""
     flat = np.empty(0, dtype) if array is None else array.reshape(-1)
-    flat.flags.writeable = False
+    flat.flags.writeable = not read
     return flat
 
 
@@ -280,57 +304,43 @@ def _calculate(
 ) -> _Task:
     """Computes each channel's sums, unless `totals` or statistics are given, and fills y or dx if there is `out`."""
     if isinstance(call, Call):
-        saved[GAMMA], saved[BETA] = 1 if call.gamma is None else call.gamma, 0 if call.beta is None else call.beta
-    x, backward, dresidual = call.x, isinstance(call, BackwardCall), getattr(call, "dresidual", None)
+        save_parameters(call, saved)
+    x, dtype, dy, backward = call.x, call.x.dtype, getattr(call, "dy", None), isinstance(call, BackwardCall)
     mask = None if call.mask is None or not (reduces or backward) else call.mask.view(np.uint8)
-    count = call.counted if isinstance(call, BackwardCall) else x[:, 0].size if mask is None else np.count_nonzero(mask)
-    p, channels, changed = _split(x.shape), x.shape[1], getattr(call, "dy", x)
-    from_y = bool(getattr(call, "from_y", False))
+    (outer, channels, inner), p, from_y = x.shape, _split(x.shape, reduces), bool(getattr(call, "from_y", False))
+    counted: Any = range(max(1, outer * inner)) if mask is None or backward else np.flatnonzero(mask)
+    i, j, k = (n // inner * channels * inner + n % inner for n in (counted[0], counted[len(counted) // 2], counted[-1]))
     q = _Task(
-        x=_input(x, x.dtype), residual=_input(call.residual, x.dtype), dy=_input(getattr(call, "dy", None), x.dtype),
-        mask=_input(mask, np.uint8), out=np.empty(0, x.dtype) if out is None else out.reshape(-1),
-        dresidual=np.empty(0, x.dtype) if dresidual is None else dresidual.reshape(-1),
-        origin=_origin(x, mask) if reduces and not backward else saved[loops.SAVED_MEAN],
+        x=_flat(x, dtype), residual=_flat(call.residual, dtype), dy=_flat(dy, dtype), mask=_flat(mask, np.uint8),
+        out=_flat(out, dtype, read=False), dresidual=_flat(getattr(call, "dresidual", None), dtype, read=False),
+        origin=np.empty(channels) if reduces and not backward else saved[SAVED_MEAN], chosen=(i, j, k),
         parts=np.zeros((2, channels, p.segments if reduces else 0)),
         totals=np.zeros((2, channels)) if totals is None else np.array(totals),
-        saved=saved, constants=np.zeros((loops.CONSTANTS, channels)), count=float(count),
-        eps=float(getattr(call, "eps", 0)), activation=int(call.code), slope=float(call.slope), backward=backward,
+        saved=saved, constants=np.empty((loops.CONSTANTS, channels)), eps=float(getattr(call, "eps", 0)),
+        count=float(getattr(call, "counted", len(counted))), options=call.options, backward=backward,
         frozen=bool(getattr(call, "frozen", False)), from_y=from_y,
-        as_it_is=mask is None and (not backward or (not call.code and not from_y)),
-        in_place=out is not None and out.ctypes.data == changed.ctypes.data,
+        as_it_is=mask is None and (not backward or (not call.options.activation and not from_y)),
+        in_place=out is not None and np.may_share_memory(out, x if dy is None else dy),
     )  # fmt: skip
-    most = 1 if thread_count.in_forked_child() else min(call.threads, x.size // WORK_PER_THREAD, _MOST_THREADS)
-    threads = max(1, most)
+    most = min(call.threads, x.size // WORK_PER_THREAD, _MOST_THREADS)
+    threads = 1 if thread_count.in_forked_child() else max(1, most)
     balanced = 5 * math.ceil(p.strips / threads) * threads <= 7 * p.strips
-    if not reduces or (balanced and x.nbytes <= STRIP_BYTES * p.strips):
-        _in_parallel(threads, reduces, True, p, q)
-    else:
-        _in_parallel(threads, True, False, p, q)
-        _in_parallel(threads, False, True, p, q)
+    together = not reduces or (balanced and x.nbytes <= STRIP_BYTES * p.strips)
+    for sums, results in [(reduces, True)] if together else [(True, False), (False, True)]:
+        _in_parallel(threads, sums, results, p, q)
     return q
-
-
-def _origin(x: Array, mask: Array | None) -> Array:
-    """The origin of each channel's sums: the median of three of its values, so that one outlier does not matter."""
-    inner, values = x.shape[2], x.shape[0] * x.shape[2]
-    chosen = np.array([0, values // 2, values - 1])
-    if mask is not None:
-        counted = np.flatnonzero(mask)
-        chosen = counted[[0, counted.size // 2, -1]]
-    median = np.sort(x[chosen // inner, :, chosen % inner], axis=0)[1].astype(np.float64)
-    return np.where(np.isfinite(median), median, 0)
 
 
 def forward(call: Call) -> None:
     """Ioffe & Szegedy 2015, algorithm 1."""
     done = _calculate(call, call.saved, call.y, reduces=True)
-    blend(call, np.stack((call.saved[loops.SAVED_MEAN], call.saved[MEAN_LOW], done.totals[1])), int(done.count))
+    blend(call, (call.saved[SAVED_MEAN], call.saved[MEAN_LOW], done.totals[1]), int(done.count))
 
 
 def infer(call: Call) -> None:
     """Ioffe & Szegedy 2015, algorithm 2."""
     saved = np.empty((len(SAVED_ROWS), call.x.shape[1])) if call.saved is None else call.saved
-    saved[loops.SAVED_MEAN], saved[MEAN_LOW], saved[VAR] = call.running_mean, 0, call.running_var
+    saved[SAVED_MEAN], saved[MEAN_LOW], saved[VAR] = call.running_mean, 0, call.running_var
     _calculate(call, saved, call.y)
 
 
@@ -343,7 +353,7 @@ def moments(call: Call) -> None:
     """Of the values where mask is True; the mean in two pieces."""
     saved = np.zeros((len(SAVED_ROWS), call.x.shape[1]))
     done = _calculate(call, saved, None, reduces=True)
-    call.moments[...] = saved[loops.SAVED_MEAN], saved[MEAN_LOW], done.totals[1]
+    call.moments[...] = saved[SAVED_MEAN], saved[MEAN_LOW], done.totals[1]
 
 
 @np.errstate(all="ignore")
@@ -355,7 +365,7 @@ def _known(call: BackwardCall) -> Array:
     """
     saved, known = call.saved, call.saved.copy()
     if call.from_y:
-        known[loops.SAVED_MEAN], known[MEAN_LOW] = saved[BETA], 0
+        known[SAVED_MEAN], known[MEAN_LOW] = saved[BETA], 0
         known[INV_STD], known[GAMMA] = 1 / saved[GAMMA], saved[GAMMA] * (saved[GAMMA] * saved[INV_STD])
     return known
 

@@ -1,9 +1,9 @@
 """What does batch norm do with one channel, and with one run of memory? In loops that LLVM turns into vector code.
 
-A run is at most STRIP elements that lie together: a piece of one channel's plane, or columns of several channels. The
+A run is elements that lie together: a piece of one channel's plane, or at most STRIP columns of several channels. The
 constants and the sums of its columns are the rows of one array, `line`, each STRIP values long: LLVM knows distances
-within an array, so it need not check whether the rows overlap. In a plane all columns have the same constants, and maps
-use those of column 0. LLVM makes two loops of one that asks whether it is in a plane.
+within an array, so it need not check whether the rows overlap. In a plane all columns have the constants and sums of
+column 0. LLVM makes two loops of one that asks whether it is in a plane.
 
 Arithmetic is float64, and its result is rounded once, so an offset of float32 data costs no digits, and no exponent
 leaves the range. a * b + c may be fused. Only the smooth activations are computed in the dtype of the data.
@@ -12,7 +12,7 @@ leaves the range. a * b + c may be fused. Only the smooth activations are comput
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,34 +28,22 @@ SAVED_MEAN, MEAN_LOW, VAR, INV_STD, GAMMA, BETA = range(len(SAVED_ROWS))
 MEAN, SCALE, SHIFT, ON_DY, ON_X, CONSTANT, SUM, PRODUCT = range(8)  # the rows of `line`: constants, then sums
 FORWARD_CONSTANTS, CONSTANTS, LINE_ROWS = 3, 6, 8
 NOTHING, COUNTS, MOVES_NO_OTHER = 0, 1, 2  # what a position is to the gradients, by the mask and dy
-IDENTITY, RELU, RELU6, LEAKY_RELU, SILU, HARDSWISH, SIGMOID = map(int, Activation)
 ZERO, HALF, ONE, THREE, SIX = (np.float32(value) for value in (0, 0.5, 1, 3, 6))
 NO_BOUND = np.float32(math.nan)  # no number is greater
 
-
-def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """The decorator of every compiled function. Division by zero gives inf."""
-    return jit(nogil=True, error_model="numpy", **options)
-
-
+compiled = partial(jit, nogil=True, error_model="numpy")  # of every function; division by zero gives inf
 loop = compiled(fastmath={"contract"})
 inline = compiled(fastmath={"contract"}, forceinline=True)
 scalar = compiled(forceinline=True)
 
-# Constants of a channel ----------------------------------------------------------------------------------------------
-
 
 @scalar
-def set_moments(origin: float, total: float, squares: float, count: float, saved: Array, c: int) -> float:
-    """The batch's moments, from sums about the origin; returns m2. Knuth's two-sum keeps the mean's rounding error."""
-    offset = total / count
-    mean = origin + offset
-    back = mean - origin
-    lost = (origin - (mean - back)) + (offset - back)
-    m2 = squares - total * offset
-    m2 = 0.0 if m2 < 0 else m2  # a NaN stays one
-    saved[SAVED_MEAN, c], saved[MEAN_LOW, c], saved[VAR, c] = mean, lost if lost == lost else 0.0, m2 / count
-    return m2
+def median(x: Array, places: tuple[int, int, int], start: int) -> float:
+    """The median of three values, so that one outlier does not matter, or 0 if it is not finite."""
+    a, b, c = x[start + places[0]], x[start + places[1]], x[start + places[2]]
+    low, high = (b, a) if a > b else (a, b)
+    middle = np.float64(high if high < c else c if low < c else low)
+    return middle if math.isfinite(middle) else 0.0
 
 
 @scalar
@@ -66,39 +54,37 @@ def set_line(saved: Array, constants: Array, c: int) -> None:
     constants[SHIFT, c] = saved[BETA, c] - saved[MEAN_LOW, c] * scale
 
 
-@scalar
-def set_gradient(saved: Array, dbeta: float, dgamma: float, count: float, constants: Array, c: int) -> None:
-    """For dx = A dz + B (x - mean) + D: A = gamma/std, B = -A dgamma / (M std), D = -A dbeta / M.
-
-    That is Ioffe & Szegedy 2015, section 3, gathered by input. D has the term of mean_low, too.
-    """
-    on_dy = saved[INV_STD, c] * saved[GAMMA, c]
-    on_x = -dgamma / count * on_dy * saved[INV_STD, c]
-    constants[ON_DY, c], constants[ON_X, c] = on_dy, on_x
-    constants[CONSTANT, c] = -on_dy * dbeta / count - on_x * saved[MEAN_LOW, c]
-
-
 # Loops over a run ----------------------------------------------------------------------------------------------------
 
+_distance = inline(lambda x, mean: np.float64(x) - mean)  # of its own, so that `add` does not reorder it
 
-@inline
-def add(rows: int, step: int, gradients: bool, dz: Array, x: Array, kept: Array, n: int, line: Array) -> None:
+
+@compiled(fastmath={"reassoc", "contract"}, forceinline=True)
+def add(plane: bool, rows: int, step: int, pairs: bool, dz: Array, x: Array, kept: Array, n: int, line: Array) -> None:
     """Adds d and d * d, or dz and dz * d, to the sums of n columns; d is x - mean, or 0 where x does not count.
 
-    It adds `rows` rows, a constant, that begin `step` apart: the sums are loaded and stored once for all of them.
+    It adds `rows` rows, a constant, that begin `step` apart: the sums are loaded and stored once for all of them. In a
+    plane, column 0 has the sums of all, added in any order, which is the same one each time.
     """
+    of_plane, products_of_plane = 0.0, 0.0
     for k in range(n):
-        mean, total, products = line[MEAN * STRIP + k], 0.0, 0.0
+        mean, total, products = line[MEAN * STRIP + (0 if plane else k)], 0.0, 0.0
         for row in range(rows):
             at = np.uint64(row * step + k)  # of this type, since an index that may be negative costs the vectors
-            d = np.float64(x[at]) - mean
+            d = _distance(x[at], mean)
             if kept.size and not kept[k]:
                 d = 0.0
-            g = np.float64(dz[at]) if gradients else d
+            g = np.float64(dz[at]) if pairs else d
             total += g
             products += g * d
-        line[SUM * STRIP + k] += total
-        line[PRODUCT * STRIP + k] += products
+        if plane:
+            of_plane += total
+            products_of_plane += products
+        else:
+            line[SUM * STRIP + k] += total
+            line[PRODUCT * STRIP + k] += products
+    line[SUM * STRIP] += of_plane
+    line[PRODUCT * STRIP] += products_of_plane
 
 
 @compiled(fastmath={"reassoc"})
@@ -185,44 +171,38 @@ def _sigmoids(z: Any, real: Any) -> Any:
 
 
 @loop
-def activate(activation: int, y: Array, slope: Any) -> None:
-    """Replaces z by y. A NaN stays a NaN."""
-    if activation in (RELU, RELU6):
-        most = SIX if activation == RELU6 else NO_BOUND
-        for k in range(y.size):
-            y[k] = ZERO if y[k] < ZERO else most if y[k] > most else y[k]
-    elif activation == LEAKY_RELU:
-        for k in range(y.size):
-            y[k] = y[k] if y[k] > ZERO else y[k] * slope
-    elif activation == HARDSWISH:
-        for k in range(y.size):
-            gate = y[k] + THREE
-            y[k] = y[k] * ((ZERO if gate < ZERO else SIX if gate > SIX else gate) / SIX)
-    else:
-        for k in range(y.size):
-            y[k] = (y[k] if activation == SILU else ONE) * _sigmoids(y[k], y.dtype.type)[0]
+def activate(activation: int, gradients: bool, dy: Array, z: Array, slope: Any) -> None:
+    """Replaces z by the activation of z, or by dy times its derivative.
 
-
-@loop
-def activate_gradient(activation: int, dy: Array, dz: Array, slope: Any) -> None:
-    """Replaces z by dz. At a kink the derivative is the left one. At a NaN dy passes, unless z is in the formula."""
-    if activation in (RELU, RELU6):
-        most = SIX if activation == RELU6 else NO_BOUND
-        for k in range(dy.size):
-            dz[k] = ZERO if dz[k] <= ZERO or dz[k] >= most else dy[k]
-    elif activation == LEAKY_RELU:
-        for k in range(dy.size):
-            dz[k] = dy[k] if dz[k] > ZERO else dy[k] * slope
-    elif activation == HARDSWISH:
-        for k in range(dy.size):
-            z = dz[k]
-            dz[k] = ZERO if z <= -THREE else dy[k] if z >= THREE else dy[k] * (z / THREE + HALF)  # NaN at NaN
-    elif activation == IDENTITY:
-        copy(dy, dz)
-    else:
-        for k in range(dy.size):
-            up, down = _sigmoids(dz[k], dz.dtype.type)
-            dz[k] = dy[k] * (up * (ONE + dz[k] * down if activation == SILU else down))
+    A NaN stays a NaN. At a kink the derivative is the left one. At a NaN dy passes, unless z is in the formula.
+    """
+    if activation in (Activation.RELU, Activation.RELU6):
+        most = SIX if activation == Activation.RELU6 else NO_BOUND
+        for k in range(z.size):
+            if gradients:
+                z[k] = ZERO if z[k] <= ZERO or z[k] >= most else dy[k]
+            else:
+                z[k] = ZERO if z[k] < ZERO else most if z[k] > most else z[k]
+    elif activation == Activation.LEAKY_RELU:
+        for k in range(z.size):
+            given = dy[k] if gradients else z[k]
+            z[k] = given if z[k] > ZERO else given * slope
+    elif activation == Activation.HARDSWISH:
+        for k in range(z.size):
+            if gradients:  # NaN at NaN
+                z[k] = ZERO if z[k] <= -THREE else dy[k] if z[k] >= THREE else dy[k] * (z[k] / THREE + HALF)
+            else:
+                gate = z[k] + THREE
+                z[k] = z[k] * ((ZERO if gate < ZERO else SIX if gate > SIX else gate) / SIX)
+    elif activation == Activation.SILU or activation == Activation.SIGMOID:
+        for k in range(z.size):
+            up, down = _sigmoids(z[k], z.dtype.type)
+            if gradients:
+                z[k] = dy[k] * (up * (ONE + z[k] * down if activation == Activation.SILU else down))
+            else:
+                z[k] = (z[k] if activation == Activation.SILU else ONE) * up
+    elif gradients:
+        copy(dy, z)
 
 
 @loop
@@ -233,6 +213,6 @@ def deactivate(activation: int, y: Array, residual: Array, z: Array, seen: Array
     """
     for k in range(y.size):
         z[k] = y[k]
-        seen[k] = y[k] / slope if activation == LEAKY_RELU and y[k] <= ZERO else y[k]
+        seen[k] = y[k] / slope if activation == Activation.LEAKY_RELU and y[k] <= ZERO else y[k]
     for k in range(residual.size):
         seen[k] -= residual[k]

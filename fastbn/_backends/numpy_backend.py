@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from .._moments import blend, save
+from .._moments import blend, save, save_parameters
 from ..call.activations import Activation
-from ..call.record import BackwardCall, Call
+from ..call.record import BackwardCall, Call, Options
 
 Array = np.ndarray[Any, Any]
 
@@ -76,74 +76,72 @@ def _sigmoid(z: Array) -> Array:
     return np.divide(result, e, out=result)
 
 
-def _activate(z: Array, activation: int, slope: float, y: Array) -> None:
-    """Fills y with the activation of z, and overwrites z."""
+def _pointwise(z: Array, options: Options, dy: Array | None = None) -> Array:
+    """The activation of z or, with dy, dy times its derivative at z, which at kinks is PyTorch's. Overwrites z.
+
+    Where z is NaN, the gradient is dy, unless the formula of the derivative contains z.
+    """
+    activation = options.activation
     if activation == Activation.RELU:
-        np.maximum(z, 0, out=z)
-    elif activation == Activation.RELU6:
-        np.clip(z, 0, 6, out=z)
-    elif activation == Activation.LEAKY_RELU:
-        np.multiply(z, slope, out=z, where=z <= 0)
-    elif activation == Activation.SILU:
-        z *= _sigmoid(z)
-    elif activation == Activation.HARDSWISH:
-        gate = z + 3
-        np.clip(gate, 0, 6, out=gate)
-        gate /= 6
-        z *= gate
-    elif activation == Activation.SIGMOID:
-        z = _sigmoid(z)
-    y[...] = z
+        return np.maximum(z, 0, out=z) if dy is None else _but(dy, z, z <= 0)
+    if activation == Activation.RELU6:
+        return np.clip(z, 0, 6, out=z) if dy is None else _but(dy, z, (z <= 0) | (z >= 6))
+    if activation == Activation.LEAKY_RELU:
+        if dy is None:
+            return np.multiply(z, options.slope, out=z, where=z <= 0)
+        return _but(dy, z, ~(z > 0), options.slope)  # NaN included
+    if activation == Activation.HARDSWISH:
+        if dy is None:
+            z *= np.clip(z + 3, 0, 6) / 6
+            return z
+        between = z / 3 + 0.5
+        np.copyto(between, 1, where=z >= 3)
+        between *= dy
+        return _but(between, z, z <= -3)
+    if activation == Activation.SILU:
+        return np.multiply(z, _sigmoid(z), out=z) if dy is None else _smooth_gradient(dy, z, times_z=True)
+    if activation == Activation.SIGMOID:
+        return _sigmoid(z) if dy is None else _smooth_gradient(dy, z, times_z=False)
+    return z
+
+
+def _but(dy: Array, z: Array, where: Array, slope: float | None = None) -> Array:
+    """Overwrites z with dy, and with 0, or dy * slope, at some positions."""
+    np.copyto(z, dy)
+    if slope is None:
+        np.copyto(z, 0, where=where)
+    else:
+        np.multiply(z, slope, out=z, where=where)
+    return z
 
 
 def _dz(call: BackwardCall) -> Array:
-    """The gradient of z: dy times the activation's derivative, which at kinks is PyTorch's.
-
-    Where z is NaN, it is dy, unless the formula of the derivative contains z.
-    """
-    dy, x, saved, activation = call.dy, call.x, call.saved, call.code
-    if activation == Activation.IDENTITY:
+    """The gradient of z. With from_y, x is y, which has the sign of z."""
+    dy, x, saved = call.dy, call.x, call.saved
+    if call.options.activation == Activation.IDENTITY:
         return dy.astype(np.float64)
-    # With from_y, x is y, which has the sign of z.
     z = x.astype(np.float64) if call.from_y else _preactivation(_centred(x, saved[0], saved[1]), call.residual, saved)
-    if activation in (Activation.SIGMOID, Activation.SILU):
-        dz = _smooth_derivative(z, activation)
-        dz *= dy
-        return dz
-    flat, derivative = z <= 0, None
-    if activation == Activation.RELU6:
-        flat |= z >= 6
-    elif activation == Activation.LEAKY_RELU:
-        flat = ~(z > 0)  # NaN included
-    elif activation == Activation.HARDSWISH:
-        flat, derivative = z <= -3, z / 3
-        derivative += 0.5
-        np.copyto(derivative, 1, where=z >= 3)
-    dz = z
-    np.copyto(dz, dy)
-    if derivative is not None:
-        dz *= derivative
-    if activation == Activation.LEAKY_RELU:
-        np.multiply(dz, call.slope, out=dz, where=flat)
-    else:
-        np.copyto(dz, 0, where=flat)
-    return dz
+    return _pointwise(z, call.options, dy)
 
 
-def _smooth_derivative(z: Array, activation: int) -> Array:
-    """s(1 - s) = e / (1 + e)^2, e = exp(-|z|), for the sigmoid s, and s + z s(1 - s) for the SiLU; overwrites z."""
+def _smooth_gradient(dy: Array, z: Array, *, times_z: bool) -> Array:
+    """Multiplies dy by s(1 - s) for the sigmoid s, and by s + z s(1 - s) for the SiLU; overwrites z.
+
+    s(1 - s) is e / (1 + e)^2, e = exp(-|z|).
+    """
     smaller: Array = np.abs(z)
     np.exp(np.negative(smaller, out=smaller), out=smaller)
     larger = smaller + 1
     np.divide(1, larger, out=larger)
     smaller *= larger  # one of the two is s, the other is 1 - s
-    if activation == Activation.SIGMOID:
-        smaller *= larger
-        return smaller
-    z *= smaller
-    z *= larger
-    np.copyto(larger, smaller, where=np.signbit(z))
-    larger += z
+    if times_z:
+        z *= smaller
+        z *= larger
+        np.copyto(larger, smaller, where=np.signbit(z))
+        larger += z
+    else:
+        larger *= smaller
+    larger *= dy
     return larger
 
 
@@ -155,8 +153,8 @@ def _xhat(call: BackwardCall) -> Array:
         xhat *= _column(saved[3])
         return xhat
     xhat = x.astype(np.float64)
-    if call.code == Activation.LEAKY_RELU:
-        np.divide(xhat, call.slope, out=xhat, where=x <= 0)
+    if call.options.activation == Activation.LEAKY_RELU:
+        np.divide(xhat, call.options.slope, out=xhat, where=x <= 0)
     if call.residual is not None:
         xhat -= call.residual
     xhat -= _column(saved[5])
@@ -168,11 +166,10 @@ def _normalize(call: Call, saved: Array, centred: Array | None = None) -> None:
     """Fills y and the last three rows of saved from its first three; overwrites `centred`."""
     std = np.sqrt(saved[2] + call.eps)
     saved[3] = np.divide(1, std, out=np.zeros_like(std), where=std != 0)
-    saved[4] = 1 if call.gamma is None else call.gamma
-    saved[5] = 0 if call.beta is None else call.beta
+    save_parameters(call, saved)
     if centred is None:
         centred = _centred(call.x, saved[0], saved[1])
-    _activate(_preactivation(centred, call.residual, saved), call.code, call.slope, call.y)
+    call.y[...] = _pointwise(_preactivation(centred, call.residual, saved), call.options)
 
 
 def forward(call: Call) -> None:

@@ -7,21 +7,37 @@ from typing import Any
 
 
 class Activation(IntEnum):
-    """The codes of `fbn_activation` in fastbn.h; a test compares the two lists."""
+    """The codes of `fbn_activation` in fastbn.h; a test compares the two lists.
+
+    An activation that takes a number has, beside its code, the number that its name alone means. ("leaky_relu", slope)
+    gives another. The number is called the slope, whatever it is.
+    """
 
     IDENTITY = 0
     RELU = 1
     RELU6 = 2
-    LEAKY_RELU = 3
+    LEAKY_RELU = 3, 0.01
     SILU = 4
     HARDSWISH = 5
     SIGMOID = 6
 
+    slope: float | None
 
-BY_NAME: dict[str | None, Activation] = {code.name.lower() if code else None: code for code in Activation}
+    def __new__(cls, code: int, slope: float | None = None) -> Activation:
+        self = int.__new__(cls, code)
+        self._value_, self.slope = code, slope
+        return self
 
-DEFAULT_SLOPES = {"leaky_relu": 0.01}
-"""The activations that have a slope, and the slope that the name alone means; ("leaky_relu", slope) gives another."""
+    @property
+    def public(self) -> str | None:
+        """The name that users give."""
+        return self.name.lower() if self else None
+
+
+BY_NAME = {code.public: code for code in Activation}
+
+DEFAULT_SLOPES: dict[str | None, float] = {name: code.slope for name, code in BY_NAME.items() if code.slope is not None}
+"""The activations that have a slope, and the slope that the name alone means."""
 
 
 def name_and_slope(activation: Any) -> tuple[str | None, float]:
@@ -31,4 +47,4 @@ def name_and_slope(activation: Any) -> tuple[str | None, float]:
 
 def as_given(name: str | None, slope: float) -> Any:
     """An activation as users give it, from its name and slope."""
-    return (name, slope) if name in DEFAULT_SLOPES else name
+    return name if slope == DEFAULT_SLOPES.get(name, slope) else (name, slope)

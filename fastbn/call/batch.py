@@ -79,19 +79,9 @@ def _new_saved(call: Call) -> Array:
 def parts_of(call: Call, *, frozen: bool = False, count: int | None = None) -> Parts:
     """The parts of the call that a cache keeps."""
     x, residual = views(call.y if call.in_place else call.x, call.residual)
-    return Parts(
-        x=x,
-        residual=residual,
-        saved=call.saved,
-        axis=call.axis,
-        frozen=frozen,
-        activation=call.activation,
-        has_gamma=call.gamma is not None,
-        has_beta=call.beta is not None,
-        mask=call.mask,
-        counted=count,
-        from_y=call.in_place,
-    )
+    has_gamma, has_beta = call.gamma is not None, call.beta is not None
+    parts = Parts(x, residual, call.saved, call.axis, frozen, call.options.given(), has_gamma, has_beta)
+    return parts._replace(mask=call.mask, counted=count, from_y=call.in_place)
 
 
 def views(x: Array, residual: Array | None) -> tuple[Array, Array | None]:
@@ -101,21 +91,9 @@ def views(x: Array, residual: Array | None) -> tuple[Array, Array | None]:
 
 def _call_of(dy: Array, parts: Parts, threads: int) -> BackwardCall:
     """The record of a gradient, from the parts of a cache, without arrays to fill."""
-    code, slope = checks.activation(parts.activation)
-    return BackwardCall(
-        dy=dy,
-        x=parts.x,
-        saved=parts.saved,
-        residual=parts.residual,
-        mask=parts.mask,
-        axis=parts.channel_axis,
-        code=code,
-        slope=slope,
-        counted=float(parts.total),
-        frozen=parts.frozen,
-        from_y=parts.from_y,
-        threads=threads,
-    )
+    options = parts.options.checked()
+    call = BackwardCall(dy, parts.x, parts.saved, parts.residual, parts.mask, parts.channel_axis, options)
+    return call._replace(counted=float(parts.total), frozen=parts.frozen, from_y=parts.from_y, threads=threads)
 
 
 def check_backward(dy: object, parts: Parts, out: object, threads: int) -> BackwardCall:
@@ -126,7 +104,7 @@ def check_backward(dy: object, parts: Parts, out: object, threads: int) -> Backw
     target = checks.out(out, x, inputs, may_be="dy")
     call = _call_of(gradient, parts, threads)
     dresidual = returned = None
-    if parts.residual is not None and call.code is not Activation.IDENTITY:
+    if parts.residual is not None and call.options.activation != Activation.IDENTITY:
         dresidual = returned = np.empty_like(x, dtype, subok=False)
     elif parts.residual is not None:
         overwritten = target is not None and checks.same_memory(target, gradient)

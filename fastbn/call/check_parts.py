@@ -10,8 +10,9 @@ import numpy as np
 
 from .._backends import SAVED_ROWS
 from .activations import Activation
-from .checks import _array, _refuse, activation, dtype, kind, number, shown
+from .checks import _array, _refuse, dtype, kind, number, shown
 from .dtypes import FLOAT32, FLOAT64, DType, find, kind_of, native
+from .record import Options
 from .shape import positions_of
 
 Array = np.ndarray[Any, Any]
@@ -145,7 +146,7 @@ def cache(parts: tuple[Any, ...]) -> None:
 
     Backends trust these arrays. No other check stands between them and a cache that was unpickled or tampered with.
     """
-    x, residual, saved, axis, frozen, activated, has_gamma, has_beta, mask, counted, from_y, virtual = parts
+    x, residual, saved, axis, frozen, options, has_gamma, has_beta, mask, counted, from_y, virtual = parts
     if type(x) is not np.ndarray or find(x.dtype) is None:
         _refuse_part(TypeError, "x", x, "an array of float16, bfloat16, float32 or float64")
     if x.ndim < 2:
@@ -158,7 +159,7 @@ def cache(parts: tuple[Any, ...]) -> None:
     for name, flag in (("frozen", frozen), ("has_gamma", has_gamma), ("has_beta", has_beta), ("from_y", from_y)):
         if type(flag) is not bool:
             _refuse_part(TypeError, name, flag, "True or False")
-    _activated(activated, from_y, x.dtype)
+    _options(options, from_y, x.dtype)
     _slices(virtual, len(x) if axis % x.ndim and not frozen else 0)
     positions, slices = positions_of(x.shape, axis % x.ndim), () if virtual is None else (-(-len(x) // virtual),)
     _fits("saved", saved, FLOAT64, (len(SAVED_ROWS), *slices, x.shape[axis]))
@@ -171,14 +172,17 @@ def cache(parts: tuple[Any, ...]) -> None:
 _BOOL = np.dtype(np.bool_)
 
 
-def _activated(value: object, from_y: bool, dtype: DType) -> None:
+def _options(value: object, from_y: bool, dtype: DType) -> None:
+    if type(value) is not Options:
+        _refuse_part(TypeError, "options", value, "Options")
     try:
-        code, slope = activation(value)
+        options = value.checked()
     except (TypeError, ValueError) as error:
-        _refuse(type(error), "cache", f"a cache with activation {shown(value)}", str(error).partition("allowed: ")[2])
-    leaky = code is Activation.LEAKY_RELU and slope >= kind_of(dtype).tiny
-    if from_y and not leaky and code is not Activation.IDENTITY:
-        given = f"a cache of a call in place with activation {shown(value)}"
+        given, _, allowed = str(error).replace(": got ", " ", 1).partition("; allowed: ")
+        _refuse(type(error), "cache", f"a cache with {given}", allowed)
+    leaky = options.activation == Activation.LEAKY_RELU and options.slope >= kind_of(dtype).tiny
+    if from_y and not leaky and options.activation != Activation.IDENTITY:
+        given = f"a cache of a call in place with activation {shown(value.activation)}"
         _refuse(ValueError, "cache", given, "None or leaky_relu with a slope > 0")
 
 

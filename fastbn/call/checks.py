@@ -170,7 +170,7 @@ def _statistic(name: str, value: object, channels: int, written: bool) -> Array:
 def running_apart(inputs: Mapping[str, Array | None]) -> None:
     """Checks that running statistics to update share no memory with each other or with another input."""
     for name in ("running_mean", "running_var"):
-        statistic = inputs[name]
+        statistic = inputs.get(name)
         for other, array in inputs.items():
             if statistic is None or name == other or not isinstance(array, np.ndarray):
                 continue
@@ -195,8 +195,9 @@ def overlap(a: Array, b: Array) -> bool:
 
 def same_memory(a: Array, b: Array) -> bool:
     """Whether a and b, which have the same shape, are the same elements in memory."""
-    places = (array.__array_interface__["data"][0] for array in (a, b))
-    return next(places) == next(places) and a.strides == b.strides and a.dtype == b.dtype
+    if a.size and not np.may_share_memory(a, b):  # which is found sooner than their addresses
+        return False
+    return a is b or (a.ctypes.data == b.ctypes.data and a.strides == b.strides and a.dtype == b.dtype)
 
 
 def out(value: object, x: Array, inputs: Mapping[str, Array | None], *, may_be: str | None = None) -> Array | None:
@@ -240,7 +241,7 @@ def _apart(may_be: str | None) -> str:
 
 def number(name: str, value: object, low: float, high: float) -> float:
     """A real number with low <= value <= high."""
-    if not isinstance(value, Real | np.floating) or isinstance(value, bool):
+    if type(value) is not float and (not isinstance(value, Real | np.floating) or isinstance(value, bool)):
         _refuse(TypeError, name, shown(value), "a real number")
     try:
         result = float(value)
@@ -340,7 +341,6 @@ def enough(x: Array, channel_axis: int, mask: Array | None, where: str = "") -> 
 def invertible(
     code: Activation,
     slope: float,
-    *,
     gamma: Array | None,
     beta: Array | None,
     residual: Array | None,
@@ -349,15 +349,10 @@ def invertible(
 ) -> None:
     """Checks that x can be computed from y, which replaces it if out is x."""
     kind = kind_of(dtype)
-    if code is Activation.LEAKY_RELU:
-        if slope < kind.tiny:
-            _refuse(
-                ValueError,
-                "activation",
-                f"leaky_relu's slope {slope:g} with out=x",
-                f"a slope >= {kind.tiny:.2g}{_FROM_Y}",
-            )
-    elif code is not Activation.IDENTITY:
+    if code is Activation.LEAKY_RELU and slope < kind.tiny:
+        allowed = f"a slope >= {kind.tiny:.2g}{_FROM_Y}"
+        _refuse(ValueError, "activation", f"leaky_relu's slope {slope:g} with out=x", allowed)
+    if code not in (Activation.LEAKY_RELU, Activation.IDENTITY):
         _refuse(ValueError, "activation", f"{code.name.lower()} with out=x", f"None or leaky_relu{_FROM_Y}")
     scale = np.ones(channels) if gamma is None else gamma
     least = math.sqrt(kind.eps) * np.maximum(1, np.zeros(channels) if beta is None else abs(beta))

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from . import checks
-from .activations import Activation
+from .activations import BY_NAME, Activation, as_given
 from .dtypes import FLOAT64, DType, kind_of, native, rounded
 from .shape import positions_of
 
@@ -20,12 +20,42 @@ Array = np.ndarray[Any, Any]
 
 READ = ("x", "residual", "dy")
 WRITTEN = ("y", "dx", "dresidual")
-CHANNELS = ("gamma", "beta", "running_mean", "running_var", "dgamma", "dbeta")
+RUNNING = ("running_mean", "running_var")
+CHANNELS = ("gamma", "beta", *RUNNING, "dgamma", "dbeta")
 ROWS = ("saved", "moments", "sums")
 """The arrays of a call by shape. Those READ and WRITTEN have x's shape, CHANNELS have (channels,), and ROWS, which are
 float64, have (rows, channels). Only the mask is not listed: it has x's shape without the channel axis."""
 
 _UNSET: Any = None
+
+
+class Options(NamedTuple):
+    """What a call and its gradient compute beside arrays: first as the caller gave it, then `checked`.
+
+    A cache keeps the options, and every backend gets them with each call, so that an option has its one place here.
+    """
+
+    activation: Any = None
+    """As the caller gave it; once checked, its code in `Activation`."""
+    slope: float = 0.0
+    """The activation's slope, which `checked` finds."""
+
+    def checked(self) -> Options:
+        """Valid options, in the form that backends take."""
+        code, slope = checks.activation(self.activation)
+        return self._replace(activation=int(code), slope=slope)
+
+    def given(self) -> Options:
+        """Checked options as a caller gives them, which is how a cache keeps them."""
+        activation = as_given(Activation(self.activation).public, self.slope)
+        options = self._replace(activation=activation, slope=0.0)
+        return USUAL[activation] if USUAL.get(activation) == options else options
+
+
+USUAL: dict[object, Options] = {name: Options(name) for name in BY_NAME}
+"""The options of the calls that the express lane takes, in which nothing but the activation's name is given."""
+
+IDENTITY = USUAL[None].checked()
 
 
 class Call(NamedTuple):
@@ -46,8 +76,7 @@ class Call(NamedTuple):
     eps: float = 0.0
     axis: int = 1
     mask: Array | None = None
-    activation: Any = None
-    """As the caller gave it."""
+    options: Options = IDENTITY
     residual: Array | None = None
     out: Any = None
     """The array that the caller gets."""
@@ -58,9 +87,6 @@ class Call(NamedTuple):
     """Whether y is x."""
     given: tuple[Array | None, Array | None] = (None, None)
     """The running statistics as the caller gave them."""
-    code: Activation = Activation.IDENTITY
-    slope: float = 0.0
-    """The slope of leaky_relu."""
     saved: Any = None
     """The rows of `fastbn._backends.SAVED_ROWS`, which a gradient needs; None in infer if there will be no gradient."""
     moments: Array = _UNSET
@@ -89,8 +115,7 @@ class BackwardCall(NamedTuple):
     residual: Array | None = None
     mask: Array | None = None
     axis: int = 1
-    code: Activation = Activation.IDENTITY
-    slope: float = 0.0
+    options: Options = IDENTITY
     counted: float = 0.0
     """The number of values per channel that the statistics come from."""
     frozen: bool = False
@@ -145,50 +170,38 @@ class Average(float):
 
 def check(call: Call, *, updates: bool, keeps: bool) -> Call:
     """Checks and completes a call. `updates`: running statistics will be written; `keeps`: backward will need x."""
-    momentum = call.momentum if isinstance(call.momentum, Average) else checks.momentum(call.momentum)
-    correction = checks.correction(call.correction)
     x = checks.data("x", call.x)
     axis = checks.axis(call.axis, x)
     channels = x.shape[axis]
-    code, slope = checks.activation(call.activation)
-    eps = checks.eps(call.eps)
-    gamma, beta = checks.parameter("gamma", call.gamma, channels), checks.parameter("beta", call.beta, channels)
-    given = checks.running(call.running_mean, call.running_var, channels, written=updates)
-    residual = None if call.residual is None else checks.like("residual", call.residual, x)
-    mask = checks.mask(call.mask, x, axis)
-    inputs = {"x": x, "residual": residual, "gamma": gamma, "beta": beta, "mask": mask}
-    inputs |= {"running_mean": given[0], "running_var": given[1]}
+    call = call._replace(
+        x=x,
+        axis=axis,
+        momentum=call.momentum if isinstance(call.momentum, Average) else checks.momentum(call.momentum),
+        correction=checks.correction(call.correction),
+        eps=checks.eps(call.eps),
+        options=call.options.checked(),
+        gamma=checks.parameter("gamma", call.gamma, channels),
+        beta=checks.parameter("beta", call.beta, channels),
+        given=checks.running(call.running_mean, call.running_var, channels, written=updates),
+        residual=None if call.residual is None else checks.like("residual", call.residual, x),
+        mask=checks.mask(call.mask, x, axis),
+    )
+    inputs = arrays_of(call, ("x", "residual", "gamma", "beta", "mask"))
+    inputs |= {name: array for name, array in zip(RUNNING, call.given, strict=True) if array is not None}
     out = checks.out(call.out, x, inputs, may_be="x")
     in_place = out is not None and checks.same_memory(out, x)
-    gamma, beta = parameters(gamma, beta, kind_of(x.dtype).statistics)
+    gamma, beta = parameters(call.gamma, call.beta, kind_of(x.dtype).statistics)
     if in_place and keeps:
-        checks.invertible(code, slope, gamma=gamma, beta=beta, residual=residual, channels=channels, dtype=x.dtype)
+        activation = Activation(call.options.activation)
+        checks.invertible(activation, call.options.slope, gamma, beta, call.residual, channels, x.dtype)
     if updates:
         checks.running_apart(inputs)
-    if mask is not None:
-        mask = np.broadcast_to(mask, positions_of(x.shape, axis))
     if out is None:
         out = np.empty_like(x, native(x.dtype), subok=False)
-    mean, var = _statistics(given[0], given[1])
-    return call._replace(
-        x=x,
-        gamma=gamma,
-        beta=beta,
-        running_mean=mean,
-        running_var=var,
-        momentum=momentum,
-        correction=correction,
-        eps=eps,
-        axis=axis,
-        mask=mask,
-        residual=residual,
-        out=out,
-        y=np.asarray(out),
-        in_place=in_place,
-        given=given,
-        code=code,
-        slope=slope,
-    )
+    mean, var = _statistics(call.given)
+    mask = None if call.mask is None else np.broadcast_to(call.mask, positions_of(x.shape, axis))
+    call = call._replace(gamma=gamma, beta=beta, running_mean=mean, running_var=var, mask=mask)
+    return call._replace(out=out, y=np.asarray(out), in_place=in_place)
 
 
 def contiguous(array: Array, dtype: DType) -> Array:
@@ -198,8 +211,9 @@ def contiguous(array: Array, dtype: DType) -> Array:
     return array.astype(dtype, order="C")
 
 
-def _statistics(mean: Array | None, var: Array | None) -> tuple[Array | None, Array | None]:
+def _statistics(given: tuple[Array | None, Array | None]) -> tuple[Array | None, Array | None]:
     """Running statistics in one dtype: the one they share, or else float64, which can hold the values of both."""
+    mean, var = given
     if mean is None or var is None:
         return None, None
     dtype = native(mean.dtype) if native(mean.dtype) == native(var.dtype) else FLOAT64

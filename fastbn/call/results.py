@@ -11,6 +11,7 @@ from .._moments import Moments
 from . import check_parts, checks
 from .dtypes import DType, kind_of
 from .pickles import packed, unpacked
+from .record import Options
 from .shape import positions_of
 
 Array = np.ndarray
@@ -24,7 +25,8 @@ class Parts(NamedTuple):
     saved: Array
     axis: int
     frozen: bool
-    activation: str | tuple[str, float] | None
+    options: Options
+    """As the caller gave them."""
     has_gamma: bool
     has_beta: bool
     mask: Array | None = None
@@ -115,7 +117,7 @@ class Cache:
     def __repr__(self) -> str:
         p = self._parts
         told = [f"x={_described(p.x)}", f"axis={p.axis}", f"count={self.count}"]
-        told += [f"activation={p.activation!r}"] * (p.activation is not None)
+        told += [f"activation={p.options.activation!r}"] * (p.options.activation is not None)
         told += [f"{name}={_described(a)}" for name, a in (("residual", p.residual), ("mask", p.mask)) if a is not None]
         told += ["training=False"] * p.frozen
         return f"Cache({', '.join(told)})"

@@ -23,9 +23,9 @@ from .tensors import (
     cast,
     check_saved,
     differentiate,
-    differentiate_plain,
     lacks_memory,
     normalize,
+    on_plain_tensors,
     place,
     place_of_gradient,
 )
@@ -68,10 +68,13 @@ class Normalization(torch.autograd.Function):
         wanted = ctx.needs_input_grad
         unrecorded = not (_is_grad_enabled() or watched(dy))
         if unrecorded:
-            quick = differentiate_plain(dy, x, residual, gamma, beta, saved, training, activation, wanted)
+            bridged = on_plain_tensors()
+            quick = bridged and bridged.differentiate(dy, x, residual, gamma, beta, saved, training, activation, wanted)
             if quick is None:
                 dy = arranged(dy, x)
-                quick = differentiate_plain(dy, x, residual, gamma, beta, saved, training, activation, wanted)
+                quick = bridged and bridged.differentiate(
+                    dy, x, residual, gamma, beta, saved, training, activation, wanted
+                )
             if quick is not None:
                 return quick
         where = place_of_gradient(dy, x, residual) if unrecorded else None
@@ -149,19 +152,8 @@ def operator(
     """Returns the result and `saved` of `normalize`: with batch statistics if mean is None, else with those given."""
     training = mean is None
     where = place(x, residual, gamma, beta, mean, var, x.shape[1], training)
-    y, saved = normalize(
-        _checked_place(where, x, residual, gamma, beta, mean, var),
-        x=x,
-        residual=residual,
-        gamma=gamma,
-        beta=beta,
-        mean=mean,
-        var=var,
-        training=training,
-        momentum=0.0,
-        eps=eps,
-        activation=as_given(activation, slope),
-    )
+    where, given = _checked_place(where, x, residual, gamma, beta, mean, var), as_given(activation, slope)
+    y, saved = normalize(where, x, residual, gamma, beta, mean, var, training, 0.0, eps, given)
     return y, torch.from_numpy(saved)
 
 

@@ -23,7 +23,8 @@ def activated(y: Tensor, activation: Activation) -> Tensor:
     name, slope = name_and_slope(activation)
     if name is None:
         return y
-    return getattr(torch.nn.functional, name)(y, *[slope] * (name in DEFAULT_SLOPES))
+    function = getattr(torch.nn.functional, name)
+    return function(y, slope) if name in DEFAULT_SLOPES else function(y)
 
 
 def _activation_gradient(dy: Tensor, z: Tensor, activation: Activation) -> Tensor:
@@ -32,19 +33,14 @@ def _activation_gradient(dy: Tensor, z: Tensor, activation: Activation) -> Tenso
     Where torch's vector code and scalar code differ at NaN, the gradient is dy for relu6 (not 0) and NaN for hardswish
     (not dy), so that no NaN is lost.
     """
-    name, slope = name_and_slope(activation)
-    if name == "relu":
-        return torch.where(z <= 0, 0, dy)
-    if name == "relu6":
+    if activation == "relu6":
         return torch.where((z <= 0) | (z >= 6), 0, dy)
-    if name == "leaky_relu":
-        return torch.where(z > 0, dy, slope * dy)
-    if name == "hardswish":
+    if activation == "hardswish":
         return torch.where(z <= -3, 0, torch.where(z >= 3, dy, dy * (z / 3 + 0.5)))
-    if name in ("sigmoid", "silu"):
+    if activation in ("sigmoid", "silu"):  # torch's 1 - sigmoid(z) loses digits
         high, low = torch.sigmoid(z), torch.sigmoid(-z)
-        return dy * (high * low if name == "sigmoid" else high + z * high * low)
-    return dy
+        return dy * (high * low if activation == "sigmoid" else high + z * high * low)
+    return torch.func.vjp(lambda z: activated(z, activation), z)[1](dy)[0]
 
 
 def gradients(

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from .._backends import get_num_threads, select
+from ..call.record import USUAL, Options
 from ..call.results import Cache, Parts
 from ..config.thread_count import use_num_threads
 from ..ops import Activation, backward, backward_sums, forward, infer
@@ -280,8 +281,9 @@ def normalize(
 
     In training, mean and var are updated. mean, var, gamma and beta may have any dtype. `where` is the tensors' place.
     """
-    if _tensors is not None and select(None) is bridge:
-        found: tuple[Tensor, Any] | None = _tensors.normalize(where, x, momentum, eps, activation, training, keeps)
+    bridged = on_plain_tensors()
+    if bridged is not None:
+        found: tuple[Tensor, Any] | None = bridged.normalize(where, x, momentum, eps, activation, training, keeps)
         if found is not None:
             return found
     y = _empty_like(x)
@@ -313,23 +315,9 @@ def normalize(
     return y, saved
 
 
-def differentiate_plain(
-    dy: Tensor,
-    x: Tensor,
-    residual: Tensor | None,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    saved: Array,
-    training: bool,
-    activation: Activation,
-    wanted: Sequence[bool],
-) -> tuple[Tensor | None, ...] | None:
-    """The result of Normalization.backward for plain tensors, by the bridge; None for other tensors."""
-    if _tensors is None or select(None) is not bridge:
-        return None
-    found: tuple[Tensor | None, ...] | None
-    found = _tensors.differentiate(dy, x, residual, gamma, beta, saved, training, activation, wanted)
-    return found
+def on_plain_tensors() -> Any:
+    """The bridge's functions for plain tensors, or None if they are missing, or another backend is in use."""
+    return _tensors if _tensors is not None and select(None) is bridge else None
 
 
 def _per_channel(x: Tensor) -> Tensor:
@@ -372,7 +360,8 @@ def differentiate(
                     dresidual = dy if for_residual else None
                 return dx if for_x else None, dresidual, dgamma, dbeta
     axis, (dy_, x_, residual_, dx_) = _channels_together(x, dy, x, residual, dx)
-    cache = Cache(Parts(x_, residual_, saved, axis, not training, activation, for_gamma, for_beta))
+    options = USUAL.get(activation, Options(activation))
+    cache = Cache(Parts(x_, residual_, saved, axis, not training, options, for_gamma, for_beta))
     found: Any
     with use_num_threads(_threads()):
         if dx is None:

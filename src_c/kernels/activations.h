@@ -32,49 +32,42 @@ FBN_INLINE vec NAME(sigmoid_derivative)(vec z, int times_z) {
     return vwhere_less(z, zero, below, above);
 }
 
-/* Not inlined: a call costs little compared with its work, and the loops need not be compiled for each activation. */
-FBN_APART vec NAME(other)(vec z, real slope, int activation) {
+/* Each activation: its value at z or, if `derives`, dy times its derivative. */
+FBN_INLINE vec NAME(pointwise)(vec z, vec dy, real slope, int activation, int derives) {
+    const vec zero = vset(0), given = derives ? dy : z;
     switch (activation) {
+    case FBN_RELU:
+        return derives ? vkeep_if_positive(z, dy) : vrelu(z);
     case FBN_RELU6:
+        if (derives) return vkeep_if_positive(z, vkeep_if_positive(vsub(vset(6), z), dy)); /* dy where z is NaN */
         return vmin(vset(6), vrelu(z));
     case FBN_LEAKY_RELU:
-        return vwhere_less(vset(0), z, z, vmul(z, vset(slope)));
+        return vwhere_less(zero, z, given, vmul(given, vset(slope)));
     case FBN_SILU:
+        return derives ? vmul(dy, NAME(sigmoid_derivative)(z, 1)) : NAME(sigmoid)(z, 1);
     case FBN_SIGMOID:
-        return NAME(sigmoid)(z, activation == FBN_SILU);
+        return derives ? vmul(dy, NAME(sigmoid_derivative)(z, 0)) : NAME(sigmoid)(z, 0);
     case FBN_HARDSWISH:
-        return vmul(z, vdiv(vmin(vset(6), vrelu(vadd(z, vset(3)))), vset(6)));
-    default:
-        return z;
-    }
-}
-
-FBN_APART vec NAME(other_gradient)(vec dy, vec z, real slope, int activation) {
-    const vec zero = vset(0);
-    switch (activation) {
-    case FBN_RELU6:
-        return vkeep_if_positive(z, vkeep_if_positive(vsub(vset(6), z), dy)); /* dy where z is NaN */
-    case FBN_LEAKY_RELU:
-        return vwhere_less(zero, z, dy, vmul(dy, vset(slope)));
-    case FBN_SILU:
-    case FBN_SIGMOID:
-        return vmul(dy, NAME(sigmoid_derivative)(z, activation == FBN_SILU));
-    case FBN_HARDSWISH: {
+        if (!derives) return vmul(z, vdiv(vmin(vset(6), vrelu(vadd(z, vset(3)))), vset(6)));
         const vec between = vmul(dy, vfma(z, vset((real)(1.0 / 3)), vset((real)0.5)));
         const vec below = vwhere_less(vset(-3), z, between, zero);
         return vwhere_less(z, vset(3), below, vmul(dy, vmin(vset(1), z))); /* NaN where z is NaN */
-    }
     default:
-        return dy;
+        return given;
     }
+}
+
+/* Not inlined: a call costs little compared with its work, and the loops need not be compiled for each activation. */
+FBN_APART vec NAME(other)(vec z, real slope, int activation) { return NAME(pointwise)(z, z, slope, activation, 0); }
+FBN_APART vec NAME(other_gradient)(vec dy, vec z, real slope, int activation) {
+    return NAME(pointwise)(z, dy, slope, activation, 1);
 }
 
 FBN_INLINE vec NAME(activate)(vec z, real slope, int activation) {
     const int which = activation & FBN_WHICH;
     if (which == FBN_IDENTITY) return z;
-    if (which == FBN_RELU) return vrelu(z);
-    if (activation == FBN_SILU) return NAME(sigmoid)(z, 1);
-    if (activation == FBN_SIGMOID) return NAME(sigmoid)(z, 0);
+    if (which == FBN_RELU) return NAME(pointwise)(z, z, 0, FBN_RELU, 0);
+    if (activation == FBN_SILU || activation == FBN_SIGMOID) return NAME(pointwise)(z, z, 0, activation, 0);
     return NAME(other)(z, slope, which);
 }
 
@@ -82,9 +75,8 @@ FBN_INLINE vec NAME(activate)(vec z, real slope, int activation) {
 FBN_INLINE vec NAME(activation_gradient)(vec dy, vec z, real slope, int activation) {
     const int which = activation & FBN_WHICH;
     if (which == FBN_IDENTITY) return dy;
-    if (which == FBN_RELU) return vkeep_if_positive(z, dy);
-    if (activation == FBN_SILU) return vmul(dy, NAME(sigmoid_derivative)(z, 1));
-    if (activation == FBN_SIGMOID) return vmul(dy, NAME(sigmoid_derivative)(z, 0));
+    if (which == FBN_RELU) return NAME(pointwise)(z, dy, 0, FBN_RELU, 1);
+    if (activation == FBN_SILU || activation == FBN_SIGMOID) return NAME(pointwise)(z, dy, 0, activation, 1);
     return NAME(other_gradient)(dy, z, slope, which);
 }
 

@@ -17,6 +17,7 @@ numba = pytest.importorskip("numba", reason='Numba is not installed: pip install
 
 from fastbn._backends import SAVED_ROWS, numba_backend  # noqa: E402
 from fastbn.call import record  # noqa: E402
+from fastbn.call.record import Options  # noqa: E402
 
 Array = np.ndarray[Any, Any]
 LONG = np.longdouble
@@ -226,7 +227,7 @@ def forward(
     numba_backend.forward(record.Call(
         x=c.x, residual=c.residual if residual else None, mask=mask, gamma=c.gamma, beta=c.beta,
         running_mean=got.running_mean, running_var=got.running_var, momentum=0.1, correction=1, eps=eps,
-        code=activation, slope=slope, y=got.y, saved=got.saved, threads=threads,
+        options=Options(activation, slope), y=got.y, saved=got.saved, threads=threads,
     ))  # fmt: skip
     return got
 
@@ -239,7 +240,7 @@ def infer(
     verb = numba_backend.apply if mean is None else numba_backend.infer
     verb(record.Call(
         x=c.x, residual=c.residual if residual else None, gamma=c.gamma, beta=c.beta, running_mean=mean,
-        running_var=var, eps=EPS, code=activation, slope=slope, y=y, saved=saved, threads=threads,
+        running_var=var, eps=EPS, options=Options(activation, slope), y=y, saved=saved, threads=threads,
     ))  # fmt: skip
     return y
 
@@ -255,7 +256,7 @@ def backward(
     count = c.x.size / c.x.shape[1] if mask is None else mask.sum()
     numba_backend.backward(record.BackwardCall(
         dy=c.dy if dy is None else dy, x=c.x if from_y is None else from_y, residual=c.residual if residual else None,
-        mask=mask, saved=saved, counted=float(count), frozen=frozen, sums=sums, code=activation, slope=slope,
+        mask=mask, saved=saved, counted=float(count), frozen=frozen, sums=sums, options=Options(activation, slope),
         from_y=from_y is not None, dx=got["dx"], dresidual=got.get("dresidual"), dgamma=got["dgamma"],
         dbeta=got["dbeta"], threads=threads,
     ))  # fmt: skip
@@ -364,7 +365,9 @@ def test_sums(activation: str, shape: tuple[int, int, int], dtype: str) -> None:
     saved = forward(c, activation_, slope, residual=True).saved
     sums = np.empty((2, shape[1]))
     numba_backend.backward_sums(
-        record.BackwardCall(dy=c.dy, x=c.x, residual=c.residual, saved=saved, code=activation_, slope=slope, sums=sums)
+        record.BackwardCall(
+            dy=c.dy, x=c.x, residual=c.residual, saved=saved, options=Options(activation_, slope), sums=sums
+        )
     )
     alone = backward(c, saved, activation_, slope, residual=True)
     given = backward(c, saved, activation_, slope, residual=True, sums=sums)
@@ -387,7 +390,9 @@ def test_parts_of_a_batch(dtype: str) -> None:
     for part in parts:
         y.append(infer(part, None, None, saved, SILU))
         some = np.empty((2, 20))
-        numba_backend.backward_sums(record.BackwardCall(dy=part.dy, x=part.x, saved=saved, code=SILU, sums=some))
+        numba_backend.backward_sums(
+            record.BackwardCall(dy=part.dy, x=part.x, saved=saved, options=Options(SILU), sums=some)
+        )
         sums += some
     cases.assert_same_bits(np.concatenate(y), whole.y)
     wanted = backward(c, whole.saved, SILU)
@@ -395,8 +400,8 @@ def test_parts_of_a_batch(dtype: str) -> None:
     for part in parts:
         dx, dgamma, dbeta = np.empty_like(part.x), np.empty_like(c.gamma), np.empty_like(c.beta)
         numba_backend.backward(record.BackwardCall(
-            dy=part.dy, x=part.x, saved=saved, counted=30.0 * 60, sums=sums, code=SILU, dx=dx, dgamma=dgamma,
-            dbeta=dbeta,
+            dy=part.dy, x=part.x, saved=saved, counted=30.0 * 60, sums=sums, options=Options(SILU), dx=dx,
+            dgamma=dgamma, dbeta=dbeta,
         ))  # fmt: skip
         got.append(dx)
     np.testing.assert_allclose(np.concatenate(got), wanted["dx"], rtol=1e-4, atol=16 * np.finfo(dtype).eps)
@@ -419,8 +424,8 @@ def test_from_y(activation: str, residual: bool, shape: tuple[int, int, int], dt
     got = backward(c, saved, activation_, slope, residual, from_y=y, dy=dy)
     sums = np.empty((2, shape[1]))
     numba_backend.backward_sums(record.BackwardCall(
-        dy=dy, x=y, residual=c.residual if residual else None, saved=saved, code=activation_, slope=slope, from_y=True,
-        sums=sums,
+        dy=dy, x=y, residual=c.residual if residual else None, saved=saved, options=Options(activation_, slope),
+        from_y=True, sums=sums,
     ))  # fmt: skip
     cases.assert_same_bits(got["dgamma"], sums[1].astype(dtype))
     parts = abs(exact.z) + abs(column(c.beta)) + (abs(c.residual) if residual else 0)
@@ -443,8 +448,8 @@ def test_in_place(shape: tuple[int, int, int], dtype: str) -> None:
     wanted = forward(c, SILU, residual=True).y
     y = c.x.copy()
     numba_backend.forward(record.Call(
-        x=y, residual=c.residual, gamma=c.gamma, beta=c.beta, momentum=0.1, correction=1, eps=EPS, code=SILU, y=y,
-        saved=np.empty((6, shape[1])),
+        x=y, residual=c.residual, gamma=c.gamma, beta=c.beta, momentum=0.1, correction=1, eps=EPS,
+        options=Options(SILU), y=y, saved=np.empty((6, shape[1])),
     ))  # fmt: skip
     cases.assert_same_bits(y, wanted)
 
@@ -481,10 +486,10 @@ def through(activation: int, slope: float, z: Array) -> tuple[Array, Array]:
     one, zero = np.ones(1), np.zeros(1)
     y, dz, saved = np.empty_like(z), np.empty_like(z), np.empty((6, 1))
     numba_backend.infer(
-        record.Call(x=z, running_mean=zero, running_var=one, code=activation, slope=slope, y=y, saved=saved)
+        record.Call(x=z, running_mean=zero, running_var=one, options=Options(activation, slope), y=y, saved=saved)
     )
     numba_backend.backward(record.BackwardCall(
-        dy=np.ones_like(z), x=z, saved=saved, counted=1.0, frozen=True, code=activation, slope=slope, dx=dz,
+        dy=np.ones_like(z), x=z, saved=saved, counted=1.0, frozen=True, options=Options(activation, slope), dx=dz,
     ))  # fmt: skip
     return y.ravel(), dz.ravel()
 
@@ -527,7 +532,9 @@ def everything(c: Call, threads: int) -> tuple[Array, ...]:
     y, saved, *running = forward(c, SILU, residual=True, mask=c.mask, threads=threads)
     into, sums = np.empty((3, c.x.shape[1])), np.empty((2, c.x.shape[1]))
     numba_backend.moments(record.Call(x=c.x, moments=into, threads=threads))
-    numba_backend.backward_sums(record.BackwardCall(dy=c.dy, x=c.x, saved=saved, code=RELU, sums=sums, threads=threads))
+    numba_backend.backward_sums(
+        record.BackwardCall(dy=c.dy, x=c.x, saved=saved, options=Options(RELU), sums=sums, threads=threads)
+    )
     gradients = backward(c, saved, SILU, residual=True, mask=c.mask, threads=threads)
     inverted = backward(c, saved, IDENTITY, from_y=c.x, threads=threads)
     inferred = infer(c, saved[0], saved[2], None, RELU, threads=threads)
@@ -552,7 +559,8 @@ def test_places_in_memory_do_not_change_a_bit(shape: tuple[int, int, int], dtype
     for skip in (3, 16, 19):
         out = y[skip : skip + c.x.size].reshape(shape)
         numba_backend.infer(record.Call(
-            x=c.x, gamma=c.gamma, beta=c.beta, running_mean=c.beta, running_var=abs(c.gamma), eps=EPS, code=RELU, y=out,
+            x=c.x, gamma=c.gamma, beta=c.beta, running_mean=c.beta, running_var=abs(c.gamma), eps=EPS,
+            options=Options(RELU), y=out,
         ))  # fmt: skip
         cases.assert_same_bits(out.copy(), infer(c, c.beta, abs(c.gamma), None, RELU))
         assert (y[:skip] == 7).all()
@@ -648,15 +656,15 @@ def test_describe() -> None:
 START = """
 import os, threading
 import numpy as np
-from fastbn.call.record import BackwardCall, Call
+from fastbn.call.record import BackwardCall, Call, Options
 from fastbn._backends import numba_backend
 x = np.random.default_rng(0).standard_normal((600, 1000, 1)).astype(np.float32)
 x.flags.writeable = False
 
 def run(threads):
     y, dx, saved = np.empty_like(x), np.empty_like(x), np.empty((6, 1000))
-    numba_backend.forward(Call(x, eps=1e-5, code=1, y=y, saved=saved, threads=threads))
-    numba_backend.backward(BackwardCall(x, x, saved, code=1, counted=600.0, dx=dx, threads=threads))
+    numba_backend.forward(Call(x, eps=1e-5, options=Options(1), y=y, saved=saved, threads=threads))
+    numba_backend.backward(BackwardCall(x, x, saved, options=Options(1), counted=600.0, dx=dx, threads=threads))
     return y.tobytes() + dx.tobytes()
 
 wanted = run(1)

@@ -12,6 +12,7 @@ import oracle
 import pytest
 
 import fastbn
+from fastbn.call.record import USUAL, Options
 
 Array = np.ndarray[Any, Any]
 
@@ -242,3 +243,14 @@ def test_no_channels(backend: str, tmp_path: Path) -> None:
     """Empty results; in a process of its own, since a division by zero would end it."""
     done = cases.run_python(NO_CHANNELS.replace("BACKEND", backend), tmp_path)
     assert (done.returncode, done.stdout.strip()) == (0, "done"), done.stderr
+
+
+@pytest.mark.parametrize("given", [*USUAL, ("leaky_relu", 0.3), ("leaky_relu", 0.01)])
+def test_options_of_a_cache(given: Any) -> None:
+    """They are as the caller gave them. Usual ones are those that the express lane knows, by either way."""
+    x = np.linspace(-1, 1, 12, dtype=np.float32).reshape(4, 3)
+    for mask in (None, np.ones(4, bool)):
+        options = fastbn.forward(x, activation=given, mask=mask).cache._parts.options
+        assert options.checked() == Options(given).checked()
+        if given in USUAL:
+            assert options is USUAL[given]

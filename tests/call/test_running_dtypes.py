@@ -13,7 +13,7 @@ import pytest
 import fastbn
 from fastbn._moments import blend
 from fastbn.call.dtypes import rounded
-from fastbn.call.record import BackwardCall, Call
+from fastbn.call.record import BackwardCall, Call, Options
 
 Array = np.ndarray[Any, Any]
 LONG = np.longdouble
@@ -87,7 +87,16 @@ def test_forward_and_infer(backend: Any, names: tuple[str, str], shape: tuple[in
     found = []
     for given in ((mean, var), (mean.astype(np.float64), var.astype(np.float64))):
         backend.infer(
-            Call(x=c.x, gamma=c.gamma, beta=c.beta, running_mean=given[0], running_var=given[1], eps=1e-5, code=1, y=y)
+            Call(
+                x=c.x,
+                gamma=c.gamma,
+                beta=c.beta,
+                running_mean=given[0],
+                running_var=given[1],
+                eps=1e-5,
+                options=Options(1),
+                y=y,
+            )
         )
         found.append(y.copy())
     cases.assert_same_bits(*found)
@@ -104,8 +113,8 @@ def test_dx_may_be_dy(backend: Any, shape: tuple[int, int, int], masked: bool, f
     saved, y = np.empty((6, shape[1])), np.empty_like(c.x)
     for activation in range(7):
         backend.forward(Call(
-            x=c.x, mask=mask, gamma=c.gamma, beta=c.beta, momentum=0.1, correction=1, eps=1e-5, code=activation,
-            slope=0.1, y=y, saved=saved,
+            x=c.x, mask=mask, gamma=c.gamma, beta=c.beta, momentum=0.1, correction=1, eps=1e-5,
+            options=Options(activation, 0.1), y=y, saved=saved,
         ))  # fmt: skip
         found = []
         for dy, dx in ((c.dy, np.empty_like(c.dy)), (c.dy.copy(), None)):
@@ -114,7 +123,7 @@ def test_dx_may_be_dy(backend: Any, shape: tuple[int, int, int], masked: bool, f
             dgamma, dbeta = np.empty(shape[1], dtype), np.empty(shape[1], dtype)
             backend.backward(BackwardCall(
                 dy=dy, x=c.x, residual=c.residual, mask=mask, saved=saved, counted=count, frozen=frozen,
-                code=activation, slope=0.1, dx=out, dresidual=dresidual, dgamma=dgamma, dbeta=dbeta,
+                options=Options(activation, 0.1), dx=out, dresidual=dresidual, dgamma=dgamma, dbeta=dbeta,
             ))  # fmt: skip
             found.append((out, dresidual, dgamma, dbeta))
         cases.assert_same_bits(*found, f"activation {activation}")

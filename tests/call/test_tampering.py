@@ -15,6 +15,7 @@ from test_checks import assert_refused, masked, read_only, zeros
 import fastbn
 from fastbn.call.checks import shown
 from fastbn.call.pickles import FORMAT
+from fastbn.call.record import Options
 from fastbn.call.results import Parts
 
 Array = np.ndarray[Any, Any]
@@ -80,10 +81,13 @@ ONE = (  # of a cache of one batch; the words are what was found, and what is al
     Bad("from_y", [], TypeError, ("from_y", "list", "True or False")),
     Bad("from_y", zeros(3, "f8"), TypeError, ("from_y", "float64", "True or False")),
     Bad("from_y", True, ValueError, ("in place", "'silu'", "leaky_relu")),
-    Bad("activation", "tanh", ValueError, ("activation", "'tanh'", "'relu'")),
-    Bad("activation", 5, TypeError, ("activation", "5", "'relu'")),
-    Bad("activation", ["silu"], TypeError, ("activation", "['silu']", "'relu'")),
-    Bad("activation", ("leaky_relu", None), TypeError, ("activation", "number")),
+    Bad("options", Options("tanh"), ValueError, ("activation", "'tanh'", "'relu'")),
+    Bad("options", Options(5), TypeError, ("activation", "5", "'relu'")),
+    Bad("options", Options(["silu"]), TypeError, ("activation", "['silu']", "'relu'")),
+    Bad("options", Options(("leaky_relu", None)), TypeError, ("activation", "number")),
+    Bad("options", None, TypeError, ("options", "None", "Options")),
+    Bad("options", "silu", TypeError, ("options", "'silu'", "Options")),
+    Bad("options", ("silu", 0.0), TypeError, ("options", "tuple", "Options")),
     Bad("mask", np.ones((6, 5), bool), ValueError, ("mask", "(6, 5)", "(6, 4)")),
     Bad("mask", np.ones(SHAPE, bool), ValueError, ("mask", "(6, 5, 4)", "(6, 4)")),
     Bad("mask", np.ones((6, 4), np.uint8), TypeError, ("mask", "uint8", "bool")),
@@ -140,7 +144,7 @@ def test_a_cache_that_was_tampered_with(any_backend: cases.Kernel, verb: str, ba
 def test_a_plain_cache_that_was_tampered_with(any_backend: cases.Kernel, bad: Bad) -> None:
     """Without a residual, with a dy that fits: nothing but the cache is wrong."""
     x = np.ones_like(bad.value) if bad.field == "x" and isinstance(bad.value, np.ndarray) else zeros(SHAPE)
-    cache = fastbn.Cache(Parts(zeros(SHAPE), None, np.ones((6, 5)), 1, False, "silu", True, True))
+    cache = fastbn.Cache(Parts(zeros(SHAPE), None, np.ones((6, 5)), 1, False, Options("silu"), True, True))
     dy = np.array(x, np.float32)
     cache._parts = cache._parts._replace(**{bad.field: bad.value})
     error, words = (bad.error, bad.words) if bad.words[0] != "residual" else (ValueError, ("saved", "(6, 9)"))
@@ -149,7 +153,7 @@ def test_a_plain_cache_that_was_tampered_with(any_backend: cases.Kernel, bad: Ba
 
 def test_no_virtual_batches(any_backend: cases.Kernel) -> None:
     x = zeros((0, 5))
-    parts = Parts(x, None, np.ones((6, 0, 5)), 1, False, None, True, True, None, 7, virtual=2)
+    parts = Parts(x, None, np.ones((6, 0, 5)), 1, False, Options(), True, True, None, 7, virtual=2)
     arguments = {"dy": x, "cache": fastbn.Cache(parts)}
     assert_refused(fastbn.backward, arguments, ValueError, "cache", "virtual_batch_size", "2")
 
@@ -157,7 +161,7 @@ def test_no_virtual_batches(any_backend: cases.Kernel) -> None:
 def test_one_value_and_none(any_backend: cases.Kernel) -> None:
     """Statistics of fewer than two values come from nowhere; with given moments, or frozen, they may."""
     for shape, found in (((1, 5), "1"), ((0, 5), "0"), ((4, 5, 0), "0")):
-        parts = Parts(zeros(shape), None, np.ones((6, 5)), 1, False, None, True, True)
+        parts = Parts(zeros(shape), None, np.ones((6, 5)), 1, False, Options(), True, True)
         for call in (fastbn.backward, fastbn.backward_sums):
             arguments = {"dy": zeros(shape), "cache": fastbn.Cache(parts)}
             assert_refused(call, arguments, ValueError, "cache", "count", found, "2 or more")

@@ -370,25 +370,6 @@ def test_structs_for_cython() -> None:
     assert members <= set(re.findall(r"\bFBN_\w+", pxd))
 
 
-@in_checkout
-def test_stub_of_the_bridge() -> None:
-    """bridge.pyi names what bridge.pyx has for Python."""
-    folder = cases.CHECKOUT / "fastbn/_backends/c"
-    names = {
-        suffix: set(
-            re.findall(r"^def (\w+)", (folder / f"bridge.{suffix}").read_text(encoding="utf-8"), flags=re.MULTILINE)
-        )
-        for suffix in ("pyx", "pyi")
-    }
-    for included in re.findall(
-        r'^include "([^"]+)"', (folder / "bridge.pyx").read_text(encoding="utf-8"), flags=re.MULTILINE
-    ):
-        names["pyx"] |= set(
-            re.findall(r"^def (\w+)", (folder / included).read_text(encoding="utf-8"), flags=re.MULTILINE)
-        )
-    assert names["pyi"] == names["pyx"]
-
-
 def test_backends() -> None:
     assert tuple(importlib.import_module("fastbn._backends")._MODULES) == environment.BACKENDS
 

@@ -13,7 +13,7 @@ cimport numpy as cnp
 
 from fastbn cimport cfastbn as c
 
-from fastbn.call.activations import BY_NAME, name_and_slope
+from fastbn.call.record import USUAL, Options
 
 cdef extern from "Python.h":
     long PyLong_AsLongAndOverflow(object value, int *overflow)
@@ -46,63 +46,59 @@ cdef enum:
     SMALL = 16384  # workspaces up to this size live on the stack
     NO_MEMORY = -1  # a status beside those of fastbn.h
 
+ctypedef fused Map:
+    c.fbn_forward_args
+    c.fbn_infer_args
+    c.fbn_apply_args
 
-cdef inline void *workspace_for(const c.fbn_problem *p, char *small) noexcept nogil:
-    """`small`, SMALL bytes on the stack, if that is enough; otherwise memory that `release` frees, or NULL.
+ctypedef fused Gradient:
+    c.fbn_sums_args
+    c.fbn_backward_args
 
-    An invalid problem needs no bytes. It gets `small`, so that the verb is called and says what is wrong.
+ctypedef fused Arguments:
+    c.fbn_forward_args
+    c.fbn_infer_args
+    c.fbn_apply_args
+    c.fbn_moments_args
+    c.fbn_sums_args
+    c.fbn_backward_args
+
+
+cdef int status_of(const c.fbn_problem *p, Arguments *args) noexcept nogil:
+    """Runs the verb that takes these arguments. Returns its status, or NO_MEMORY.
+
+    An invalid problem needs no bytes of workspace; the verb then says what is wrong.
     """
+    cdef char small[SMALL]
     cdef size_t size = c.fbn_workspace_bytes(p)
-    return small if size <= SMALL else malloc(size)
-
-
-cdef inline int release(void *workspace, char *small, int status) noexcept nogil:
-    """Frees a workspace that is not `small`, and returns the status of the verb that used it."""
+    cdef void *workspace = small if size <= SMALL else malloc(size)
+    cdef int status
+    args.size = sizeof(args[0])
+    if workspace == NULL:
+        return NO_MEMORY
+    if Arguments is c.fbn_forward_args:
+        status = c.fbn_forward(p, args, workspace)
+    elif Arguments is c.fbn_infer_args:
+        status = c.fbn_infer(p, args, workspace)
+    elif Arguments is c.fbn_apply_args:
+        status = c.fbn_apply(p, args, workspace)
+    elif Arguments is c.fbn_moments_args:
+        status = c.fbn_moments(p, args, workspace)
+    elif Arguments is c.fbn_sums_args:
+        status = c.fbn_backward_sums(p, args, workspace)
+    else:
+        status = c.fbn_backward(p, args, workspace)
     if workspace != small:
         free(workspace)
     return status
 
 
-cdef int call_forward(const c.fbn_problem *p, c.fbn_forward_args *args) noexcept nogil:
-    cdef char small[SMALL]
-    cdef void *workspace = workspace_for(p, small)
-    args.size = sizeof(c.fbn_forward_args)
-    return release(workspace, small, NO_MEMORY if workspace == NULL else c.fbn_forward(p, args, workspace))
-
-
-cdef int call_infer(const c.fbn_problem *p, c.fbn_infer_args *args) noexcept nogil:
-    cdef char small[SMALL]
-    cdef void *workspace = workspace_for(p, small)
-    args.size = sizeof(c.fbn_infer_args)
-    return release(workspace, small, NO_MEMORY if workspace == NULL else c.fbn_infer(p, args, workspace))
-
-
-cdef int call_apply(const c.fbn_problem *p, c.fbn_apply_args *args) noexcept nogil:
-    cdef char small[SMALL]
-    cdef void *workspace = workspace_for(p, small)
-    args.size = sizeof(c.fbn_apply_args)
-    return release(workspace, small, NO_MEMORY if workspace == NULL else c.fbn_apply(p, args, workspace))
-
-
-cdef int call_moments(const c.fbn_problem *p, c.fbn_moments_args *args) noexcept nogil:
-    cdef char small[SMALL]
-    cdef void *workspace = workspace_for(p, small)
-    args.size = sizeof(c.fbn_moments_args)
-    return release(workspace, small, NO_MEMORY if workspace == NULL else c.fbn_moments(p, args, workspace))
-
-
-cdef int call_backward_sums(const c.fbn_problem *p, c.fbn_sums_args *args) noexcept nogil:
-    cdef char small[SMALL]
-    cdef void *workspace = workspace_for(p, small)
-    args.size = sizeof(c.fbn_sums_args)
-    return release(workspace, small, NO_MEMORY if workspace == NULL else c.fbn_backward_sums(p, args, workspace))
-
-
-cdef int call_backward(const c.fbn_problem *p, c.fbn_backward_args *args) noexcept nogil:
-    cdef char small[SMALL]
-    cdef void *workspace = workspace_for(p, small)
-    args.size = sizeof(c.fbn_backward_args)
-    return release(workspace, small, NO_MEMORY if workspace == NULL else c.fbn_backward(p, args, workspace))
+cdef int run(const c.fbn_problem *p, Arguments *args) except -1:
+    """Runs the verb that takes these arguments, without the GIL."""
+    cdef int status
+    with nogil:
+        status = status_of(p, args)
+    return expect(status)
 
 
 cdef inline int expect(int status) except -1:
@@ -178,6 +174,12 @@ cdef struct Sizes:
     int64_t channels
 
 
+cdef int set_options(c.fbn_problem *p, object options) except -1:
+    """Sets what the problem has of `Options` (fastbn/call/record.py) that were checked."""
+    p.activation, p.slope = <c.fbn_activation> <int> options.activation, options.slope
+    return 0
+
+
 cdef Sizes set_problem_of(c.fbn_problem *p, object call) except *:
     """Fills the problem of a call, whose x must have three dimensions."""
     cdef Sizes sizes
@@ -187,7 +189,7 @@ cdef Sizes set_problem_of(c.fbn_problem *p, object call) except *:
         raise ValueError(f"x: got {given}; allowed: (outer, channels, inner)")
     p.machine = &machine
     p.dtype = dtype_of(x)
-    p.activation, p.slope = <c.fbn_activation> <int> call.code, call.slope
+    set_options(p, call.options)
     p.outer, p.channels, p.inner = cnp.PyArray_DIM(x, 0), cnp.PyArray_DIM(x, 1), cnp.PyArray_DIM(x, 2)
     p.threads = call.threads
     sizes.data = cnp.PyArray_TYPE(x)
@@ -207,12 +209,6 @@ cdef c.fbn_dtype set_pair(cnp.ndarray first, cnp.ndarray second, Sizes sizes, vo
     return dtype_of(first if first is not None else second)
 
 
-cdef c.fbn_parameters parameters_of(object call, Sizes sizes) except *:
-    cdef c.fbn_parameters found
-    found.dtype = set_pair(call.gamma, call.beta, sizes, <void **> &found.gamma, <void **> &found.beta)
-    return found
-
-
 cdef double *rows_of(cnp.ndarray rows, int count, Sizes sizes) except? NULL:
     if rows is not None and (cnp.PyArray_NDIM(rows) != 2 or cnp.PyArray_DIM(rows, 0) != count):
         raise ValueError(f"rows: got shape {(<object> rows).shape}; allowed: ({count}, channels)")
@@ -222,95 +218,82 @@ cdef double *rows_of(cnp.ndarray rows, int count, Sizes sizes) except? NULL:
 # ---- the protocol of fastbn._backends ----
 
 
+cdef Sizes take_map(c.fbn_problem *p, Map *a, object call) except *:
+    """Fills what all verbs that fill y have in common."""
+    cdef Sizes sizes = set_problem_of(p, call)
+    a.x, a.residual = data_of(call.x, sizes.data, sizes.values), data_of(call.residual, sizes.data, sizes.values)
+    a.parameters.dtype = set_pair(
+        call.gamma, call.beta, sizes, <void **> &a.parameters.gamma, <void **> &a.parameters.beta
+    )
+    a.eps = call.eps
+    a.y, a.saved = data_of(call.y, sizes.data, sizes.values), rows_of(call.saved, c.FBN_SAVED_ROWS, sizes)
+    return sizes
+
+
+cdef Sizes take_gradient(c.fbn_problem *p, Gradient *a, object call) except *:
+    """Fills what a gradient and its sums have in common."""
+    cdef Sizes sizes = set_problem_of(p, call)
+    a.dy, a.x = data_of(call.dy, sizes.data, sizes.values), data_of(call.x, sizes.data, sizes.values)
+    a.residual = data_of(call.residual, sizes.data, sizes.values)
+    a.mask = <unsigned char *> data_of(call.mask, cnp.NPY_BOOL, sizes.positions)
+    a.saved, a.sums = rows_of(call.saved, c.FBN_SAVED_ROWS, sizes), rows_of(call.sums, 2, sizes)
+    a.from_y = call.from_y
+    return sizes
+
+
 def forward(call):
     cdef c.fbn_problem p = NO_PROBLEM
     cdef c.fbn_forward_args a = NO_FORWARD
-    cdef Sizes sizes = set_problem_of(&p, call)
-    cdef int status
-    a.x, a.residual = data_of(call.x, sizes.data, sizes.values), data_of(call.residual, sizes.data, sizes.values)
+    cdef Sizes sizes = take_map(&p, &a, call)
     a.mask = <unsigned char *> data_of(call.mask, cnp.NPY_BOOL, sizes.positions)
-    a.parameters, a.eps = parameters_of(call, sizes), call.eps
     a.running.dtype = set_pair(call.running_mean, call.running_var, sizes, &a.running.mean, &a.running.var)
     a.running.momentum, a.running.correction = call.momentum, call.correction
-    a.y, a.saved = data_of(call.y, sizes.data, sizes.values), rows_of(call.saved, c.FBN_SAVED_ROWS, sizes)
-    with nogil:
-        status = call_forward(&p, &a)
-    expect(status)
+    run(&p, &a)
 
 
 def infer(call):
     cdef c.fbn_problem p = NO_PROBLEM
     cdef c.fbn_infer_args a = NO_INFER
-    cdef Sizes sizes = set_problem_of(&p, call)
-    cdef int status
-    a.x, a.residual = data_of(call.x, sizes.data, sizes.values), data_of(call.residual, sizes.data, sizes.values)
-    a.parameters, a.eps = parameters_of(call, sizes), call.eps
+    cdef Sizes sizes = take_map(&p, &a, call)
     a.statistics.dtype = set_pair(
         call.running_mean, call.running_var, sizes, <void **> &a.statistics.mean, <void **> &a.statistics.var
     )
-    a.y, a.saved = data_of(call.y, sizes.data, sizes.values), rows_of(call.saved, c.FBN_SAVED_ROWS, sizes)
-    with nogil:
-        status = call_infer(&p, &a)
-    expect(status)
+    run(&p, &a)
 
 
 def apply(call):
     cdef c.fbn_problem p = NO_PROBLEM
     cdef c.fbn_apply_args a = NO_APPLY
-    cdef Sizes sizes = set_problem_of(&p, call)
-    cdef int status
-    a.x, a.residual = data_of(call.x, sizes.data, sizes.values), data_of(call.residual, sizes.data, sizes.values)
-    a.parameters, a.eps = parameters_of(call, sizes), call.eps
-    a.y, a.saved = data_of(call.y, sizes.data, sizes.values), rows_of(call.saved, c.FBN_SAVED_ROWS, sizes)
-    with nogil:
-        status = call_apply(&p, &a)
-    expect(status)
+    take_map(&p, &a, call)
+    run(&p, &a)
 
 
 def moments(call):
     cdef c.fbn_problem p = NO_PROBLEM
     cdef c.fbn_moments_args a = NO_MOMENTS
     cdef Sizes sizes = set_problem_of(&p, call)
-    cdef int status
     a.x = data_of(call.x, sizes.data, sizes.values)
     a.mask = <unsigned char *> data_of(call.mask, cnp.NPY_BOOL, sizes.positions)
     a.moments = rows_of(call.moments, 3, sizes)
-    with nogil:
-        status = call_moments(&p, &a)
-    expect(status)
+    run(&p, &a)
 
 
 def backward_sums(call):
     cdef c.fbn_problem p = NO_PROBLEM
     cdef c.fbn_sums_args a = NO_SUMS
-    cdef Sizes sizes = set_problem_of(&p, call)
-    cdef int status
-    a.dy, a.x = data_of(call.dy, sizes.data, sizes.values), data_of(call.x, sizes.data, sizes.values)
-    a.residual = data_of(call.residual, sizes.data, sizes.values)
-    a.mask = <unsigned char *> data_of(call.mask, cnp.NPY_BOOL, sizes.positions)
-    a.saved, a.from_y = rows_of(call.saved, c.FBN_SAVED_ROWS, sizes), call.from_y
-    a.sums = rows_of(call.sums, 2, sizes)
-    with nogil:
-        status = call_backward_sums(&p, &a)
-    expect(status)
+    take_gradient(&p, &a, call)
+    run(&p, &a)
 
 
 def backward(call):
     cdef c.fbn_problem p = NO_PROBLEM
     cdef c.fbn_backward_args a = NO_BACKWARD
-    cdef Sizes sizes = set_problem_of(&p, call)
-    cdef int status
-    a.dy, a.x = data_of(call.dy, sizes.data, sizes.values), data_of(call.x, sizes.data, sizes.values)
-    a.residual = data_of(call.residual, sizes.data, sizes.values)
-    a.mask = <unsigned char *> data_of(call.mask, cnp.NPY_BOOL, sizes.positions)
-    a.saved, a.sums = rows_of(call.saved, c.FBN_SAVED_ROWS, sizes), rows_of(call.sums, 2, sizes)
-    a.count, a.frozen, a.from_y = call.counted, call.frozen, call.from_y
+    cdef Sizes sizes = take_gradient(&p, &a, call)
+    a.count, a.frozen = call.counted, call.frozen
     a.dx, a.dresidual = data_of(call.dx, sizes.data, sizes.values), data_of(call.dresidual, sizes.data, sizes.values)
     a.dgamma = data_of(call.dgamma, sizes.statistics, sizes.channels)
     a.dbeta = data_of(call.dbeta, sizes.statistics, sizes.channels)
-    with nogil:
-        status = call_backward(&p, &a)
-    expect(status)
+    run(&p, &a)
 
 
 # ---- this processor ----

@@ -9,8 +9,10 @@
 cdef enum:
     MOST_AXES = 64  # that a NumPy array may have
 
-# The codes and the default slopes of activations, by name.
-cdef dict ACTIVATIONS = {name: (int(code), name_and_slope(name)[1]) for name, code in BY_NAME.items()}
+# What usual options are, and the codes and the default slopes of activations, by name.
+cdef object OPTIONS = Options
+cdef dict KNOWN = USUAL
+cdef dict ACTIVATIONS = {name: tuple(options.checked()) for name, options in USUAL.items()}
 
 
 cdef int set_activation(c.fbn_problem *p, object activation) except -1:
@@ -20,6 +22,15 @@ cdef int set_activation(c.fbn_problem *p, object activation) except -1:
         return False
     p.activation, p.slope = <c.fbn_activation> <int> known[0], <double> known[1]
     return True
+
+
+cdef object usual_activation(object options):
+    """The activation's name in options that are one of USUAL; for others, something that `set_activation` refuses."""
+    if type(options) is OPTIONS:
+        activation = (<tuple> options)[0]
+        if (activation is None or type(activation) is str) and KNOWN.get(activation) is options:
+            return activation
+    return NotImplemented
 
 
 cdef void set_sizes(c.fbn_problem *p, const cnp.npy_intp *shape, int ndim, int axis) noexcept:
@@ -264,8 +275,6 @@ def express_infer(
 ):
     """Returns y, or None if the call is not plain."""
     cdef Call call = NO_CALL
-    cdef c.fbn_infer_args a = NO_INFER
-    cdef int status
     if not take(&call, x, gamma, beta, mean, var, eps, axis, activation, residual, out, threads):
         return None
     if not call.statistics or not (call.y == call.x or call.y == NULL or apart(call.y, call.bytes, call.x, call.bytes)):
@@ -273,26 +282,24 @@ def express_infer(
     if out is None:
         out = empty_like(x)
         call.y = cnp.PyArray_DATA(<cnp.ndarray> out)
-    fill_infer(&a, &call)
-    with nogil:
-        status = call_infer(&call.problem, &a)
-    expect(status)
+    normalize(&call, False, 0, 0, None)
     return out
 
 
-cdef void fill_infer(c.fbn_infer_args *a, const Call *call) noexcept nogil:
-    a.x, a.residual, a.parameters, a.eps = call.x, call.residual, call.parameters, call.eps
-    a.statistics.mean, a.statistics.var, a.statistics.dtype = call.mean, call.var, call.parameters.dtype
-    a.y = call.y
-
-
-cdef void fill_forward(
-    c.fbn_forward_args *a, const Call *call, double momentum, double correction, double *saved
-) noexcept nogil:
-    a.x, a.residual = call.x, call.residual
-    a.parameters, a.eps, a.y, a.saved = call.parameters, call.eps, call.y, saved
-    a.running.mean, a.running.var, a.running.dtype = call.mean, call.var, call.parameters.dtype
-    a.running.momentum, a.running.correction = momentum, correction
+cdef int normalize(const Call *call, bint training, double momentum, double correction, cnp.ndarray saved) except -1:
+    """Runs a call. saved may be None where training is False."""
+    cdef c.fbn_forward_args a = NO_FORWARD
+    cdef c.fbn_infer_args b = NO_INFER
+    cdef double *rows = NULL if saved is None else <double *> cnp.PyArray_DATA(saved)
+    if training:
+        a.x, a.residual, a.parameters, a.eps = call.x, call.residual, call.parameters, call.eps
+        a.running.mean, a.running.var, a.running.dtype = call.mean, call.var, call.parameters.dtype
+        a.running.momentum, a.running.correction, a.y, a.saved = momentum, correction, call.y, rows
+        return run(&call.problem, &a)
+    b.x, b.residual, b.parameters, b.eps = call.x, call.residual, call.parameters, call.eps
+    b.statistics.mean, b.statistics.var, b.statistics.dtype = call.mean, call.var, call.parameters.dtype
+    b.y, b.saved = call.y, rows
+    return run(&call.problem, &b)
 
 
 def express_forward(
@@ -301,10 +308,7 @@ def express_forward(
 ):
     """Returns (y, saved), or None if the call is not plain."""
     cdef Call call = NO_CALL
-    cdef c.fbn_forward_args a = NO_FORWARD
-    cdef c.fbn_infer_args b = NO_INFER
     cdef cnp.ndarray saved
-    cdef int status
     if not take(&call, x, gamma, beta, mean, var, eps, axis, activation, residual, out, threads):
         return None
     if not is_number(momentum, 0, 1) or not (may_update(&call, mean, var) if training else call.statistics):
@@ -317,16 +321,7 @@ def express_forward(
         out = empty_like(x)
         call.y = cnp.PyArray_DATA(<cnp.ndarray> out)
     saved = empty(c.FBN_SAVED_ROWS, call.problem.channels, cnp.NPY_FLOAT64)
-    if training:
-        fill_forward(&a, &call, PyFloat_AS_DOUBLE(momentum), <long> correction, <double *> cnp.PyArray_DATA(saved))
-        with nogil:
-            status = call_forward(&call.problem, &a)
-    else:
-        fill_infer(&b, &call)
-        b.saved = <double *> cnp.PyArray_DATA(saved)
-        with nogil:
-            status = call_infer(&call.problem, &b)
-    expect(status)
+    normalize(&call, training, PyFloat_AS_DOUBLE(momentum), <long> correction, saved)
     return out, saved
 
 
@@ -350,7 +345,7 @@ cdef bint is_saved(object value, int64_t channels) noexcept:
 
 
 def express_backward(
-    object dy, object x, object residual, object saved, object axis, object frozen, object activation,
+    object dy, object x, object residual, object saved, object axis, object frozen, object options,
     object has_gamma, object has_beta, object out, object threads,
 ):
     """Returns (dx, dgamma, dbeta, dresidual), or None if the call is not plain."""
@@ -359,8 +354,10 @@ def express_backward(
     cdef void *dy_ = NULL
     cdef void *residual_ = NULL
     cdef int64_t bytes
-    cdef int statistics, status
-    if not set_problem(&p, x, axis, activation, threads) or dy is None or not is_saved(saved, p.channels):
+    cdef int statistics
+    if not set_problem(&p, x, axis, usual_activation(options), threads) or dy is None:
+        return None
+    if not is_saved(saved, p.channels):
         return None
     if type(frozen) is not bool or type(has_gamma) is not bool or type(has_beta) is not bool:
         return None
@@ -392,9 +389,12 @@ def express_backward(
         dbeta = empty(0, p.channels, statistics)
     a.dgamma = NULL if dgamma is None else cnp.PyArray_DATA(<cnp.ndarray> dgamma)
     a.dbeta = NULL if dbeta is None else cnp.PyArray_DATA(<cnp.ndarray> dbeta)
-    a.saved = <double *> cnp.PyArray_DATA(<cnp.ndarray> saved)
-    a.count, a.frozen = <double> p.outer * <double> p.inner, frozen
-    with nogil:
-        status = call_backward(&p, &a)
-    expect(status)
+    differentiate(&p, &a, saved, frozen)
     return out, dgamma, dbeta, dresidual
+
+
+cdef int differentiate(const c.fbn_problem *p, c.fbn_backward_args *a, cnp.ndarray saved, bint frozen) except -1:
+    """Runs a gradient without a mask."""
+    a.saved, a.frozen = <double *> cnp.PyArray_DATA(saved), frozen
+    a.count = <double> p.outer * <double> p.inner
+    return run(p, a)

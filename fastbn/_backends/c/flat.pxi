@@ -35,7 +35,7 @@ cdef int64_t flat_infer(
     a.x, a.residual, a.parameters, a.eps = <void *> x, <void *> residual, flat_parameters(&p, gamma, beta), eps
     a.statistics.mean, a.statistics.var, a.statistics.dtype = <void *> mean, <void *> var, a.parameters.dtype
     a.y, a.saved = <void *> y, <double *> saved
-    return call_infer(&p, &a)
+    return status_of(&p, &a)
 
 
 cdef int64_t flat_forward(
@@ -50,7 +50,7 @@ cdef int64_t flat_forward(
     a.running.mean, a.running.var, a.running.dtype = <void *> mean, <void *> var, a.parameters.dtype
     a.running.momentum, a.running.correction = momentum, 1
     a.y, a.saved = <void *> y, <double *> saved
-    return call_forward(&p, &a)
+    return status_of(&p, &a)
 
 
 cdef int64_t flat_backward(
@@ -63,7 +63,7 @@ cdef int64_t flat_backward(
     a.dy, a.x, a.residual, a.saved = <void *> dy, <void *> x, <void *> residual, <double *> saved
     a.count, a.frozen = <double> outer * <double> inner, frozen != 0
     a.dx, a.dresidual, a.dgamma, a.dbeta = <void *> dx, <void *> dresidual, <void *> dgamma, <void *> dbeta
-    return call_backward(&p, &a)
+    return status_of(&p, &a)
 
 
 def flat():

@@ -43,10 +43,7 @@ def forward_at(
     others one value per channel in the statistics dtype. momentum is from 0 to 1. threads() gives the threads to use.
     """
     cdef Call call = NO_CALL
-    cdef c.fbn_forward_args a = NO_FORWARD
-    cdef c.fbn_infer_args b = NO_INFER
     cdef cnp.ndarray saved = None
-    cdef int status
     if not set_memory_problem(&call.problem, number, shape, axis, activation, threads) or not (0 <= eps < 1e300):
         return None
     if not are_aligned(addresses, y, 2, call.problem.dtype):
@@ -62,16 +59,7 @@ def forward_at(
         return None
     if training or keeps:
         saved = empty(c.FBN_SAVED_ROWS, call.problem.channels, cnp.NPY_FLOAT64)
-    if training:
-        fill_forward(&a, &call, momentum, 1, <double *> cnp.PyArray_DATA(saved))
-        with nogil:
-            status = call_forward(&call.problem, &a)
-    else:
-        fill_infer(&b, &call)
-        b.saved = NULL if saved is None else <double *> cnp.PyArray_DATA(saved)
-        with nogil:
-            status = call_infer(&call.problem, &b)
-    expect(status)
+    normalize(&call, training, momentum, 1, saved)
     return True if saved is None else saved
 
 
@@ -85,7 +73,6 @@ def backward_at(
     """
     cdef c.fbn_problem p = NO_PROBLEM
     cdef c.fbn_backward_args a = NO_BACKWARD
-    cdef int status
     if not set_memory_problem(&p, number, shape, axis, activation, threads) or not is_saved(saved, p.channels):
         return None
     if not frozen and p.outer * p.inner < 2 or not are_aligned(addresses, dx | dresidual, 3, p.dtype):
@@ -93,11 +80,7 @@ def backward_at(
     a.dy, a.x = <void *> <size_t> addresses[0], <void *> <size_t> addresses[1]
     a.residual = <void *> <size_t> addresses[2]
     a.dx, a.dresidual, a.dgamma, a.dbeta = <void *> dx, <void *> dresidual, <void *> dgamma, <void *> dbeta
-    a.saved = <double *> cnp.PyArray_DATA(<cnp.ndarray> saved)
-    a.count, a.frozen = <double> p.outer * <double> p.inner, frozen
-    with nogil:
-        status = call_backward(&p, &a)
-    expect(status)
+    differentiate(&p, &a, saved, frozen)
     return True
 
 

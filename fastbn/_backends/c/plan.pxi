@@ -14,7 +14,7 @@ cdef class Plan:
 
     def __cinit__(
         self, cnp.ndarray gamma, cnp.ndarray beta, cnp.ndarray mean not None, cnp.ndarray var not None, double eps,
-        int axis, int activation, double slope, object threads,
+        int axis, object options, object threads,
     ):
         """Takes the parameters of `infer`. The axis may be negative. threads() gives the number of threads to use."""
         cdef c.fbn_plan_args a = NO_PLAN
@@ -24,7 +24,7 @@ cdef class Plan:
         self.machine = machine
         self.axis, self.threads = axis, threads
         self.problem.machine = &self.machine
-        self.problem.activation, self.problem.slope = <c.fbn_activation> activation, slope
+        set_options(&self.problem, options)
         self.problem.channels = sizes.channels
         a.size, a.eps = sizeof(a), eps
         a.parameters.dtype = set_pair(gamma, beta, sizes, <void **> &a.parameters.gamma, <void **> &a.parameters.beta)
