@@ -15,16 +15,23 @@ SRC_C = cases.CHECKOUT / "src_c"
 pytestmark = pytest.mark.skipif(not SRC_C.is_dir(), reason="src_c is not beside the tests: no checkout")
 
 
+INTS = ("rows", "columns", "joins", "threads", "by_channels", "shares_channels", "large")
+MAPS, REDUCES, MASKED = range(3)
+
+
 class Split(ct.Structure):
     """fbn_split of split.h."""
 
     _fields_ = tuple(
-        (name, ct.c_int if name in ("rows", "threads", "by_channels", "shares_channels", "large") else ct.c_int64)
+        (name, ct.c_int if name in INTS else ct.c_int64)
         for name in [
             "outer",
             "channels",
             "inner",
             "rows",
+            "columns",
+            "joins",
+            "repeat",
             "elem",
             "real",
             "cut",
@@ -33,11 +40,17 @@ class Split(ct.Structure):
             "segment",
             "segments",
             "padded",
+            "joined",
             "block",
+            "panel",
             "threads",
             "by_channels",
             "shares_channels",
             "large",
+            "streams",
+            "row_streams",
+            "turn",
+            "ahead",
         ]
     )
 
@@ -76,10 +89,18 @@ def split_c(tmp_path_factory: pytest.TempPathFactory) -> ct.CDLL:
     return loaded
 
 
-def split_of(split_c: ct.CDLL, shape: tuple[int, int, int], threads: int, core: int, arrays: int = 1) -> Any:
-    machine = c_api.Machine(None, core, 8 << 20)
+def split_of(
+    split_c: ct.CDLL,
+    shape: tuple[int, int, int],
+    threads: int,
+    core: int,
+    arrays: int = 1,
+    kind: int = REDUCES,
+    habits: Any = (),
+) -> Any:
+    machine = c_api.Machine(None, core, 8 << 20, c_api.Habits(*habits))
     problem = c_api.Problem(ct.pointer(machine), 0, 0, 0.0, *shape, threads)
-    return split_c.fbn_split_of(ct.byref(problem), arrays)
+    return split_c.fbn_split_of(ct.byref(problem), arrays, kind)
 
 
 def tiles(split_c: ct.CDLL, split: Any, mask: np.ndarray[Any, Any] | None = None) -> Iterator[Any]:
@@ -106,13 +127,14 @@ SHAPES = [
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_sums_are_cut_by_the_shape_alone(split_c: ct.CDLL, shape: tuple[int, int, int]) -> None:
-    """Their order must not depend on threads and caches."""
+    """Their order must not depend on threads, caches and habits."""
     cuts = {
-        (s.cut, s.cuts, s.units, s.segment, s.segments)
+        (s.cut, s.cuts, s.units, s.segment, s.segments, s.columns, s.repeat)
         for threads in (1, 2, 7, 1024)
         for core in (-1, 0, 1 << 16, 1 << 20, 1 << 40)
         for arrays in (1, 2, 3)
-        for s in [split_of(split_c, shape, threads, core, arrays)]
+        for habits in ((), (1, 1, 1, 1, 1, 1), (-5,) * 6, (8, 8, 1 << 40, -1, -1, 1 << 40))
+        for s in [split_of(split_c, shape, threads, core, arrays, habits=habits)]
     }
     assert len(cuts) == 1
 
@@ -124,16 +146,17 @@ def test_blocks(split_c: ct.CDLL, shape: tuple[int, int, int], threads: int) -> 
     split, values = split_of(split_c, shape, threads, 1 << 20), int(np.prod(shape))
     assert 1 <= split.threads <= max(1, min(threads, values // 32768))
     assert 1 <= split.block <= shape[1]
-    if not split.rows and split.block > 1:
+    assert 1 <= split.panel <= max(split.block, 4096 // 4 // shape[2])
+    if not split.rows and split.block > split.panel:
         assert split.block * values // shape[1] * 4 <= 1 << 20
     assert split.segment * split.segments >= split.units
     assert split.padded >= shape[1] + 16
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("masked", [False, True])
-def test_tiles_cover_each_value_once(split_c: ct.CDLL, shape: tuple[int, int, int], masked: bool) -> None:
-    split = split_of(split_c, shape, 1, 1 << 20)
+@pytest.mark.parametrize(("kind", "masked"), [(MAPS, False), (REDUCES, False), (MASKED, True)])
+def test_tiles_cover_each_value_once(split_c: ct.CDLL, shape: tuple[int, int, int], kind: int, masked: bool) -> None:
+    split = split_of(split_c, shape, 1, 1 << 20, kind=kind)
     outer, channels, inner = shape
     if outer * channels * inner > 700_000:
         pytest.skip("counted on smaller shapes")
@@ -142,8 +165,8 @@ def test_tiles_cover_each_value_once(split_c: ct.CDLL, shape: tuple[int, int, in
     for tile in tiles(split_c, split, mask):
         for c in (0, channels - 1) if channels > 1 else (0,):
             start = split_c.fbn_start(ct.byref(split), tile.unit, c) + tile.start
-            if split.rows:
-                where = start + np.arange(tile.rows) * channels
+            if split.columns:
+                where = (start + np.arange(tile.rows)[:, None] * channels * inner + np.arange(inner)).ravel()
             else:
                 where = (start + np.arange(tile.images)[:, None] * tile.apart + np.arange(tile.inner)).ravel()
             seen[where] += 1
