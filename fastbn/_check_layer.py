@@ -98,7 +98,7 @@ def _array_of(name: str, flag: str) -> Callable[[Any, object], Array | None]:
         allowed = f"a NumPy array of shape {shape} and any float dtype"
         if value is None and not getattr(layer, flag):
             return None
-        if not isinstance(value, np.ndarray):
+        if not isinstance(value, np.ndarray) and not checks.exports(value):
             allowed += f", since {flag} is True" if value is None else "" if getattr(layer, flag) else ", or None"
             _refuse(TypeError, name, kind(value), allowed)
         array = _array(name, value)
@@ -112,7 +112,7 @@ def _array_of(name: str, flag: str) -> Callable[[Any, object], Array | None]:
             held = getattr(layer, other, None)
             if held is not None and other != name and checks.overlap(array, held):
                 _refuse(ValueError, name, f"memory shared with {other}", "an array of its own")
-        return value
+        return value if isinstance(value, np.ndarray) else array
 
     return check
 

@@ -92,6 +92,11 @@ def forward(
 
     Notes
     -----
+    Any array may also be a PyTorch tensor, or another object with `__dlpack__`, in the CPU's memory. That memory is
+    used, not copied; running statistics are updated in it. What is returned are NumPy arrays, but `out` itself where
+    that is given. A tensor that requires a gradient is refused, as that would be lost: pass x.detach(), or use
+    fastbn.torch. Tensors of bfloat16 need ml_dtypes: pip install "fastbn[bfloat16]".
+
     For finite float32 input, the error of y is at most 2 ulp of max(1, |xhat|) times |gamma| plus 1 ulp of |y|, at any
     offset, with every backend and layout. Sums are kept in float64, so those of the largest float32 do not overflow,
     and denormal numbers count like others; the squares of float64 overflow beyond 1e154. A constant channel gives beta
