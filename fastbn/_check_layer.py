@@ -41,6 +41,16 @@ def plan_input(value: object, mean: Array, channel_axis: int) -> None:
         _refuse(TypeError, "x", f"dtype {x.dtype}", f"one whose statistics dtype is the plan's, {mean.dtype}")
 
 
+MOST_BATCHES = 2**63 - 1
+"""The largest num_batches_tracked, which is an int64 in a state."""
+
+
+def too_many_batches() -> NoReturn:
+    """Refuses a batch beyond MOST_BATCHES."""
+    given = f"{MOST_BATCHES} before another batch"
+    _refuse(ValueError, "num_batches_tracked", given, "an integer below 2**63 - 1 (reset_parameters() sets it to 0)")
+
+
 def planned(mean: Array | None, var: Array | None, statistics: DType) -> tuple[Array, Array]:
     """The running statistics of a layer in the dtype that plans take, without rounding them."""
     if mean is None or var is None:

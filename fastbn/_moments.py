@@ -224,8 +224,9 @@ class Moments(_Summed):
         check_parts.summed("moments", other._check(), self._check().channels, self.dtype, "the other's")
         if not self._count or not other._count:
             return self if self._count else other
+        count = checks.natural("count", self._count + other._count)
         rows = merged(self._rows, self._count, other._rows, other._count)
-        return self._of(self._count + other._count, rows, self._dtype)
+        return self._of(count, rows, self._dtype)
 
     def __repr__(self) -> str:
         return f"Moments(count={self._count}, mean={_short(self.mean)}, m2={_short(self.m2)})"
@@ -276,8 +277,9 @@ class Sums(_Summed):
         if not isinstance(other, Sums):
             return NotImplemented
         check_parts.summed("sums", other._check(), self._check().channels, self.dtype, "the other's")
+        count = checks.natural("count", self._count + other._count)
         with np.errstate(all="ignore"):
-            return self._of(self._count + other._count, self._rows + other._rows, self._dtype)
+            return self._of(count, self._rows + other._rows, self._dtype)
 
     def __repr__(self) -> str:
         return f"Sums(count={self._count}, sum_dy={_short(self.sum_dy)}, sum_dy_xhat={_short(self.sum_dy_xhat)})"

@@ -201,17 +201,18 @@ class BatchNorm:
     ) -> Array:
         """Normalizes x, which has the layer's dtype and channels; residual, out and mask are as in fastbn.forward.
 
-        Raises TypeError if x has another dtype than the layer, ValueError if it has another number of channels, and
-        the errors of fastbn.forward. Then nothing has been changed.
+        Raises TypeError if x has another dtype than the layer, ValueError if it has another number of channels or if
+        num_batches_tracked would exceed int64, and the errors of fastbn.forward. Then nothing has been changed.
         """
         x = _check_layer.layer_input(x, self.num_features, self.axis, self.dtype)
         batch = self.training or not self.track_running_stats
         tracks = self.training and self.track_running_stats
         mean, var = (self.running_mean, self.running_var) if tracks or not batch else (None, None)
         virtual = self.virtual_batch_size if self.training else None
-        momentum = self.momentum
+        momentum, tracked = self.momentum, self.num_batches_tracked
+        if tracks and tracked >= _check_layer.MOST_BATCHES:
+            _check_layer.too_many_batches()
         if momentum is None:
-            tracked = self.num_batches_tracked
             momentum = 1 / (tracked + 1) if virtual is None else Average(tracked)
         y, cache = forward(
             x,
@@ -233,7 +234,7 @@ class BatchNorm:
         )
         _set(self, "_cache", cache)
         if tracks:
-            _set(self, "num_batches_tracked", self.num_batches_tracked + 1)
+            _set(self, "num_batches_tracked", tracked + 1)
             if self._watch is not None:
                 self._watch(cache)
         return y
