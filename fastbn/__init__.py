@@ -39,12 +39,39 @@ __all__ = [
     "set_backend",
     "set_num_threads",
     "show_config",
+    "test",
     "use_backend",
     "use_num_threads",
 ]
 
 for _public in (BatchNorm, Cache, FoldWarning, Forward, Gradients, InferencePlan, Moments, Sums):
     _public.__module__ = __name__  # the module that pickles name, wherever the class is defined
+
+
+def test() -> bool:
+    """Tests the installed fastbn on this machine, with NumPy alone, and prints what it finds. Takes a few seconds.
+
+    For each backend: are y, the gradients and the running statistics within what fastbn promises of the formulas in
+    long double, and do the bits not depend on the number of threads? For the C backend: do the instruction sets that
+    run here give the same bits, except for the baseline, and are the header and the library for compilers there? Then
+    parts of batches, layers, plans and the refusal of bad input. While the instruction sets take turns, calls in other
+    threads use them, too. The first time, Numba compiles, which takes longer.
+
+    Returns
+    -------
+    bool
+        Whether all is well. A check that fails prints FAILED and why; the others go on.
+
+    >>> import fastbn
+    >>> fastbn.test()  # doctest: +ELLIPSIS
+    fastbn ...
+      ...
+    all ... checks passed in ... s
+    True
+    """
+    from . import _smoke
+
+    return _smoke.run()
 
 
 def __dir__() -> list[str]:

@@ -50,7 +50,7 @@ FLOORS = (
     {"ops"},
     {"inference", "torch.formulas", "torch.watchers"},
     {"layer", "torch.tensors"},
-    {"_recalibrate", "onnx"},
+    {"_recalibrate", "_smoke", "onnx"},
     {"torch.autograd"},
     {"torch.layers"},
     {"call", "config", "demo", "torch"},
