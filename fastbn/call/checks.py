@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterable, Mapping
-from importlib import import_module
 from numbers import Number, Real
 from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 
 from .activations import BY_NAME, DEFAULT_SLOPES, Activation, name_and_slope
-from .dtypes import KINDS, DType, find, is_float, kind_of, native
+from .dtypes import KINDS, DType, bfloat16, find, is_float, kind_of, native
 from .shape import positions_of
 
 Array = np.ndarray[Any, Any]
@@ -48,7 +47,9 @@ def _array(name: str, value: object) -> Array:
     if type(value) is np.ndarray:
         return value
     if exports(value):
-        return _exported(name, value)
+        from . import dlpack
+
+        return dlpack.array_of(name, value)
     try:
         return np.asarray(value)
     except Exception as error:  # __array__ may raise anything
@@ -60,31 +61,11 @@ def exports(value: object) -> bool:
     return hasattr(value, "__dlpack__") and not isinstance(value, np.ndarray)
 
 
-def _exported(name: str, value: object) -> Array:
-    """An array on the memory of a tensor."""
-    from . import dlpack
-
-    try:
-        array, is_bfloat16 = dlpack.view(value)
-    except dlpack.SharingError as why:
-        _refuse(TypeError, name, why.given, why.allowed.replace("{0}", name))
-    return array.view(bfloat16(name)) if is_bfloat16 else array
-
-
 def _ndarray(name: str, value: object, such: str = "") -> Array:
     """`value`, which may be written to, as an array that shares its memory: an array already, or a tensor's."""
     if not isinstance(value, np.ndarray) and not exports(value):
         _refuse(TypeError, name, type(value).__name__, f"a NumPy array or a tensor{such}")
     return _array(name, value)
-
-
-def bfloat16(name: str) -> DType:
-    """The dtype bfloat16, for the argument of this name. The import registers its name with NumPy."""
-    try:
-        import_module("ml_dtypes")
-    except ImportError as error:
-        raise ImportError(f'{name}: "bfloat16" needs ml_dtypes: pip install "fastbn[bfloat16]"') from error
-    return np.dtype("bfloat16")
 
 
 def data(name: str, value: object) -> Array:

@@ -9,19 +9,13 @@ from __future__ import annotations
 import ctypes
 import math
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
+from .dtypes import bfloat16
+
 Array = np.ndarray[Any, Any]
-
-
-class SharingError(Exception):
-    """What was given, and what is allowed instead of an argument whose name stands where {0} is."""
-
-    def __init__(self, given: str, allowed: str) -> None:
-        super().__init__(given)
-        self.given, self.allowed = given, allowed
 
 
 class _Tensor(ctypes.Structure):
@@ -79,39 +73,39 @@ _is_capsule = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.py_object, ctypes.c_char_p)
 class _Memory:
     """Keeps the memory of a capsule, whose destructor frees it, for an array that NumPy makes of this object."""
 
-    def __init__(self, capsule: object, interface: dict[str, Any]) -> None:
+    __array_interface__: dict[str, Any]
+
+    def __init__(self, capsule: object) -> None:
         self.capsule = capsule
-        self.__array_interface__ = interface
 
 
-def view(value: Any) -> tuple[Array, bool]:
-    """An array on the memory of an object with `__dlpack__`, and whether it is the bits of bfloat16, as uint16.
+def array_of(name: str, value: Any) -> Array:
+    """An array on the memory of an object with `__dlpack__`, the argument of this name.
 
-    Raises `SharingError` for memory that NumPy cannot use, and for tensors that are more than their memory.
+    Raises TypeError for memory that NumPy cannot use, and for tensors that are more than their memory.
     """
-    _check_torch(value)
+    _check_torch(name, value)
     try:
         device = int(value.__dlpack_device__()[0])
         if device in HOST:
             capsule = _exported(value)
     except Exception as error:  # the library's own, whatever it is
-        raise _refused(value, str(error).partition("\n")[0]) from error
+        _refuse_tensor(name, value, str(error).partition("\n")[0])
     if device not in HOST:
         given = f"{_kind(value)} on another device (number {device} of DLPack)"
-        raise SharingError(given, "one in the CPU's memory, such as {0}.cpu()")
-    versioned = _is_capsule(capsule, b"dltensor_versioned")
-    if versioned:
+        _refuse(name, given, f"one in the CPU's memory, such as {name}.cpu()")
+    if _is_capsule(capsule, b"dltensor_versioned"):
         managed = _Versioned.from_address(_pointer(capsule, b"dltensor_versioned"))
         if managed.major != 1:
-            raise _refused(value, f"version {managed.major} of DLPack")
+            _refuse_tensor(name, value, f"version {managed.major} of DLPack")
         tensor, writable = managed.tensor, not managed.flags & (READ_ONLY | COPIED)
     elif _is_capsule(capsule, b"dltensor"):
         # Without a version it may be of a library whose arrays never change, such as JAX. Torch's can be written to.
         tensor = _Tensor.from_address(_pointer(capsule, b"dltensor"))
         writable = callable(getattr(value, "data_ptr", None))
     else:
-        raise _refused(value, f"__dlpack__ returned {_kind(capsule)}")
-    return _array(value, capsule, tensor, writable)
+        _refuse_tensor(name, value, f"__dlpack__ returned {_kind(capsule)}")
+    return _array(name, value, _Memory(capsule), tensor, writable)
 
 
 def _exported(value: Any) -> object:
@@ -122,25 +116,25 @@ def _exported(value: Any) -> object:
         return value.__dlpack__()
 
 
-def _array(value: object, capsule: object, tensor: _Tensor, writable: bool) -> tuple[Array, bool]:
-    shape = tuple(tensor.shape[: tensor.ndim])
-    letter = "u" if tensor.kind == _BFLOAT and tensor.bits == 16 else LETTERS.get(tensor.kind)
+def _array(name: str, value: object, memory: _Memory, tensor: _Tensor, writable: bool) -> Array:
+    is_bfloat16 = tensor.kind == _BFLOAT and tensor.bits == 16
+    letter = "u" if is_bfloat16 else LETTERS.get(tensor.kind)
     size, lost = divmod(tensor.bits, 8)
     if letter is None or lost or tensor.lanes != 1:
-        raise _refused(value, f"kind {tensor.kind} of {tensor.bits} bits is no dtype of NumPy")
-    strides = tuple(size * step for step in tensor.strides[: tensor.ndim]) if tensor.strides else None
+        _refuse_tensor(name, value, f"kind {tensor.kind} of {tensor.bits} bits is no dtype of NumPy")
+    shape = tuple(tensor.shape[: tensor.ndim])
     address = (tensor.data or 0) + tensor.byte_offset
     if math.prod(shape) and address < LOW and not _has_memory(value, address):
-        raise SharingError(f"{_kind(value)} without memory", "one whose values are stored")
-    order = "<" if sys.byteorder == "little" else ">"
-    interface = {
+        _refuse(name, f"{_kind(value)} without memory", "one whose values are stored")
+    memory.__array_interface__ = {
         "version": 3,
         "data": (address, not writable),
         "shape": shape,
-        "strides": strides,
-        "typestr": f"{order}{letter}{size}",
+        "strides": tuple(size * step for step in tensor.strides[: tensor.ndim]) if tensor.strides else None,
+        "typestr": f"{'<' if sys.byteorder == 'little' else '>'}{letter}{size}",
     }
-    return np.asarray(_Memory(capsule, interface)), tensor.kind == _BFLOAT
+    array = np.asarray(memory)
+    return array.view(bfloat16(name)) if is_bfloat16 else array
 
 
 def _has_memory(value: Any, address: int) -> bool:
@@ -153,28 +147,28 @@ def _has_memory(value: Any, address: int) -> bool:
         return False
 
 
-def _check_torch(value: Any) -> None:
+def _check_torch(name: str, value: Any) -> None:
     """Refuses tensors of PyTorch that carry derivatives, which would be lost, or a sign that is not in memory."""
     if getattr(value, "requires_grad", False) is True:
-        raise SharingError(
-            f"{_kind(value)} that requires a gradient",
-            "{0}.detach(), or a layer of fastbn.torch, which computes gradients",
-        )
-    forward_ad = sys.modules.get("torch.autograd.forward_ad")
-    torch = sys.modules.get("torch")
-    if forward_ad is None or torch is None or not isinstance(value, torch.Tensor):
+        allowed = f"{name}.detach(), or a layer of fastbn.torch, which computes gradients"
+        _refuse(name, f"{_kind(value)} that requires a gradient", allowed)
+    torch, forward_ad = (sys.modules.get(module) for module in ("torch", "torch.autograd.forward_ad"))
+    if torch is None or forward_ad is None or not isinstance(value, torch.Tensor):
         return
     if value.is_neg():
-        raise SharingError(f"{_kind(value)} that is negated lazily", "{0}.resolve_neg()")
+        _refuse(name, f"{_kind(value)} that is negated lazily", f"{name}.resolve_neg()")
     if forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None:
-        raise SharingError(
-            f"{_kind(value)} with a tangent", "torch.autograd.forward_ad.unpack_dual({0}).primal, or fastbn.torch"
-        )
+        allowed = f"torch.autograd.forward_ad.unpack_dual({name}).primal, or a layer of fastbn.torch"
+        _refuse(name, f"{_kind(value)} with a tangent", allowed)
 
 
-def _refused(value: object, reason: str) -> SharingError:
-    allowed = "a NumPy array, or a dense tensor in the CPU's memory, such as {0}.to_dense() or {0}.cpu()"
-    return SharingError(_kind(value), f"{allowed} ({reason})")
+def _refuse_tensor(name: str, value: object, reason: str) -> NoReturn:
+    allowed = f"a NumPy array, or a dense tensor in the CPU's memory, such as {name}.to_dense() or {name}.cpu()"
+    _refuse(name, _kind(value), f"{allowed} ({reason})")
+
+
+def _refuse(name: str, given: str, allowed: str) -> NoReturn:
+    raise TypeError(f"{name}: got {given}; allowed: {allowed}")
 
 
 def _kind(value: object) -> str:
