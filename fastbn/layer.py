@@ -164,8 +164,8 @@ class BatchNorm:
         """A layer with the conventions of keras.layers.BatchNormalization.
 
         `momentum` multiplies the OLD value, the running variance is biased (correction=1 makes it unbiased, as
-        TensorFlow's fused kernels do), channels come last, and epsilon is 1e-3. Other arguments are those of
-        BatchNorm.
+        TensorFlow's fused kernels do), channels come last (axis=-1), and epsilon is 1e-3. Other arguments, and the
+        errors, are those of BatchNorm.
 
         >>> import fastbn
         >>> bn = fastbn.BatchNorm.keras(8)
@@ -188,7 +188,8 @@ class BatchNorm:
         """A layer with the conventions of ONNX's BatchNormalization (opset 15).
 
         `momentum` multiplies the OLD value and the running variance is biased (opsets before 14 allow either;
-        correction=1 makes it unbiased). Other arguments are those of BatchNorm.
+        correction=1 makes it unbiased). `epsilon` is added to the variance, and `axis` is that of the channels. Other
+        arguments, and the errors, are those of BatchNorm. fastbn.onnx.load_norms makes such layers of a model.
 
         >>> import fastbn
         >>> bn = fastbn.BatchNorm.onnx(8)
@@ -280,7 +281,10 @@ class BatchNorm:
         return None if self._gradients is None else self._gradients.dresidual
 
     def train(self, mode: bool = True) -> Self:
-        """Use batch statistics from now on (mode=False: running ones). Returns the layer."""
+        """Use batch statistics from now on (mode=False: running ones). Returns the layer.
+
+        Raises TypeError if mode is not True or False.
+        """
         self.training = checks.flag("mode", mode)
         return self
 
@@ -320,6 +324,8 @@ class BatchNorm:
 
     def state_dict(self, prefix: str = "") -> dict[str, Array]:
         """Copies of all arrays, by the prefix followed by their names in torch's BatchNorm1d/2d/3d.
+
+        Raises TypeError if prefix is not a string.
 
         >>> import fastbn
         >>> list(fastbn.BatchNorm(3, track_running_stats=False).state_dict("layer1.bn."))

@@ -197,7 +197,7 @@ def set_backend(name: str) -> None:
 
 
 def use_backend(name: str) -> AbstractContextManager[None]:
-    """Within the block, in this thread or task only, calls without a `backend` argument use this backend.
+    """Within the block, in this thread or task only, calls without a `backend` argument use the backend `name`.
 
     Raises the same errors as `set_backend`.
 
