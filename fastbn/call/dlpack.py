@@ -1,7 +1,8 @@
-"""How does the memory of a tensor become an array, without a copy? By DLPack, a protocol of many array libraries.
+"""How does the memory of another library's array become a NumPy array, without a copy?
 
-https://dmlc.github.io/dlpack/latest has the structures, https://data-apis.org/array-api/latest the methods of objects.
-`numpy.from_dlpack` does the same, but not for bfloat16, and before NumPy 2.2.5 its arrays are always read-only.
+By DLPack, a protocol of many libraries. https://dmlc.github.io/dlpack/latest has its structures, and
+https://data-apis.org/array-api/latest the methods of objects. `numpy.from_dlpack` does the same, but not for bfloat16,
+and before NumPy 2.2.5 its arrays are always read-only. Tensors of PyTorch become arrays by their own methods.
 """
 
 from __future__ import annotations
@@ -59,8 +60,8 @@ LETTERS = {0: "i", 1: "u", 2: "f", 5: "c", 6: "b"}
 
 _BFLOAT = 4
 
-LOW = 1 << 32
-"""Memory is hardly ever at a lower address. A tensor without memory is: its address is its offset."""
+LOW = 1 << 16
+"""No system has memory at a lower address."""
 
 _pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
     ("PyCapsule_GetPointer", ctypes.pythonapi)
@@ -80,31 +81,66 @@ class _Memory:
 
 
 def array_of(name: str, value: Any) -> Array:
-    """An array on the memory of an object with `__dlpack__`, the argument of this name.
+    """An array on the memory of a tensor, or of another object with `__dlpack__`: the argument of this name.
 
     Raises TypeError for memory that NumPy cannot use, and for tensors that are more than their memory.
     """
-    _check_torch(name, value)
+    if getattr(value, "requires_grad", False) is True:
+        allowed = f"{name}.detach(), or a layer of fastbn.torch, which computes gradients"
+        _refuse(name, f"{_kind(value)} that requires a gradient", allowed)
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(value, torch.Tensor):
+        return _of_torch(name, value, torch)
+    return _of_capsule(name, value)
+
+
+# By torch's own methods ----------------------------------------------------------------------------------------------
+
+
+def _of_torch(name: str, tensor: Any, torch: Any) -> Array:
+    """By the method `numpy`, after which torch does not free the storage, as it may after `__dlpack__`."""
+    forward_ad = torch.autograd.forward_ad
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
+        allowed = f"torch.autograd.forward_ad.unpack_dual({name}).primal, or a layer of fastbn.torch"
+        _refuse(name, f"{_kind(tensor)} with a tangent", allowed)
+    try:
+        is_bfloat16 = tensor.dtype is torch.bfloat16
+        array: Array = (tensor.view(torch.int16) if is_bfloat16 else tensor).numpy()
+        storage = tensor.untyped_storage()
+        first, size = storage.data_ptr(), storage.nbytes()
+    except Exception as error:  # the tensor has no memory, or not in a form that NumPy has
+        how = f"{name}.resolve_neg()" if "negative bit" in str(error) else f"{name}.to_dense() or {name}.cpu()"
+        _refuse_tensor(name, tensor, how, error)
+    start = array.__array_interface__["data"][0]
+    end = start + array.itemsize + sum((n - 1) * step for n, step in zip(array.shape, array.strides, strict=True))
+    if array.size and not 0 < first <= start < end <= first + size:
+        _refuse(name, f"{_kind(tensor)} without memory", "one whose values are stored")
+    return array.view(bfloat16(name)) if is_bfloat16 else array
+
+
+# By DLPack -----------------------------------------------------------------------------------------------------------
+
+
+def _of_capsule(name: str, value: Any) -> Array:
     try:
         device = int(value.__dlpack_device__()[0])
         if device in HOST:
             capsule = _exported(value)
     except Exception as error:  # the library's own, whatever it is
-        _refuse_tensor(name, value, str(error).partition("\n")[0])
+        _refuse_tensor(name, value, f"{name}.cpu()", error)
     if device not in HOST:
         given = f"{_kind(value)} on another device (number {device} of DLPack)"
         _refuse(name, given, f"one in the CPU's memory, such as {name}.cpu()")
     if _is_capsule(capsule, b"dltensor_versioned"):
         managed = _Versioned.from_address(_pointer(capsule, b"dltensor_versioned"))
         if managed.major != 1:
-            _refuse_tensor(name, value, f"version {managed.major} of DLPack")
+            _refuse_tensor(name, value, f"{name}.cpu()", f"version {managed.major} of DLPack")
         tensor, writable = managed.tensor, not managed.flags & (READ_ONLY | COPIED)
     elif _is_capsule(capsule, b"dltensor"):
-        # Without a version it may be of a library whose arrays never change, such as JAX. Torch's can be written to.
-        tensor = _Tensor.from_address(_pointer(capsule, b"dltensor"))
-        writable = callable(getattr(value, "data_ptr", None))
+        # Without a version, it may be of a library whose arrays never change, such as JAX.
+        tensor, writable = _Tensor.from_address(_pointer(capsule, b"dltensor")), False
     else:
-        _refuse_tensor(name, value, f"__dlpack__ returned {_kind(capsule)}")
+        _refuse_tensor(name, value, f"{name}.cpu()", f"__dlpack__ returned {_kind(capsule)}")
     return _array(name, value, _Memory(capsule), tensor, writable)
 
 
@@ -121,10 +157,11 @@ def _array(name: str, value: object, memory: _Memory, tensor: _Tensor, writable:
     letter = "u" if is_bfloat16 else LETTERS.get(tensor.kind)
     size, lost = divmod(tensor.bits, 8)
     if letter is None or lost or tensor.lanes != 1:
-        _refuse_tensor(name, value, f"kind {tensor.kind} of {tensor.bits} bits is no dtype of NumPy")
+        reason = f"kind {tensor.kind} of {tensor.bits} bits is no dtype of NumPy"
+        _refuse_tensor(name, value, f"{name}.astype('float32')", reason)
     shape = tuple(tensor.shape[: tensor.ndim])
     address = (tensor.data or 0) + tensor.byte_offset
-    if math.prod(shape) and address < LOW and not _has_memory(value, address):
+    if math.prod(shape) and address < LOW:
         _refuse(name, f"{_kind(value)} without memory", "one whose values are stored")
     memory.__array_interface__ = {
         "version": 3,
@@ -137,34 +174,12 @@ def _array(name: str, value: object, memory: _Memory, tensor: _Tensor, writable:
     return array.view(bfloat16(name)) if is_bfloat16 else array
 
 
-def _has_memory(value: Any, address: int) -> bool:
-    """Whether a low address can be one. Torch's tensors may be fake, freed or zeros that are not stored."""
-    try:
-        return bool(value.untyped_storage().data_ptr())
-    except AttributeError:  # of another library
-        return address >= 1 << 16
-    except Exception:
-        return False
+# Messages ------------------------------------------------------------------------------------------------------------
 
 
-def _check_torch(name: str, value: Any) -> None:
-    """Refuses tensors of PyTorch that carry derivatives, which would be lost, or a sign that is not in memory."""
-    if getattr(value, "requires_grad", False) is True:
-        allowed = f"{name}.detach(), or a layer of fastbn.torch, which computes gradients"
-        _refuse(name, f"{_kind(value)} that requires a gradient", allowed)
-    torch, forward_ad = (sys.modules.get(module) for module in ("torch", "torch.autograd.forward_ad"))
-    if torch is None or forward_ad is None or not isinstance(value, torch.Tensor):
-        return
-    if value.is_neg():
-        _refuse(name, f"{_kind(value)} that is negated lazily", f"{name}.resolve_neg()")
-    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None:
-        allowed = f"torch.autograd.forward_ad.unpack_dual({name}).primal, or a layer of fastbn.torch"
-        _refuse(name, f"{_kind(value)} with a tangent", allowed)
-
-
-def _refuse_tensor(name: str, value: object, reason: str) -> NoReturn:
-    allowed = f"a NumPy array, or a dense tensor in the CPU's memory, such as {name}.to_dense() or {name}.cpu()"
-    _refuse(name, _kind(value), f"{allowed} ({reason})")
+def _refuse_tensor(name: str, value: object, way: str, reason: object) -> NoReturn:
+    line = str(reason).strip().partition("\n")[0]
+    _refuse(name, _kind(value), f"a NumPy array, or a dense tensor in the CPU's memory, such as {way} ({line})")
 
 
 def _refuse(name: str, given: str, allowed: str) -> NoReturn:

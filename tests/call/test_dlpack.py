@@ -42,15 +42,6 @@ class Old(Exporter):
         return self.array.__dlpack__()
 
 
-class OldTorch(Old):
-    """One that is like the tensors of such a version of torch, which may be written to."""
-
-    requires_grad = False
-
-    def data_ptr(self) -> int:
-        return int(self.array.ctypes.data)
-
-
 def arguments(kind: str = "float32") -> dict[str, Any]:
     c = cases.call(SHAPE, kind)
     return {name: getattr(c, name).copy() for name in NAMES}
@@ -162,7 +153,7 @@ def test_memory_is_kept_and_freed() -> None:
 
 
 def test_older_protocol() -> None:
-    """Its memory can be read; whether it may be written to is only known of torch."""
+    """Its memory can be read; whether it may be written to is not known."""
     arrays = arguments()
     old = {name: Old(array) for name, array in arrays.items()}
     wanted = fastbn.infer(**arrays)
@@ -171,8 +162,6 @@ def test_older_protocol() -> None:
     assert_refused(fastbn.infer, {**old, "out": Old(out)}, ValueError, "out", "read-only", "writable")
     assert_refused(fastbn.forward, old, ValueError, "running_mean", "read-only", "writable")
     assert not out.any()
-    fastbn.infer(**old, out=OldTorch(out))
-    cases.assert_same_bits(out, wanted)
 
 
 def test_read_only() -> None:
