@@ -121,8 +121,10 @@ def _errors(given: Arguments, axis: int) -> dict[str, float]:
     y, cache = forward(given.x, given.gamma, given.beta, mean, var, momentum=MOMENTUM, eps=EPS, axis=axis)
     dx, dgamma, dbeta = backward(given.dy, cache)
     x, dy, gamma, beta = _rows(given.x, axis), _rows(given.dy, axis), _column(given.gamma), _column(given.beta)
-    centre, square, values = x.mean(axis=1, keepdims=True), _column(given.var), x.shape[1]
+    centre, values = x.mean(axis=1, keepdims=True), x.shape[1]
     centred = x - centre
+    lost = centred.mean(axis=1, keepdims=True)  # of the mean, where long double has no more digits than double
+    centre, centred = centre + lost, centred - lost
     square = (centred**2).mean(axis=1, keepdims=True)
     scale = 1 / np.sqrt(square + EPS)
     xhat = centred * scale

@@ -142,8 +142,9 @@ def load_norms(model: onnx.ModelProto | str | os.PathLike[str]) -> dict[str, Bat
 
     Each BatchNormalization of opset 6 or later becomes a `BatchNorm`, also in the branches and loops of the model and
     in its functions, which are inlined first. A layer gives what the node gives: it starts in training mode if the node
-    trains, and otherwise as after `eval()`. The arrays are copies, in the dtypes that the model has them in, and
-    epsilon and momentum are the model's float32 numbers. In training the running variance is biased, as in ONNX.
+    trains, which takes 2 values per channel, and otherwise as after `eval()`. The arrays are copies, in the dtypes that
+    the model has them in, and epsilon and momentum are the model's float32 numbers. In training the running variance is
+    biased, as in ONNX.
 
     Parameters
     ----------
@@ -161,8 +162,8 @@ def load_norms(model: onnx.ModelProto | str | os.PathLike[str]) -> dict[str, Bat
     TypeError
         If the model is neither.
     ValueError
-        If a parameter is neither an initializer nor computed from constants alone, if it does not fit the others, if
-        two nodes have the same name, and for spatial=0. The message names the node.
+        If the file is not an ONNX model, if a parameter is neither an initializer nor computed from constants alone, if
+        it does not fit the others, if two nodes have the same name, and for spatial=0. The message names the node.
     NotImplementedError
         For a BatchNormalization of an opset before 6.
 
@@ -213,7 +214,15 @@ def _read(model: object) -> tuple[onnx.ModelProto, str | None]:
     if not isinstance(model, str | os.PathLike):
         raise TypeError(f"model: got {checks.kind(model)}; allowed: an onnx.ModelProto, or the path of a file")
     path = os.fspath(model)
-    return onnx.load(path, load_external_data=False), os.path.dirname(os.path.abspath(path))
+    try:
+        proto = onnx.load(path, load_external_data=False)
+    except OSError:
+        raise
+    except Exception as error:  # protobuf's, or that of another format
+        raise ValueError(f"model: got {path}, which cannot be read ({error}); allowed: an ONNX model") from error
+    if not proto.HasField("graph"):
+        raise ValueError(f"model: got {path}, in which there is no graph; allowed: an ONNX model")
+    return proto, os.path.dirname(os.path.abspath(path))
 
 
 def _is_norm(node: onnx.NodeProto) -> bool:
@@ -291,7 +300,7 @@ def _layer(node: onnx.NodeProto, opset: int, types: dict[str, int], values: _Val
     for name, source in zip(PARAMETERS, node.input[1:], strict=True):
         try:
             arrays[name] = values.of(source)
-        except ValueError as error:
+        except Exception as error:  # of onnx, too, such as that of a file that is missing
             raise ValueError(f"{name}: {error}") from error
         checks.parameter(name, arrays[name], arrays["scale"].size, "channel of scale")
     scale = arrays["scale"]

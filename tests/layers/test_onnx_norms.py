@@ -291,6 +291,21 @@ def test_wrong_kind(wrong: Any) -> None:
         fastbn.onnx.load_norms(wrong)
 
 
+@pytest.mark.parametrize("contents", [b"", b"not a model", bytes(range(256))])
+def test_file_that_is_no_model(contents: bytes, tmp_path: Path) -> None:
+    (tmp_path / "bad.onnx").write_bytes(contents)
+    with pytest.raises(ValueError, match=r"^model: got .*bad\.onnx, .*; allowed: an ONNX model"):
+        fastbn.onnx.load_norms(tmp_path / "bad.onnx")
+
+
+def test_weights_that_are_missing(tmp_path: Path) -> None:
+    path = tmp_path / "two.onnx"
+    onnx.save(model(), path, save_as_external_data=True, location="weights.bin", size_threshold=0)
+    (tmp_path / "weights.bin").unlink()
+    with pytest.raises(ValueError, match=r"node 'bn' .*scale: .*weights\.bin"):
+        fastbn.onnx.load_norms(path)
+
+
 def test_no_such_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"none\.onnx"):
         fastbn.onnx.load_norms(tmp_path / "none.onnx")
