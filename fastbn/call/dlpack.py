@@ -99,8 +99,7 @@ def array_of(name: str, value: Any) -> Array:
 
 def _of_torch(name: str, tensor: Any, torch: Any) -> Array:
     """By the method `numpy`, after which torch does not free the storage, as it may after `__dlpack__`."""
-    forward_ad = torch.autograd.forward_ad
-    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
+    if torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None:
         allowed = f"torch.autograd.forward_ad.unpack_dual({name}).primal, or a layer of fastbn.torch"
         _refuse(name, f"{_kind(tensor)} with a tangent", allowed)
     try:
