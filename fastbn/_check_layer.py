@@ -31,7 +31,7 @@ def layer_input(value: object, channels: int, channel_axis: int, layer_dtype: DT
     return x
 
 
-def plan_input(value: object, mean: Array, channel_axis: int) -> None:
+def plan_input(value: object, mean: Array, channel_axis: int) -> Array:
     """Checks x in a call of a plan, which needs the plan's number of channels and statistics dtype."""
     x = checks.data("x", value)
     found = x.shape[checks.axis(channel_axis, x)]
@@ -39,6 +39,7 @@ def plan_input(value: object, mean: Array, channel_axis: int) -> None:
         _refuse(ValueError, "x", f"shape {x.shape} with {found} channels", f"the plan's {mean.size} channels")
     if kind_of(x.dtype).statistics != mean.dtype:
         _refuse(TypeError, "x", f"dtype {x.dtype}", f"one whose statistics dtype is the plan's, {mean.dtype}")
+    return x
 
 
 MOST_BATCHES = 2**63 - 1

@@ -94,7 +94,7 @@ class InferencePlan:
             y = run(x, out, residual)
             if y is not None:
                 return y
-        _check_layer.plan_input(x, checks.given_statistics(self._mean, self._var)[0], self._axis)
+        x = _check_layer.plan_input(x, checks.given_statistics(self._mean, self._var)[0], self._axis)
         return infer(
             x,
             self._gamma,
