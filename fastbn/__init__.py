@@ -1,4 +1,25 @@
-"""Batch normalization for CPUs: fast, exact at any offset, the same bits for any number of threads."""
+"""Batch normalization for CPUs: fast, exact at any offset, the same bits for any number of threads.
+
+- Functions: `forward` and `backward` to train, `infer` with given statistics.
+- A layer: `BatchNorm` keeps parameters and running statistics; `recalibrate` sets the latter to exact ones.
+- Inference: `InferencePlan` computes its constants once, `fold` puts the norm into the layer before it.
+- A batch in parts: `moments`, `backward_sums`, and the `Moments` and `Sums` that they return, add up.
+- What runs: `backends`, `set_backend`, `use_backend`, `get_num_threads`, `set_num_threads`, `use_num_threads`;
+  `show_config` prints what was chosen, `test` tries the installation; `get_include`, `get_library` are for compilers.
+- Modules that need a further package: fastbn.torch, fastbn.numba and fastbn.onnx.
+
+`help` of each name has its arguments, errors and an example. The environment variables FASTBN_BACKEND, FASTBN_ISA,
+FASTBN_NUM_THREADS and FASTBN_CACHE_DIR choose the backend, the instruction set, the number of threads, and where
+Numba's compiled code is kept.
+
+>>> import numpy as np, fastbn
+>>> x = np.random.default_rng(0).standard_normal((32, 64, 28, 28), dtype=np.float32)
+>>> gamma, beta = np.ones(64, np.float32), np.zeros(64, np.float32)
+>>> y, cache = fastbn.forward(x, gamma, beta, activation="relu")
+>>> dx, dgamma, dbeta = fastbn.backward(np.ones_like(y), cache)
+>>> dx.shape, dgamma.shape
+((32, 64, 28, 28), (64,))
+"""
 
 from ._backends import backends, get_backend, get_num_threads, set_backend, use_backend
 from ._moments import Moments, Sums
@@ -39,12 +60,39 @@ __all__ = [
     "set_backend",
     "set_num_threads",
     "show_config",
+    "test",
     "use_backend",
     "use_num_threads",
 ]
 
 for _public in (BatchNorm, Cache, FoldWarning, Forward, Gradients, InferencePlan, Moments, Sums):
     _public.__module__ = __name__  # the module that pickles name, wherever the class is defined
+
+
+def test() -> bool:
+    """Tests the installed fastbn on this machine, with NumPy alone, and prints what it finds. Takes a few seconds.
+
+    For each backend: are y, the gradients and the running statistics within what fastbn promises of the formulas in
+    long double, and do the bits not depend on the number of threads? For the C backend: do the instruction sets that
+    run here give the same bits, except for the baseline, and are the header and the library for compilers there? Then
+    parts of batches, layers, plans and the refusal of bad input. While the instruction sets take turns, calls in other
+    threads use them, too. The first time, Numba compiles, which takes longer.
+
+    Returns
+    -------
+    bool
+        Whether all is well. A check that fails prints FAILED and why; the others go on.
+
+    >>> import fastbn
+    >>> fastbn.test()  # doctest: +ELLIPSIS
+    fastbn ...
+      ...
+    all ... checks passed in ... s
+    True
+    """
+    from . import _smoke
+
+    return _smoke.run()
 
 
 def __dir__() -> list[str]:

@@ -31,7 +31,7 @@ def layer_input(value: object, channels: int, channel_axis: int, layer_dtype: DT
     return x
 
 
-def plan_input(value: object, mean: Array, channel_axis: int) -> None:
+def plan_input(value: object, mean: Array, channel_axis: int) -> Array:
     """Checks x in a call of a plan, which needs the plan's number of channels and statistics dtype."""
     x = checks.data("x", value)
     found = x.shape[checks.axis(channel_axis, x)]
@@ -39,6 +39,17 @@ def plan_input(value: object, mean: Array, channel_axis: int) -> None:
         _refuse(ValueError, "x", f"shape {x.shape} with {found} channels", f"the plan's {mean.size} channels")
     if kind_of(x.dtype).statistics != mean.dtype:
         _refuse(TypeError, "x", f"dtype {x.dtype}", f"one whose statistics dtype is the plan's, {mean.dtype}")
+    return x
+
+
+MOST_BATCHES = 2**63 - 1
+"""The largest num_batches_tracked, which is an int64 in a state."""
+
+
+def too_many_batches() -> NoReturn:
+    """Refuses a batch beyond MOST_BATCHES."""
+    given = f"{MOST_BATCHES} before another batch"
+    _refuse(ValueError, "num_batches_tracked", given, "an integer below 2**63 - 1 (reset_parameters() sets it to 0)")
 
 
 def planned(mean: Array | None, var: Array | None, statistics: DType) -> tuple[Array, Array]:
@@ -98,7 +109,7 @@ def _array_of(name: str, flag: str) -> Callable[[Any, object], Array | None]:
         allowed = f"a NumPy array of shape {shape} and any float dtype"
         if value is None and not getattr(layer, flag):
             return None
-        if not isinstance(value, np.ndarray):
+        if not isinstance(value, np.ndarray) and not checks.exports(value):
             allowed += f", since {flag} is True" if value is None else "" if getattr(layer, flag) else ", or None"
             _refuse(TypeError, name, kind(value), allowed)
         array = _array(name, value)
@@ -112,7 +123,7 @@ def _array_of(name: str, flag: str) -> Callable[[Any, object], Array | None]:
             held = getattr(layer, other, None)
             if held is not None and other != name and checks.overlap(array, held):
                 _refuse(ValueError, name, f"memory shared with {other}", "an array of its own")
-        return value
+        return value if isinstance(value, np.ndarray) else array
 
     return check
 

@@ -161,6 +161,11 @@ class Moments(_Summed):
         What `mean` lost to rounding. At a large offset the mean alone is not exact enough to normalize with.
     channels, dtype : C and the statistics dtype
 
+    Raises
+    ------
+    TypeError, ValueError
+        The message names the argument, what was given and what is allowed.
+
     >>> import numpy as np, fastbn
     >>> x = np.array([[1.0, 10.0], [2.0, 20.0], [6.0, 30.0]])
     >>> sum(fastbn.moments(part) for part in (x[:1], x[1:]))
@@ -199,16 +204,19 @@ class Moments(_Summed):
 
     @property
     def mean(self) -> Array:
+        """The mean of each channel, in the statistics dtype."""
         return self._rounded(self._rows[:2])
 
     @property
     def mean_low(self) -> Array:
+        """What `mean` lost to rounding, in float64."""
         with np.errstate(all="ignore"):
             low: Array = (self._rows[0] - self.mean) + self._rows[1]
         return np.where(np.isfinite(low), low, 0)
 
     @property
     def m2(self) -> Array:
+        """The sum of squares about the mean, in the statistics dtype."""
         return self._rounded(self._rows[2:])
 
     def var(self, correction: float = 0) -> Array:
@@ -219,13 +227,15 @@ class Moments(_Summed):
         return self._rounded(self._rows[2:], self._count - check_parts.below(correction, self._count))
 
     def __add__(self, other: object) -> "Moments":
+        """Those of two disjoint batches. Raises ValueError or TypeError if their channels or dtypes differ."""
         if not isinstance(other, Moments):
             return NotImplemented
         check_parts.summed("moments", other._check(), self._check().channels, self.dtype, "the other's")
         if not self._count or not other._count:
             return self if self._count else other
+        count = checks.natural("count", self._count + other._count)
         rows = merged(self._rows, self._count, other._rows, other._count)
-        return self._of(self._count + other._count, rows, self._dtype)
+        return self._of(count, rows, self._dtype)
 
     def __repr__(self) -> str:
         return f"Moments(count={self._count}, mean={_short(self.mean)}, m2={_short(self.m2)})"
@@ -249,6 +259,11 @@ class Sums(_Summed):
     sum_dy, sum_dy_xhat : arrays of shape (C,) in the statistics dtype (held in float64, in copies and pickles too)
     channels, dtype : C and the statistics dtype
 
+    Raises
+    ------
+    TypeError, ValueError
+        The message names the argument, what was given and what is allowed.
+
     >>> import numpy as np, fastbn
     >>> y, cache = fastbn.forward(np.array([[1.0], [3.0]]), eps=0.0)
     >>> sums = fastbn.backward_sums(np.array([[1.0], [2.0]]), cache)
@@ -266,18 +281,22 @@ class Sums(_Summed):
 
     @property
     def sum_dy(self) -> Array:
+        """The sum of dz of each channel, in the statistics dtype."""
         return self._rounded(self._rows[:1])
 
     @property
     def sum_dy_xhat(self) -> Array:
+        """The sum of dz * xhat of each channel, in the statistics dtype."""
         return self._rounded(self._rows[1:])
 
     def __add__(self, other: object) -> "Sums":
+        """Those of two parts. Raises ValueError or TypeError if their channels or dtypes differ."""
         if not isinstance(other, Sums):
             return NotImplemented
         check_parts.summed("sums", other._check(), self._check().channels, self.dtype, "the other's")
+        count = checks.natural("count", self._count + other._count)
         with np.errstate(all="ignore"):
-            return self._of(self._count + other._count, self._rows + other._rows, self._dtype)
+            return self._of(count, self._rows + other._rows, self._dtype)
 
     def __repr__(self) -> str:
         return f"Sums(count={self._count}, sum_dy={_short(self.sum_dy)}, sum_dy_xhat={_short(self.sum_dy_xhat)})"

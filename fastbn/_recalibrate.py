@@ -32,6 +32,7 @@ class _Watched:
 
     def watch(self) -> None:
         self.layer.train()
+        self.layer.num_batches_tracked = 0  # so that it cannot exceed int64
         self.layer._watch = self._add
 
     def _add(self, cache: Cache) -> None:

@@ -1,4 +1,4 @@
-"""Which commands does the command line have? fastbn demo, fastbn bench, fastbn info."""
+"""Which commands does the command line have? fastbn demo, fastbn bench, fastbn info, fastbn test."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import argparse
 import importlib
 import os
 import sys
+
+import fastbn
 
 from .config import embed
 from .config.info import __version__, show_config
@@ -23,6 +25,7 @@ def _parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="show the version, the backends, the instruction set, threads and caches")
     info.add_argument("--cflags", action="store_true", help="print the flags that compile C, C++ or Cython against it")
     info.add_argument("--libs", action="store_true", help="print the flags that link it: a static library")
+    commands.add_parser("test", help="test the installation on this machine: backends, instruction sets, bits")
     return parser
 
 
@@ -34,6 +37,8 @@ def _run(argv: list[str]) -> int:
         print(*[embed.cflags()] * arguments.cflags, *[embed.libs()] * arguments.libs)
     elif arguments.command == "info":
         show_config()
+    elif arguments.command == "test":
+        return 0 if fastbn.test() else 1
     else:
         importlib.import_module("fastbn.demo.report").main(arguments.quick, arguments.seeds, arguments.output)
     return 0

@@ -34,9 +34,11 @@ class InferencePlan:
     gamma, beta : arrays of shape (C,), any float dtype, or None
         Scale and shift; None means ones and zeros.
     running_mean, running_var : arrays of shape (C,), float64 for float64 data and float32 for all others
+        For those of other dtypes, `BatchNorm.plan()` is a way, or `infer`.
     eps : float, finite and >= 0
+        Added to the variance.
     axis : int
-        The channel axis.
+        The channel axis; negative numbers count from the end.
     activation : None, "relu", "relu6", "leaky_relu", "silu", "hardswish", "sigmoid" or ("leaky_relu", slope)
 
     Raises
@@ -78,7 +80,12 @@ class InferencePlan:
         self._activation = activation
 
     def __call__(self, x: Array, out: Array | None = None, residual: Array | None = None) -> Array:
-        """Returns y, which is `out` if that is given; x, out and residual are as in `infer`."""
+        """Returns y, of the shape, dtype and memory order of x; it is `out` if that is given.
+
+        x, of at least 2 dimensions, has the plan's channels on its axis, and `dtype` as its statistics dtype. out (x
+        itself, or memory of its own) and residual have x's shape and dtype. Raises the errors of `infer`, TypeError for
+        an x of another statistics dtype, and ValueError for another number of channels.
+        """
         backend = environment.backend_name()
         prepared_for, run = self._prepared
         if backend != prepared_for:
@@ -87,7 +94,7 @@ class InferencePlan:
             y = run(x, out, residual)
             if y is not None:
                 return y
-        _check_layer.plan_input(x, checks.given_statistics(self._mean, self._var)[0], self._axis)
+        x = _check_layer.plan_input(x, checks.given_statistics(self._mean, self._var)[0], self._axis)
         return infer(
             x,
             self._gamma,

@@ -33,6 +33,7 @@ class BatchNorm:
     num_features : int
         C, the number of channels.
     eps : float, finite and >= 0
+        Added to the variance.
     momentum : float from 0 to 1, or None
         The weight of the new value in the running statistics; None gives the average over all batches so far.
     correction : int >= 0
@@ -44,10 +45,12 @@ class BatchNorm:
     axis : int
         The channel axis.
     activation : None, "relu", "relu6", "leaky_relu", "silu", "hardswish", "sigmoid" or ("leaky_relu", slope)
+        Applied to the result; "leaky_relu" alone has slope 0.01.
     dtype : float16, bfloat16, float32 or float64
         The dtype of the inputs. Parameters and running statistics start in its statistics dtype: float64 for float64,
         else float32. "bfloat16" needs ml_dtypes: pip install "fastbn[bfloat16]".
     backend : "c", "numba", "numpy" or None
+        None is what fastbn.get_backend() returns when the layer is called.
     virtual_batch_size : int or None
         In training, how many elements of axis 0 share their statistics; see fastbn.forward.
 
@@ -60,10 +63,19 @@ class BatchNorm:
     num_batches_tracked : int
         The number of calls in training; all virtual batches of a call count as one.
     training : bool
+        Whether a call normalizes with the batch's statistics; `train()` and `eval()` set it.
 
+    Raises
+    ------
+    TypeError, ValueError
+        The message names the argument, what was given and what is allowed.
+
+    Notes
+    -----
     All parameters are attributes, too. A value that is assigned to an attribute is checked like the argument, with the
     same errors; num_features cannot be changed. A misspelled name (`wieght`) raises AttributeError, except in
-    subclasses, which may have attributes of any name.
+    subclasses, which may have attributes of any name. An array that is assigned is not copied; of a tensor, the layer
+    keeps an array that shares its memory.
 
     >>> import numpy as np, fastbn
     >>> bn = fastbn.BatchNorm(3, dtype="float64")
@@ -73,6 +85,10 @@ class BatchNorm:
     >>> dx = bn.backward(np.ones_like(x))
     >>> bn.gradients()["bias"].tolist()
     [4.0, 4.0, 4.0]
+    >>> for name, parameter in bn.parameters().items():  # a step of gradient descent
+    ...     parameter -= 0.1 * bn.gradients()[name]
+    >>> bn.bias.tolist()
+    [-0.4, -0.4, -0.4]
     >>> bn.eval()(x).shape
     (4, 3)
     """
@@ -123,7 +139,10 @@ class BatchNorm:
         _set(self, name, value)
 
     def reset_parameters(self) -> None:
-        """Sets weight to ones, bias to zeros, and the running statistics to those before any batch."""
+        """Sets weight to ones, bias to zeros, and the running statistics and their counter to those before any batch.
+
+        The arrays are new ones.
+        """
         size, statistics = self.num_features, kind_of(self.dtype).statistics
         self.weight = np.ones(size, statistics) if self.affine else None
         self.bias = np.zeros(size, statistics) if self.affine else None
@@ -145,8 +164,8 @@ class BatchNorm:
         """A layer with the conventions of keras.layers.BatchNormalization.
 
         `momentum` multiplies the OLD value, the running variance is biased (correction=1 makes it unbiased, as
-        TensorFlow's fused kernels do), channels come last, and epsilon is 1e-3. Other arguments are those of
-        BatchNorm.
+        TensorFlow's fused kernels do), channels come last (axis=-1), and epsilon is 1e-3. Other arguments, and the
+        errors, are those of BatchNorm.
 
         >>> import fastbn
         >>> bn = fastbn.BatchNorm.keras(8)
@@ -169,7 +188,8 @@ class BatchNorm:
         """A layer with the conventions of ONNX's BatchNormalization (opset 15).
 
         `momentum` multiplies the OLD value and the running variance is biased (opsets before 14 allow either;
-        correction=1 makes it unbiased). Other arguments are those of BatchNorm.
+        correction=1 makes it unbiased). `epsilon` is added to the variance, and `axis` is that of the channels. Other
+        arguments, and the errors, are those of BatchNorm. fastbn.onnx.load_norms makes such layers of a model.
 
         >>> import fastbn
         >>> bn = fastbn.BatchNorm.onnx(8)
@@ -199,19 +219,23 @@ class BatchNorm:
     def __call__(
         self, x: Array, *, residual: Array | None = None, out: Array | None = None, mask: Array | None = None
     ) -> Array:
-        """Normalizes x, which has the layer's dtype and channels; residual, out and mask are as in fastbn.forward.
+        """Returns y, of the shape, dtype and memory order of x; it is `out` if that is given.
 
-        Raises TypeError if x has another dtype than the layer, ValueError if it has another number of channels, and
-        the errors of fastbn.forward. Then nothing has been changed.
+        x has the layer's dtype and number of channels. A residual (like x) is added before the activation, a mask says
+        which positions count towards the batch's statistics, and `out` is where to write y: see fastbn.forward.
+
+        Raises TypeError if x has another dtype than the layer, ValueError if it has another number of channels or if
+        num_batches_tracked would exceed int64, and the errors of fastbn.forward. Then nothing has been changed.
         """
         x = _check_layer.layer_input(x, self.num_features, self.axis, self.dtype)
         batch = self.training or not self.track_running_stats
         tracks = self.training and self.track_running_stats
         mean, var = (self.running_mean, self.running_var) if tracks or not batch else (None, None)
         virtual = self.virtual_batch_size if self.training else None
-        momentum = self.momentum
+        momentum, tracked = self.momentum, self.num_batches_tracked
+        if tracks and tracked >= _check_layer.MOST_BATCHES:
+            _check_layer.too_many_batches()
         if momentum is None:
-            tracked = self.num_batches_tracked
             momentum = 1 / (tracked + 1) if virtual is None else Average(tracked)
         y, cache = forward(
             x,
@@ -233,13 +257,16 @@ class BatchNorm:
         )
         _set(self, "_cache", cache)
         if tracks:
-            _set(self, "num_batches_tracked", self.num_batches_tracked + 1)
+            _set(self, "num_batches_tracked", tracked + 1)
             if self._watch is not None:
                 self._watch(cache)
         return y
 
     def backward(self, dy: Array, *, out: Array | None = None) -> Array:
         """Returns dx of the last call, in training mode or not, and sets `gradients()` of weight and bias.
+
+        dy, dx and `out` have the shape and dtype of x. `out`, where to write dx, may be dy itself. `dresidual` is then
+        the residual's gradient, if the call had a residual.
 
         Raises RuntimeError if there was no call yet, and the errors of fastbn.backward.
         """
@@ -254,7 +281,10 @@ class BatchNorm:
         return None if self._gradients is None else self._gradients.dresidual
 
     def train(self, mode: bool = True) -> Self:
-        """Use batch statistics from now on (mode=False: running ones). Returns the layer."""
+        """Use batch statistics from now on (mode=False: running ones). Returns the layer.
+
+        Raises TypeError if mode is not True or False.
+        """
         self.training = checks.flag("mode", mode)
         return self
 
@@ -283,7 +313,10 @@ class BatchNorm:
         return InferencePlan(*constants, eps=self.eps, axis=self.axis, activation=self.activation)
 
     def gradients(self) -> dict[str, Array]:
-        """The gradients of `parameters()` from the last `backward`, by the same names."""
+        """The gradients of `parameters()` from the last `backward`, by the same names, in the statistics dtype.
+
+        Empty before the first `backward`. They are not added up over calls.
+        """
         if self._gradients is None:
             return {}
         found = {"weight": self._gradients.dgamma, "bias": self._gradients.dbeta}
@@ -291,6 +324,8 @@ class BatchNorm:
 
     def state_dict(self, prefix: str = "") -> dict[str, Array]:
         """Copies of all arrays, by the prefix followed by their names in torch's BatchNorm1d/2d/3d.
+
+        Raises TypeError if prefix is not a string.
 
         >>> import fastbn
         >>> list(fastbn.BatchNorm(3, track_running_stats=False).state_dict("layer1.bn."))

@@ -424,7 +424,7 @@ def infer(
     out: Array | None = None,
     threads: int = 1,
 ) -> Array:
-    """`fastbn.infer` in jitted code: returns y. `out` may be x itself."""
+    """`fastbn.infer` in jitted code: returns y. `out` may be x itself. See help(fastbn.numba)."""
     dtype = _dtype_code(x)
     outer, channels, inner = _three_of(x, axis)
     _expect_threads(threads)
@@ -459,7 +459,7 @@ def forward(
     out: Array | None = None,
     threads: int = 1,
 ) -> Forward:
-    """`fastbn.forward` in jitted code: returns (y, cache)."""
+    """`fastbn.forward` in jitted code: returns (y, cache). See help(fastbn.numba)."""
     dtype = _dtype_code(x)
     outer, channels, inner = _three_of(x, axis)
     _expect_threads(threads)
@@ -499,7 +499,7 @@ def forward(
 
 @_jit
 def backward(dy: Array, cache: Cache, out: Array | None = None, threads: int = 1) -> Gradients:
-    """`fastbn.backward` in jitted code: returns (dx, dgamma, dbeta, dresidual)."""
+    """`fastbn.backward` in jitted code: returns (dx, dgamma, dbeta, dresidual). See help(fastbn.numba)."""
     _expect_types_of(cache)
     x = cache.x
     outer, channels, inner = _three_of(x, cache.axis, "cache.axis")

@@ -51,14 +51,16 @@ def forward(
     training : bool
         False normalizes with the running statistics, which are then required and do not change.
     momentum : float, 0 to 1
+        The weight of the batch in the running statistics: 0.1 here is 0.9 in Keras and ONNX, where it is that of the
+        old value.
     correction : int, 0 to M - 1
         The running variance is updated with the sum of squares over M - correction, for the M values per channel that
         count (of the moments, if given; of each virtual batch). This is the unbiased variance by default, as in
         PyTorch, and the biased one with 0, as in Keras, ONNX and Flax. With training=False it is not used.
     eps : float, finite and >= 0
-        With eps == 0 a constant channel still gives beta exactly.
+        Added to the variance. With eps == 0 a constant channel still gives beta exactly.
     axis : int
-        The channel axis.
+        The channel axis; negative numbers count from the end.
     mask : array of bool that broadcasts to x's shape without the channel axis, or None
         Only positions where it is True count towards the statistics; training needs 2 or more. All are normalized.
     activation : None, "relu", "relu6", "leaky_relu", "silu", "hardswish", "sigmoid" or ("leaky_relu", slope)
@@ -72,6 +74,7 @@ def forward(
         normal number of x's dtype; |gamma| >= sqrt(e) * max(1, |beta|) in every channel, where e is the eps of x's
         dtype; and |residual| <= min(|gamma|) / sqrt(e). The cache then refers to y, which must stay as it is.
     backend : "c", "numba", "numpy" or None
+        None is what `get_backend` returns.
     moments : Moments or None
         In training, normalizes with these instead of the batch's own, and blends them into the running statistics. A
         mask then says which positions of x they include.
@@ -82,7 +85,7 @@ def forward(
     Returns
     -------
     Forward
-        Unpacks as (y, cache). y has the dtype and memory order of x.
+        Unpacks as (y, cache). y has the shape, dtype and memory order of x; it is `out` if that is given.
 
     Raises
     ------
@@ -92,6 +95,11 @@ def forward(
 
     Notes
     -----
+    Any array may also be a PyTorch tensor, or another object with `__dlpack__`, in the CPU's memory. That memory is
+    used, not copied; running statistics are updated in it. What is returned are NumPy arrays, but `out` itself where
+    that is given. A tensor that requires a gradient is refused, as that would be lost: pass x.detach(), or use
+    fastbn.torch. Tensors of bfloat16 need ml_dtypes: pip install "fastbn[bfloat16]".
+
     For finite float32 input, the error of y is at most 2 ulp of max(1, |xhat|) times |gamma| plus 1 ulp of |y|, at any
     offset, with every backend and layout. Sums are kept in float64, so those of the largest float32 do not overflow,
     and denormal numbers count like others; the squares of float64 overflow beyond 1e154. A constant channel gives beta
@@ -150,7 +158,35 @@ def infer(
 
     y = activation((x - running_mean) / sqrt(running_var + eps) * gamma + beta + residual): Ioffe & Szegedy 2015,
     algorithm 2. Arguments, accuracy and errors are those of `forward`, except that any call may be in place (out=x),
-    one value per channel is enough, and an x without values gives an empty y.
+    one value per channel is enough, and an x without values gives an empty y. `InferencePlan` does the same with its
+    constants computed once, which is faster for small arrays.
+
+    Parameters
+    ----------
+    x : array of float16, bfloat16, float32 or float64, at least 2-D, any strides
+    gamma, beta : arrays of shape (C,), any float dtype, or None for ones and zeros
+    running_mean, running_var : arrays of shape (C,), each of any float dtype
+        They do not change.
+    eps : float, finite and >= 0
+        Added to the variance.
+    axis : int
+        The channel axis; negative numbers count from the end.
+    activation : as in `forward`
+    residual : array like x, or None
+        Added before the activation.
+    out : array of x's shape and dtype, or None
+        Where to write y, with any strides: x itself, or memory that no input shares.
+    backend : "c", "numba", "numpy" or None
+
+    Returns
+    -------
+    array
+        y, of the shape, dtype and memory order of x; it is `out` if that is given.
+
+    Raises
+    ------
+    TypeError, ValueError
+        The message names the argument, what was given and what is allowed; nothing has been changed.
 
     >>> import numpy as np, fastbn
     >>> x = np.array([[1.0, 10.0], [3.0, 30.0]])
@@ -241,8 +277,27 @@ def backward(
 def moments(x: Array, *, axis: int = 1, mask: Array | None = None, backend: str | None = None) -> Moments:
     """The Moments of x: count, mean and sum of squares about the mean, per channel.
 
-    The moments of the parts of a batch merge into those of the whole, with which `forward(moments=...)` normalizes. x
-    and mask are as in `forward`, but may leave no value; count is then 0.
+    The moments of the parts of a batch merge into those of the whole, with which `forward(moments=...)` normalizes.
+
+    Parameters
+    ----------
+    x : array of float16, bfloat16, float32 or float64, at least 2-D, any strides
+        It may have no values; count is then 0.
+    axis : int
+        The channel axis; negative numbers count from the end.
+    mask : array of bool that broadcasts to x's shape without the channel axis, or None
+        Only positions where it is True count. It may leave no value.
+    backend : "c", "numba", "numpy" or None
+
+    Returns
+    -------
+    Moments
+        With the attributes count, mean, m2 (the sum of squares about the mean) and mean_low, and the method var.
+
+    Raises
+    ------
+    TypeError, ValueError
+        The message names the argument, what was given and what is allowed.
 
     >>> import numpy as np, fastbn
     >>> x = np.array([[1.0], [2.0], [6.0]])
@@ -258,9 +313,24 @@ def moments(x: Array, *, axis: int = 1, mask: Array | None = None, backend: str 
 def backward_sums(dy: Array, cache: Cache, *, backend: str | None = None) -> Sums:
     """One batch's part of the sums for the gradients of several batches, which are normalized with the moments of all.
 
-    Pass the total of all parts to `backward` for each batch. `.count` is the batch's part of the moments' count.
+    Pass the total of all parts to `backward` for each batch.
 
-    Raises TypeError or ValueError as `backward` does, and ValueError for a cache of virtual batches.
+    Parameters
+    ----------
+    dy : array of x's shape and dtype, any strides
+    cache : Cache
+        That of this batch, from `forward(moments=...)`. One of virtual batches is refused.
+    backend : "c", "numba", "numpy" or None
+
+    Returns
+    -------
+    Sums
+        With the attributes count, sum_dy and sum_dy_xhat. The count is the batch's part of the moments' count.
+
+    Raises
+    ------
+    TypeError, ValueError
+        The message names the argument, what was given and what is allowed.
 
     >>> import numpy as np, fastbn
     >>> x, dy = np.array([[1.0], [2.0], [6.0]]), np.array([[1.0], [0.0], [0.0]])

@@ -111,7 +111,7 @@ def check_backward(dy: object, parts: Parts, out: object, threads: int) -> Backw
         returned = gradient.astype(dtype, copy=overwritten)
     if target is None:
         target = np.empty_like(x, dtype, subok=False)
-    return call._replace(dx=np.asarray(target), dresidual=dresidual, out=target, residual_gradient=returned)
+    return call._replace(dx=target, dresidual=dresidual, out=target if out is None else out, residual_gradient=returned)
 
 
 def backward_sums(dy: object, parts: Parts, backend: Backend, threads: int) -> Sums:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterable, Mapping
-from importlib import import_module
 from numbers import Number, Real
 from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 
 from .activations import BY_NAME, DEFAULT_SLOPES, Activation, name_and_slope
-from .dtypes import KINDS, DType, find, is_float, kind_of, native
+from .dtypes import KINDS, DType, bfloat16, find, is_float, kind_of, native
 from .shape import positions_of
 
 Array = np.ndarray[Any, Any]
@@ -47,10 +46,26 @@ def _array(name: str, value: object) -> Array:
         _refuse(TypeError, name, "a masked array", "a plain array (see the argument `mask`)")
     if type(value) is np.ndarray:
         return value
+    if exports(value):
+        from . import dlpack
+
+        return dlpack.array_of(name, value)
     try:
         return np.asarray(value)
     except Exception as error:  # __array__ may raise anything
         raise TypeError(f"{name}: got {type(value).__name__}; allowed: a NumPy array ({error})") from error
+
+
+def exports(value: object) -> bool:
+    """Whether an object that is not an array offers its memory by DLPack, as tensors do."""
+    return hasattr(value, "__dlpack__") and not isinstance(value, np.ndarray)
+
+
+def _ndarray(name: str, value: object, such: str = "") -> Array:
+    """`value`, which may be written to, as an array that shares its memory: an array already, or a tensor's."""
+    if not isinstance(value, np.ndarray) and not exports(value):
+        _refuse(TypeError, name, type(value).__name__, f"a NumPy array or a tensor{such}")
+    return _array(name, value)
 
 
 def data(name: str, value: object) -> Array:
@@ -124,8 +139,7 @@ def both_statistics(mean: object, var: object) -> None:
 def given_statistics(mean: object, var: object) -> tuple[Array, Array]:
     """Checks running statistics that determine which dtypes and number of channels the data can have."""
     both_statistics(mean, var)
-    if not isinstance(mean, np.ndarray):
-        _refuse(TypeError, "running_mean", type(mean).__name__, "a NumPy array")
+    mean = _ndarray("running_mean", mean)
     if mean.ndim != 1:
         _refuse(ValueError, "running_mean", f"shape {mean.shape}", "(C,), one value per channel")
     first = _statistic("running_mean", mean, mean.size, written=False)
@@ -156,9 +170,7 @@ def outputs(weight: Array, output_axis: object, mean: object) -> tuple[int, int,
 
 
 def _statistic(name: str, value: object, channels: int, written: bool) -> Array:
-    if not isinstance(value, np.ndarray):
-        _refuse(TypeError, name, type(value).__name__, "a NumPy array")
-    array = data(name, value)
+    array = data(name, _ndarray(name, value))
     _shape(name, array, channels)
     if written and not array.flags.writeable:
         _refuse(ValueError, name, "a read-only array", "a writable one, since it is updated in place")
@@ -204,9 +216,7 @@ def out(value: object, x: Array, inputs: Mapping[str, Array | None], *, may_be: 
     """Checks `out`: x's shape and dtype, any byte order, writable, and apart from the inputs or equal to `may_be`."""
     if value is None:
         return None
-    if not isinstance(value, np.ndarray):
-        _refuse(TypeError, "out", type(value).__name__, f"a NumPy array of x's shape {x.shape} and dtype {x.dtype}")
-    array = _array("out", value)
+    array = _ndarray("out", value, f" of x's shape {x.shape} and dtype {x.dtype}")
     if native(array.dtype) != native(x.dtype):
         _refuse(TypeError, "out", f"dtype {array.dtype}", f"x's dtype {x.dtype}")
     if array.shape != x.shape:
@@ -221,7 +231,7 @@ def out(value: object, x: Array, inputs: Mapping[str, Array | None], *, may_be: 
         if name == may_be and same_memory(array, other):
             continue
         _refuse(ValueError, "out", f"memory shared with {name}", _apart(may_be))
-    return value
+    return array
 
 
 def _overlaps_itself(array: Array) -> bool:
@@ -463,10 +473,7 @@ def dtype(name: str, value: object) -> DType:
     if value is None:
         _refuse(TypeError, name, "None", _names(KINDS))
     if isinstance(value, str) and value == "bfloat16":
-        try:
-            import_module("ml_dtypes")  # registers the name with NumPy
-        except ImportError as error:
-            raise ImportError(f'{name}: "bfloat16" needs ml_dtypes: pip install "fastbn[bfloat16]"') from error
+        return bfloat16(name)
     try:
         found = np.dtype(value)  # type: ignore[call-overload]
     except TypeError:

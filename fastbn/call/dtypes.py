@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -49,6 +50,15 @@ def kind_of(dtype: DType) -> Kind:
 def native(dtype: DType) -> DType:
     """The dtype in this machine's byte order."""
     return dtype if dtype.isnative else dtype.newbyteorder("=")
+
+
+def bfloat16(name: str) -> DType:
+    """The dtype bfloat16, for the argument of this name. Importing ml_dtypes registers it with NumPy."""
+    try:
+        import_module("ml_dtypes")
+    except ImportError as error:
+        raise ImportError(f'{name}: "bfloat16" needs ml_dtypes: pip install "fastbn[bfloat16]"') from error
+    return np.dtype("bfloat16")
 
 
 def is_float(dtype: DType) -> bool:

@@ -201,7 +201,7 @@ def check(call: Call, *, updates: bool, keeps: bool) -> Call:
     mean, var = _statistics(call.given)
     mask = None if call.mask is None else np.broadcast_to(call.mask, positions_of(x.shape, axis))
     call = call._replace(gamma=gamma, beta=beta, running_mean=mean, running_var=var, mask=mask)
-    return call._replace(out=out, y=np.asarray(out), in_place=in_place)
+    return call._replace(out=out if call.out is None else call.out, y=out, in_place=in_place)
 
 
 def contiguous(array: Array, dtype: DType) -> Array:

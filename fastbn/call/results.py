@@ -81,7 +81,7 @@ def _described(array: Array | None) -> str:
 
 
 class Cache:
-    """What `backward` needs from a `forward` call.
+    """What `backward` needs from a `forward` call, which makes it. It can be pickled.
 
     It refers to x (which holds y after out=x), residual and mask: do not change them before `backward`.
 
@@ -129,18 +129,22 @@ class Cache:
 
     @property
     def mean(self) -> Array:
+        """The mean that the call normalized with, of shape (C,)."""
         return self._row("mean")
 
     @property
     def var(self) -> Array:
+        """The biased variance that the call normalized with, of shape (C,)."""
         return self._row("var")
 
     @property
     def inv_std(self) -> Array:
+        """1/sqrt(var + eps), or 0 where var + eps is 0, of shape (C,)."""
         return self._row("inv_std")
 
     @property
     def count(self) -> Any:
+        """The number of values per channel that the statistics come from."""
         if self._parts.virtual is None:
             return self._parts.total
         return np.array([parts.total for _, parts in self._parts.slices()])
@@ -165,7 +169,14 @@ def parts_of(cache: object) -> Parts:
 
 
 class Forward(NamedTuple):
-    """The result of `forward`.
+    """The result of `forward`, which unpacks as (y, cache).
+
+    Attributes
+    ----------
+    y : array of the shape, dtype and memory order of x
+        `out` itself if that was given.
+    cache : Cache
+        What `backward` needs.
 
     >>> import numpy as np, fastbn
     >>> y, cache = fastbn.forward(np.array([[1.0], [3.0]]), eps=0.0)
@@ -187,7 +198,16 @@ class _Gradients(NamedTuple):
 
 
 class Gradients(_Gradients):
-    """The result of `backward`: (dx, dgamma, dbeta), and the attribute `dresidual`, None without a residual.
+    """The result of `backward`, which unpacks as (dx, dgamma, dbeta).
+
+    Attributes
+    ----------
+    dx : array of the shape, dtype and memory order of x
+        `out` itself if that was given.
+    dgamma, dbeta : arrays of shape (C,) in the statistics dtype
+        None where gamma or beta was None.
+    dresidual : array like x
+        None without a residual.
 
     >>> import numpy as np, fastbn
     >>> x = np.array([[1.0], [3.0]])

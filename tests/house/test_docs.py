@@ -9,6 +9,7 @@ import pkgutil
 import re
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import cases
 import pytest
@@ -111,6 +112,41 @@ def test_public_methods_are_documented(name: str) -> None:
             continue
         described = (inspect.getdoc(getattr(public, member)) or "") or re.search(rf"\b{member}\b", documentation)
         assert described, f"{name}.{member}"
+
+
+def with_parameters() -> dict[str, tuple[Any, str]]:
+    """The public functions, constructors and methods, and the documentation in which their parameters must be."""
+    found = {}
+    for name in NAMES:
+        public = getattr(fastbn, name)
+        found[name] = public, inspect.getdoc(public) or ""
+        for member, value in vars(public).items() if inspect.isclass(public) else ():
+            if member == "__call__" or (inspect.isroutine(value) and not member.startswith("_")):
+                found[f"{name}.{member}"] = getattr(public, member), inspect.getdoc(getattr(public, member)) or ""
+    return found
+
+
+@pytest.mark.parametrize("name", with_parameters())
+def test_parameters_are_documented(name: str) -> None:
+    """Each is named, and so is what a function that takes any may raise."""
+    public, documentation = with_parameters()[name]
+    if inspect.isclass(public) and not signed_here(public):
+        return
+    passed_on = {"self", "args", "kwargs", "parts", "num_features"}  # of the other constructors: as in BatchNorm
+    named = set(inspect.signature(public).parameters) - passed_on
+    assert {parameter for parameter in named if not re.search(rf"\b{parameter}\b", documentation)} == set()
+    if named and name not in NEVER_RAISE:
+        assert re.search(r"\b(Raises|errors)\b", documentation), documentation
+
+
+NEVER_RAISE = {"Forward", "Gradients"}
+"""What only fastbn makes."""
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_properties_are_documented(name: str) -> None:
+    properties = inspect.getmembers(getattr(fastbn, name), lambda member: isinstance(member, property))
+    assert [member for member, value in properties if not value.__doc__] == []
 
 
 def readme_blocks() -> list[str]:
