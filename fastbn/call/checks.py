@@ -42,11 +42,36 @@ def kind(value: object) -> str:
     return f"{shown(value)} ({name})" if value is None or isinstance(value, str | bytes | Number | np.generic) else name
 
 
-def _array(name: str, value: object) -> Array:
+_LOADED = {
+    "dask": "{}.compute(), or fastbn.dask, whose moments and infer take Dask arrays block by block",
+    "zarr": "{}[...], or fastbn.dask with dask.array.from_zarr({}), block by block",
+    "h5py": "{}[...], or fastbn.dask with dask.array.from_array({}), block by block",
+}
+"""The packages whose arrays are not in memory, and what is allowed instead of an argument of this name."""
+
+
+def in_memory(name: str, value: object) -> None:
+    """Refuses arrays that are lazy or on disk, which NumPy would load whole. Their packages are not imported."""
+    for base in type(value).__mro__:
+        allowed = _LOADED.get(base.__module__.partition(".")[0])
+        if allowed is not None:
+            given = f"{qualified(base)}, which is not in memory"
+            _refuse(TypeError, name, given, f"a NumPy array, such as {allowed.format(name, name)}")
+
+
+def qualified(cls: type) -> str:
+    """The name of a class with its module."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _array(name: str, value: object, *, loads: bool = False) -> Array:
+    """`value` as an array; one on disk only if the caller `loads` values, of which there are few."""
     if isinstance(value, np.ma.MaskedArray):
         _refuse(TypeError, name, "a masked array", "a plain array (see the argument `mask`)")
     if type(value) is np.ndarray:
         return value
+    if not loads:
+        in_memory(name, value)
     try:
         return np.asarray(value)
     except Exception as error:  # __array__ may raise anything
@@ -71,13 +96,13 @@ def like(name: str, value: object, x: Array) -> Array:
     return array
 
 
-def axis(value: object, x: Array) -> int:
-    """The channel axis, counted from 0."""
+def axis(value: object, x: Array, name: str = "x") -> int:
+    """The channel axis, counted from 0, of the argument of this name."""
     if x.ndim < 2:
-        _refuse(ValueError, "x", f"shape {x.shape}", "at least 2 dimensions")
+        _refuse(ValueError, name, f"shape {x.shape}", "at least 2 dimensions")
     index = integer("axis", value)
     if not -x.ndim <= index < x.ndim:
-        _refuse(ValueError, "axis", shown(index), f"{-x.ndim} to {x.ndim - 1} for x of shape {x.shape}")
+        _refuse(ValueError, "axis", shown(index), f"{-x.ndim} to {x.ndim - 1} for {name} of shape {x.shape}")
     return index % x.ndim
 
 
@@ -124,8 +149,7 @@ def both_statistics(mean: object, var: object) -> None:
 def given_statistics(mean: object, var: object) -> tuple[Array, Array]:
     """Checks running statistics that determine which dtypes and number of channels the data can have."""
     both_statistics(mean, var)
-    if not isinstance(mean, np.ndarray):
-        _refuse(TypeError, "running_mean", type(mean).__name__, "a NumPy array")
+    mean = _ndarray("running_mean", mean)
     if mean.ndim != 1:
         _refuse(ValueError, "running_mean", f"shape {mean.shape}", "(C,), one value per channel")
     first = _statistic("running_mean", mean, mean.size, written=False)
@@ -155,10 +179,16 @@ def outputs(weight: Array, output_axis: object, mean: object) -> tuple[int, int,
     return at, groups, found
 
 
-def _statistic(name: str, value: object, channels: int, written: bool) -> Array:
+def _ndarray(name: str, value: object, such: str = "") -> Array:
+    """Checks that the value is a NumPy array already, since it may be written to."""
     if not isinstance(value, np.ndarray):
-        _refuse(TypeError, name, type(value).__name__, "a NumPy array")
-    array = data(name, value)
+        in_memory(name, value)
+        _refuse(TypeError, name, type(value).__name__, f"a NumPy array{such}")
+    return value
+
+
+def _statistic(name: str, value: object, channels: int, written: bool) -> Array:
+    array = data(name, _ndarray(name, value))
     _shape(name, array, channels)
     if written and not array.flags.writeable:
         _refuse(ValueError, name, "a read-only array", "a writable one, since it is updated in place")
@@ -203,8 +233,7 @@ def out(value: object, x: Array, inputs: Mapping[str, Array | None], *, may_be: 
     """Checks `out`: x's shape and dtype, any byte order, writable, and apart from the inputs or equal to `may_be`."""
     if value is None:
         return None
-    if not isinstance(value, np.ndarray):
-        _refuse(TypeError, "out", type(value).__name__, f"a NumPy array of x's shape {x.shape} and dtype {x.dtype}")
+    value = _ndarray("out", value, f" of x's shape {x.shape} and dtype {x.dtype}")
     array = _array("out", value)
     if native(array.dtype) != native(x.dtype):
         _refuse(TypeError, "out", f"dtype {array.dtype}", f"x's dtype {x.dtype}")
