@@ -67,16 +67,19 @@ def _in_turn(batches: Iterable[Any]) -> Iterator[Any]:
         yield dask.compute(batch)[0] if any(map(dask.is_dask_collection, inside)) else batch
 
 
-def _split(batches: Any, dask: Any) -> Iterable[Any]:
+def _split(batches: Any, dask: Any) -> Iterator[Any]:
     """The batches in a Dask collection: an array's blocks along axis 0, or a bag's items, a partition in memory."""
-    if not type(batches).__module__.startswith("dask."):
-        return batches
-    if hasattr(batches, "numblocks"):
-        return (batches.blocks[i] for i in range(batches.numblocks[0]))
-    if hasattr(batches, "to_textfiles"):
-        return (item for partition in batches.to_delayed() for item in dask.compute(partition)[0])
-    allowed = "a Dask array or bag, or an iterable of what forward takes, Dask collections included"
-    _refuse(TypeError, "batches", checks.qualified(type(batches)), allowed)
+    package, _, module = type(batches).__module__.partition(".")
+    if package != "dask":
+        yield from batches
+    elif module.startswith("array."):
+        yield from (batches.blocks[i] for i in range(batches.numblocks[0]))
+    elif module.startswith("bag."):
+        for partition in batches.to_delayed():
+            yield from dask.compute(partition)[0]
+    else:
+        allowed = "a Dask array or bag, or an iterable of what forward takes, Dask collections included"
+        _refuse(TypeError, "batches", checks.qualified(type(batches)), allowed)
 
 
 def recalibrate(layers: Iterable[BatchNorm], batches: Iterable[Batch], forward: Callable[[Batch], object]) -> None:
