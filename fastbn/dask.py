@@ -81,14 +81,15 @@ def moments(array: da.Array, *, axis: int = 1, mask: da.Array | np.ndarray | Non
         channel_axis=at,
         exact=exact,
     )
+    others = positions_of(tuple(range(array.ndim)), at)
     merged = da.reduction(
         parts,
         chunk=_merged,
         aggregate=_merged,
-        axis=positions_of(tuple(range(array.ndim)), at),
+        axis=others,
         keepdims=True,
         dtype=object,
-        split_every=FAN_IN,
+        split_every=dict.fromkeys(others, FAN_IN),
         meta=np.empty((0,) * array.ndim, object),
     )
     return delayed(_side_by_side, pure=True)(merged.to_delayed().ravel().tolist())
@@ -238,6 +239,7 @@ def _mask_and_axes(value: object, array: da.Array, at: int) -> tuple[Operand, tu
     if mask.ndim > len(positions) or any(_differs(mask.shape[i], array.shape[axes[i]]) for i in exact):
         allowed = f"one that broadcasts to {positions}, array's shape {array.shape} without its channel axis"
         _refuse(ValueError, "mask", f"shape {mask.shape}", allowed)
+    mask = mask.rechunk({i: -1 for i in range(mask.ndim) if i not in exact})
     mask = _cut_alike("mask", mask, array, {i: axes[i] for i in exact})
     return (mask, axes), tuple(i - mask.ndim for i in exact)
 
@@ -266,8 +268,8 @@ def _channel_chunks(array: da.Array, at: int, mean: object, var: object) -> tupl
 
 # What a task computes -------------------------------------------------------------------------------------------------
 
-FAN_IN = 16
-"""How many moments a task merges, or about that many where blocks lie along several axes."""
+FAN_IN = 8
+"""How many neighbours along each axis a task merges at a time."""
 
 
 def _check_block(block: Array, declared: str) -> None:

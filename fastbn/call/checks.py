@@ -53,7 +53,7 @@ _LOADED = {
 def in_memory(name: str, value: object) -> None:
     """Refuses arrays that are lazy or on disk, which NumPy would load whole. Their packages are not imported."""
     for base in type(value).__mro__:
-        allowed = _LOADED.get(base.__module__.partition(".")[0])
+        allowed = _LOADED.get(str(base.__module__).partition(".")[0])
         if allowed is not None:
             given = f"{qualified(base)}, which is not in memory"
             _refuse(TypeError, name, given, f"a NumPy array, such as {allowed.format(name, name)}")
