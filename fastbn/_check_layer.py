@@ -110,6 +110,7 @@ def _array_of(name: str, flag: str) -> Callable[[Any, object], Array | None]:
         if value is None and not getattr(layer, flag):
             return None
         if not isinstance(value, np.ndarray) and not checks.exports(value):
+            checks.in_memory(name, value)
             allowed += f", since {flag} is True" if value is None else "" if getattr(layer, flag) else ", or None"
             _refuse(TypeError, name, kind(value), allowed)
         array = _array(name, value)
@@ -245,7 +246,7 @@ def _loadable(name: str, value: Any) -> Array:
             value = value.double() if value.is_floating_point() else value  # NumPy has no bfloat16
     except Exception as error:  # such as that of a tensor without data
         raise TypeError(f"{name}: got {type(value).__name__}; allowed: an array or a tensor ({error})") from error
-    return _array(name, value)
+    return _array(name, value, loads=True)
 
 
 def _state_array(name: str, value: Array, like: Array) -> Array:

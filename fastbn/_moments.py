@@ -6,7 +6,7 @@ import numpy as np
 
 from .call import check_parts, checks
 from .call.dtypes import FLOAT64, DType, rounded
-from .call.pickles import packed, unpacked
+from .call.pickles import owned, packed, unpacked
 from .call.record import Call
 
 Array = np.ndarray
@@ -63,8 +63,8 @@ class _Summed:
 
     def __setstate__(self, state: object) -> None:
         with unpacked(type(self).__name__, state) as contents:
-            self._count, name, self._rows = contents
-            self._dtype = np.dtype(name)
+            self._count, name, rows = contents
+            self._rows, self._dtype = owned(rows), np.dtype(name)
             self._check()
 
     def __eq__(self, other: object) -> bool:

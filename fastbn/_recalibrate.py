@@ -3,14 +3,16 @@
 ("Rethinking 'Batch' in BatchNorm".)
 """
 
-from collections.abc import Callable, Iterable
-from typing import TypeVar
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 import numpy as np
 
 from . import _check_layer
 from ._moments import Moments
 from .call import checks
+from .call.checks import _refuse
 from .call.results import Cache
 from .layer import BatchNorm
 
@@ -55,6 +57,32 @@ class _Watched:
             array[...] = values
 
 
+def _in_turn(batches: Iterable[Any]) -> Iterator[Any]:
+    """The batches. Those of Dask, and Dask collections in a tuple, list or dict, are computed when their turn comes."""
+    dask: Any = sys.modules.get("dask")
+    if dask is None:  # then none of the objects can be of Dask
+        yield from batches
+        return
+    for batch in _split(batches, dask):
+        inside = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, tuple | list) else (batch,)
+        yield dask.compute(batch)[0] if any(map(dask.is_dask_collection, inside)) else batch
+
+
+def _split(batches: Any, dask: Any) -> Iterator[Any]:
+    """The batches in a Dask collection: an array's blocks along axis 0, or a bag's items, a partition in memory."""
+    package, _, module = type(batches).__module__.partition(".")
+    if package != "dask":
+        yield from batches
+    elif module.startswith("array."):
+        yield from (batches.blocks[i] for i in range(batches.numblocks[0]))
+    elif module.startswith("bag."):
+        for partition in batches.to_delayed():
+            yield from dask.compute(partition)[0]
+    else:
+        allowed = "a Dask array or bag, or an iterable of what forward takes, Dask collections included"
+        _refuse(TypeError, "batches", checks.qualified(type(batches)), allowed)
+
+
 def recalibrate(layers: Iterable[BatchNorm], batches: Iterable[Batch], forward: Callable[[Batch], object]) -> None:
     """Sets running statistics to the exact ones of all values that the layers get, instead of to a moving average.
 
@@ -68,7 +96,9 @@ def recalibrate(layers: Iterable[BatchNorm], batches: Iterable[Batch], forward: 
     layers : iterable of BatchNorm
         Layers with running statistics.
     batches : iterable
-        The arguments for `forward`.
+        The arguments for `forward`. A Dask collection among them, or in a tuple, list or dict among them, is computed
+        when its turn comes, so that one batch is in memory at a time. A Dask array gives its blocks along axis 0 as
+        batches, and a Dask bag its items.
     forward : callable
         A function that calls the layers, each at least once in all.
 
@@ -92,7 +122,7 @@ def recalibrate(layers: Iterable[BatchNorm], batches: Iterable[Batch], forward: 
     try:
         for entry in watched:
             entry.watch()
-        for batch in batches:
+        for batch in _in_turn(batches):
             forward(batch)
         found = [entry.statistics() for entry in watched]
     finally:

@@ -9,7 +9,7 @@ import numpy as np
 from . import _check_layer
 from .call import checks
 from .call.dtypes import DType, kind_of
-from .call.pickles import packed, unpacked
+from .call.pickles import owned, packed, unpacked
 from .call.record import Average
 from .call.results import Cache, Gradients
 from .inference import InferencePlan
@@ -377,7 +377,7 @@ class BatchNorm:
         with unpacked(type(self).__name__, state) as contents:
             others = dict(contents)
             for name in _check_layer.ASSIGNED:
-                setattr(self, name, others.pop(name))
+                setattr(self, name, owned(others.pop(name)))
             self.__dict__.update(others)
 
     def __copy__(self) -> Self:

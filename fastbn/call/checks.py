@@ -41,7 +41,30 @@ def kind(value: object) -> str:
     return f"{shown(value)} ({name})" if value is None or isinstance(value, str | bytes | Number | np.generic) else name
 
 
-def _array(name: str, value: object) -> Array:
+_LOADED = {
+    "dask": "{}.compute(), or fastbn.dask, whose moments and infer take Dask arrays block by block",
+    "zarr": "{}[...], or fastbn.dask with dask.array.from_zarr({}), block by block",
+    "h5py": "{}[...], or fastbn.dask with dask.array.from_array({}), block by block",
+}
+"""The packages whose arrays are not in memory, and what is allowed instead of an argument of this name."""
+
+
+def in_memory(name: str, value: object) -> None:
+    """Refuses arrays that are lazy or on disk, which NumPy would load whole. Their packages are not imported."""
+    for base in type(value).__mro__:
+        allowed = _LOADED.get(str(base.__module__).partition(".")[0])
+        if allowed is not None:
+            given = f"{qualified(base)}, which is not in memory"
+            _refuse(TypeError, name, given, f"a NumPy array, such as {allowed.format(name, name)}")
+
+
+def qualified(cls: type) -> str:
+    """The name of a class with its module."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _array(name: str, value: object, *, loads: bool = False) -> Array:
+    """`value` as an array; one on disk only if the caller `loads` values, of which there are few."""
     if isinstance(value, np.ma.MaskedArray):
         _refuse(TypeError, name, "a masked array", "a plain array (see the argument `mask`)")
     if type(value) is np.ndarray:
@@ -50,6 +73,8 @@ def _array(name: str, value: object) -> Array:
         from . import dlpack
 
         return dlpack.array_of(name, value)
+    if not loads:
+        in_memory(name, value)
     try:
         return np.asarray(value)
     except Exception as error:  # __array__ may raise anything
@@ -64,6 +89,7 @@ def exports(value: object) -> bool:
 def _ndarray(name: str, value: object, such: str = "") -> Array:
     """`value`, which may be written to, as an array that shares its memory: an array already, or a tensor's."""
     if not isinstance(value, np.ndarray) and not exports(value):
+        in_memory(name, value)
         _refuse(TypeError, name, type(value).__name__, f"a NumPy array or a tensor{such}")
     return _array(name, value)
 
@@ -86,13 +112,13 @@ def like(name: str, value: object, x: Array) -> Array:
     return array
 
 
-def axis(value: object, x: Array) -> int:
-    """The channel axis, counted from 0."""
+def axis(value: object, x: Array, name: str = "x") -> int:
+    """The channel axis, counted from 0, of the argument of this name."""
     if x.ndim < 2:
-        _refuse(ValueError, "x", f"shape {x.shape}", "at least 2 dimensions")
+        _refuse(ValueError, name, f"shape {x.shape}", "at least 2 dimensions")
     index = integer("axis", value)
     if not -x.ndim <= index < x.ndim:
-        _refuse(ValueError, "axis", shown(index), f"{-x.ndim} to {x.ndim - 1} for x of shape {x.shape}")
+        _refuse(ValueError, "axis", shown(index), f"{-x.ndim} to {x.ndim - 1} for {name} of shape {x.shape}")
     return index % x.ndim
 
 

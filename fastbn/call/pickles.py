@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
+
 from .checks import _refuse, kind, shown
 
 FORMAT = 1
@@ -30,3 +32,13 @@ def unpacked(name: str, state: Any) -> Iterator[Any]:
         raise ValueError(
             f"{name}: got a pickle whose contents do not fit ({error}); allowed: format {FORMAT}, as fastbn writes it"
         ) from error
+
+
+def owned(value: Any) -> Any:
+    """An array that was pickled, in memory of its own unless it can be written to and is aligned where it is.
+
+    Pickles of protocol 5 may leave arrays in the buffers in which they came from another process (PEP 574).
+    """
+    if isinstance(value, np.ndarray) and not (value.flags.writeable and value.flags.aligned):
+        return value.copy(order="K")
+    return value

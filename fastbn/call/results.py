@@ -10,7 +10,7 @@ from .._backends import SAVED_ROWS
 from .._moments import Moments
 from . import check_parts, checks
 from .dtypes import DType, kind_of
-from .pickles import packed, unpacked
+from .pickles import owned, packed, unpacked
 from .record import Options
 from .shape import positions_of
 
@@ -111,6 +111,7 @@ class Cache:
     def __setstate__(self, state: object) -> None:
         with unpacked("Cache", state) as contents:
             parts = Parts(*contents)
+            parts = parts._replace(saved=owned(parts.saved))
             check_parts.cache(parts)
             self._parts = parts
 

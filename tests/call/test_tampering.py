@@ -404,6 +404,20 @@ def test_pickles_name_public_classes(name: str, protocol: int) -> None:
     assert pickle.dumps(again, protocol) == pickle.dumps(pickle.loads(pickled), protocol)
 
 
+@pytest.mark.parametrize("skew", [0, 1], ids=["aligned", "unaligned"])
+@pytest.mark.parametrize("name", list(objects()))
+def test_pickles_in_buffers(name: str, skew: int) -> None:
+    """Pickles whose arrays came apart from them (PEP 574), into memory that is read-only or at an odd address."""
+    given = objects()[name]
+    apart: list[pickle.PickleBuffer] = []
+    pickled = pickle.dumps(given, 5, buffer_callback=apart.append)
+    buffers = [memoryview(bytes(skew) + array.raw().tobytes())[skew:] for array in apart]
+    again = pickle.loads(pickled, buffers=buffers)
+    assert pickle.dumps(again) == pickle.dumps(pickle.loads(pickle.dumps(given)))
+    if isinstance(again, fastbn.BatchNorm):
+        again.train()(cases.call((4, 5, 3)).x)
+
+
 def test_results_travel(any_backend: cases.Kernel) -> None:
     """Forward and Gradients, with all that is in them."""
     c = cases.call(SHAPE)
