@@ -51,12 +51,14 @@ class Exchange:
     gather : Gather
     call : str
         Its name, up to 16 letters. All ranks must make the same call.
+    data : str
+        What errors call the data.
     most : int or None
         The number of bytes that a message may have, where an error's text must be cut to it.
     """
 
-    def __init__(self, gather: Gather, call: str, most: int | None = None) -> None:
-        self._gather, self._call, self._most = gather, call, most
+    def __init__(self, gather: Gather, call: str, data: str = "x", most: int | None = None) -> None:
+        self._gather, self._call, self._data, self._most = gather, call, data, most
         self._sent = False
 
     def __enter__(self) -> Self:
@@ -66,7 +68,10 @@ class Exchange:
         if isinstance(error, Exception) and not self._sent:
             code, text = _described(error)
             room = None if self._most is None else self._most - HEADER.itemsize
-            self._send(np.frombuffer(text.encode()[:room], np.uint8), error=code)
+            try:
+                self._send(np.frombuffer(text.encode()[:room], np.uint8), error=code)
+            except Exception as failed:
+                error.add_note(f"The other ranks could not be told of it: {failed}")
 
     def total(self, part: Part, agreed: Mapping[str, float]) -> Part:
         """The sum of all ranks' parts, in the order of the ranks.
@@ -94,8 +99,17 @@ class Exchange:
             for message, header in zip(messages, headers, strict=True)
         ]
         _raise_errors(headers, payloads)
-        _check_agreed(headers, list(agreed))
+        self._check_agreed(headers, list(agreed))
         return [payload.view(FLOAT64) for payload in payloads]
+
+    def _check_agreed(self, headers: list[Any], names: list[str]) -> None:
+        """Raises, on every rank the same, if ranks differ in what they do or in what must be the same."""
+        _check_same(RuntimeError, "call", [header["call"].decode() for header in headers])
+        _check_same(ValueError, self._data, [f"{header['channels']} channels" for header in headers])
+        statistics = [f"the statistics dtype float{8 * header['statistics']}" for header in headers]
+        _check_same(TypeError, self._data, statistics)
+        for i, name in enumerate(names):
+            _check_same(ValueError, name, [repr(float(header["agreed"][i])).removesuffix(".0") for header in headers])
 
     def _send(self, payload: Array, **fields: Any) -> list[Array]:
         header = np.zeros(1, HEADER)
@@ -118,15 +132,6 @@ def _raise_errors(headers: list[Any], payloads: list[Array]) -> None:
         if header["error"]:
             text = payload.tobytes().decode(errors="replace")
             raise _ERRORS[int(header["error"]) - 1](f"on rank {rank}: {text}")
-
-
-def _check_agreed(headers: list[Any], names: list[str]) -> None:
-    """Raises, on every rank the same, if ranks differ in what they do or in what must be the same."""
-    _check_same(RuntimeError, "call", [header["call"].decode() for header in headers])
-    _check_same(ValueError, "x", [f"{header['channels']} channels" for header in headers])
-    _check_same(TypeError, "x", [f"the statistics dtype float{8 * header['statistics']}" for header in headers])
-    for i, name in enumerate(names):
-        _check_same(ValueError, name, [repr(float(header["agreed"][i])).removesuffix(".0") for header in headers])
 
 
 def _check_same(error: type[Exception], name: str, found: list[str]) -> None:

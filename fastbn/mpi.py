@@ -152,7 +152,7 @@ def _train(
     own = batch.moments(Call(call.x, axis=call.axis, mask=call.mask, threads=call.threads), chosen)
     agreed = {"eps": call.eps, "momentum": call.momentum, "correction": call.correction}
     moments = exchange.total(own, agreed)
-    check_parts.enough_together(moments.count)
+    check_parts.enough_together("x", moments.count)
     parts = batch.train(call, moments, chosen)
     call.put_running_back()
     return Forward(call.out, Cache(parts))

@@ -124,10 +124,11 @@ def sums(value: _Summed, channels: int, statistics: DType, most: int | None) -> 
         _refuse(ValueError, "sums", f"count {value.count}", f"at most {most}, the count of the cache's statistics")
 
 
-def enough_together(count: int) -> None:
+def enough_together(name: str, count: int) -> None:
     """Checks that all ranks together have enough values per channel."""
     if count < 2:
-        _refuse(ValueError, "x", f"{count} values per channel on all ranks together", "2 or more to train")
+        given = f"{count} value{'s' * (count != 1)} per channel on all ranks together"
+        _refuse(ValueError, name, given, "2 or more to train")
 
 
 def all_of(value: _Summed, count: int) -> None:

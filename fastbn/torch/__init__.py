@@ -40,8 +40,17 @@ except ImportError as error:
     raise ImportError('fastbn.torch needs torch and ml_dtypes: pip install "fastbn[torch]"') from error
 
 from .layers import BatchNorm1d, BatchNorm2d, BatchNorm3d, convert_batchnorm, revert_batchnorm
+from .sync import SyncBatchNorm, convert_sync_batchnorm
 
-__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "convert_batchnorm", "revert_batchnorm"]
+__all__ = [
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "SyncBatchNorm",
+    "convert_batchnorm",
+    "convert_sync_batchnorm",
+    "revert_batchnorm",
+]
 
 
 def __dir__() -> list[str]:

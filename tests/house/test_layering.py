@@ -46,6 +46,7 @@ FLOORS = (
     {"_recalibrate", "mpi"},
     {"torch.autograd"},
     {"torch.layers"},
+    {"torch.sync"},
     {"call", "config", "demo", "torch"},
     {""},
     {"demo.networks", "bench"},
