@@ -208,8 +208,8 @@ def mpiexec() -> tuple[list[str], dict[str, str]]:
     return [command], {} if library is None else {"MPI4PY_LIBMPI": os.environ.get("MPI4PY_LIBMPI", library)}
 
 
-def python(script: Path, *arguments: object) -> list[str]:
-    return [sys.executable, "-P", str(script), *map(str, arguments)]
+def python(*arguments: object) -> list[str]:
+    return [sys.executable, "-P", *map(str, arguments)]
 
 
 # What is right -------------------------------------------------------------------------------------------------------

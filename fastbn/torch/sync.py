@@ -103,21 +103,21 @@ class _Normalization(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, residual = ctx.saved_tensors
         saved, values, gamma, beta, of_gamma, of_beta, eps, activation = ctx.kept
-        wanted = ctx.needs_input_grad
-        recorded = torch.is_grad_enabled()
+        wanted, recorded = ctx.needs_input_grad, torch.is_grad_enabled()
         if not recorded and not wanted[0]:
-            return in_dtypes(_gradients(dy, x, residual, saved, values, activation, wanted), gamma, beta)
-        with _exchange(ctx.group, x.shape[1], "backward") as exchange:
+            x, residual = ctx.saved_tensors
+            found = _gradients(dy, x, residual, saved, values, activation, wanted)
+            return in_dtypes(found, gamma, beta)
+        with _exchange(ctx.group, saved.shape[1], "backward") as exchange:
+            x, residual = ctx.saved_tensors  # an error here is told to the other ranks, too
             if not recorded:
                 found = _gradients(dy, x, residual, saved, values, activation, wanted, exchange)
                 return in_dtypes(found, gamma, beta)
             _check_gradient(dy, x, residual)
             check_unchanged(gamma, None if activation is None else beta, of_gamma, of_beta)
-        rows = torch.from_numpy(saved)
-        mean = _MeanOverRanks(ctx.group, values)
-        found = formulas.gradients(dy, x, residual, gamma, beta, rows, True, eps, activation, wanted, mean)
+        rows, means = torch.from_numpy(saved), _MeansOverRanks(ctx.group, values)
+        found = formulas.gradients(dy, x, residual, gamma, beta, rows, True, eps, activation, wanted, means)
         return in_dtypes(found, gamma, beta)
 
 
@@ -159,7 +159,7 @@ def _check_gradient(dy: Tensor, x: Tensor, residual: Tensor | None) -> None:
             )
 
 
-class _MeanOverRanks:
+class _MeansOverRanks:
     """Means over all positions of all ranks, for `formulas.gradients`: of each tensor of x's shape that it is given."""
 
     def __init__(self, group: Any, values: int) -> None:
@@ -271,8 +271,9 @@ class SyncBatchNorm(_Layer, torch.nn.modules.batchnorm._BatchNorm):
 
 def _synchronized(layer: SyncBatchNorm, x: Tensor, residual: Tensor | None, group: Any) -> Tensor:
     """A call in training, over several processes."""
-    gamma, beta, mean, var, number = layer._tensors(False)
     with _exchange(group, layer.num_features, "forward") as exchange:
+        gamma, beta, mean, var, number = layer._tensors(False)
+        checks.activation(layer.activation)
         _check_call(layer, x, residual)
         eps = _checked_eps(layer.eps)
         if not layer.track_running_stats:

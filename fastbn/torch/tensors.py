@@ -132,7 +132,8 @@ def is_readable(tensor: Tensor) -> bool:
     """Whether a tensor is nothing but its strided values in the CPU's memory, of which there may be none."""
     if tensor.numel():
         return bool(_address(tensor))
-    return type(tensor) in _PLAIN and tensor.is_cpu and tensor.layout is torch.strided
+    plain = type(tensor) in _PLAIN and tensor.is_cpu and tensor.layout is torch.strided
+    return plain and not is_batched(tensor)
 
 
 def is_batched(tensor: Tensor) -> bool:

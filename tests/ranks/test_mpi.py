@@ -25,7 +25,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
     command, environment = rank_cases.mpiexec()
 
     def start(folder: Path) -> None:
-        ranks = [*command, "-n", str(rank_cases.WORLD), *rank_cases.python(WORKER, folder)]
+        ranks = [*command, "-n", str(rank_cases.WORLD), *rank_cases.python("-m", "mpi4py", WORKER, folder)]
         rank_cases.run([ranks], **environment)
 
     return rank_cases.started(tmp_path_factory, "mpi", start)
