@@ -133,8 +133,8 @@ def _environment(**others: str) -> dict[str, str]:
     return {**kept, "OMP_NUM_THREADS": "1", **others}
 
 
-def run(commands: list[list[str]], timeout: float = 150, **environment: str) -> None:
-    """Runs commands at the same time. If one fails or time is over, all are ended and the test fails."""
+def run(commands: list[list[str]], timeout: float = 150, **environment: str) -> str:
+    """What commands print that run at the same time. If one fails or time is over, all are ended and the test fails."""
     processes = [
         subprocess.Popen(
             command,
@@ -158,6 +158,7 @@ def run(commands: list[list[str]], timeout: float = 150, **environment: str) -> 
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
     assert not any(process.returncode for process in processes), "\n".join(said)
+    return "\n".join(said)
 
 
 @contextmanager
@@ -210,6 +211,18 @@ def mpiexec() -> tuple[list[str], dict[str, str]]:
 
 def python(*arguments: object) -> list[str]:
     return [sys.executable, "-P", *map(str, arguments)]
+
+
+EXAMPLES = cases.CHECKOUT / "examples"
+
+
+def assert_example(printed: str) -> None:
+    """Did an example that trains on two ranks learn, with the losses of one process?"""
+    found = re.search(r"2 ranks, 40 steps: loss (\S+) to (\S+)\n.*one process: (\S+)", printed)
+    assert found, printed
+    first, last, apart = map(float, found.groups())
+    assert last < first / 4
+    assert apart < 1e-12
 
 
 # What is right -------------------------------------------------------------------------------------------------------

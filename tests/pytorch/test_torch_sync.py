@@ -6,6 +6,7 @@ import copy
 import inspect
 import io
 import re
+import socket
 import warnings
 from pathlib import Path
 from typing import Any
@@ -176,6 +177,19 @@ def test_an_error_on_one_rank_raises_on_all(results: list[dict[Any, Any]], ranks
     for kind, _ in told.pop("batched gradients"):
         assert kind in ("TypeError", "NotImplementedError")
     assert told == {"after all": [True] * ranks}
+
+
+@pytest.mark.skipif(not rank_cases.EXAMPLES.is_dir(), reason="examples are not beside the tests: no checkout")
+def test_example() -> None:
+    """Started without torchrun, which takes longer than the example."""
+    pytest.importorskip("sklearn")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    script = rank_cases.python(rank_cases.EXAMPLES / "data_parallel_torch.py")
+    environment = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    commands = [["env", f"RANK={rank}", *script] for rank in range(2)]
+    rank_cases.assert_example(rank_cases.run(commands, **environment))
 
 
 # In one process ------------------------------------------------------------------------------------------------------

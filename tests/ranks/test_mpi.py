@@ -192,3 +192,11 @@ def test_without_mpi(missing: str, tmp_path: Path) -> None:
     done = cases.run_python(script, tmp_path)
     assert 'ImportError: fastbn.mpi needs mpi4py and an MPI: pip install "fastbn[mpi]"' in done.stderr
     assert done.stdout == "there\n"
+
+
+@pytest.mark.skipif(not rank_cases.EXAMPLES.is_dir(), reason="examples are not beside the tests: no checkout")
+def test_example() -> None:
+    pytest.importorskip("sklearn")
+    command, environment = rank_cases.mpiexec()
+    script = rank_cases.python("-m", "mpi4py", rank_cases.EXAMPLES / "data_parallel_mpi.py")
+    rank_cases.assert_example(rank_cases.run([[*command, "-n", "2", *script]], **environment))
