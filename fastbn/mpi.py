@@ -1,15 +1,13 @@
 """How is one batch normalized whose parts several MPI ranks have? Over an mpi4py communicator, as if by one process.
 
-All ranks of the communicator must make the same calls in the same order, each with its share of the batch. Shares may
-have any sizes, and some may be empty. Statistics and gradients are those of the whole batch within the bounds that
+All ranks of the communicator must make the same calls in the same order, each with its share of the batch; the others
+would wait for one that does not. Shares may have any sizes, and some may be empty. Statistics and gradients are those of the whole batch within the bounds that
 `fastbn.forward` documents, with the same bits on every rank and on every run, for one division into shares.
 
 A call in training gathers one message from each rank, and so does a backward pass: 3 float64 values per channel
 forward and 2 backward, and the message's size and header. An error on one rank, such as that of a bad argument, raises
 on all ranks, and none waits for another; only a bad communicator cannot be told to the others.
 """
-
-from __future__ import annotations
 
 import copy
 from functools import partial

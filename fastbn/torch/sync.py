@@ -4,8 +4,6 @@ Each call in training gathers the moments of all shares, and each backward pass 
 A gradient that may itself be differentiated is computed by torch's operators and a differentiable sum over the ranks.
 """
 
-from __future__ import annotations
-
 import inspect
 import math
 import warnings
@@ -190,8 +188,9 @@ class SyncBatchNorm(_Layer, torch.nn.modules.batchnorm._BatchNorm):
     group, it is batch normalization like fastbn.torch.BatchNorm2d's, and communicates nothing. Tensors on a GPU go to
     torch's layer.
 
-    All processes of the group must make the same calls in the same order. An error on one of them, such as that of a
-    bad argument, raises on all. Derivatives of any order are supported. torch.compile leaves a call in training over
+    All processes of the group must make the same calls, in the same mode and order, and backward passes likewise: the
+    others would wait for one that does not, until the group's timeout. An error on one of them, such as that of a bad
+    argument, raises on all. Derivatives of any order are supported. torch.compile leaves a call in training over
     several processes to eager code; torch.func, forward-mode AD and tracers are refused there.
 
     It is not a subclass of torch.nn.SyncBatchNorm, which DistributedDataParallel refuses on a CPU.
@@ -215,8 +214,8 @@ class SyncBatchNorm(_Layer, torch.nn.modules.batchnorm._BatchNorm):
 
     >>> import torch, fastbn.torch
     >>> model = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.BatchNorm2d(4))
-    >>> fastbn.torch.convert_sync_batchnorm(model)[1]
-    SyncBatchNorm(4, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True)
+    >>> type(fastbn.torch.convert_sync_batchnorm(model)[1])
+    <class 'fastbn.torch.SyncBatchNorm'>
     """
 
     __module__ = "fastbn.torch"  # where users, and pickles, find it
@@ -359,25 +358,24 @@ def _check_channels(channels: int, **tensors: Tensor | None) -> None:
 _LAYERS[torch.nn.SyncBatchNorm] = SyncBatchNorm
 _TORCHS[SyncBatchNorm] = torch.nn.SyncBatchNorm
 
-_parameters = [
-    *inspect.signature(torch.nn.SyncBatchNorm).parameters.values(),
-    inspect.signature(SyncBatchNorm).parameters["activation"],
-]
-setattr(SyncBatchNorm, "__signature__", inspect.Signature(_parameters))  # noqa: B010
+_ProcessGroup: Any = dist.ProcessGroup if dist.is_available() else object
+
+_parameters = dict(inspect.signature(torch.nn.SyncBatchNorm).parameters)  # of this version of torch
+_parameters["process_group"] = _parameters["process_group"].replace(annotation=_ProcessGroup | None)
+_parameters["activation"] = inspect.signature(SyncBatchNorm).parameters["activation"]
+setattr(SyncBatchNorm, "__signature__", inspect.Signature(list(_parameters.values())))  # noqa: B010
 
 
 def _checked(group: Any) -> Any:
     """Checks a process group, in a process that may not be in it."""
     if group is None or (dist.is_available() and (group is dist.GroupMember.NON_GROUP_MEMBER)):
         return group
-    if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
+    if not dist.is_available() or not isinstance(group, _ProcessGroup):
         raise TypeError(f"process_group: got {checks.kind(group)}; allowed: a torch.distributed.ProcessGroup, or None")
     return group
 
 
-def convert_sync_batchnorm(
-    model: torch.nn.Module, process_group: torch.distributed.ProcessGroup | None = None
-) -> torch.nn.Module:
+def convert_sync_batchnorm(model: torch.nn.Module, process_group: _ProcessGroup | None = None) -> torch.nn.Module:
     """Converts the batch norms in the model to fastbn.torch.SyncBatchNorm, in place, and returns the model.
 
     These are torch.nn.BatchNorm1d, 2d, 3d and SyncBatchNorm, and fastbn's. The layers stay the same objects, with their

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -158,15 +157,11 @@ def test_a_process_outside_the_communicator(results: list[dict[Any, Any]]) -> No
     assert text.startswith("comm: got MPI.COMM_NULL; allowed: ")
 
 
-def mpi() -> Any:
-    """fastbn.mpi in this process, which is one rank."""
-    pytest.importorskip("mpi4py")
-    os.environ.update(rank_cases.mpiexec()[1])
-    return pytest.importorskip("fastbn.mpi")
-
-
-def test_bad_arguments() -> None:
-    module = mpi()
+def test_bad_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process, which is one rank."""
+    for name, value in rank_cases.mpiexec()[1].items():
+        monkeypatch.setenv(name, value)
+    module = pytest.importorskip("fastbn.mpi")
     comm = importlib.import_module("mpi4py.MPI").COMM_SELF
     with pytest.raises(TypeError, match=r"comm: got None .*; allowed: an mpi4py.MPI.Intracomm"):
         module.BatchNorm(3, comm=None)
