@@ -1,12 +1,12 @@
 """How is one batch normalized whose parts several MPI ranks have? Over an mpi4py communicator, as if by one process.
 
-All ranks of the communicator must make the same calls in the same order, each with its share of the batch; the others
-would wait for one that does not. Shares may have any sizes, and some may be empty. Statistics and gradients are those of the whole batch within the bounds that
+All ranks of the communicator must make the same calls in the same order, each with its share of the batch. Shares may
+have any sizes, and some may be empty. Statistics and gradients are those of the whole batch within the bounds that
 `fastbn.forward` documents, with the same bits on every rank and on every run, for one division into shares.
 
 A call in training gathers one message from each rank, and so does a backward pass: 3 float64 values per channel
-forward and 2 backward, and the message's size and header. An error on one rank, such as that of a bad argument, raises
-on all ranks, and none waits for another; only a bad communicator cannot be told to the others.
+forward and 2 backward, and the message's size and header. An error on one rank, such as that of a bad argument, is its
+message, and all ranks raise. Only a bad communicator cannot be told to the others, which would wait.
 """
 
 import copy
@@ -213,8 +213,10 @@ class BatchNorm(_BatchNorm):
     Parameters
     ----------
     num_features, eps, momentum, correction, affine, track_running_stats, axis, activation, dtype, backend
-        As fastbn.BatchNorm's; there are no virtual batches.
+        As fastbn.BatchNorm's.
     comm : mpi4py.MPI.Intracomm
+    virtual_batch_size : None
+        There are no virtual batches, since all ranks share their statistics.
 
     Raises
     ------
@@ -246,6 +248,7 @@ class BatchNorm(_BatchNorm):
         activation: Activation = None,
         dtype: str | type | np.dtype = "float32",
         backend: str | None = None,
+        virtual_batch_size: None = None,
     ) -> None:
         self.comm = comm
         super().__init__(
@@ -259,6 +262,7 @@ class BatchNorm(_BatchNorm):
             activation=activation,
             dtype=dtype,
             backend=backend,
+            virtual_batch_size=virtual_batch_size,
         )
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -233,6 +233,7 @@ _LAYERS: dict[type, type] = {
     torch.nn.BatchNorm3d: BatchNorm3d,
 }
 _TORCHS = {ours: theirs for theirs, ours in _LAYERS.items()}
+"""Torch's layers and fastbn's, each by the other; sync.py adds SyncBatchNorm."""
 
 for _ours, _theirs in _TORCHS.items():  # the parameters of this version of torch, and the activation
     _parameters = [*inspect.signature(_theirs).parameters.values(), inspect.signature(_ours).parameters["activation"]]

@@ -172,6 +172,8 @@ def test_bad_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     bn = module.BatchNorm(3, comm=comm)
     with pytest.raises(ValueError, match=r"virtual_batch_size: got 4; allowed: None, since all ranks share"):
         bn.virtual_batch_size = 4
+    with pytest.raises(ValueError, match="virtual_batch_size: got 2; allowed: None"):
+        module.BatchNorm(3, comm=comm, virtual_batch_size=2)
     with pytest.raises(TypeError, match="comm: got None"):
         bn.comm = None
     assert repr(bn) == f"fastbn.mpi.{fastbn.BatchNorm(3)!r}"
