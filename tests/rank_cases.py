@@ -23,6 +23,8 @@ import numpy as np
 import oracle
 import pytest
 
+import fastbn
+
 Array = np.ndarray[Any, Any]
 
 WORLD = 4
@@ -266,6 +268,29 @@ def assert_right(case: Case, parts: list[dict[str, Any]], where: str, *, local: 
         dresidual=joined(parts, "dresidual") if case.residual else None,
     )
     cases.assert_gradients(gradients, wanted, where)
+
+
+def assert_building_blocks(case: Case, parts: list[dict[str, Any]], where: str) -> None:
+    """Are y and dx, in every bit, those of moments and sums that are added up in rank order? So every transport's."""
+    c, mask = case.call(), case.mask()
+    shares = [share_of(rank, len(parts)) for rank in range(len(parts))]
+    options: dict[str, Any] = {"axis": case.axis, "backend": case.backend}
+    masks = [None if mask is None else mask[share] for share in shares]
+    x, dy, added = (case.placed(array) for array in (c.x, c.dy, c.residual))
+    moments = sum(fastbn.moments(x[share], mask=some, **options) for share, some in zip(shares, masks, strict=True))
+    given = {"eps": EPS, "activation": case.activation, "moments": moments, **options}
+    calls = [
+        fastbn.forward(x[share], c.gamma, c.beta, mask=some, residual=added[share] if case.residual else None, **given)
+        for share, some in zip(shares, masks, strict=True)
+    ]
+    backend = case.backend
+    sums = sum(
+        fastbn.backward_sums(dy[share], call.cache, backend=backend) for share, call in zip(shares, calls, strict=True)
+    )
+    for share, call, part in zip(shares, calls, parts, strict=True):
+        cases.assert_same_bits(part["y"], call.y, where)
+        dx = fastbn.backward(dy[share], call.cache, sums=sums, backend=backend).dx
+        cases.assert_same_bits(part["dx"], dx, where)
 
 
 def assert_told(outcomes: list[Any], bad: int, kind: str, text: str) -> None:

@@ -182,7 +182,7 @@ class SyncBatchNorm(_Layer, torch.nn.modules.batchnorm._BatchNorm):
     sizes; some may be empty. One message of each process is gathered forward, and one backward. y, dx and the running
     statistics are those of one process with the whole batch, to the accuracy of fastbn.forward, with the same bits on
     every rank and on every run. The gradients of weight and bias are those of this process's share, which
-    DistributedDataParallel adds up, as for torch's layer.
+    DistributedDataParallel reduces over the processes, as those of torch's layer.
 
     After `eval()`, without an initialized process group, with a single process, and in a process that is not in the
     group, it is batch normalization like fastbn.torch.BatchNorm2d's, and communicates nothing. Tensors on a GPU go to

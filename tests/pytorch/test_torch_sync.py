@@ -8,6 +8,7 @@ import io
 import re
 import socket
 import warnings
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="to
 
 as_found = torch_cases.as_found
 WORKER = Path(__file__).with_name("sync_worker.py")
+STEPS = 20
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +57,8 @@ def test_results(results: list[dict[Any, Any]], ranks: int) -> None:
     for name, case in SHARED.items():
         runs, where = of(results, ranks, name), f"({name}, {ranks} ranks)"
         rank_cases.assert_right(case, [first for first, _ in runs], where, local=True)
+        if case.training and ranks > 1:
+            rank_cases.assert_building_blocks(case, [first for first, _ in runs], where)
         for first, second in runs:
             assert first.pop("order"), f"y is in another memory order than x {where}"
             for key, value in first.items():
@@ -93,27 +97,36 @@ def per_rank(layer: Any, x: Any, residual: Any, ranks: int) -> list[Any]:
     return [terms[rank_cases.share_of(rank, ranks)] for rank in range(ranks)]
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_training_gives_the_losses_of_one_process(results: list[dict[Any, Any]], ranks: int) -> None:
-    """Of torch's layers, with equal shares, under DDP: a gradient that is reduced twice would be another."""
+@cache
+def trained_alone() -> tuple[list[float], dict[str, Any], dict[str, Any]]:
+    """The losses of torch's layers in one process, the first gradients, and the state at the end."""
     x, labels = torch_cases.images()
+    torch.set_num_threads(1)
     torch.manual_seed(2)
-    model, found = torch_cases.network().double(), of(results, ranks, "train")
-    optimizer = torch.optim.SGD(model.parameters(), 0.05, 0.9)
-    for step in range(len(found[0]["losses"])):
+    model, losses = torch_cases.network().double(), []
+    optimizer, first = torch.optim.SGD(model.parameters(), 0.05, 0.9), {}
+    for _ in range(STEPS):
         optimizer.zero_grad()
         loss = torch.nn.functional.cross_entropy(model(x), labels)
         loss.backward()
-        if step == 0:
-            for name, parameter in model.named_parameters():
-                wanted = parameter.grad.numpy()
-                np.testing.assert_allclose(found[0]["gradients"][name], wanted, rtol=1e-9, atol=1e-13, err_msg=name)
+        first = first or {name: parameter.grad.numpy().copy() for name, parameter in model.named_parameters()}
         optimizer.step()
-        together = sum(one["losses"][step] for one in found) / ranks
-        assert together == pytest.approx(loss.item(), rel=1e-12), f"step {step}"
+        losses.append(loss.item())
+    return losses, first, {name: value.numpy() for name, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_training_gives_the_losses_of_one_process(results: list[dict[Any, Any]], ranks: int) -> None:
+    """Under DDP, in float64, with equal shares. A gradient that is reduced twice would be another."""
+    found = of(results, ranks, "train")
+    losses, first, state = trained_alone()
+    together = np.mean([one["losses"] for one in found], axis=0)
+    np.testing.assert_allclose(together, losses, rtol=1e-12)
+    for name, gradient in first.items():
+        np.testing.assert_allclose(found[0]["gradients"][name], gradient, rtol=1e-9, atol=1e-13, err_msg=name)
     for one in found:
-        for name, value in model.state_dict().items():
-            np.testing.assert_allclose(one["state"][name], value.numpy(), rtol=1e-9, atol=1e-12, err_msg=name)
+        for name, value in state.items():
+            np.testing.assert_allclose(one["state"][name], value, rtol=1e-9, atol=1e-12, err_msg=name)
             cases.assert_same_bits(one["state"][name], found[0]["state"][name], name)
 
 

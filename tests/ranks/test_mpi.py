@@ -45,6 +45,8 @@ def test_results(results: list[dict[Any, Any]], ranks: int) -> None:
     for name, case in OF_MPI.items():
         runs, where = of(results, ranks, name), f"({name}, {ranks} ranks)"
         rank_cases.assert_right(case, [first for first, _ in runs], where, local=False)
+        if case.training:
+            rank_cases.assert_building_blocks(case, [first for first, _ in runs], where)
         for first, second in runs:
             for key, value in first.items():
                 cases.assert_same_bits(value, second[key], f"{key} {where}")
