@@ -148,6 +148,7 @@ def _ranks(options: argparse.Namespace) -> None:
     found, notes = ranks.measure(numbers, chosen, _budget(options))
     where = report.console()
     where.print(ranks.table(found))
+    where.print(f"[dim]{ranks.KEY}[/]\n", soft_wrap=True)
     for note in notes:
         where.print(f"• {note}", soft_wrap=True, markup=False)
     options.output.mkdir(parents=True, exist_ok=True)

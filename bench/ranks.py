@@ -34,6 +34,12 @@ IN_A_STEP = dict(zip(RESNET50, (1, 4, 1, 6, 5, 1, 7, 7, 1, 11, 4, 5), strict=Tru
 TRANSPORTS = {"MPI": "mpi4py", "gloo": "torch"}
 """How ranks communicate, and the package that is needed."""
 
+KEY = (
+    "a step: the slowest rank's median; of 1 rank's: over that of one rank with the whole batch; communication: in\n"
+    "the gathers, of the rank that waits least; waiting: how much longer the rank is there that waits most; sent: by\n"
+    "each rank."
+)
+
 MOST_STEPS = 200
 TIMEOUT = 600
 
@@ -249,8 +255,9 @@ def table(rows: Sequence[Row]) -> Any:
     )
     for heading in ("shape", "", "ranks", "a step", "of 1 rank's", "communication", "waiting", "sent"):
         found.add_column(heading, justify="right" if heading not in ("shape", "") else "left", no_wrap=True)
-    alone = {(row.transport, row.shape): row.seconds for row in rows if row.ranks == 1}
-    for row in sorted([*rows, *whole_steps(rows)], key=lambda row: not row.shape):
+    every = [*rows, *whole_steps(rows)]
+    alone = {(row.transport, row.shape): row.seconds for row in every if row.ranks == 1}
+    for row in every:
         before = alone.get((row.transport, row.shape))
         found.add_row(
             written(row.shape) or "ResNet-50's 53 norms",

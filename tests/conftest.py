@@ -27,7 +27,7 @@ else:
     profiles.register_profile("thorough", max_examples=10_000, **common)
     profiles.load_profile("default")
 
-PEERS = ("torch", "keras", "onnx")
+PEERS = ("torch", "keras", "onnx", "mpi4py")
 EXTRAS = ("hypothesis", "ml_dtypes")
 
 
