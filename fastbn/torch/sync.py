@@ -388,7 +388,8 @@ def convert_sync_batchnorm(model: torch.nn.Module, process_group: _ProcessGroup 
         None keeps the group of layers that have one; for the others it is the group of all processes.
 
     Raises TypeError if `model` is not a torch.nn.Module or process_group is no process group. Warns of other subclasses
-    of torch's batch norms, which are left as they are and normalize this process's share alone.
+    of torch's batch norms, and of layers whose instances have a `forward` of their own or, of torch's, an attribute
+    `activation`. They are left as they are, and normalize this process's share alone.
 
     >>> import torch, fastbn.torch
     >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.BatchNorm1d(4))
@@ -399,7 +400,8 @@ def convert_sync_batchnorm(model: torch.nn.Module, process_group: _ProcessGroup 
     group, left = _checked(process_group), []
     for name, module in named:
         kind = type(module)
-        if kind in _TORCHS or (kind in _LAYERS and "activation" not in vars(module)):
+        own = {"forward", *(() if kind in _TORCHS else ("activation",))}  # which would have another meaning
+        if (kind in _TORCHS or kind in _LAYERS) and own.isdisjoint(vars(module)):
             if kind not in (SyncBatchNorm, torch.nn.SyncBatchNorm):
                 vars(module)["_reverts_to"] = _TORCHS.get(kind, kind)
             module.__class__ = SyncBatchNorm

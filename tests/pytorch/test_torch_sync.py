@@ -304,9 +304,14 @@ def test_conversion_names_what_it_leaves() -> None:
     class Own(torch.nn.BatchNorm2d):  # type: ignore[misc]
         pass
 
-    with pytest.warns(UserWarning, match=r"leaves layers unsynchronized: '1' \(.*Own\)"):
-        model = fastbn.torch.convert_sync_batchnorm(torch.nn.Sequential(torch.nn.BatchNorm2d(3), Own(3)))
-    assert [type(module) for module in model] == [fastbn.torch.SyncBatchNorm, Own]
+    model = torch.nn.Sequential(*(torch.nn.BatchNorm2d(3) for _ in range(3)), Own(3))
+    model[1].forward, model[2].activation = torch.relu, "relu"
+    with pytest.warns(
+        UserWarning, match=r"leaves layers unsynchronized: '1' \(BatchNorm2d\), '2' \(BatchNorm2d\), '3' \(.*Own\)"
+    ):
+        fastbn.torch.convert_sync_batchnorm(model)
+    theirs = torch.nn.BatchNorm2d
+    assert [type(module) for module in model] == [fastbn.torch.SyncBatchNorm, theirs, theirs, Own]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fastbn.torch.convert_sync_batchnorm(torch_cases.network())
