@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import os
 import shlex
 from collections.abc import Sequence
+from dataclasses import asdict
 from itertools import product, starmap
 from pathlib import Path
 
-from . import compare, ours, plots, report, rivals, rows, shapes
+from . import compare, ours, plots, ranks, report, rivals, rows, shapes
 from .problem import ACTIVATIONS, DTYPES, LAYOUTS, PASSES, STRIDES, Variant
 from .run import Plan, Runner
 from .timing import Budget
@@ -27,10 +29,10 @@ def _words(option: str, allowed: Sequence[str], text: str) -> tuple[str, ...]:
     return words
 
 
-def _threads(text: str) -> tuple[int, ...]:
+def _numbers(option: str, text: str) -> tuple[int, ...]:
     words = [word.strip() for word in text.split(",")]
     if not all(word.isdecimal() and int(word) > 0 for word in words):
-        raise ValueError(f"--threads: got {text!r}; allowed: positive integers such as 1,{os.cpu_count()}")
+        raise ValueError(f"{option}: got {text!r}; allowed: positive integers such as 1,{os.cpu_count()}")
     return tuple(dict.fromkeys(map(int, words)))
 
 
@@ -67,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--output", type=Path, default=Path("bench-results"), metavar="FOLDER", help="(%(default)s)")
     add("--save", type=Path, metavar="FILE", help="save the rows for a later --compare")
     add("--torch", action="store_true", help="time fastbn.torch instead: a layer, and the training of a network")
+    add("--ranks", metavar="LIST", help="time synchronized norms instead, on these numbers of ranks, such as 1,2")
     add("--compare", type=Path, nargs="+", metavar="FILE", help="compare this run, or a second file, with a saved one")
     return parser
 
@@ -85,21 +88,26 @@ def _variants(options: argparse.Namespace) -> tuple[Variant, ...]:
     return tuple(dict.fromkeys(alone))
 
 
-def _plan(options: argparse.Namespace) -> Plan:
+def _budget(options: argparse.Namespace) -> Budget:
     if options.batch is not None and options.batch < 1:
         raise ValueError(f"--batch: got {options.batch}; allowed: a positive integer")
     if options.seconds is not None and not options.seconds > 0:
         raise ValueError(f"--seconds: got {options.seconds}; allowed: more than 0")
     budget = QUICK_BUDGET if options.quick else Budget()
+    return Budget(options.seconds or budget.seconds, budget.least)
+
+
+def _plan(options: argparse.Namespace) -> Plan:
+    budget = _budget(options)
     usual = QUICK_SHAPES if options.quick else "operation" if options.operation else "targets"
     return Plan(
         shapes=shapes.parse(options.shapes or usual, options.batch),
         passes=_words("--passes", PASSES, options.passes),
         layouts=_words("--layouts", LAYOUTS, options.layouts),
         variants=_variants(options),
-        threads=_threads(options.threads),
+        threads=_numbers("--threads", options.threads),
         entrants=ours.entrants(options.backends.split(","), [isa for isa in options.isa.split(",") if isa]),
-        budget=Budget(options.seconds or budget.seconds, budget.least),
+        budget=budget,
     )
 
 
@@ -133,6 +141,22 @@ def _write(run: rows.Run, options: argparse.Namespace) -> None:
     report.console().print("written: " + ", ".join(map(str, [*written, *pictures])), soft_wrap=True)
 
 
+def _ranks(options: argparse.Namespace) -> None:
+    """Prints what synchronization costs, and keeps the rows."""
+    numbers = _numbers("--ranks", options.ranks)
+    chosen = shapes.parse(options.shapes or (QUICK_SHAPES if options.quick else "resnet50"), options.batch)
+    found, notes = ranks.measure(numbers, chosen, _budget(options))
+    where = report.console()
+    where.print(ranks.table(found))
+    where.print(f"[dim]{ranks.KEY}[/]\n", soft_wrap=True)
+    for note in notes:
+        where.print(f"• {note}", soft_wrap=True, markup=False)
+    options.output.mkdir(parents=True, exist_ok=True)
+    path = options.output / "ranks.jsonl"
+    path.write_text("".join(f"{json.dumps(asdict(row))}\n" for row in found), encoding="utf-8")
+    where.print(f"written: {path}", soft_wrap=True)
+
+
 def _compare(options: argparse.Namespace, run: rows.Run | None) -> None:
     old = rows.load(options.compare[0])
     new = rows.load(options.compare[1]) if run is None else run
@@ -147,6 +171,9 @@ def main(argv: Sequence[str]) -> int:
         if options.torch:
             training = importlib.import_module(".torch_training", __package__)
             training.run(options.quick, options.output / "torch.png")
+            return 0
+        if options.ranks:
+            _ranks(options)
             return 0
         if options.compare and len(options.compare) > 2:
             raise ValueError(f"--compare: got {len(options.compare)} files; allowed: 1 or 2")

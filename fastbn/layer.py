@@ -11,7 +11,7 @@ from .call import checks
 from .call.dtypes import DType, kind_of
 from .call.pickles import owned, packed, unpacked
 from .call.record import Average
-from .call.results import Cache, Gradients
+from .call.results import Cache, Forward, Gradients
 from .inference import InferencePlan
 from .ops import Activation, forward
 from .ops import backward as backward_of
@@ -227,6 +227,12 @@ class BatchNorm:
         Raises TypeError if x has another dtype than the layer, ValueError if it has another number of channels or if
         num_batches_tracked would exceed int64, and the errors of fastbn.forward. Then nothing has been changed.
         """
+        return self._normalize(forward, x, residual, out, mask)
+
+    def _normalize(
+        self, by: Callable[..., Forward], x: Array, residual: Array | None, out: Array | None, mask: Array | None
+    ) -> Array:
+        """A call, by fastbn.forward or a function with its arguments."""
         x = _check_layer.layer_input(x, self.num_features, self.axis, self.dtype)
         batch = self.training or not self.track_running_stats
         tracks = self.training and self.track_running_stats
@@ -237,7 +243,7 @@ class BatchNorm:
             _check_layer.too_many_batches()
         if momentum is None:
             momentum = 1 / (tracked + 1) if virtual is None else Average(tracked)
-        y, cache = forward(
+        y, cache = by(
             x,
             self.weight,
             self.bias,
@@ -270,9 +276,13 @@ class BatchNorm:
 
         Raises RuntimeError if there was no call yet, and the errors of fastbn.backward.
         """
+        return self._differentiate(backward_of, dy, out)
+
+    def _differentiate(self, by: Callable[..., Gradients], dy: Array, out: Array | None) -> Array:
+        """A backward pass, by fastbn.backward or a function with its arguments."""
         if self._cache is None:
             raise RuntimeError("backward: the layer has not been called yet")
-        self._gradients = backward_of(dy, self._cache, out=out, backend=self.backend)
+        self._gradients = by(dy, self._cache, out=out, backend=self.backend)
         return self._gradients.dx
 
     @property

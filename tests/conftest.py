@@ -27,7 +27,7 @@ else:
     profiles.register_profile("thorough", max_examples=10_000, **common)
     profiles.load_profile("default")
 
-PEERS = ("torch", "keras", "onnx", "dask", "distributed", "zarr", "h5py")
+PEERS = ("torch", "keras", "onnx", "dask", "distributed", "zarr", "h5py", "mpi4py")
 EXTRAS = ("hypothesis", "ml_dtypes")
 
 

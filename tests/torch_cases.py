@@ -106,3 +106,9 @@ def network() -> Any:
         Residual(8),
         torch.nn.Sequential(Residual(8), torch.nn.Flatten(), torch.nn.Linear(8 * 36, 6), torch.nn.BatchNorm1d(6)),
     )
+
+
+def images() -> tuple[Any, Any]:
+    """A batch for the network, in float64, and labels."""
+    some = torch.Generator().manual_seed(1)
+    return torch.randn(16, 3, 8, 8, dtype=torch.float64, generator=some), torch.randint(6, (16,), generator=some)

@@ -125,6 +125,20 @@ def sums(value: _Summed, channels: int, statistics: DType, most: int | None) -> 
         _refuse(ValueError, "sums", f"count {value.count}", f"at most {most}, the count of the cache's statistics")
 
 
+def enough_together(name: str, count: int) -> None:
+    """Checks that all ranks together have enough values per channel."""
+    if count < 2:
+        given = f"{count} value{'s' * (count != 1)} per channel on all ranks together"
+        _refuse(ValueError, name, given, "2 or more to train")
+
+
+def all_of(value: _Summed, count: int) -> None:
+    """Checks that all ranks' sums come from as many values as the cache's statistics do, or 0 if frozen."""
+    if count and value.count != count:
+        given = f"a count of {count}, where all ranks together have {value.count} values per channel"
+        _refuse(ValueError, "cache", given, "the caches that one forward call on all ranks returned")
+
+
 # Caches --------------------------------------------------------------------------------------------------------------
 
 FROM_FORWARD = "the cache that fastbn.forward returned"

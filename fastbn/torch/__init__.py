@@ -1,4 +1,4 @@
-"""PyTorch's BatchNorm1d, 2d and 3d on fastbn's kernels: drop-in replacements, and functions that convert a model.
+"""PyTorch's batch norms on fastbn's kernels: drop-in replacements, and functions that convert a model.
 
 A call of a layer runs either on the kernels or on torch's own layer, never partly on both. Which one it is depends on
 how the layer is called, and on what else observes the call:
@@ -27,6 +27,10 @@ how the layer is called, and on what else observes the call:
 | tools that look layers up by class, such as       | these tools ignore the layers, or fail: call                    |
 | ao.quantization and fx.experimental.optimization  | revert_batchnorm(model) first                                   |
 
+SyncBatchNorm in training over several processes has no torch's layer for a CPU to go to: there, gradients that are
+recorded are right by torch's operators, torch.compile leaves the call to eager code, and calls that torch.func, other
+modes, tracers and forward-mode AD observe are refused, on all ranks. Otherwise the table holds for it, too.
+
 The results of torch's layer are as accurate as torch's: in float32, no digit is correct if the mean is 1e6 times the
 deviation. watchers.py lists the unpublished names of torch that are used, and the versions in which they were tried.
 """
@@ -40,8 +44,17 @@ except ImportError as error:
     raise ImportError('fastbn.torch needs torch and ml_dtypes: pip install "fastbn[torch]"') from error
 
 from .layers import BatchNorm1d, BatchNorm2d, BatchNorm3d, convert_batchnorm, revert_batchnorm
+from .sync import SyncBatchNorm, convert_sync_batchnorm
 
-__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "convert_batchnorm", "revert_batchnorm"]
+__all__ = [
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "SyncBatchNorm",
+    "convert_batchnorm",
+    "convert_sync_batchnorm",
+    "revert_batchnorm",
+]
 
 
 def __dir__() -> list[str]:

@@ -53,7 +53,7 @@ class Normalization(torch.autograd.Function):
     ) -> Tensor:
         where, mean, var, training, momentum, eps, activation = rest
         y, saved = normalize(where, x, residual, gamma, beta, mean, var, training, momentum, eps, activation)
-        ctx.kept = saved, gamma, beta, _version(gamma), _version(beta), training, eps, activation
+        ctx.kept = saved, gamma, beta, version_of(gamma), version_of(beta), training, eps, activation
         if residual is None:
             ctx.save_for_backward(x)
         else:
@@ -82,13 +82,13 @@ class Normalization(torch.autograd.Function):
             found = differentiate(where, dy, x, residual, saved, training, activation, wanted)
         else:
             check_saved(dy, x, residual)
-            _check_unchanged(gamma, None if activation is None else beta, of_gamma, of_beta)
+            check_unchanged(gamma, None if activation is None else beta, of_gamma, of_beta)
             rows = torch.from_numpy(saved)
             found = formulas.gradients(dy, x, residual, gamma, beta, rows, training, eps, activation, wanted)
-        return _in_dtypes(found, gamma, beta)
+        return in_dtypes(found, gamma, beta)
 
 
-def _version(tensor: Tensor | None) -> int:
+def version_of(tensor: Tensor | None) -> int:
     """How often a tensor has been modified in place; 0 for inference tensors, which have no count and no gradient."""
     try:
         return 0 if tensor is None else tensor._version
@@ -96,10 +96,10 @@ def _version(tensor: Tensor | None) -> int:
         return 0
 
 
-def _check_unchanged(gamma: Tensor | None, beta: Tensor | None, of_gamma: int, of_beta: int) -> None:
+def check_unchanged(gamma: Tensor | None, beta: Tensor | None, of_gamma: int, of_beta: int) -> None:
     """Raises if a parameter has changed since the forward pass: the differentiable gradient reads the parameters."""
     for name, tensor, version in (("weight", gamma, of_gamma), ("bias", beta, of_beta)):
-        if tensor is not None and _version(tensor) != version:
+        if tensor is not None and version_of(tensor) != version:
             raise RuntimeError(
                 f"{name}: got values modified by an inplace operation since the forward pass; allowed: the same "
                 "values, since the gradient that can be differentiated needs them"
@@ -113,7 +113,7 @@ apply = super(torch.autograd.Function, Normalization).apply
 Normalization._backward_cls.apply = Normalization.backward
 
 
-def _in_dtypes(found: Gradients, gamma: Any, beta: Any) -> tuple[Tensor | None, ...]:
+def in_dtypes(found: Gradients, gamma: Any, beta: Any) -> tuple[Tensor | None, ...]:
     """Casts the parameters' gradients to the parameters' dtypes, and adds a None for the fifth argument."""
     dx, dresidual, dgamma, dbeta = found
     if dgamma is not None and dgamma.dtype is not gamma.dtype:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -54,20 +54,26 @@ def gradients(
     eps: float,
     activation: Activation,
     wanted: Sequence[bool],
+    means: Callable[..., list[Tensor]] | None = None,
 ) -> Gradients:
     """The gradients that fastbn.backward documents, in float64, by operators that autograd and torch.func can follow.
 
     `saved` has the rows that the forward pass kept. With batch statistics, the mean is computed again, as the saved
     mean plus a difference, so that no digits are lost and the gradient through the mean is kept. beta may be None
-    without an activation.
+    without an activation. `means` gives the means per channel of tensors of x's shape, if x is a part of the batch.
     """
     for_x, for_residual, for_gamma, for_beta, *_ = wanted
     others = (0, *range(2, x.ndim))
+    if means is None:
+
+        def means(*terms: Tensor) -> list[Tensor]:
+            return [term.mean(others, keepdim=True) for term in terms]
+
     rows = dict(zip(SAVED_ROWS, saved.view(len(SAVED_ROWS), 1, -1, *[1] * (x.ndim - 2)), strict=True))
     centered = x.double() - rows["mean"]
     if training:
-        centered = centered - centered.mean(others, keepdim=True)
-        inv_std = (centered.square().mean(others, keepdim=True) + eps).rsqrt()
+        centered = centered - means(centered)[0]
+        inv_std = (means(centered.square())[0] + eps).rsqrt()
     else:
         centered, inv_std = centered - rows["mean_low"], rows["inv_std"]
     xhat = centered * inv_std
@@ -80,7 +86,10 @@ def gradients(
     dx = dresidual = dgamma = dbeta = None
     read = (x, gamma) if activation is None else (x, gamma, beta, residual)
     if for_x:
-        dx = dz - dz.mean(others, keepdim=True) - xhat * (dz * xhat).mean(others, keepdim=True) if training else dz
+        dx = dz
+        if training:
+            of_dz, of_product = means(dz, dz * xhat)
+            dx = dz - of_dz - xhat * of_product
         dx = _linked(dx * inv_std if scale is None else dx * inv_std * scale, *read).to(x.dtype)
     if for_residual:
         dresidual = _linked(dz, *read).to(x.dtype)
@@ -96,7 +105,8 @@ def _linked(gradient: Tensor, *read: Tensor | None) -> Tensor:
     for tensor in read:
         if tensor is not None and tensor.requires_grad:
             always = torch.ones((), dtype=torch.bool, device=tensor.device)
-            gradient = torch.where(always, gradient, tensor[(0,) * tensor.ndim].double())
+            some = tensor[(0,) * tensor.ndim] if tensor.numel() else tensor.sum()
+            gradient = torch.where(always, gradient, some.double())
     return gradient
 
 

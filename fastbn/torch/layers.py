@@ -233,6 +233,7 @@ _LAYERS: dict[type, type] = {
     torch.nn.BatchNorm3d: BatchNorm3d,
 }
 _TORCHS = {ours: theirs for theirs, ours in _LAYERS.items()}
+"""Torch's layers and fastbn's, each by the other; sync.py adds SyncBatchNorm."""
 
 for _ours, _theirs in _TORCHS.items():  # the parameters of this version of torch, and the activation
     _parameters = [*inspect.signature(_theirs).parameters.values(), inspect.signature(_ours).parameters["activation"]]
@@ -240,11 +241,11 @@ for _ours, _theirs in _TORCHS.items():  # the parameters of this version of torc
 
 
 def convert_batchnorm(model: torch.nn.Module) -> torch.nn.Module:
-    """Converts each torch.nn.BatchNorm1d, 2d and 3d in the model to fastbn's layer, in place, and returns the model.
+    """Converts torch's BatchNorm1d, 2d, 3d and SyncBatchNorm in the model to fastbn's, in place, and returns the model.
 
     The layers stay the same objects: parameters, buffers, hooks, mode, device and dtype do not change, and an optimizer
-    keeps its references to the parameters. Subclasses, such as SyncBatchNorm, are not converted. Neither are layers
-    with an attribute `activation`, which has a meaning in fastbn's layers. `revert_batchnorm` is the inverse.
+    keeps its references to the parameters. Other subclasses are not converted. Neither are layers with an attribute
+    `activation`, which has a meaning in fastbn's layers. `revert_batchnorm` is the inverse.
 
     Raises TypeError if `model` is not a torch.nn.Module.
 
@@ -260,11 +261,12 @@ def convert_batchnorm(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def revert_batchnorm(model: torch.nn.Module) -> torch.nn.Module:
-    """Converts each of fastbn's BatchNorm1d, 2d and 3d in the model to torch's layer, in place, and returns the model.
+    """Converts each of fastbn's layers in the model to torch's, in place, and returns the model.
 
-    It undoes `convert_batchnorm`, and also converts layers that were created as fastbn's. torch.jit.script needs this,
-    and so do tools that look layers up by class, such as torch.ao.quantization.fuse_modules. The layers stay the same
-    objects. Subclasses are not converted. Torch's layers refuse a residual that the model may pass to them.
+    It undoes `convert_batchnorm` and `convert_sync_batchnorm`, and also converts layers that were created as fastbn's.
+    torch.jit.script needs this, and so do tools that look layers up by class, such as
+    torch.ao.quantization.fuse_modules. The layers stay the same objects. Subclasses are not converted. Torch's layers
+    refuse a residual that the model may pass to them.
 
     Raises
     ------
@@ -289,5 +291,8 @@ def revert_batchnorm(model: torch.nn.Module) -> torch.nn.Module:
             )
     for _, layer in layers:
         vars(layer).pop("activation", None)
-        layer.__class__ = _TORCHS[type(layer)]
+        before = vars(layer).pop("_reverts_to", None)  # set by convert_sync_batchnorm
+        if before is not None:
+            vars(layer).pop("process_group", None)
+        layer.__class__ = before or _TORCHS[type(layer)]
     return model

@@ -15,10 +15,11 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from .._backends import get_num_threads, select
+from .._moments import Moments, Sums
 from ..call.record import USUAL, Options
 from ..call.results import Cache, Parts
 from ..config.thread_count import use_num_threads
-from ..ops import Activation, backward, backward_sums, forward, infer
+from ..ops import Activation, backward, backward_sums, forward, infer, moments
 from .formulas import Gradients, blend
 
 bridge: Any
@@ -126,6 +127,14 @@ def check_saved(dy: Tensor, x: Tensor, residual: Tensor | None) -> None:
             raise RuntimeError(
                 f"{name}: got a tensor whose storage was freed since the forward pass; allowed: its values"
             )
+
+
+def is_readable(tensor: Tensor) -> bool:
+    """Whether a tensor is nothing but its strided values in the CPU's memory, of which there may be none."""
+    if tensor.numel():
+        return bool(_address(tensor))
+    plain = type(tensor) in _PLAIN and tensor.is_cpu and tensor.layout is torch.strided
+    return plain and not is_batched(tensor)
 
 
 def is_batched(tensor: Tensor) -> bool:
@@ -377,3 +386,66 @@ def differentiate(
         torch.from_numpy(of_gamma) if for_gamma else None,
         torch.from_numpy(of_beta) if for_beta else None,
     )
+
+
+# Shares of a batch, by arrays ----------------------------------------------------------------------------------------
+
+
+def moments_of_share(x: Tensor) -> Moments:
+    """The moments of x, which may be empty."""
+    axis, (x_,) = _channels_together(x, x)
+    with use_num_threads(_threads()):
+        return moments(x_, axis=axis)
+
+
+def normalize_share(
+    total: Moments,
+    x: Tensor,
+    residual: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    eps: float,
+    activation: Activation,
+) -> tuple[Tensor, Any]:
+    """Normalizes x with the moments of the whole batch; returns y and the rows that `differentiate_share` needs."""
+    y = _empty_like(x)
+    axis, (x_, residual_, y_) = _channels_together(x, x, residual, y)
+    options: dict[str, Any] = {"eps": eps, "axis": axis, "activation": activation, "residual": residual_, "out": y_}
+    with use_num_threads(_threads()):
+        return y, forward(x_, _array(gamma), _array(beta), moments=total, **options).cache._parts.saved
+
+
+def sums_of_share(
+    dy: Tensor, x: Tensor, residual: Tensor | None, saved: Array, count: int, activation: Activation
+) -> Sums:
+    """The part of a share in the sums that the gradients need; `count` is that of the whole batch."""
+    axis, (dy_, x_, residual_) = _channels_together(x, dy, x, residual)
+    options = USUAL.get(activation, Options(activation))
+    cache = Cache(Parts(x_, residual_, saved, axis, False, options, False, False, counted=count))
+    with use_num_threads(_threads()):
+        return backward_sums(dy_, cache)
+
+
+def differentiate_share(
+    total: Sums,
+    dy: Tensor,
+    x: Tensor,
+    residual: Tensor | None,
+    saved: Array,
+    count: int,
+    activation: Activation,
+    wanted: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of x and residual, with the sums of the whole batch."""
+    for_x, for_residual, *_ = wanted
+    activates = for_residual and activation is not None
+    if not for_x and not activates:
+        return None, dy if for_residual else None
+    dx = _empty_like(x)
+    axis, (dy_, x_, residual_, dx_) = _channels_together(x, dy, x, residual, dx)
+    options = USUAL.get(activation, Options(activation))
+    cache = Cache(Parts(x_, residual_, saved, axis, False, options, False, False, counted=count))
+    with use_num_threads(_threads()):
+        of_residual = backward(dy_, cache, out=dx_, sums=total).dresidual
+    dresidual = _tensor(of_residual, axis, x) if activates and of_residual is not None else dy if for_residual else None
+    return dx if for_x else None, dresidual

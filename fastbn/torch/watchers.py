@@ -4,6 +4,7 @@ Names that torch does not publish are used here, in autograd.py and in layers.py
 
 - torch._C._are_functorch_transforms_active, torch._C._len_torch_dispatch_stack (below);
 - torch.autograd.forward_ad._current_level (below), which is quick, while torch.compile cannot trace unpack_dual;
+- torch._disable_dynamo, which is torch.compiler.disable without the import of torch._dynamo (sync.py);
 - the _backward_cls of a torch.autograd.Function, whose method `apply` is called by autograd (autograd.py);
 - torch.nn.modules.batchnorm._BatchNorm._check_input_dim, with which torch's layers refuse an input (layers.py).
 
@@ -27,13 +28,18 @@ def transformed() -> bool:
     return bool(_are_transforms_active())
 
 
+def observed() -> bool:
+    """Whether a dispatch mode, torch.func or torch.jit.trace records or transforms the operators of this thread."""
+    return _modes() != 0 or _are_transforms_active() or _is_tracing()
+
+
 def watched(x: Tensor) -> bool:
     """Whether the operators that run are recorded or transformed.
 
     A dispatch mode, torch.func and torch.jit.trace do so, and forward-mode AD, in which x is unpacked to a view.
     """
     return (
-        _modes() != 0
+        _modes() != 0  # as in `observed`, whose call would cost time here
         or _are_transforms_active()
         or _is_tracing()
         or (forward_ad._current_level >= 0 and _unpack_dual(x).primal is not x)

@@ -17,7 +17,7 @@ import pytest
 import fastbn
 
 README = cases.CHECKOUT / "README.md"
-PUBLIC = ("fastbn", "fastbn.dask", "fastbn.numba", "fastbn.onnx", "fastbn.torch")
+PUBLIC = ("fastbn", "fastbn.dask", "fastbn.mpi", "fastbn.numba", "fastbn.onnx", "fastbn.torch")
 NAMES = tuple(name for name in fastbn.__all__ if name != "__version__")
 
 

@@ -47,7 +47,7 @@ def test_convert() -> None:
     found = [type(layer) for layer in norms(model)]
     assert found.count(fastbn.torch.BatchNorm2d) == 5
     assert found.count(fastbn.torch.BatchNorm1d) == found.count(fastbn.torch.BatchNorm3d) == 1
-    assert found.count(torch.nn.SyncBatchNorm) == 1
+    assert found.count(fastbn.torch.SyncBatchNorm) == 1
     assert not any(layer.training for layer in norms(model))
     assert model[5][0](data((2, 8, 3, 3)).double()).dtype == torch.float64
     assert calls == [1]
