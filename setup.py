@@ -57,7 +57,10 @@ FLAGS = (
 )
 if len(ISAS) == 1 and not MSVC:  # such as in a universal build for macOS, which compiles each file for two processors
     FLAGS.append("-DFBN_BASELINE_ALONE")
-CORE = [f"src_c/{name}.c" for name in ("check", "dispatch", "finish", "machine", "panel", "run", "split", "values", "verbs", "walk")]
+CORE = [
+    f"src_c/{name}.c"
+    for name in ("check", "dispatch", "finish", "machine", "panel", "run", "split", "values", "verbs", "walk")
+]
 FOR_EMBEDDERS = (
     "fastbn/include/fastbn.h",
     "fastbn/lib/fastbn.lib" if MSVC else "fastbn/lib/libfastbn.a",

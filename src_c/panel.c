@@ -1,8 +1,8 @@
 /* panel.c: how do kernels get the channels of a panel, and what becomes of its sums?
  *
- * Planes and rows use the constants of the channels themselves. Where several rows are joined, finish.c has repeated the
- * constants for each of them. The columns of small planes need each channel's constants once per element of a plane:
- * they are spread for one panel at a time, so that they stay in the nearest cache.
+ * Planes and rows use the constants of the channels themselves. Where several rows are joined, finish.c has repeated
+ * the constants for each of them. The columns of small planes need each channel's constants once per element of a
+ * plane: they are spread for one panel at a time, so that they stay in the nearest cache.
  */
 #include <string.h>
 

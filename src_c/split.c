@@ -4,16 +4,16 @@
 #include "values.h"
 
 enum {
-    SEGMENT = 32768,      /* the least values of a channel in a channels-first segment; those in a cut plane's piece */
-    SEGMENT_ROWS = 128,   /* the least rows in a channels-last segment, counted after joining */
-    SEGMENTS_MOST = 64,   /* the most channels-last segments */
-    SMALL_PLANE = 512,   /* planes of fewer elements are taken as columns */
-    LEAST_JOINED = 16,    /* planes of so many elements can be joined: they are no shorter than a vector */
-    SMALL_PLANES = 64,    /* the small planes of a channel that are mapped at a time */
-    JOINED = 512,         /* shorter rows are joined to so many columns, ... */
+    SEGMENT = 32768,       /* the least values of a channel in a channels-first segment; those in a cut plane's piece */
+    SEGMENT_ROWS = 128,    /* the least rows in a channels-last segment, counted after joining */
+    SEGMENTS_MOST = 64,    /* the most channels-last segments */
+    SMALL_PLANE = 512,     /* planes of fewer elements are taken as columns */
+    LEAST_JOINED = 16,     /* planes of so many elements can be joined: they are no shorter than a vector */
+    SMALL_PLANES = 64,     /* the small planes of a channel that are mapped at a time */
+    JOINED = 512,          /* shorter rows are joined to so many columns, ... */
     JOINED_MOST = 1024,    /* ... and to whole vectors if that takes no more columns than these */
-    BLOCK_CHANNELS = 64,  /* the most channels in a channels-first block */
-    CHUNK = 1 << 18,      /* bytes of rows that are mapped at a time, on the way from the end backwards */
+    BLOCK_CHANNELS = 64,   /* the most channels in a channels-first block */
+    CHUNK = 1 << 18,       /* bytes of rows that are mapped at a time, on the way from the end backwards */
     LARGE_CHUNK = 1 << 22, /* the same where memory, not a cache, is read: changes of direction are slow there */
     CHANNELS_TO_SHARE = 16384, /* from so many channels on, threads share what is done once per channel */
     PART_OF_CACHE = 8,         /* a result larger than this part of the shared cache is written around it */

@@ -1,9 +1,9 @@
 /* split.h: how is a call cut into parts? Integers in, integers out: no array but the mask is read here.
  *
  * A unit is a row (channels-last), a small plane, or a plane or a piece of one (channels-first). A segment is a number
- * of units that follow each other. It has sums of its own, which are added up in order; since its bounds follow from the
- * shape and the mask alone, the bits of the result do not depend on anything else. A block is a number of channels, of
- * all units, that is small enough to stay in a core's cache from the reduction to the map. A panel is the number of
+ * of units that follow each other. It has sums of its own, which are added up in order; since its bounds follow from
+ * the shape and the mask alone, the bits of the result do not depend on anything else. A block is a number of channels,
+ * of all units, that is small enough to stay in a core's cache from the reduction to the map. A panel is the number of
  * channels that a kernel gets at once. A tile is what one call of a kernel gets of them: units of equal length at equal
  * distances, which either all count towards the statistics or do not.
  *

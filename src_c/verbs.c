@@ -40,7 +40,8 @@ static void sum_columns(const fbn_job *j, fbn_loop *loop, int64_t rows, fbn_oper
                         const fbn_panel *panel, double *sums, double *others) {
     const int64_t step = fbn_columns(&j->split, j->split.channels), repeat = j->split.repeat, runs = t->rows / repeat;
     const int64_t skip = runs * step * j->split.elem, rest = t->rows % repeat * j->split.channels;
-    fbn_sum_runs(loop, &o, rows, (fbn_runs){runs, step, fbn_columns(&j->split, panel->c1 - panel->c0), 0}, sums, others);
+    fbn_sum_runs(loop, &o, rows, (fbn_runs){runs, step, fbn_columns(&j->split, panel->c1 - panel->c0), 0}, sums,
+                 others);
     if (rest == 0) return;
     o.x = at(o.x, skip);
     o.dy = at(o.dy, skip);
@@ -151,7 +152,10 @@ static fbn_job job_of(const fbn_problem *p, const fbn_operation *operation, int 
     j.p = p;
     j.operation = operation;
     j.kernels = p->machine->kernels->of[p->dtype];
-    j.split = fbn_split_of(p, arrays, masked ? FBN_MASKED : operation->map == map_affine && !operation->reduce ? FBN_MAPS : FBN_REDUCES);
+    j.split = fbn_split_of(p, arrays,
+                           masked                                               ? FBN_MASKED
+                           : operation->map == map_affine && !operation->reduce ? FBN_MAPS
+                                                                                : FBN_REDUCES);
     j.activation = (int)p->activation;
     j.result = out;
     const int64_t values = ALIGNMENT / j.split.real, elem = j.split.elem;

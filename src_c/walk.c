@@ -65,7 +65,8 @@ void fbn_map_planes(fbn_loop *loop, const fbn_operands *o, int64_t elem, fbn_pla
 
 /* All channels of an image are one run. */
 void fbn_map_joined(fbn_loop *loop, const fbn_operands *o, int64_t elem, fbn_planes p) {
-    const int64_t streams = streams_of(o, o->walk.streams, p.apart * elem % LINE ? 1 : p.images), length = p.channels * p.inner;
+    const int64_t streams = streams_of(o, o->walk.streams, p.apart * elem % LINE ? 1 : p.images),
+                  length = p.channels * p.inner;
     const int64_t turn = turn_of(o, elem, streams, length), first = first_turn(o, elem, 0, turn);
     for (int64_t image = 0; image < p.images; image += streams)
         for (int64_t i = 0, n = smaller(first, length); i < length; i += n, n = smaller(turn, length - i))

@@ -1,5 +1,5 @@
-/* dtype_kernels.h: all kernels for the dtype whose names are bound, and their table. The order matters: each header uses
- * those before it. */
+/* dtype_kernels.h: all kernels for the dtype whose names are bound, and their table. The order matters: each header
+ * uses those before it. */
 #include "../kernels/line.h"
 
 #include "../kernels/exp.h"

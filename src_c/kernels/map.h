@@ -115,7 +115,8 @@ FBN_INLINE void NAME(map_joined)(const fbn_operands *o, const fbn_stretch *s, NA
         left -= whole;
         if (0 < left && left < WIDTH && i >= start && i + WIDTH <= end) {
             const NAME(constants) next = NAME(constants_at)(&own, c + 1, 0, p);
-            const vec first = NAME(affine_of)(&own, i, WIDTH, &k, p), second = NAME(affine_of)(&own, i, WIDTH, &next, p);
+            const vec first = NAME(affine_of)(&own, i, WIDTH, &k, p),
+                      second = NAME(affine_of)(&own, i, WIDTH, &next, p);
             NAME(put)((elem *)own.out + i, vjoin(first, second, left), WIDTH, own.stream);
             i += WIDTH;
             left -= WIDTH;

@@ -136,7 +136,8 @@ FBN_INLINE void NAME(sum_columns)(const fbn_operands *o, const fbn_stretch *s, N
     const int rows = backward ? FBN_GRAD_ROWS : FBN_ROWS;
     int64_t c = 0;
     if (stretch.rows == rows)
-        for (; c + WIDTH <= stretch.n; c += WIDTH) NAME(sum_vector)(&own, &stretch, c, WIDTH, vset(0), rows, p, backward);
+        for (; c + WIDTH <= stretch.n; c += WIDTH)
+            NAME(sum_vector)(&own, &stretch, c, WIDTH, vset(0), rows, p, backward);
     if (c == stretch.n) return;
     if (backward) NAME(grad_moments_rest)(o, s, c);
     else NAME(moments_rest)(o, s, c);
