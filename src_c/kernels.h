@@ -108,13 +108,20 @@ typedef struct {
     double *sums, *others; /* where sums are added: a value per column, or FBN_LANES lanes */
 } fbn_stretch;
 
-/* Sums, in float64. The elements of a column are added in the order of the rows.
- *     moments:      x - origin, and its square; origin must be representable in the dtype, since parts of vectors are
- *                   padded with it
- *     grad_moments: dz and dz * (x - origin), with dz = dy * activation'(y before the activation); the origin is the
- * mean Maps. `stream` says whether `out` is written around the cache. affine:       out = activation(y + residual),
- * with y as above; out may be x grad_affine:  out = dx as above, and dresidual = dz, where there are an activation and
- * a residual; out may be dy. If `frozen`, the terms with on_x and constant are left out.
+/* Sums are float64. The elements of a column are added in the order of the rows.
+ *
+ * moments: x - origin, and its square. The origin must be representable in the dtype, since parts of vectors are filled
+ * up with it.
+ *
+ * grad_moments: dz and dz * (x - origin), where dz is dy times the derivative of the activation, and the origin is the
+ * mean.
+ *
+ * Maps write `out`, around the cache if `stream`.
+ *
+ * affine: activation(y + residual), with y as above; `out` may be x.
+ *
+ * grad_affine: dx as above, and dresidual = dz where there are an activation and a residual; `out` may be dy. If
+ * `frozen`, the terms with on_x and constant are left out.
  */
 typedef void fbn_loop(const fbn_operands *o, const fbn_stretch *s);
 

@@ -77,7 +77,7 @@ static fbn_walk walk_of(const fbn_habits *h, int large) {
     return (fbn_walk){.streams = large ? or_usual(h->streams, FBN_IMAGES) : 1,
                       .row_streams = large ? smaller(or_usual(h->row_streams, 4), FBN_IMAGES) : 1,
                       .turn = in_steps(larger(turn, FBN_LANES * 8), FBN_LANES * 8),
-                      .ahead = larger(or_usual(h->ahead, 512), 0)};
+                      .ahead = smaller(larger(or_usual(h->ahead, 512), 0), LONGEST_TURN)};
 }
 
 /* Whether a result of so many bytes is written around the cache. */

@@ -37,8 +37,11 @@ static int kernel_tables(void) {
 
 static void set_caches(fbn_machine *m) {
     static const int64_t sizes[] = {-1, 0, 1, 4096, 65536, 1 << 20, 8 << 20, INT64_MAX};
+    static const int64_t habits[] = {INT64_MIN, -1, 0, 1, 2, 3, 8, 100, 512, 4096, 1 << 20, INT64_MAX};
     m->core_cache = pick(sizes, 8);
     m->shared_cache = pick(sizes, 8);
+    m->habits = (fbn_habits){pick(habits, 12), pick(habits, 12), pick(habits, 12),
+                             pick(habits, 12), pick(habits, 12), pick(habits, 12)};
 }
 
 static int invertible(const fbn_problem *p) {
