@@ -39,7 +39,8 @@ try:
 except ImportError as error:
     raise ImportError('fastbn.torch needs torch and ml_dtypes: pip install "fastbn[torch]"') from error
 
-from .layers import BatchNorm1d, BatchNorm2d, BatchNorm3d, convert_batchnorm, revert_batchnorm
+from .convert import convert_batchnorm, revert_batchnorm
+from .layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "convert_batchnorm", "revert_batchnorm"]
 
