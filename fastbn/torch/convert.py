@@ -35,31 +35,30 @@ def convert_batchnorm(
     """Converts each batch norm in the model to fastbn's layer, in place, and returns the model.
 
     These are torch.nn.BatchNorm1d, 2d and 3d, timm's BatchNormAct2d and FrozenBatchNormAct2d, and torchvision's
-    FrozenBatchNorm2d. The layers stay the same objects: parameters, buffers, hooks, mode, device and dtype do not change,
-    and an optimizer keeps its references to the parameters. `revert_batchnorm` is the inverse. To convert a second time
-    changes nothing.
+    FrozenBatchNorm2d. The layers stay the same objects: parameters, buffers, hooks, mode, device and dtype do not
+    change, and an optimizer keeps its references to the parameters. `revert_batchnorm` is the inverse. To convert a
+    model twice is to convert it once.
 
-    Subclasses that a model defines itself are not converted, nor are layers whose instances have a forward of their own,
-    or an attribute `activation`, which has a meaning in fastbn's layers. For torch.nn.SyncBatchNorm there is
-    `convert_sync_batchnorm`. `report` says of each layer why.
+    Subclasses that a model defines itself are not converted, nor are layers whose instances have a forward of their
+    own, or an attribute `activation`, which has a meaning in fastbn's layers. `report` says why. For
+    torch.nn.SyncBatchNorm there is `convert_sync_batchnorm`.
 
-    timm's and torchvision's layers are recognized by the name of their class, by their parts, and by a trial: a copy must
+    timm's and torchvision's layers are recognized by the name of the class, by their parts, and by a trial: a copy must
     give on random numbers what fastbn gives. They stay instances of the class that they had. The activation of timm's
-    layers is computed in the same pass over memory, if it is a ReLU, ReLU6, LeakyReLU, SiLU, Hardswish or Sigmoid of
-    torch.nn; another runs after the norm, as does everything where `drop` is not an Identity, or where a hook sees `drop` or
-    `act`. Both may be replaced, and hooks may be added, at any time. torchvision's layer is computed by fastbn for inputs
-    of its buffers' dtype, and by its own formula for others. The gradient needs the input of the layer, so the input may
-    not be modified in place.
+    layers is computed in the same pass over memory if it is torch.nn's ReLU, ReLU6, LeakyReLU, SiLU, Hardswish or
+    Sigmoid. Any other runs after the norm; so does each where `drop` is not an Identity, or where `drop` or `act` has
+    hooks. Both modules may be replaced at any time. torchvision's layer is computed by fastbn for inputs of the dtype
+    of its buffers, and by its own formula for others. Its gradient needs the input, which must not be modified in
+    place, as that of torch.nn.BatchNorm2d.
 
-    With `fuse`, a ReLU, ReLU6, LeakyReLU, SiLU or Hardswish that follows a norm, and an addition between the two or alone,
-    are computed in the same pass over memory, too. That is done where torch.fx shows that nobody else uses the norm's
-    result: it goes to the addition or activation alone, the norm is called once, and nothing that runs before could
-    change its input. The forward of the norm, and that of the module in which both are called, are then replaced, on the
-    instances; the modules and their classes are not. The model's own code runs as before. In it, the norm's result waits
-    for the addition and the activation, and if anything else is done with it, it is computed as if nothing had been
-    fused: where the terms of the sum differ in shape (so that one is broadcast), dtype or memory format, where a hook is
-    registered with one of the modules later, and where the forward takes another way. While torch.compile, torch.export,
-    torch.jit.trace, torch.fx, torch.func or a mode traces, nothing waits.
+    With `fuse`, a ReLU, ReLU6, LeakyReLU, SiLU or Hardswish that follows a norm, and an addition before it or alone,
+    are computed in the same pass over memory, too. torch.fx must show that the norm is called once, that its result
+    goes to the addition or activation alone, and that nothing which runs before could change its input. The forward of
+    the norm and that of the module which calls both are then replaced, for these instances. Classes do not change, and
+    the model's own code runs as before: only the norm's result waits for what follows. If anything else is done with
+    it, it is computed, and nothing is fused: where the terms of the sum differ in shape, dtype or memory format, where
+    one of the modules has got hooks, and where the forward takes another way than the one that was recorded. Nothing
+    waits while torch.compile, torch.export, torch.jit.trace, torch.fx, torch.func or a mode is at work.
 
     Parameters
     ----------
@@ -113,7 +112,7 @@ def _convert(module: torch.nn.Module) -> str:
         return "left alone: fastbn.torch.convert_sync_batchnorm is for it"
     if "forward" in vars(module):
         return "left alone: it has a forward of its own"
-    if "activation" in vars(module):
+    if hasattr(module, "activation"):
         return "left alone: it has an attribute activation, which has a meaning in fastbn's layers"
     if type(module) in LAYERS:
         module.__class__ = LAYERS[type(module)]
@@ -143,10 +142,10 @@ def _what_follows(module: torch.nn.Module) -> str:
 def revert_batchnorm(model: torch.nn.Module) -> torch.nn.Module:
     """Converts each of fastbn's layers in the model back, in place, and returns the model.
 
-    It undoes `convert_batchnorm`, fused or not: classes and forwards are again those that the model had. It also converts
-    layers that were created as fastbn's BatchNorm1d, 2d and 3d. torch.jit.script needs this, and so do tools that look
-    layers up by class, such as torch.ao.quantization.fuse_modules. The layers stay the same objects. Subclasses are not
-    converted. Torch's layers refuse a residual that the model may pass to them.
+    It undoes `convert_batchnorm`, fused or not: classes and forwards are again those that the model had. It also
+    converts layers that were created as fastbn's BatchNorm1d, 2d and 3d. torch.jit.script needs this, and so do tools
+    that look layers up by class, such as torch.ao.quantization.fuse_modules. The layers stay the same objects.
+    Subclasses are not converted. Torch's layers refuse a residual that the model may pass to them.
 
     Raises
     ------

@@ -78,7 +78,7 @@ def _reason(norm: Any, times: int) -> str:
         return f"not fused: it is in {times} places of the model"
     if is_hooked(norm):
         return "not fused: it has hooks"
-    return "" if norm.ends_with_norm() else "not fused: it has an activation of its own"
+    return "" if norm._ends_with_norm() else "not fused: it has an activation of its own"
 
 
 def _prepare(owner: nn.Module, found: dict[nn.Module, _Use]) -> None:
@@ -160,7 +160,7 @@ def _use(owner: nn.Module, graph: fx.Graph, calls: list[fx.Node], taken: set[fx.
         (user,) = chain[-1].users
         if _passes(owner, user):
             chain.append(user)
-        elif addition is None and user not in taken and (other := _added(user, chain[-1])) is not None:
+        elif addition is None and user not in taken and _adds(user, chain[-1]):
             addition, words = user, ["the addition"]
             chain += [user]
         elif (activation := _activation(owner, user, chain[-1])) is not None:
@@ -175,7 +175,11 @@ def _use(owner: nn.Module, graph: fx.Graph, calls: list[fx.Node], taken: set[fx.
     if not words:
         if user is None:
             return f"its result is used {len(chain[-1].users)} times"
-        return f"its result leaves {type(owner).__name__}" if user.op == "output" else f"{_name(owner, user)} follows it"
+        if user.op == "output":
+            return f"its result leaves {type(owner).__name__}"
+        if user in taken:
+            return "the addition that follows is fused with another norm"
+        return f"{_name(owner, user)} follows it"
     while chain[-1] is not addition and not (activates and chain[-1] is user):
         chain.pop()  # what passes after the addition
     if not _undisturbed(owner, graph, chain, addition):
@@ -198,16 +202,16 @@ def _function(node: fx.Node) -> Any:
     return node.target if node.op == "call_function" else None
 
 
-def _added(node: fx.Node, one: fx.Node) -> fx.Node | None:
-    """The other term of a sum of one term and another, which is not the same."""
+def _adds(node: fx.Node, one: fx.Node) -> bool:
+    """Whether a node computes the sum of one term and another, which is not the same."""
     function = _function(node)
     if function is None or not is_addition(function, node.args, dict(node.kwargs)):
-        return None
+        return False
     first, second = node.args
     if is_in_place(function) and first is not one:
-        return None
+        return False
     other = second if first is one else first
-    return other if isinstance(other, fx.Node) and other is not one else None
+    return isinstance(other, fx.Node) and other is not one
 
 
 def _activation(owner: nn.Module, node: fx.Node, one: fx.Node) -> Activation:

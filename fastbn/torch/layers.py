@@ -66,7 +66,7 @@ class _Layer(torch.nn.Module):
     """What fastbn's layers do differently from torch's layers, from which they are derived, too."""
 
     activation: Activation = None
-    learns = True
+    _learns = True
     """Whether the batch's own statistics are used in training."""
 
     def __init__(self, num_features: int, *args: Any, activation: Activation = None, **kwargs: Any) -> None:
@@ -77,7 +77,7 @@ class _Layer(torch.nn.Module):
     def forward(self, input: Tensor, residual: Tensor | None = None, activation: Activation = None) -> Tensor:
         compiles = _is_compiling()
         gamma, beta, mean, var, number = self._tensors(compiles)
-        training, eps = self.training and self.learns, self.eps
+        training, eps = self.training and self._learns, self.eps
         if type(eps) is not float:
             eps = _number(eps)
         batch = training or (mean is None and var is None)
@@ -161,7 +161,7 @@ class _Layer(torch.nn.Module):
     def _normalized_by_torch(self, input: Tensor) -> Tensor:
         return super().forward(input)
 
-    def ends_with_norm(self) -> bool:
+    def _ends_with_norm(self) -> bool:
         """Whether the layer's result is the normalization's, without an activation of its own."""
         return self.activation is None
 

@@ -1,7 +1,7 @@
-"""Which norms of timm and torchvision does fastbn know, and which activations of torch? Classes for them, made as needed.
+"""Which norms of timm and torchvision, and which activations of torch, does fastbn know?
 
-A converted norm stays an instance of its own class: it gets a class that is derived from fastbn's layer and from its own,
-made once for each class. Its parts, hooks and state are used as they are at each call.
+A converted norm stays an instance of its own class: it gets a class that is derived from fastbn's layer and from its
+own, made once for each class. Its parts, hooks and state are used as they are at each call.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class _Borrowed(nn.Module):
 
 
 def _restored(had: type) -> nn.Module:
-    ours = class_for(had)
+    ours: Any = class_for(had)
     return ours.__new__(ours)
 
 
@@ -92,7 +92,7 @@ class _WithActivation(_Borrowed, _Layer):
             return activation_of(act)
         return None
 
-    def ends_with_norm(self) -> bool:
+    def _ends_with_norm(self) -> bool:
         return all(map(is_idle, self._parts())) and not has_hooks_for_all()
 
     def forward(self, input: Tensor, residual: Tensor | None = None, activation: Activation = None) -> Tensor:
@@ -113,7 +113,7 @@ class _WithActivation(_Borrowed, _Layer):
 class _Frozen(_Borrowed, _Layer):
     """A norm whose four arrays are buffers, in training, too. It computes in the dtype of its buffers."""
 
-    learns = False
+    _learns = False
     momentum = 0.0
     track_running_stats = False
 
@@ -164,7 +164,7 @@ def class_for(theirs: type) -> type:
     """The class that stands for a class of timm or torchvision; the same one at each call."""
     if theirs not in _made:
         base, _ = _KNOWN[theirs.__name__]
-        names = {"had": theirs, "__module__": "fastbn.torch", "__qualname__": theirs.__qualname__, "__doc__": theirs.__doc__}
+        names = {"had": theirs, "__module__": "fastbn.torch", "__qualname__": theirs.__qualname__}
         _made[theirs] = type(theirs.__name__, (base, theirs), names)
     return _made[theirs]
 

@@ -95,7 +95,9 @@ def _modes() -> tuple[bool, bool]:
 class Pending:
     """The result of a norm that has not been computed yet."""
 
-    def __init__(self, norm: Any, site: Site, x: Tensor, made: dict[int, Pending], residual: Tensor | None = None) -> None:
+    def __init__(
+        self, norm: Any, site: Site, x: Tensor, made: dict[int, Pending], residual: Tensor | None = None
+    ) -> None:
         self._norm, self._site, self._x, self._made, self._residual = norm, site, x, made, residual
         self._versions = _version(x), 0 if residual is None else _version(residual)
         self._modes = _modes()
@@ -112,12 +114,12 @@ class Pending:
         x, residual, norm = self._x, self._residual, self._norm
         if self._versions != (_version(x), 0 if residual is None else _version(residual)):
             raise RuntimeError(
-                f"{type(norm).__name__}: got an input or a residual that was modified by an inplace operation before the "
-                "fused addition or activation; allowed: forwards that do not, or convert_batchnorm without fuse"
+                f"{type(norm).__name__}: got an input or a residual that was modified by an inplace operation before "
+                "the fused addition or activation; allowed: to convert the model without fuse"
             )
         self._made.pop(id(self), None)
         again, self._spent = self._spent, True
-        if again and norm.training and norm.learns:  # the running statistics have had this batch
+        if again and norm.training and norm._learns:  # the running statistics have had this batch
             y = functional.batch_norm(x, None, None, norm.weight, norm.bias, True, 0.0, norm.eps)
             return y if residual is None else y + residual
         return type(norm).forward(norm, x, residual, activation)
@@ -135,8 +137,8 @@ class Pending:
         """The tensor, for a use that nobody foresaw."""
         if self._value is None and self._modes[0] and not torch.is_grad_enabled():
             raise RuntimeError(
-                f"{type(self._norm).__name__}: got a use of its result, without gradients, that torch.fx did not show when "
-                "the model was converted; allowed: to convert it again after changes, or without fuse"
+                f"{type(self._norm).__name__}: got a use of its result without gradients that torch.fx did not show "
+                "when the model was converted; allowed: to convert it again after a change, or without fuse"
             )
         return self.settled()
 
@@ -205,9 +207,9 @@ def _forwarded(name: str) -> Callable[..., Any]:
     return method
 
 
-_COMPARISONS = {"__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"}
-_OTHERS = {"__torch_function__", "__torch_dispatch__", "__getattr__", "__setstate__", "__deepcopy__", "__dict__", "__module__", "__weakref__"}
-for _name in (set(dir(Tensor)) - set(dir(object)) - set(vars(Pending)) - _OTHERS) | _COMPARISONS:
+_ALSO = {"__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "__repr__", "__str__", "__format__"}
+_NOT = {"__torch_function__", "__torch_dispatch__", "__setstate__", "__deepcopy__"}
+for _name in (set(dir(Tensor)) - set(dir(object)) - set(vars(Pending)) - _NOT) | _ALSO:
     if _name.startswith("__") and callable(getattr(Tensor, _name)):
         setattr(Pending, _name, _forwarded(_name))
 Pending.__hash__ = object.__hash__  # type: ignore[method-assign]
@@ -273,7 +275,7 @@ class WaitingForward:
         if residual is None and activation is None and not _is_compiling() and type(input) is Tensor:
             for sites, made in reversed(_running.stack):
                 if self.site in sites:
-                    if watched(input) or _has_torch_function((input,)) or not norm.ends_with_norm():
+                    if watched(input) or _has_torch_function((input,)) or not norm._ends_with_norm():
                         break
                     return Pending(norm, self.site, input, made)
         return type(norm).forward(norm, input, residual, activation)
