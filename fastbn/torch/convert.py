@@ -1,7 +1,5 @@
 """How is a model converted to fastbn's layers, and back?"""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -8,6 +8,7 @@ that any other way gives the right results, too.
 from __future__ import annotations
 
 import copy
+import operator
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -32,6 +33,13 @@ class _Use(NamedTuple):
     text: str
 
 
+class _Proxy(fx.Proxy):
+    """Records `x += y` as what it is; torch.fx records a sum."""
+
+    def __iadd__(self, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
+
+
 class _Tracer(fx.Tracer):
     """Records the forward of a module, and, if `deep`, of the modules in it that torch.nn does not have."""
 
@@ -39,6 +47,9 @@ class _Tracer(fx.Tracer):
         super().__init__()
         self.proxy_buffer_attributes = True
         self.deep = deep
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         own = vars(m).get("forward")
@@ -51,9 +62,9 @@ class _Tracer(fx.Tracer):
 
 def fuse(model: nn.Module) -> dict[nn.Module, str]:
     """Prepares the forwards in which something can be fused. Returns what was, or why nothing was, for each norm."""
-    times = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
+    times = Counter(child for parent in model.modules() for child in parent._modules.values())
     norms = [module for module in model.modules() if isinstance(module, _Layer)]
-    texts = {norm: _reason(norm, times[id(norm)]) for norm in norms}
+    texts = {norm: _reason(norm, times[norm]) for norm in norms}
     open_ = {norm for norm, text in texts.items() if text == ""}
     for owner in reversed(list(model.modules())):  # a module comes after all that are in it
         inside = open_ & set(owner.modules())
@@ -227,16 +238,17 @@ def _activation(owner: nn.Module, node: fx.Node, one: fx.Node) -> Activation:
 
 
 def _undisturbed(owner: nn.Module, graph: fx.Graph, chain: list[fx.Node], addition: fx.Node | None) -> bool:
-    """Whether nothing that runs before the last of the chain can change the norm's input or what is added.
+    """Whether nothing that runs before the last of the chain can change the norm's input, or read its statistics.
 
     Nothing else runs; or it runs before the addition, and the norm's input is new memory that nobody else has.
     """
     first, last = chain[0], chain[-1]
     nodes = list(graph.nodes)
-    between = [node for node in nodes[nodes.index(first) : nodes.index(last)] if node.op != "get_attr"]
-    others = [node for node in between if node not in chain]
+    others = [node for node in nodes[nodes.index(first) : nodes.index(last)] if node not in chain]
     if not others:
         return True
+    if any(node.op == "get_attr" and node.target.startswith(f"{first.target}.") for node in others):
+        return False
     if addition is None or any(nodes.index(node) > nodes.index(addition) for node in others):
         return False
     source = first.args[0]

@@ -275,6 +275,8 @@ class WaitingForward:
         if residual is None and activation is None and not _is_compiling() and type(input) is Tensor:
             for sites, made in reversed(_running.stack):
                 if self.site in sites:
+                    for waiting in [one for one in made.values() if one._norm is norm]:
+                        waiting.settled()  # running statistics take the batches in the order of the calls
                     if watched(input) or _has_torch_function((input,)) or not norm._ends_with_norm():
                         break
                     return Pending(norm, self.site, input, made)

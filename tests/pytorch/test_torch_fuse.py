@@ -1,0 +1,698 @@
+"""Does convert_batchnorm(fuse=True) fuse what it may, and nothing else, and are the results those of the model?"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import gc
+import io
+import operator
+import pickle
+import threading
+import warnings
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from torch_cases import FORMATS, Residual, as_found, assert_agree, data, network, randomized, torch
+from torch_others import BatchNormAct2d, FrozenBatchNorm2d, importable
+
+import fastbn.torch
+from fastbn.torch import pending
+
+__all__ = ["as_found", "importable"]
+nn = torch.nn
+functional = torch.nn.functional
+SHAPE = (4, 6, 5, 3)
+
+
+class Block(nn.Module):  # type: ignore[misc]
+    """A convolution and a norm, and a forward that a test gives."""
+
+    def __init__(self, forward: Any, norm: Any = None, **more: Any) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(6, 6, 1)
+        self.bn = nn.BatchNorm2d(6) if norm is None else norm
+        self.act = nn.ReLU(inplace=True)
+        for name, module in more.items():
+            self.add_module(name, module)
+        self.run = forward
+
+    def forward(self, x: Any) -> Any:
+        return self.run(self, x)
+
+
+def in_place(norm: Any, x: Any) -> Any:
+    out = norm
+    out += x
+    return out
+
+
+FUSED = {
+    "module": (lambda s, x: s.act(s.bn(s.conv(x))), "relu"),
+    "torch.relu": (lambda s, x: torch.relu(s.bn(s.conv(x))), "relu"),
+    "F.relu in place": (lambda s, x: functional.relu(s.bn(s.conv(x)), inplace=True), "relu"),
+    "method": (lambda s, x: s.bn(s.conv(x)).relu(), "relu"),
+    "method in place": (lambda s, x: s.bn(s.conv(x)).relu_(), "relu"),
+    "relu6": (lambda s, x: functional.relu6(s.bn(x)), "relu6"),
+    "hardtanh": (lambda s, x: functional.hardtanh(s.bn(x), 0.0, 6.0), "relu6"),
+    "silu": (lambda s, x: functional.silu(s.bn(x), inplace=True), "silu"),
+    "hardswish": (lambda s, x: functional.hardswish(s.bn(x)), "hardswish"),
+    "leaky": (lambda s, x: functional.leaky_relu(s.bn(x), 0.3), "leaky_relu"),
+    "sum": (lambda s, x: s.bn(s.conv(x)) + x, "the addition"),
+    "sum the other way": (lambda s, x: x + s.bn(s.conv(x)), "the addition"),
+    "of itself": (lambda s, x: x + s.bn(x), "the addition"),
+    "torch.add": (lambda s, x: torch.add(x, s.bn(x)).relu(), "the addition and relu"),
+    "method add_": (lambda s, x: s.bn(s.conv(x)).add_(x).relu_(), "the addition and relu"),
+    "in place": (lambda s, x: s.act(in_place(s.bn(s.conv(x)), x)), "the addition and relu"),
+    "operator": (lambda s, x: s.act(operator.iadd(s.bn(s.conv(x)), x)), "the addition and relu"),
+    "around": (lambda s, x: s.act(s.bn(s.conv(x)) + torch.sigmoid(s.conv(x))), "the addition and relu"),
+    "sum used twice": (lambda s, x: (lambda y: y * s.act(y.clone()))(s.bn(x) + x), "the addition"),
+}
+NOT_FUSED = {
+    "used twice": (lambda s, x: (lambda y: y + torch.relu(y))(s.bn(x)), "its result is used 2 times"),
+    "returned, too": (lambda s, x: (lambda y: (torch.relu(y), y))(s.bn(x)), "its result is used 2 times"),
+    "twice itself": (lambda s, x: (lambda y: y + y)(s.bn(x)), "add follows it"),
+    "shape": (lambda s, x: (lambda y: torch.relu(y) * y.shape[0])(s.bn(x)), "its result is used 2 times"),
+    "alpha": (lambda s, x: torch.add(s.bn(x), x, alpha=2), "add follows it"),
+    "a number": (lambda s, x: s.bn(x) + 1, "add follows it"),
+    "into the other": (lambda s, x: torch.relu(in_place(x * 1, s.bn(x))), "iadd follows it"),
+    "tanh": (lambda s, x: torch.tanh(s.bn(x)), "tanh follows it"),
+    "clipped": (lambda s, x: functional.hardtanh(s.bn(x), -1.0, 6.0), "hardtanh follows it"),
+    "called twice": (lambda s, x: torch.relu(s.bn(torch.relu(s.bn(x)))), "it is called 2 times"),
+    "alone": (lambda s, x: s.bn(x), "its result leaves Block"),
+    "untraceable": (lambda s, x: torch.relu(s.bn(x)) if x.sum() > 0 else s.bn(x), "cannot record Block"),
+    "input shared": (lambda s, x: (lambda z: s.act(s.bn(z) + z.mul_(2)))(s.conv(x)), "which might change its input"),
+    "input a view": (lambda s, x: (lambda z: s.act(s.bn(z[:]) + z.mul_(2)))(s.conv(x)), "which might change its input"),
+    "after the sum": (
+        lambda s, x: (lambda z: (lambda y, w: s.act(y) + w)(s.bn(s.conv(x)) + z, z.mul_(2)))(x * 1),
+        "which might change its input",
+    ),
+}
+
+
+def graph_of(y: Any) -> set[str]:
+    """The names of the nodes of autograd's graph."""
+    found, left = {}, [y.grad_fn]
+    while left:
+        node = left.pop()
+        if node is not None and id(node) not in found:
+            found[id(node)] = node
+            left += [other for other, _ in node.next_functions]
+    return {node.name() for node in found.values()}
+
+
+def passes(model: Any, x: Any) -> dict[str, Any]:
+    """Results, gradients and buffers of a model in training, then in eval mode, with gradients and without."""
+    found: dict[str, Any] = {}
+    for training in (True, False):
+        model.train(training)
+        one = x.clone().requires_grad_()
+        torch.manual_seed(1)
+        y = model(one * 1)
+        ys = y if isinstance(y, tuple) else (y,)
+        grads = torch.autograd.grad(
+            sum((part * (i + 1)).pow(3).mean() for i, part in enumerate(ys)),
+            (one, *model.parameters()),
+            allow_unused=True,
+        )
+        found |= {f"y{i} {training}": part.detach() for i, part in enumerate(ys)}
+        found |= {f"{training} {i}": grad for i, grad in enumerate(grads) if grad is not None}
+    with torch.no_grad():
+        torch.manual_seed(1)
+        found["no_grad"] = model(x.clone())
+    return found | {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+
+def fused(model: Any, expected: str = "") -> Any:
+    """A copy of the model, converted. `expected` is in a note of the report."""
+    notes = report_of(model)
+    assert not expected or any(expected in note for note in notes), notes
+    return fastbn.torch.convert_batchnorm(copy.deepcopy(model), fuse=True)
+
+
+def report_of(model: Any) -> list[str]:
+    """What is said of a copy of the model."""
+    report: list[Any] = []
+    fastbn.torch.convert_batchnorm(copy.deepcopy(model), fuse=True, report=report)
+    return [str(entry) for entry in report]
+
+
+def check(theirs: Any, ours: Any, shape: tuple[int, ...] = SHAPE, place: str = "contiguous") -> None:
+    x = data(shape, place, torch.float64)
+    found, wanted = passes(ours, x), passes(theirs, x)
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+
+
+# Blocks --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("which", FUSED)
+def test_fused(which: str, place: str) -> None:
+    """What follows is no node of its own, and all numbers are the model's."""
+    forward, words = FUSED[which]
+    theirs = randomized(Block(forward)).double().to(memory_format=FORMATS[place])
+    ours = fused(theirs, f"converted; fused with {words}")
+    check(theirs, ours, place=place)
+    names = graph_of(ours(data(SHAPE, place, torch.float64).requires_grad_()))
+    assert "NormalizationBackward" in names
+    after = {"the addition": "AddBackward0"}.get(words, "ReluBackward0")
+    assert after not in names or which == "sum used twice"
+
+
+@pytest.mark.parametrize("which", NOT_FUSED)
+def test_not_fused(which: str) -> None:
+    """The report says why, and no forward is replaced."""
+    forward, words = NOT_FUSED[which]
+    theirs = randomized(Block(forward)).double()
+    ours = fused(theirs, words)
+    assert "fused with" not in str(report_of(theirs))
+    assert not any("forward" in vars(module) for module in ours.modules())
+    x = data(SHAPE, dtype=torch.float64)
+    if which == "untraceable":
+        ours.run, theirs.run = FUSED["module"][0], FUSED["module"][0]
+    if not which.startswith("input"):
+        check(theirs, ours)
+    with torch.no_grad():  # with gradients, autograd refuses inputs that change
+        torch.testing.assert_close(ours(x), theirs(x), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("norm", ["timm", "frozen", "own", "act"])
+def test_other_norms(norm: str) -> None:
+    """Of timm without an activation, of torchvision, and fastbn's own."""
+    layers = {
+        "timm": BatchNormAct2d(6),
+        "frozen": FrozenBatchNorm2d(6),
+        "own": nn.BatchNorm2d(6, affine=False),
+        "act": BatchNormAct2d(6, nn.SiLU()),
+    }
+    theirs = randomized(Block(FUSED["around"][0], layers[norm])).double()
+    ours = fused(theirs, "its SiLU; not fused: it has an activation of its own" if norm == "act" else "fused with")
+    check(theirs, ours)
+    assert fused(nn.Sequential(fastbn.torch.BatchNorm2d(6), nn.ReLU()), "already; fused with relu")
+
+
+def test_sequentials() -> None:
+    """Within others, and as the inner part of a block, whose addition is outside."""
+    inner = nn.Sequential(nn.Sequential(nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6)), nn.ReLU6(), nn.Conv2d(6, 6, 1))
+    last = nn.Sequential(nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6))
+    block = Block(lambda s, x: s.act(x + s.deep(x)), deep=nn.Sequential(inner, last))
+    theirs = randomized(nn.Sequential(block, nn.Sequential(nn.BatchNorm2d(6), nn.Identity()), nn.LeakyReLU())).double()
+    report: list[Any] = []
+    ours = fastbn.torch.convert_batchnorm(copy.deepcopy(theirs), fuse=True, report=report)
+    assert [entry.note for entry in report] == [
+        "converted; not fused: no forward that torch.fx can record calls it",
+        "converted; fused with relu6",
+        "converted; fused with the addition and relu",
+        "converted; fused with leaky_relu",
+    ]
+    check(theirs, ours)
+    x = data(SHAPE, dtype=torch.float64)
+    for part in ("0.deep.0.0", "0.deep", "0.deep.1.1", "1"):  # a part by itself gives tensors, and the model's
+        found, wanted = (model.eval().get_submodule(part)(x) for model in (ours, theirs))
+        assert type(found) is torch.Tensor
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+
+
+def test_two_norms_in_one_sum() -> None:
+    """One of them takes the other's result as its residual."""
+    around = nn.Sequential(nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6))
+    theirs = randomized(Block(lambda s, x: s.act(s.bn(s.conv(x)) + s.around(x)), around=around)).double()
+    ours = fused(theirs, "the addition that follows is fused with another norm")
+    check(theirs, ours)
+
+
+def test_whole_networks() -> None:
+    """The residual blocks of the other tests, whose norms are in containers."""
+    theirs = network().double()
+    report: list[Any] = []
+    ours = fastbn.torch.convert_batchnorm(copy.deepcopy(theirs), fuse=True, report=report)
+    notes = [entry.note.removeprefix("converted; ") for entry in report]
+    assert notes == ["fused with relu", *["fused with relu", "fused with the addition and relu"] * 2, notes[-1]]
+    check(theirs, ours, (4, 3, 8, 8))
+
+
+def test_only_forwards_are_replaced() -> None:
+    """Objects, classes, state and text stay; reverting takes the forwards away; twice is once."""
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU(), Residual(3))
+    before = [(id(module), type(module), set(vars(module))) for module in model.modules()]
+    text, state = repr(model), list(model.state_dict())
+    fastbn.torch.convert_batchnorm(model, fuse=True)
+    changed = {name: set(vars(module)) for name, module in model.named_modules()}
+    assert [name for name, own in changed.items() if "forward" in own] == [
+        "",
+        "1",
+        "3",
+        "3.norms.first",
+        "3.norms.second",
+    ]
+    assert repr(model) == text
+    assert list(model.state_dict()) == state
+    forwards = [vars(module).get("forward") for module in model.modules()]
+    report: list[Any] = []
+    fastbn.torch.convert_batchnorm(model, fuse=True, report=report)
+    fastbn.torch.convert_batchnorm(model)
+    assert [vars(module).get("forward") for module in model.modules()] == forwards
+    assert {entry.note for entry in report} == {"fastbn's already; fused before"}
+    fastbn.torch.revert_batchnorm(model)
+    assert [(id(module), type(module), set(vars(module))) for module in model.modules()] == before
+
+
+def test_forwards_that_a_model_has_stay() -> None:
+    theirs = Block(FUSED["module"][0])
+    theirs.forward = lambda x: x * 2
+    mine = theirs.forward
+    fastbn.torch.convert_batchnorm(theirs, fuse=True)
+    assert theirs.forward is mine
+    fastbn.torch.revert_batchnorm(theirs)
+    assert theirs.forward is mine
+
+
+# What changes after the conversion -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["bn", "act", "block", "all"])
+@pytest.mark.parametrize("kind", ["forward", "pre", "backward"])
+def test_hooks(kind: str, where: str) -> None:
+    """At the conversion, and later: each sees what it sees without."""
+    register = {
+        "forward": "register_forward_hook",
+        "pre": "register_forward_pre_hook",
+        "backward": "register_full_backward_hook",
+    }[kind]
+    x = data(SHAPE, dtype=torch.float64)
+    for late in (False, True):
+        theirs = randomized(Block(FUSED["method in place" if where == "block" else "module"][0])).double()
+        theirs.act = nn.ReLU()
+        found, handles = [], []
+        for converts in (False, True):
+            model = copy.deepcopy(theirs)
+            seen: list[Any] = []
+            found.append(seen)
+
+            def hook(module: Any, *values: Any, seen: list[Any] = seen) -> None:
+                seen.extend(v.detach().clone() for group in values for v in group if isinstance(v, torch.Tensor))
+
+            def add(model: Any = model, hook: Any = hook, handles: list[Any] = handles) -> None:
+                if where == "all":
+                    handles.append(getattr(nn.modules.module, register.replace("register", "register_module"))(hook))
+                else:
+                    target = model if where == "block" else getattr(model, where)
+                    handles.append(getattr(target, register)(hook))
+
+            if late:
+                model = fused(model, "fused with relu") if converts else model
+                add(model)
+            else:
+                add()
+                model = fastbn.torch.convert_batchnorm(model, fuse=True) if converts else model
+            model(x.clone().requires_grad_()).pow(2).sum().backward()
+            while handles:
+                handles.pop().remove()
+        assert found[0]
+        for one, other in zip(*found, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+class Wide(nn.Module):  # type: ignore[misc]
+    """A residual block whose sum may be of any two things."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm2d(6)
+
+    def forward(self, x: Any, other: Any) -> Any:
+        return torch.relu(self.bn(x) + other)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+def test_sums_that_cannot_be_fused(training: bool) -> None:
+    """Broadcast, of another dtype, in another memory format, of a subclass, of numbers and of parameters."""
+    theirs = randomized(Wide()).train(training)
+    ours = fused(theirs, "fused with the addition and relu")
+
+    class Odd(torch.Tensor):  # type: ignore[misc]
+        pass
+
+    x = data(SHAPE)
+    for other in (
+        data((1, 6, 1, 1)),
+        data((3,)),
+        data((2, *SHAPE)),
+        data(SHAPE, dtype=torch.float64),
+        data(SHAPE, "channels_last"),
+        data(SHAPE).as_subclass(Odd),
+        nn.Parameter(data(SHAPE)),
+        torch.tensor(2.0),
+        0.5,
+        data(SHAPE),
+    ):
+        y, wanted = ours(x, other), theirs(x, other)
+        assert (y.dtype, y.shape, y.stride(), type(y)) == (wanted.dtype, wanted.shape, wanted.stride(), type(wanted))
+        torch.testing.assert_close(y, wanted, rtol=2e-5, atol=2e-5)
+    assert_agree(dict(ours.named_buffers()), dict(theirs.named_buffers()), 2e-5)
+
+
+class Ways(nn.Module):  # type: ignore[misc]
+    """A forward that takes another way when it is told to, which torch.fx does not see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(6, 6, 1)
+        self.bn = nn.BatchNorm2d(6)
+        self.way = "usual"
+
+    def forward(self, x: Any) -> Any:
+        y = self.bn(self.conv(x))
+        if self.way == "usual":
+            return torch.relu(y + x)
+        if self.way == "twice":
+            return torch.relu(y + x) * y
+        if self.way == "twice in place":
+            return torch.relu_(y) * y
+        if self.way == "unused":
+            return x
+        if self.way == "kept":
+            self.kept = y
+            return torch.relu(y)
+        if self.way == "in a list":
+            return [torch.relu(x), {"y": (y, x)}][1]["y"][0]
+        if self.way == "attributes":
+            return (
+                y.view(y.shape[0], -1).T + float(y[0, 0, 0, 0].detach()) - (y > 0).sum() - len(y) + (2 - y).abs().max()
+            )
+        if self.way == "no_grad":
+            with torch.no_grad():
+                z = torch.relu(y)
+            return z * x
+        if self.way == "norm in no_grad":
+            with torch.no_grad():
+                z = self.bn(x)
+            return torch.relu(z) * x + y
+        if self.way == "numpy":
+            return x * float(y.detach().numpy().max())
+        if self.way == "stacked":
+            return torch.stack([y, torch.cat([y[:2], y[2:]])]).sum(0)
+        if self.way == "text":
+            return x * len(f"{y.mean():.0f}{y!r:.0}")
+        raise ValueError(self.way)
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        "usual",
+        "twice",
+        "twice in place",
+        "unused",
+        "in a list",
+        "attributes",
+        "no_grad",
+        "norm in no_grad",
+        "numpy",
+        "stacked",
+        "text",
+        "kept",
+    ],
+)
+def test_ways_that_were_not_recorded(way: str) -> None:
+    """The numbers are right all the same, running statistics too."""
+    theirs = randomized(Ways()).double()
+    ours = fused(theirs, "fused with the addition and relu")
+    ours.way = theirs.way = way
+    check(theirs, ours)
+    if way == "kept":
+        torch.testing.assert_close(ours.kept * 1, theirs.kept * 1, rtol=1e-9, atol=1e-9)
+
+
+class Swish(torch.autograd.Function):  # type: ignore[misc]
+    """As memory-efficient activations are made."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Any) -> Any:
+        ctx.save_for_backward(x * 1)
+        return x.mul(torch.sigmoid(x))
+
+    @staticmethod
+    def backward(ctx: Any, dy: Any) -> Any:
+        (x,) = ctx.saved_tensors
+        s = torch.sigmoid(x)
+        return dy * s * (1 + x * (1 - s))
+
+
+class Custom(nn.Module):  # type: ignore[misc]
+    def forward(self, x: Any) -> Any:
+        return Swish.apply(x)
+
+
+def test_no_gradient_is_lost() -> None:
+    """A Function would not see that what it is given has a gradient: an error, if nobody foresaw it."""
+    theirs = randomized(Block(FUSED["module"][0])).double()
+    theirs.act = Custom()
+    check(theirs, fused(theirs, "not fused"))
+    theirs.act = nn.ReLU()
+    ours = fused(theirs, "fused with relu")
+    ours.act = theirs.act = Custom()
+    x = data(SHAPE, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="BatchNorm2d: got a use of its result without gradients"):
+        ours(x)
+    with torch.no_grad():
+        torch.testing.assert_close(ours.eval()(x), theirs.eval()(x), rtol=1e-9, atol=1e-9)
+    ours = fastbn.torch.convert_batchnorm(fastbn.torch.revert_batchnorm(ours), fuse=True)
+    check(theirs, ours)
+
+
+def test_inputs_that_change_are_noticed() -> None:
+    """An error, where the tensors are not any more what the norm was given."""
+
+    def forward(s: Any, x: Any) -> Any:
+        y = s.bn(x)
+        if s.training and not isinstance(x, torch.fx.Proxy):
+            x.mul_(2)
+        return torch.relu(y)
+
+    ours = fused(Block(forward), "fused with relu")
+    with pytest.raises(RuntimeError, match="BatchNorm2d: got an input or a residual that was modified"):
+        ours(data(SHAPE))
+    assert type(ours.eval()(data(SHAPE))) is torch.Tensor
+
+
+def test_modules_may_be_replaced() -> None:
+    """The norm, the activation, and the activation that the norm is given."""
+    theirs = randomized(Block(FUSED["module"][0])).double()
+    ours = fused(theirs, "fused with relu")
+    for model in (theirs, ours):
+        model.act = nn.Tanh()
+    check(theirs, ours)
+    for model in (theirs, ours):
+        model.bn = nn.BatchNorm2d(6).double()
+    check(theirs, ours)
+    ours = fused(theirs)
+    ours.bn.activation = "silu"
+    theirs.act = nn.Sequential(nn.SiLU(), theirs.act)
+    check(theirs, ours)
+
+
+def test_drop_paths() -> None:
+    """Layers of this name pass their input on, or do not."""
+
+    class DropPath(nn.Module):  # type: ignore[misc]
+        def forward(self, x: Any) -> Any:
+            return x if not self.training else x * torch.rand(x.shape[0], 1, 1, 1, dtype=x.dtype)
+
+    theirs = randomized(Block(lambda s, x: s.drop(s.bn(s.conv(x))) + x, drop=DropPath())).double()
+    ours = fused(theirs, "fused with the addition")
+    check(theirs, ours)
+    y = ours.eval()(data(SHAPE, dtype=torch.float64).requires_grad_())
+    assert y.grad_fn.name() == "NormalizationBackward"
+
+
+def test_forwards_with_side_effects() -> None:
+    """Recording a forward leaves nothing behind: no proxies, no counts, no other mode."""
+
+    class Counting(Block):
+        def forward(self, x: Any) -> Any:
+            self.calls += 1
+            self.steps.add_(1)
+            self.last = self.conv(x)
+            self.seen.append(self.last)
+            return self.act(self.bn(self.last) + torch.rand(1, dtype=torch.float64))
+
+    model = Counting(None).double()
+    model.calls, model.seen, model.last = 0, [], None
+    model.register_buffer("steps", torch.zeros(()))
+    model.conv.eval()
+    state = torch.random.get_rng_state()
+    fastbn.torch.convert_batchnorm(model, fuse=True)
+    assert (model.calls, model.seen, model.last, float(model.steps)) == (0, [], None, 0.0)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert model.training
+    assert not model.conv.training
+    model(data(SHAPE, dtype=torch.float64))
+    assert (model.calls, len(model.seen), float(model.steps)) == (1, 1, 1.0)
+
+
+def test_shared_modules() -> None:
+    """A norm in two places is not fused; a block that is called twice is."""
+    block = Block(FUSED["around"][0])
+    theirs = randomized(nn.Sequential(block, nn.Conv2d(6, 6, 1), block)).double()
+    check(theirs, fused(theirs, "fused with the addition and relu"))
+    norm = nn.BatchNorm2d(6)
+    theirs = randomized(nn.Sequential(Block(FUSED["module"][0], norm), Block(FUSED["module"][0], norm))).double()
+    check(theirs, fused(theirs, "not fused: it is in 2 places of the model"))
+
+
+# As torch's layers ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
+def test_copies(importable: None, how: str) -> None:
+    """They are fused, and go their own way."""
+    model = fused(randomized(nn.Sequential(Residual(6), BatchNormAct2d(6), nn.ReLU())).double())
+    if how == "deepcopy":
+        other = copy.deepcopy(model)
+    elif how == "pickle":
+        other = pickle.loads(pickle.dumps(model))
+    else:
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        other = torch.load(file, weights_only=False)
+    before = copy.deepcopy(model.state_dict())
+    check(fastbn.torch.revert_batchnorm(copy.deepcopy(model)), other)
+    assert_agree(dict(model.state_dict()), dict(before), 0)
+    x = data(SHAPE, dtype=torch.float64).requires_grad_()
+    assert other(x).grad_fn.name() == "NormalizationBackward"
+    alone = copy.deepcopy(model[0].norms["first"])
+    torch.testing.assert_close(alone.eval()(x), model[0].norms["first"].eval()(x))
+    fastbn.torch.revert_batchnorm(other)
+    assert not any("forward" in vars(module) for module in other.modules())
+
+
+@pytest.fixture
+def lenient() -> Iterator[None]:
+    """Torch may warn of what is its own."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@pytest.mark.parametrize(
+    "way", ["compile", "export", "trace", "fx", "make_fx", "func", "checkpoint", "amp", "inference"]
+)
+def test_tracers(lenient: None, way: str, training: bool) -> None:
+    """They see the model as if nothing were fused, with right numbers."""
+    model = randomized(nn.Sequential(nn.Conv2d(6, 6, 1), Residual(6), BatchNormAct2d(6, nn.SiLU()))).train(training)
+    x = data(SHAPE)
+    theirs = copy.deepcopy(model)
+    fastbn.torch.convert_batchnorm(model, fuse=True)
+    context: Any = contextlib.nullcontext()
+    if way == "compile":
+        torch.compiler.reset()
+        run = torch.compile(model, fullgraph=True, backend="aot_eager")
+    elif way == "export":
+        run = torch.export.export(model, (x,)).module()
+    elif way == "trace":
+        run = torch.jit.trace(model, x, check_trace=False)
+        for one, other in zip(model.buffers(), theirs.buffers(), strict=True):
+            one.copy_(other)
+    elif way == "fx":
+        run = torch.fx.symbolic_trace(model)
+    elif way == "make_fx":
+        run = torch.fx.experimental.proxy_tensor.make_fx(model)(x)
+        for one, other in zip(model.buffers(), theirs.buffers(), strict=True):
+            one.copy_(other)
+    elif way == "func":
+        run = lambda x: torch.func.functional_call(model, dict(model.named_parameters()), (x,))  # noqa: E731
+    elif way == "checkpoint":
+        run = lambda x: torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False)  # noqa: E731
+    else:
+        run = model
+        context = torch.autocast("cpu", torch.bfloat16) if way == "amp" else torch.inference_mode()
+    tolerance = 0.1 if way == "amp" else 2e-4
+    with context:
+        y, wanted = run(x), theirs(x)
+        torch.testing.assert_close(y, wanted, rtol=tolerance, atol=tolerance)
+    if way not in ("export", "make_fx", "inference", "trace"):
+        grads = [
+            torch.autograd.grad(z.float().square().mean(), net.parameters())
+            for z, net in ((y, model), (wanted, theirs))
+        ]
+        for one, other in zip(*grads, strict=True):
+            torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+
+
+def test_double_backward_and_forward_mode(lenient: None) -> None:
+    theirs = randomized(Residual(6)).double()
+    ours = fused(theirs, "fused with the addition and relu")
+    x, tangent, found = *(data(SHAPE, dtype=torch.float64) for _ in range(2)), []
+    for model in (ours, theirs):
+        one = x.clone().requires_grad_()
+        (dx,) = torch.autograd.grad(model(one).pow(3).sum(), one, create_graph=True)
+        found.append((*torch.autograd.grad(dx.pow(2).sum(), one), torch.func.jvp(model.eval(), (x,), (tangent,))[1]))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-8)
+
+
+def test_threads_do_not_meet() -> None:
+    """A norm that one thread calls alone gives a tensor while another is in the block."""
+    inside, done = threading.Event(), threading.Event()
+
+    class Slow(Block):
+        def forward(self, x: Any) -> Any:
+            if not isinstance(x, torch.fx.Proxy):
+                inside.set()
+                done.wait(10)
+            return self.act(self.bn(x))
+
+    model = fused(Slow(None), "fused with relu").eval()
+    found: list[Any] = []
+    thread = threading.Thread(target=lambda: found.append(model(data(SHAPE))))
+    thread.start()
+    inside.wait(10)
+    try:
+        assert type(model.bn(data(SHAPE))) is torch.Tensor
+    finally:
+        done.set()
+        thread.join()
+    assert type(found[0]) is torch.Tensor
+    assert found[0].min() == 0
+    assert pending._running.stack == []
+
+
+def test_nothing_is_kept() -> None:
+    """A norm's input is freed when it would be freed without fusing, also within a long Sequential."""
+    seen: list[Any] = []
+    model = nn.Sequential(*(nn.Sequential(nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6), nn.ReLU()) for _ in range(3)))
+    model = fused(nn.Sequential(*(layer for part in model for layer in part)), "fused with relu")
+    for layer in model:
+        if isinstance(layer, nn.Conv2d):
+            layer.register_forward_hook(lambda layer, args, y: seen.append(weakref.ref(y)))
+            layer.register_forward_pre_hook(lambda *_: alive.append(sum(ref() is not None for ref in seen)))
+    alive: list[int] = []
+    gc.disable()
+    try:
+        with torch.no_grad():
+            model(data(SHAPE))
+    finally:
+        gc.enable()
+    assert alive == [0, 0, 0]
+
+
+def test_errors_are_the_models() -> None:
+    """And the block is left as it was."""
+    theirs = Block(FUSED["around"][0])
+    ours = fused(theirs, "fused with")
+    for x in (data((1, 6, 1, 1)), data((2, 5, 3, 3))):
+        with pytest.raises((ValueError, RuntimeError)) as wanted:
+            theirs(x)
+        with pytest.raises(wanted.type):
+            ours(x)
+    assert pending._running.stack == []
+    assert_agree(ours.state_dict(), theirs.state_dict(), 0)
