@@ -49,14 +49,15 @@ def convert_batchnorm(
     of its buffers, and by its own formula for others. Its gradient needs the input, which must not be modified in
     place, as that of torch.nn.BatchNorm2d.
 
-    With `fuse`, a ReLU, ReLU6, LeakyReLU, SiLU or Hardswish that follows a norm, and an addition before it or alone,
-    are computed in the same pass over memory, too. torch.fx must show that the norm is called once, that its result
-    goes to the addition or activation alone, and that nothing which runs before could change its input. The forward of
-    the norm and that of the module which calls both are then replaced, for these instances. Classes do not change, and
-    the model's own code runs as before: only the norm's result waits for what follows. If anything else is done with
-    it, it is computed, and nothing is fused: where the terms of the sum differ in shape, dtype or memory format, where
-    one of the modules has got hooks, and where the forward takes another way than the one that was recorded. Nothing
-    waits while torch.compile, torch.export, torch.jit.trace, torch.fx, torch.func or a mode is at work.
+    With `fuse`, such an activation after a norm, and an addition before it or alone, are computed in the same pass over
+    memory, too, whether they are modules, functions or methods. torch.fx must show that the norm is called once, that
+    its result goes to the addition or activation alone, and that nothing which runs before could change its input. The
+    forward of the norm and that of the module which calls both are then replaced, for these instances. Classes do not
+    change, and the model's own code runs as before: only the norm's result waits for what follows. If anything else is
+    done with it, it is computed, and nothing is fused: where the terms of the sum differ in shape, dtype or memory
+    format, where one of the modules has got hooks, and where the forward takes another way than the one that was
+    recorded. Nothing waits while torch.compile, torch.export, torch.jit.trace, torch.fx, torch.func or a mode is at
+    work.
 
     Parameters
     ----------

@@ -38,6 +38,11 @@ _FUNCTIONS: dict[Any, tuple[str, dict[str, Any]]] = {
     functional.leaky_relu: ("leaky_relu", {"negative_slope": 0.01} | _IN_PLACE),
     functional.silu: ("silu", _IN_PLACE),
     functional.hardswish: ("hardswish", _IN_PLACE),
+    functional.sigmoid: ("sigmoid", {}),
+    torch.sigmoid: ("sigmoid", {}),
+    Tensor.sigmoid: ("sigmoid", {}),
+    torch.sigmoid_: ("sigmoid", {"inplace": True}),
+    Tensor.sigmoid_: ("sigmoid", {"inplace": True}),
 }
 """Functions that are activations, by fastbn's names, with the parameters that follow their input."""
 
@@ -186,8 +191,8 @@ class Pending:
         return function(*_each(args, used), **_each(kwargs, used))
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("relu", "relu_", "add", "add_"):
-            function = getattr(Tensor, name)
+        function = getattr(Tensor, name, None)
+        if function in _FUNCTIONS or function in _ADDITIONS:
             return lambda *args, **kwargs: type(self).__torch_function__(function, (), (self, *args), kwargs)
         return getattr(self._used(), name)
 
