@@ -27,6 +27,10 @@ how the layer is called, and on what else observes the call:
 | tools that look layers up by class, such as       | these tools ignore the layers, or fail: call                    |
 | ao.quantization and fx.experimental.optimization  | revert_batchnorm(model) first                                   |
 
+Norms of timm and torchvision that were converted are subject to the same table. What `convert_batchnorm(fuse=True)` has
+fused is computed with the norm in the cases of the first two rows; in all others it runs after the norm, as the model
+wrote it.
+
 The results of torch's layer are as accurate as torch's: in float32, no digit is correct if the mean is 1e6 times the
 deviation. watchers.py lists the unpublished names of torch that are used, and the versions in which they were tried.
 """
