@@ -186,6 +186,8 @@ def _uses(owner: nn.Module, norms: set[nn.Module]) -> tuple[dict[nn.Module, _Use
                 reasons[norm] = f"not fused: {use}"
             elif norm not in found:
                 found[norm] = use
+        if norms <= found.keys():
+            break
     return found, {norm: reason for norm, reason in reasons.items() if norm not in found}
 
 

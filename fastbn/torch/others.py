@@ -45,7 +45,13 @@ def is_hooked(module: nn.Module) -> bool:
 
 def has_hooks_for_all() -> bool:
     """Whether a hook of torch.nn.modules.module is registered for all modules."""
-    return bool(modules_of_torch._has_any_global_hook())
+    of = modules_of_torch
+    return bool(
+        of._global_forward_hooks
+        or of._global_forward_pre_hooks
+        or of._global_backward_hooks
+        or of._global_backward_pre_hooks
+    )
 
 
 def activation_of(module: nn.Module) -> Activation:
