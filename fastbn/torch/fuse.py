@@ -118,7 +118,7 @@ class _Tracer(fx.Tracer):
         own = vars(m).get("forward")
         if isinstance(m, _Layer) or type(m).__name__ in _PASSING or (is_hooked(m) and type(own) is not FusedForward):
             return True
-        if type(m).forward is nn.Sequential.forward:
+        if getattr(type(m), "forward", None) is nn.Sequential.forward:  # torch.jit's have none
             return False
         return not self.deep or super().is_leaf_module(m, module_qualified_name)
 

@@ -98,7 +98,12 @@ def _modes() -> tuple[bool, bool]:
 
 
 class Pending:
-    """The result of a norm that has not been computed yet."""
+    """The result of a norm that has not been computed yet.
+
+    `made` has those of one call of a fused forward that still wait. The versions of the input and the residual, and
+    whether gradients are recorded, are kept from the call of the norm. Once an addition or activation was fused, this
+    is spent: a further use computes the norm again, without another update of the running statistics.
+    """
 
     def __init__(
         self, norm: Any, site: Site, x: Tensor, made: dict[int, Pending], residual: Tensor | None = None
@@ -162,7 +167,9 @@ class Pending:
         x = self._x
         if not (self._site.adds and self._residual is None and self._waits() and type(other) is Tensor):
             return None
-        if other.dtype is not x.dtype or other.shape != x.shape or other.stride() != x.stride() or not other.is_cpu:
+        if other.layout is not x.layout or other.layout is not torch.strided or not other.is_cpu:
+            return None
+        if other.dtype is not x.dtype or other.shape != x.shape or other.stride() != x.stride():
             return None
         if in_place:
             self._residual, self._versions = other, (self._versions[0], _version(other))
@@ -182,9 +189,10 @@ class Pending:
         y = None
         if found is not None:
             y = args[0]._activated(*found)
-        elif adds:
-            one, other = args if type(args[0]) is cls else reversed(args)
-            y = one._plus(other, is_in_place(function)) if one is args[0] or not is_in_place(function) else None
+        elif adds and type(args[0]) is cls:
+            y = args[0]._plus(args[1], is_in_place(function))
+        elif adds and type(args[1]) is cls and not is_in_place(function):
+            y = args[1]._plus(args[0], False)
         if y is not None:
             return y
         used = cls.settled if adds or found is not None else cls._used

@@ -27,6 +27,15 @@ functional = torch.nn.functional
 SHAPE = (4, 6, 5, 3)
 
 
+@pytest.fixture
+def lenient() -> Iterator[None]:
+    """Torch may warn of what is its own."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+    torch.compiler.reset()
+
+
 class Block(nn.Module):  # type: ignore[misc]
     """A convolution and a norm, and a forward that a test gives."""
 
@@ -403,6 +412,7 @@ def test_sums_that_cannot_be_fused(training: bool) -> None:
         nn.Parameter(data(SHAPE)),
         torch.tensor(2.0),
         0.5,
+        data(SHAPE).to_sparse(),
         data(SHAPE),
     ):
         y, wanted = ours(x, other), theirs(x, other)
@@ -590,6 +600,13 @@ def test_forwards_with_side_effects() -> None:
     assert (model.calls, len(model.seen), float(model.steps)) == (1, 1, 1.0)
 
 
+def test_parts_that_are_compiled(lenient: None) -> None:
+    """By torch.jit: they are called as they are."""
+    part = torch.jit.trace(nn.Conv2d(6, 6, 1).double(), data(SHAPE, dtype=torch.float64))
+    theirs = randomized(Block(lambda s, x: s.act(s.bn(s.part(x)) + x), part=part)).double()
+    check(theirs, fused(theirs, "fused with the addition and relu"))
+
+
 def test_shared_modules() -> None:
     """A norm in two places is not fused; a block that is called twice is."""
     block = Block(FUSED["around"][0])
@@ -625,15 +642,6 @@ def test_copies(importable: None, how: str) -> None:
     torch.testing.assert_close(alone.eval()(x), model[0].norms["first"].eval()(x))
     fastbn.torch.revert_batchnorm(other)
     assert not any("forward" in vars(module) for module in other.modules())
-
-
-@pytest.fixture
-def lenient() -> Iterator[None]:
-    """Torch may warn of what is its own."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-    torch.compiler.reset()
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
