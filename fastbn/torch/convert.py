@@ -6,7 +6,7 @@ import torch
 
 from ..call import checks
 from .fuse import fuse as fuse_what_follows
-from .layers import LAYERS, TORCHS, _Layer
+from .layers import _LAYERS, _TORCHS, _Layer
 from .others import _Borrowed, activation_of, class_for, is_hooked, is_idle, reason_against
 from .pending import FusedForward, WaitingForward
 
@@ -107,15 +107,15 @@ def _convert(module: torch.nn.Module) -> str:
     """Gives a batch norm fastbn's class, if there is one, and says what was done."""
     if isinstance(module, _Layer):
         return "fastbn's already"
-    if isinstance(module, torch.nn.SyncBatchNorm):
-        return "left alone: fastbn.torch.convert_sync_batchnorm is for it"
     if "forward" in vars(module):
         return "left alone: it has a forward of its own"
     if hasattr(module, "activation"):
         return "left alone: it has an attribute activation, which has a meaning in fastbn's layers"
-    if type(module) in LAYERS:
-        module.__class__ = LAYERS[type(module)]
+    if type(module) in _LAYERS:
+        module.__class__ = _LAYERS[type(module)]
         return "converted"
+    if isinstance(module, torch.nn.SyncBatchNorm):
+        return "left alone: fastbn.torch.convert_sync_batchnorm is for it"
     reason = reason_against(module)
     if reason is not None:
         return f"left alone: {reason}"
@@ -161,7 +161,7 @@ def revert_batchnorm(model: torch.nn.Module) -> torch.nn.Module:
     """
     named = list(checks.instance("model", model, torch.nn.Module, "a torch.nn.Module").named_modules())
     for name, layer in named:
-        if type(layer) in TORCHS and layer.activation is not None:
+        if type(layer) in _TORCHS and layer.activation is not None:
             where = f"the layer {name!r} in it" if name else "a layer"
             raise ValueError(
                 f"model: got {where} with activation={layer.activation!r}; allowed: layers without an activation, as "
@@ -170,9 +170,9 @@ def revert_batchnorm(model: torch.nn.Module) -> torch.nn.Module:
     for _, module in named:
         if type(vars(module).get("forward")) in (FusedForward, WaitingForward):
             del module.forward
-        if type(module) in TORCHS:
+        if type(module) in _TORCHS:
             vars(module).pop("activation", None)
-            module.__class__ = TORCHS[type(module)]
+            module.__class__ = _TORCHS[type(module)]
         elif isinstance(module, _Borrowed):
             module.__class__ = module.had
     return model

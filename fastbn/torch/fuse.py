@@ -19,7 +19,7 @@ from torch import fx, nn
 
 from ..ops import Activation
 from .layers import _Layer
-from .others import activation_of, is_hooked
+from .others import FORWARDS, activation_of, is_hooked
 from .pending import FusedForward, Site, WaitingForward, activation_called, is_addition, is_in_place
 
 _PASSING = {"DropPath", "StochasticDepth"}
@@ -71,6 +71,8 @@ def _reason(norm: Any, times: int) -> str:
     own = vars(norm).get("forward")
     if type(own) is WaitingForward:
         return "fused before"
+    if type(norm).forward not in FORWARDS:
+        return "not fused: its class has a forward of its own"
     if times > 1:
         return f"not fused: it is in {times} places of the model"
     if is_hooked(norm):

@@ -140,7 +140,7 @@ class _Layer(torch.nn.Module):
                 pass
         return self.weight, self.bias, self.running_mean, self.running_var, self.num_batches_tracked
 
-    def _by_torch(self, input: Tensor, residual: Tensor | None, activation: Activation) -> Tensor:
+    def _by_torch(self, input: Tensor, residual: Tensor | None, activation: Activation = None) -> Tensor:
         """Runs torch's layer and operators. When torch.fx traces, this layer is a leaf, as torch's layer is."""
         for given in (input, residual):
             if isinstance(given, Proxy):
@@ -240,13 +240,13 @@ class BatchNorm3d(_Layer, torch.nn.BatchNorm3d):
     __module__ = "fastbn.torch"  # where users, and pickles, find it
 
 
-LAYERS: dict[type, type] = {
+_LAYERS: dict[type, type] = {
     torch.nn.BatchNorm1d: BatchNorm1d,
     torch.nn.BatchNorm2d: BatchNorm2d,
     torch.nn.BatchNorm3d: BatchNorm3d,
 }
-TORCHS = {ours: theirs for theirs, ours in LAYERS.items()}
+_TORCHS = {ours: theirs for theirs, ours in _LAYERS.items()}
 
-for _ours, _theirs in TORCHS.items():  # the parameters of this version of torch, and the activation
+for _ours, _theirs in _TORCHS.items():  # the parameters of this version of torch, and the activation
     _parameters = [*inspect.signature(_theirs).parameters.values(), inspect.signature(_ours).parameters["activation"]]
     setattr(_ours, "__signature__", inspect.Signature(_parameters))  # noqa: B010

@@ -156,6 +156,9 @@ class _FrozenWithActivation(_WithActivation, _Frozen):
     pass
 
 
+FORWARDS = (_Layer.forward, _WithActivation.forward, _Frozen.forward)
+"""The forwards that take a residual and an activation."""
+
 _KNOWN: dict[str, tuple[type, type]] = {
     "BatchNormAct2d": (_Trained, nn.BatchNorm2d),
     "FrozenBatchNormAct2d": (_FrozenWithActivation, nn.Module),

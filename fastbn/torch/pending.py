@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..ops import Activation
-from .others import has_hooks, has_hooks_for_all
+from .others import FORWARDS, has_hooks, has_hooks_for_all
 from .watchers import watched
 
 _is_compiling = torch.compiler.is_compiling
@@ -283,14 +283,14 @@ class WaitingForward:
     def __init__(self, norm: Any, site: Site) -> None:
         self.norm, self.site = norm, site
 
-    def __call__(self, input: Tensor, residual: Tensor | None = None, activation: Activation = None) -> Any:
-        norm = self.norm
-        if residual is None and activation is None and not _is_compiling() and type(input) is Tensor:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        norm, forward = self.norm, type(self.norm).forward
+        if len(args) == 1 and not kwargs and not _is_compiling() and type(args[0]) is Tensor and forward in FORWARDS:
             for sites, made in reversed(_running.stack):
                 if self.site in sites:
                     for waiting in [one for one in made.values() if one._norm is norm]:
                         waiting.settled()  # running statistics take the batches in the order of the calls
-                    if watched(input) or _has_torch_function((input,)) or not norm._ends_with_norm():
+                    if watched(args[0]) or _has_torch_function(args) or not norm._ends_with_norm():
                         break
-                    return Pending(norm, self.site, input, made)
-        return type(norm).forward(norm, input, residual, activation)
+                    return Pending(norm, self.site, args[0], made)
+        return forward(norm, *args, **kwargs)

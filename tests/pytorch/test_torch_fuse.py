@@ -209,6 +209,17 @@ def test_other_norms(norm: str) -> None:
     assert fused(nn.Sequential(fastbn.torch.BatchNorm2d(6), nn.ReLU()), "already; fused with relu")
 
 
+def test_subclasses_of_fastbns_layers() -> None:
+    """Their forwards may be anything."""
+
+    class Mine(fastbn.torch.BatchNorm2d):  # type: ignore[misc]
+        def forward(self, x: Any) -> Any:
+            return super().forward(x) * 2
+
+    model = nn.Sequential(Mine(6), nn.ReLU())
+    check(model.double(), fused(model, "its class has a forward of its own"))
+
+
 def test_sequentials() -> None:
     """Within others, and as the inner part of a block, whose addition is outside."""
     inner = nn.Sequential(nn.Sequential(nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6)), nn.ReLU6(), nn.Conv2d(6, 6, 1))
@@ -554,6 +565,9 @@ def test_modules_may_be_replaced() -> None:
     check(theirs, ours)
     for model in (theirs, ours):
         model.bn = nn.BatchNorm2d(6).double()
+    check(theirs, ours)
+    ours = fused(theirs)
+    ours.bn.__class__ = nn.BatchNorm2d
     check(theirs, ours)
     ours = fused(theirs)
     ours.bn.activation = "silu"
