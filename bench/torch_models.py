@@ -96,15 +96,21 @@ def check(model: nn.Module, x: Tensor) -> dict[tuple[str, bool, str], float]:
     return found
 
 
-def timed(models: dict[str, nn.Module], run: Callable[[nn.Module], object], rounds: int) -> dict[str, float]:
-    """The median seconds of a run of each model; they take turns, each as often first as the others."""
+def timed(models: dict[str, nn.Module], run: Callable[[nn.Module], object], rounds: int) -> dict[str, list[float]]:
+    """The seconds of the runs of each model, but the first; they take turns, each as often first as the others."""
     names, seconds = list(models), {name: [] for name in models}
     for i in range(rounds + 1):
         for name in names[i % len(names) :] + names[: i % len(names)]:
             start = time.perf_counter()
             run(models[name])
             seconds[name].append(time.perf_counter() - start)
-    return {name: median(some[1:]) for name, some in seconds.items()}
+    return {name: some[1:] for name, some in seconds.items()}
+
+
+def gain(times: dict[str, list[float]], name: str) -> str:
+    """The median of a variant's times, and how many times longer torch takes, by medians and by the fastest rounds."""
+    ratios = (of(times[TORCH]) / of(times[name]) for of in (median, min))
+    return f"{name:>11} {median(times[name]) * 1e3:8.1f} ms " + "{:5.2f}x ({:.2f}x)".format(*ratios)
 
 
 def measure(name: str, model: nn.Module, x: Tensor, threads: Sequence[int], rounds: int) -> None:
@@ -130,7 +136,7 @@ def measure(name: str, model: nn.Module, x: Tensor, threads: Sequence[int], roun
         for what, run in (("training step", step), ("inference", infer)):
             with fastbn.use_num_threads(count):
                 times = timed(others, run, rounds)
-            row = "".join(f"{key:>11} {some * 1e3:8.1f} ms {times[TORCH] / some:5.2f}x" for key, some in times.items())
+            row = "".join(gain(times, name) for name in times)
             print(f"  {count} threads, {what:<14}{row}", flush=True)
     torch.set_num_threads(before)
 
@@ -142,9 +148,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=8, help="(%(default)s)")
     parser.add_argument("--size", type=int, default=224, help="height and width of the images (%(default)s)")
     parser.add_argument("--threads", default="1", help="numbers of threads, such as 1,2 (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=7, help="of each time, whose median is printed (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=7, help="of each model (%(default)s)")
     options = parser.parse_args(arguments)
     print(f"torch {torch.__version__}, fastbn {fastbn.__version__}, batches of {options.batch}, {options.size} pixels")
+    print("times: medians, and how many times faster than torch, by medians (and by the fastest rounds)")
     x = torch.randn(options.batch, 3, options.size, options.size)
     threads = [int(count) for count in options.threads.split(",")]
     for name in options.models:
