@@ -29,6 +29,7 @@ MODELS = (
     "timm/densenet121",
     "torchvision/resnet50",
 )
+Clock = Callable[[], float]
 TORCH, CONVERTED, FUSED = "torch", "converted", "fused"
 
 
@@ -96,14 +97,16 @@ def check(model: nn.Module, x: Tensor) -> dict[tuple[str, bool, str], float]:
     return found
 
 
-def timed(models: dict[str, nn.Module], run: Callable[[nn.Module], object], rounds: int) -> dict[str, list[float]]:
+def timed(
+    models: dict[str, nn.Module], run: Callable[[nn.Module], object], rounds: int, clock: Clock
+) -> dict[str, list[float]]:
     """The seconds of the runs of each model, but the first; they take turns, each as often first as the others."""
     names, seconds = list(models), {name: [] for name in models}
     for i in range(rounds + 1):
         for name in names[i % len(names) :] + names[: i % len(names)]:
-            start = time.perf_counter()
+            start = clock()
             run(models[name])
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(clock() - start)
     return {name: some[1:] for name, some in seconds.items()}
 
 
@@ -113,10 +116,17 @@ def gain(times: dict[str, list[float]], name: str) -> str:
     return f"{name:>11} {median(times[name]) * 1e3:8.1f} ms " + "{:5.2f}x ({:.2f}x)".format(*ratios)
 
 
-def measure(name: str, model: nn.Module, x: Tensor, threads: Sequence[int], rounds: int) -> None:
+def measure(
+    name: str,
+    model: nn.Module,
+    x: Tensor,
+    threads: Sequence[int],
+    rounds: int,
+    clock: Clock = time.perf_counter,
+) -> None:
     """Prints the differences and the times of one model."""
     others, report = variants(model)
-    converted, fused = sum(entry.converted for entry in report), sum("fused with" in entry.note for entry in report)
+    converted, fused = sum(entry.converted for entry in report), sum("; fused with" in entry.note for entry in report)
     print(f"\n{name}: {converted} of {len(report)} norms converted, {fused} of them fused with what follows")
     small = x[:2, :, : max(8, x.shape[2] // 2), : max(8, x.shape[3] // 2)]
     for (dtype, training, variant), far in check(randomized(copy.deepcopy(model)), small).items():
@@ -135,7 +145,7 @@ def measure(name: str, model: nn.Module, x: Tensor, threads: Sequence[int], roun
         torch.set_num_threads(count)
         for what, run in (("training step", step), ("inference", infer)):
             with fastbn.use_num_threads(count):
-                times = timed(others, run, rounds)
+                times = timed(others, run, rounds, clock)
             row = "".join(gain(times, name) for name in times)
             print(f"  {count} threads, {what:<14}{row}", flush=True)
     torch.set_num_threads(before)
@@ -149,13 +159,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--size", type=int, default=224, help="height and width of the images (%(default)s)")
     parser.add_argument("--threads", default="1", help="numbers of threads, such as 1,2 (%(default)s)")
     parser.add_argument("--rounds", type=int, default=7, help="of each model (%(default)s)")
+    parser.add_argument(
+        "--processor-time", action="store_true", help="measure the processor's time: for one thread, on a busy machine"
+    )
     options = parser.parse_args(arguments)
     print(f"torch {torch.__version__}, fastbn {fastbn.__version__}, batches of {options.batch}, {options.size} pixels")
     print("times: medians, and how many times faster than torch, by medians (and by the fastest rounds)")
     x = torch.randn(options.batch, 3, options.size, options.size)
     threads = [int(count) for count in options.threads.split(",")]
     for name in options.models:
-        measure(name, build(name), x, threads, options.rounds)
+        clock = time.process_time if options.processor_time else time.perf_counter
+        measure(name, build(name), x, threads, options.rounds, clock)
 
 
 if __name__ == "__main__":
