@@ -31,6 +31,10 @@ SyncBatchNorm in training over several processes has no torch's layer for a CPU 
 recorded are right by torch's operators, torch.compile leaves the call to eager code, and calls that torch.func, other
 modes, tracers and forward-mode AD observe are refused, on all ranks. Otherwise the table holds for it, too.
 
+Norms of timm and torchvision that were converted are subject to the same table. What `convert_batchnorm(fuse=True)` has
+fused is computed with the norm in the cases of the first two rows; in all others it runs after the norm, as the model
+wrote it.
+
 The results of torch's layer are as accurate as torch's: in float32, no digit is correct if the mean is 1e6 times the
 deviation. watchers.py lists the unpublished names of torch that are used, and the versions in which they were tried.
 """
@@ -43,7 +47,8 @@ try:
 except ImportError as error:
     raise ImportError('fastbn.torch needs torch and ml_dtypes: pip install "fastbn[torch]"') from error
 
-from .layers import BatchNorm1d, BatchNorm2d, BatchNorm3d, convert_batchnorm, revert_batchnorm
+from .convert import convert_batchnorm, revert_batchnorm
+from .layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from .sync import SyncBatchNorm, convert_sync_batchnorm
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Which layers take the place of torch's, and how is a model converted to them and back?"""
+"""Which layers take the place of torch's, and how does a call of one run?"""
 
 import inspect
 import math
@@ -66,16 +66,18 @@ class _Layer(torch.nn.Module):
     """What fastbn's layers do differently from torch's layers, from which they are derived, too."""
 
     activation: Activation = None
+    _learns = True
+    """Whether the batch's own statistics are used in training."""
 
     def __init__(self, num_features: int, *args: Any, activation: Activation = None, **kwargs: Any) -> None:
         checks.activation(activation)
         super().__init__(num_features, *args, **kwargs)
         self.activation = activation
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor, residual: Tensor | None = None, activation: Activation = None) -> Tensor:
         compiles = _is_compiling()
         gamma, beta, mean, var, number = self._tensors(compiles)
-        training, eps = self.training, self.eps
+        training, eps = self.training and self._learns, self.eps
         if type(eps) is not float:
             eps = _number(eps)
         batch = training or (mean is None and var is None)
@@ -89,14 +91,14 @@ class _Layer(torch.nn.Module):
             or (mean is None) is not (var is None)
             or (mean is not None and (mean.requires_grad or var.requires_grad))
         ):
-            return self._by_torch(input, residual)
+            return self._by_torch(input, residual, activation)
         if not (training and self.track_running_stats):
             number = None
         momentum = self.momentum
         if type(momentum) is not float:
             momentum = _momentum(momentum, number, compiles)
             if momentum is None:
-                return self._by_torch(input, residual)
+                return self._by_torch(input, residual, activation)
         self._check_input_dim(input)
         if residual is not None:
             _check_residual(residual, input)
@@ -106,7 +108,10 @@ class _Layer(torch.nn.Module):
         seen = compiles or _has_torch_function((input,))
         if number is not None:  # before the call, which checkpointing may leave once it has the tensors that it needs
             number.add_(1) if seen else count(number)
-        activation = self.activation
+        if activation is None:
+            activation = self.activation
+        elif not compiles:
+            checks.activation(activation)
         if seen:
             return normalize_by_operator(input, residual, gamma, beta, mean, var, batch, momentum, eps, activation)
         if _is_grad_enabled() and (
@@ -135,7 +140,7 @@ class _Layer(torch.nn.Module):
                 pass
         return self.weight, self.bias, self.running_mean, self.running_var, self.num_batches_tracked
 
-    def _by_torch(self, input: Tensor, residual: Tensor | None) -> Tensor:
+    def _by_torch(self, input: Tensor, residual: Tensor | None, activation: Activation = None) -> Tensor:
         """Runs torch's layer and operators. When torch.fx traces, this layer is a leaf, as torch's layer is."""
         for given in (input, residual):
             if isinstance(given, Proxy):
@@ -146,11 +151,19 @@ class _Layer(torch.nn.Module):
                         "allowed: torch's layers, which fastbn.torch.revert_batchnorm(model) gives back"
                     )
                 arguments = (input,) if residual is None else (input, residual)
-                return tracer.create_proxy("call_module", tracer.path_of_module(self), arguments, {})
+                named = {} if activation in (None, self.activation) else {"activation": activation}
+                return tracer.create_proxy("call_module", tracer.path_of_module(self), arguments, named)
         if residual is not None:
             _check_residual(residual, input)
-        y = super().forward(input)
-        return activated(y if residual is None else y + residual, self.activation)
+        y = self._normalized_by_torch(input)
+        return activated(y if residual is None else y + residual, activation or self.activation)
+
+    def _normalized_by_torch(self, input: Tensor) -> Tensor:
+        return super().forward(input)
+
+    def _ends_with_norm(self) -> bool:
+        """Whether the layer's result is the normalization's, without an activation of its own."""
+        return self.activation is None
 
     def __prepare_scriptable__(self) -> Any:
         """Raises TypeError: torch.jit.script calls this method before it compiles a module."""
@@ -198,7 +211,7 @@ class BatchNorm2d(_Layer, torch.nn.BatchNorm2d):
         torch.nn.SyncBatchNorm.convert_sync_batchnorm or torch.nn.utils.fusion, ignore it.
 
     A call takes the input and, optionally, a `residual` of the input's shape and dtype, which is added before the
-    activation.
+    activation, and an `activation` that takes the place of the layer's for this call.
 
     Raises
     ------
@@ -238,61 +251,3 @@ _TORCHS = {ours: theirs for theirs, ours in _LAYERS.items()}
 for _ours, _theirs in _TORCHS.items():  # the parameters of this version of torch, and the activation
     _parameters = [*inspect.signature(_theirs).parameters.values(), inspect.signature(_ours).parameters["activation"]]
     setattr(_ours, "__signature__", inspect.Signature(_parameters))  # noqa: B010
-
-
-def convert_batchnorm(model: torch.nn.Module) -> torch.nn.Module:
-    """Converts torch's BatchNorm1d, 2d, 3d and SyncBatchNorm in the model to fastbn's, in place, and returns the model.
-
-    The layers stay the same objects: parameters, buffers, hooks, mode, device and dtype do not change, and an optimizer
-    keeps its references to the parameters. Other subclasses are not converted. Neither are layers with an attribute
-    `activation`, which has a meaning in fastbn's layers. `revert_batchnorm` is the inverse.
-
-    Raises TypeError if `model` is not a torch.nn.Module.
-
-    >>> import torch, fastbn.torch
-    >>> model = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU())
-    >>> isinstance(fastbn.torch.convert_batchnorm(model)[1], fastbn.torch.BatchNorm2d)
-    True
-    """
-    for module in checks.instance("model", model, torch.nn.Module, "a torch.nn.Module").modules():
-        if type(module) in _LAYERS and "activation" not in vars(module):
-            module.__class__ = _LAYERS[type(module)]
-    return model
-
-
-def revert_batchnorm(model: torch.nn.Module) -> torch.nn.Module:
-    """Converts each of fastbn's layers in the model to torch's, in place, and returns the model.
-
-    It undoes `convert_batchnorm` and `convert_sync_batchnorm`, and also converts layers that were created as fastbn's.
-    torch.jit.script needs this, and so do tools that look layers up by class, such as
-    torch.ao.quantization.fuse_modules. The layers stay the same objects. Subclasses are not converted. Torch's layers
-    refuse a residual that the model may pass to them.
-
-    Raises
-    ------
-    TypeError
-        If `model` is not a torch.nn.Module.
-    ValueError
-        If a layer has an activation, which torch's layers do not support. No layer is changed then.
-
-    >>> import torch, fastbn.torch
-    >>> model = fastbn.torch.convert_batchnorm(torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.BatchNorm2d(4)))
-    >>> type(fastbn.torch.revert_batchnorm(model)[1])
-    <class 'torch.nn.modules.batchnorm.BatchNorm2d'>
-    """
-    named = checks.instance("model", model, torch.nn.Module, "a torch.nn.Module").named_modules()
-    layers = [(name, module) for name, module in named if type(module) in _TORCHS]
-    for name, layer in layers:
-        if layer.activation is not None:
-            where = f"the layer {name!r} in it" if name else "a layer"
-            raise ValueError(
-                f"model: got {where} with activation={layer.activation!r}; allowed: layers without an activation, as "
-                "torch's are: set the layer's activation to None and put a module with that activation after it"
-            )
-    for _, layer in layers:
-        vars(layer).pop("activation", None)
-        before = vars(layer).pop("_reverts_to", None)  # set by convert_sync_batchnorm
-        if before is not None:
-            vars(layer).pop("process_group", None)
-        layer.__class__ = before or _TORCHS[type(layer)]
-    return model

@@ -522,6 +522,22 @@ def test_torchs_layers_and_training(tmp_path, capsys):
     assert (tmp_path / "torch.png").stat().st_size > 10_000
 
 
+def test_whole_models(capsys):
+    """The converted ones give what the model gives in float64."""
+    torch = pytest.importorskip("torch")
+    models = importlib.import_module("fastbn.bench.torch_models")
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU())
+    models.measure("small", model, torch.randn(2, 3, 16, 16), [1, 2], 2)
+    printed = capsys.readouterr().out
+    assert "small: 1 of 1 norms converted, 1 of them fused" in printed
+    found = re.findall(r"(float\d+), .* (\S+) from float64", printed)
+    assert len(found) == 12
+    assert all(float(far) < (1e-12 if dtype == "float64" else 1e-4) for dtype, far in found)
+    assert len(re.findall(r"\d threads, .*fused +\S+ ms +\S+x", printed)) == 4
+    with pytest.raises(ValueError, match="model: got 'resnet50'; allowed: timm/ or torchvision/"):
+        models.build("resnet50")
+
+
 def test_variants_are_combined_or_of_the_operation_one_by_one():
     assert variants_of() == ["float32"]
     assert variants_of("--dtypes", "float16,float32", "--activations", "none,relu") == [
