@@ -32,10 +32,10 @@ def convert_batchnorm(
 ) -> torch.nn.Module:
     """Converts each batch norm in the model to fastbn's layer, in place, and returns the model.
 
-    These are torch.nn.BatchNorm1d, 2d, 3d and SyncBatchNorm, timm's BatchNormAct2d and FrozenBatchNormAct2d, and torchvision's
-    FrozenBatchNorm2d. The layers stay the same objects: parameters, buffers, hooks, mode, device and dtype do not
-    change, and an optimizer keeps its references to the parameters. `revert_batchnorm` is the inverse. To convert a
-    model twice is to convert it once.
+    These are torch.nn.BatchNorm1d, 2d, 3d and SyncBatchNorm, timm's BatchNormAct2d and FrozenBatchNormAct2d, and
+    torchvision's FrozenBatchNorm2d. The layers stay the same objects: parameters, buffers, hooks, mode, device and
+    dtype do not change, and an optimizer keeps its references to the parameters. `revert_batchnorm` is the inverse. To
+    convert a model twice is to convert it once.
 
     Subclasses that a model defines itself are not converted, nor are layers whose instances have a forward of their
     own, or an attribute `activation`, which has a meaning in fastbn's layers. `report` says why.

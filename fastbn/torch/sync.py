@@ -249,7 +249,8 @@ class SyncBatchNorm(_Layer, torch.nn.modules.batchnorm._BatchNorm):
         if input.size(1) == 0:
             raise ValueError("SyncBatchNorm number of input channels should be non-zero")
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+    # The other layers' third argument is for `fuse`, which leaves layers with a forward of their own alone.
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:  # type: ignore[override]
         group = self._group()
         if group is None or isinstance(input, Proxy):
             return super().forward(input, residual)
