@@ -79,7 +79,7 @@ typedef void fbn_set_gradient(const fbn_channels *known, const double *sums, con
 typedef void fbn_spread(const void *from, int64_t n, int64_t times, void *to);
 
 /* How to walk through memory, which changes no bit of a result: in how many streams that are far apart planes are read,
- * and rows, in turns of how many bytes, and how many bytes ahead the sums of columns fetch what they read. */
+ * and rows, in turns of how many bytes, and how many bytes ahead sums fetch what they read. */
 typedef struct {
     int64_t streams, row_streams, turn, ahead;
 } fbn_walk;

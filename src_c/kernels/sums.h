@@ -87,9 +87,12 @@ FBN_INLINE void NAME(sum_plane)(const fbn_operands *o, const fbn_stretch *s, NAM
         other[j] = wget(s->others + j * WIDTH);
     }
     int64_t i = s->at;
-    for (; i + FBN_LANES <= end; i += FBN_LANES)
+    for (; i + FBN_LANES <= end; i += FBN_LANES) {
+        prefetch((const char *)((const elem *)own.x + i) + own.walk.ahead);
+        if (backward) prefetch((const char *)((const elem *)own.dy + i) + own.walk.ahead);
         for (int j = 0; j < STEP; j++)
             NAME(sum_n)(&own, i + j * WIDTH, WIDTH, &k, origin, fill, p, backward, &sum[j], &other[j]);
+    }
     for (int j = 0; j < STEP && i + j * WIDTH < end; j++) {
         const int64_t n = NAME(least)(end - i - j * WIDTH, WIDTH);
         NAME(sum_n)(&own, i + j * WIDTH, n, &k, origin, fill, p, backward, &sum[j], &other[j]);
