@@ -45,7 +45,7 @@ def _spread(c: cases.Call, scale: float) -> cases.Call:
 
 
 def _along(c: cases.Call, scale: float, size: float) -> cases.Call:
-    """With a dy that goes along with x, so that the sum of dz * xhat, and with it every term of dx, is as large as it can be."""
+    """With a dy that goes along with x, so that the sum of dz * xhat is as large as it can be."""
     return _spread(c._replace(dy=c.x * np.float32(size)), scale)
 
 
