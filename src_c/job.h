@@ -48,7 +48,6 @@ struct fbn_job {
     char *result, *dresidual;                    /* what the map fills: y or dx, and the residual's gradient */
     const unsigned char *reduce_mask, *map_mask; /* NULL where all positions are treated alike */
     int activation;                              /* with the flag FBN_FROM_Y where `x` holds y */
-    int stream;                                  /* whether the map writes around the cache */
     int frozen;                                  /* whether x has no effect on the statistics */
 
     /* What is known about each channel. */

@@ -80,7 +80,8 @@ static fbn_walk walk_of(const fbn_habits *h, int large) {
                       .ahead = smaller(larger(or_usual(h->ahead, 512), 0), LONGEST_TURN)};
 }
 
-/* Whether a result of so many bytes is written around the cache. */
+/* Whether a result of so many bytes is written around the cache. That saves the read of each line that is written, but
+ * drops from the cache what could have stayed there. */
 static int is_large(int64_t bytes, const fbn_machine *machine) {
     const int64_t from = machine->habits.stream_from;
     return from ? from > 0 && bytes >= from : bytes > machine->shared_cache / PART_OF_CACHE;

@@ -31,7 +31,7 @@ static fbn_operands operands_of(const fbn_job *j, const fbn_tile *t, const fbn_p
                           .activation = j->activation | (t->counts || !j->dy ? 0 : FBN_OUTSIDE),
                           .usual = panel->usual,
                           .exact = panel->exact,
-                          .stream = j->stream,
+                          .stream = j->split.large,
                           .walk = j->split.walk};
 }
 
@@ -171,10 +171,6 @@ static fbn_job job_of(const fbn_problem *p, const fbn_operation *operation, int 
     return j;
 }
 
-/* A streaming store saves the read of the line that it writes, but drops from the cache what could have stayed there.
- * So it is used for results that are too large for the cache. */
-static int streams(const fbn_job *j) { return j->split.large && (uintptr_t)j->result % (size_t)j->split.elem == 0; }
-
 /* A job that maps x to y. Its rows go to `saved`, unless that is NULL. */
 static fbn_job job_of_x(const fbn_problem *p, const fbn_operation *operation, const void *x, const void *residual,
                         const unsigned char *mask, void *y, double *saved, void *workspace) {
@@ -182,7 +178,6 @@ static fbn_job job_of_x(const fbn_problem *p, const fbn_operation *operation, co
     j.x = x;
     j.residual = residual;
     if (saved) j.known = j.saved = saved;
-    j.stream = streams(&j);
     return j;
 }
 
@@ -197,7 +192,6 @@ static fbn_job job_of_dy(const fbn_problem *p, const fbn_operation *operation, c
     j.of_x = a->saved;
     j.known = a->from_y ? j.saved : a->saved;
     j.activation |= a->from_y ? FBN_FROM_Y : 0;
-    j.stream = streams(&j);
     return j;
 }
 
@@ -315,7 +309,6 @@ fbn_status fbn_plan_run(const fbn_problem *p, const fbn_run_args *a, const void 
     /* The constants lie where fbn_plan_set, which knew no y, put them. They are only read. */
     fbn_job j = job_of_x(p, &PLAN_RUN, a->x, a->residual, NULL, NULL, NULL, (char *)(uintptr_t)plan + sizeof(label));
     j.result = a->y;
-    j.stream = streams(&j);
     return run(&j);
 }
 

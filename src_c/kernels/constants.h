@@ -46,7 +46,8 @@ FBN_INLINE void NAME(set_one_line)(const fbn_channels *k, int64_t c, double pres
     ((real *)to->of[FBN_NEG_MEAN])[c] = (real)(-mean_hi * prescale);
     ((real *)to->of[FBN_SCALE])[c] = (real)NAME(finite)(gain / prescale);
     ((real *)to->of[FBN_SHIFT])[c] = shift_hi;
-    ((real *)to->of[FBN_SHIFT_LOW])[c] = shift_low == shift_low ? shift_low : 0; /* beta may be infinite */
+    /* NaN where beta is infinite. Adding -0 changes no bit, so that it makes no difference whether it is left out. */
+    ((real *)to->of[FBN_SHIFT_LOW])[c] = fabs(shift_low) > 0 ? shift_low : (real)-0.0;
 }
 
 static int NAME(all_usual)(const fbn_channels *k, int64_t n) {
@@ -78,15 +79,26 @@ FBN_INLINE void NAME(set_one_gradient)(const fbn_channels *k, int64_t c, double 
     ((real *)to->of[FBN_POSTSCALE])[c] = (real)postscale;
 }
 
+/* Whether channel c, whose constants have been set without a postscale, needs none: it is usual, and on_x, a product of
+ * the gain, 1 / std and the sums, is far from the ends of the range. */
+FBN_INLINE int NAME(fits)(const fbn_channels *k, int64_t c, double product, const fbn_constants *to) {
+    const double high = sizeof(real) == 8 ? 0x1p900 : 0x1p100, low = 1 / high;
+    const real on_x = ((const real *)to->of[FBN_ON_X])[c];
+    const int is_small = (on_x < low) & (on_x > -low) & (product != 0), is_large = (on_x > high) | (on_x < -high);
+    return NAME(is_usual)(k->mean[c], k->inv_std[c], k->inv_std[c] * k->gamma[c]) & !is_small & !is_large;
+}
+
+/* Whether a channel gets a postscale must depend on that channel alone: it may change how a subnormal dx is rounded. */
 static void NAME(set_gradient)(const fbn_channels *k, const double *sums, const double *products, double count,
                                int64_t n, const fbn_constants *to) {
-    if (NAME(all_usual)(k, n))
-        for (int64_t c = 0; c < n; c++) NAME(set_one_gradient)(k, c, sums[c], products[c], count, 1, to);
-    else
-        for (int64_t c = 0; c < n; c++) {
-            const int e = NAME(between)(NAME(exponent_of)(k->inv_std[c] * k->gamma[c]), -NAME(MOST), NAME(MOST));
-            NAME(set_one_gradient)(k, c, sums[c], products[c], count, ldexp(1, e), to);
-        }
+    int64_t fit = 0;
+    for (int64_t c = 0; c < n; c++) NAME(set_one_gradient)(k, c, sums[c], products[c], count, 1, to);
+    for (int64_t c = 0; c < n; c++) fit += NAME(fits)(k, c, products[c], to);
+    for (int64_t c = 0; fit < n && c < n; c++) {
+        if (NAME(fits)(k, c, products[c], to)) continue;
+        const int e = NAME(between)(NAME(exponent_of)(k->inv_std[c] * k->gamma[c]), -NAME(MOST), NAME(MOST));
+        NAME(set_one_gradient)(k, c, sums[c], products[c], count, ldexp(1, e), to);
+    }
 }
 
 /* Writes each of n constants `times` times, for the columns of small planes. */

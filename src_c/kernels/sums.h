@@ -54,10 +54,13 @@ FBN_INLINE void NAME(grad_moments_n)(const fbn_operands *o, int64_t i, int64_t n
     const elem *dy = (const elem *)o->dy + i, *x = (const elem *)o->x + i;
     const elem *residual = p.has_residual ? (const elem *)o->residual + i : x;
     const vec dz = NAME(dz_at)(dy, x, residual, n, k, p);
-    /* The zeros that fill up x may be far from the mean, where the derivative may have no value. */
-    wide g = widen(n == WIDTH ? dz : vjoin(dz, vset(0), n));
     const int plain = n == WIDTH && !(p.activation & FBN_FROM_Y);
-    wide d = wsub(plain ? wload(x) : widen(NAME(x_at)(x, residual, n, k, p)), origin);
+    wide g = widen(dz), d = wsub(plain ? wload(x) : widen(NAME(x_at)(x, residual, n, k, p)), origin);
+    if (n < WIDTH) { /* where x is filled up with 0, the derivative may have no value, and the mean may be infinite */
+        const wide given = widen(vjoin(vset(1), vset(0), n));
+        g = wkeep_if_positive(given, g);
+        d = wkeep_if_positive(given, d);
+    }
     if (p.activation & FBN_OUTSIDE) {
         const wide size = widen(NAME(size_at)(dy, n));
         g = wkeep_if_positive(size, g);

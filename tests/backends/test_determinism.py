@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import cases
+import numpy as np
 import pytest
 
 import fastbn
@@ -136,6 +137,55 @@ def test_instruction_sets_agree_on_the_rest(kind: str, shape: tuple[int, ...]) -
             found.append((*other_results(call(shape, kind)), *results(call(shape, kind))))
     for other in found[1:]:
         cases.assert_same_bits(other, found[0])
+
+
+@pytest.mark.parametrize("kernel", cases.COMPILED, ids=str, indirect=True)
+def test_an_unusual_channel_changes_no_bit_of_others(kernel: cases.Kernel, dtype: str) -> None:
+    """Threads share the channels, and a channel with a tiny spread takes another way. The others' dx is subnormal."""
+    c = cases.call((4000, 64), dtype)
+    tiny = np.finfo(c.x.dtype).smallest_normal
+    x, gamma = c.x.copy(), np.full(64, 1e-8, c.x.dtype)
+    x[:, 3] *= np.sqrt(tiny)
+    dy = c.dy * (tiny * 1e5)
+    _, cache = fastbn.forward(x, gamma, eps=0)
+    with fastbn.use_num_threads(1):
+        wanted = tuple(fastbn.backward(dy, cache))
+    for threads in (2, 5):
+        with fastbn.use_num_threads(threads):
+            cases.assert_same_bits(tuple(fastbn.backward(dy, cache)), wanted, f"for {threads} threads")
+
+
+ZEROS = ((2, 3, 1021), (9, 3, 37), (5, 3, 7), (50, 37), (64, 70, 9))
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "silu", "hardswish"])
+@pytest.mark.parametrize("shape", ZEROS, ids=str)
+def test_zeros_have_one_sign(dtype: str, shape: tuple[int, ...], activation: Any) -> None:
+    """Where a product is rounded to -0, or x and beta are -0, on every instruction set and wherever y lies."""
+    c, channels, odd = cases.call(shape, dtype), shape[1], cases.PLACEMENTS["odd address"]
+    ones, zeros = np.ones(channels, c.x.dtype), np.zeros(channels, c.x.dtype)
+    tiny = np.finfo(c.x.dtype).smallest_normal
+    for x, gamma, beta in ((c.x * tiny, ones * 1e-17, zeros), (np.where(c.x < 0, -zeros[0], c.x), ones, -zeros)):
+        found = []
+        for kernel in fused_kernels():
+            with cases.running_on(kernel):
+                found.append(fastbn.infer(x, gamma, beta, zeros, ones, activation=activation))
+                out = odd(np.zeros_like(x))
+                found.append(fastbn.infer(x, gamma, beta, zeros, ones, activation=activation, out=out))
+        assert (np.signbit(found[0]) & (found[0] == 0)).any() or activation == "hardswish"
+        for other in found[1:]:
+            cases.assert_same_bits(other, found[0])
+
+
+@pytest.mark.parametrize("kernel", cases.COMPILED, ids=str, indirect=True)
+@pytest.mark.parametrize("shape", [(2, 3, 1032), (2, 3, 1021), (51, 3), (5, 3, 7)], ids=str)
+def test_an_infinite_mean_reaches_no_padding(kernel: cases.Kernel, dtype: str, shape: tuple[int, ...]) -> None:
+    """The sum of dy * xhat is -inf, not NaN, also where vectors are filled up."""
+    mean, ones = np.full(3, np.inf, dtype), np.ones(3, dtype)
+    x = np.ones(shape, dtype)
+    _, cache = fastbn.forward(x, ones, None, mean, ones.copy(), training=False)
+    np.testing.assert_array_equal(fastbn.backward_sums(x, cache).sum_dy_xhat, -np.inf)
+    np.testing.assert_array_equal(fastbn.backward(x, cache).dgamma, -np.inf)
 
 
 PROCESS = """

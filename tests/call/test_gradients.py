@@ -44,6 +44,11 @@ def _spread(c: cases.Call, scale: float) -> cases.Call:
     return c._replace(x=c.x * np.float32(scale))
 
 
+def _along(c: cases.Call, scale: float, size: float) -> cases.Call:
+    """With a dy that goes along with x, so that the sum of dz * xhat is as large as it can be."""
+    return _spread(c._replace(dy=c.x * np.float32(size)), scale)
+
+
 def _outliers(c: cases.Call) -> cases.Call:
     c.x[0] = 1e6
     return c
@@ -58,6 +63,9 @@ EXTREMES: dict[str, Callable[[cases.Call], cases.Call]] = {
     "spread 1e30": lambda c: _spread(c, 1e30),
     "spread 1e-17, gamma 1e8": lambda c: _spread(c._replace(gamma=c.gamma * np.float32(1e8)), 1e-17),
     "spread 1e17, gamma 1e-8": lambda c: _spread(c._replace(gamma=c.gamma * np.float32(1e-8)), 1e17),
+    "spread 1e-18, dy 1e3 along x": lambda c: _along(c, 1e-18, 1e3),
+    "spread 1e17, dy 1e-6 along x": lambda c: _along(c, 1e17, 1e-6),
+    "spread 1e12, dy 1e-20 along x": lambda c: _along(c, 1e12, 1e-20),
     "outliers": _outliers,
 }
 
