@@ -39,7 +39,7 @@ _Static_assert(FBN_ACTIVATIONS <= FBN_WHICH + 1, "the flags must not be bits of 
 /* The constants of a channel, in the compute type (float or double) of the dtype. With them
  *     y = ((x * prescale + neg_mean) * scale + shift) + shift_low
  *     dx = (on_dy * dz + on_x * (x * prescale + neg_mean) + constant) * postscale
- * shift_low is the rounding error of shift, and -0 if there is none. prescale and postscale are powers of two, which
+ * shift_low is the rounding error of shift, and +0 if there is none. prescale and postscale are powers of two, which
  * are 1 unless a channel's spread or gain is near an end of the exponent range (see kernels/constants.h). */
 enum {
     FBN_PRESCALE,

@@ -45,21 +45,25 @@ static int64_t panel_of(const fbn_split *s) {
     return in_steps(FBN_COLUMN_BYTES / s->real / s->inner, to_multiple(s->inner, 64 / s->elem));
 }
 
+/* The bytes of a channel in all the arrays that a call reads. */
+static int64_t channel_bytes(const fbn_split *s, int arrays) { return s->outer * s->inner * s->elem * arrays; }
+
 /* Channels in a block: as many as fill a third of a core's cache, which leaves room for what is fetched ahead and for
- * the results. */
+ * the results. Fewer small planes than a panel has would be slow. */
 static int64_t block_of(const fbn_split *s, const fbn_machine *machine, int arrays) {
     const int64_t room = machine->habits.block > 0 ? machine->habits.block : machine->core_cache / 3;
-    const int64_t channel = s->outer * s->inner * s->elem * arrays, fit = room / larger(channel, 1);
+    const int64_t fit = room / larger(channel_bytes(s, arrays), 1), panel = s->columns && !s->rows ? panel_of(s) : 1;
     if (s->rows) return s->channels;
     if (s->cuts > 1) return 1;
     const int64_t most = smaller(smaller(divide_up(s->channels, s->threads), fit), BLOCK_CHANNELS);
-    return in_steps(in_steps(most, FBN_CHANNEL_PAD), s->columns ? panel_of(s) : 1);
+    return smaller(larger(in_steps(in_steps(most, FBN_CHANNEL_PAD), panel), panel), larger(s->channels, 1));
 }
 
 /* Going block by block saves memory traffic, but the blocks must divide well among the threads: at most two
- * sevenths of the threads' time may be lost. A block of less than a panel of small planes would be slow. */
-static int by_channels(const fbn_split *s) {
-    if (s->rows || (s->columns && s->block < smaller(panel_of(s), s->channels))) return 0;
+ * sevenths of the threads' time may be lost. A block must fit into the shared cache; a plane is a block in any case. */
+static int by_channels(const fbn_split *s, const fbn_machine *machine, int arrays) {
+    if (s->rows) return 0;
+    if (s->columns && s->block * channel_bytes(s, arrays) > machine->shared_cache / 2) return 0;
     const int64_t blocks = divide_up(s->channels, s->block);
     return 5 * divide_up(blocks, s->threads) * s->threads <= 7 * blocks;
 }
@@ -106,7 +110,7 @@ fbn_split fbn_split_of(const fbn_problem *p, int arrays, fbn_kind kind) {
     s.joined = fbn_joined(p->channels);
     s.threads = (int)larger(1, smaller(p->threads, values / FBN_WORK_PER_THREAD));
     s.block = block_of(&s, p->machine, arrays);
-    s.by_channels = by_channels(&s);
+    s.by_channels = by_channels(&s, p->machine, arrays);
     s.panel = s.rows || !s.columns ? s.block : smaller(panel_of(&s), larger(p->channels, 1));
     s.shares_channels = p->channels >= CHANNELS_TO_SHARE;
     s.large = is_large(values * s.elem, p->machine);

@@ -46,8 +46,8 @@ FBN_INLINE void NAME(set_one_line)(const fbn_channels *k, int64_t c, double pres
     ((real *)to->of[FBN_NEG_MEAN])[c] = (real)(-mean_hi * prescale);
     ((real *)to->of[FBN_SCALE])[c] = (real)NAME(finite)(gain / prescale);
     ((real *)to->of[FBN_SHIFT])[c] = shift_hi;
-    /* NaN where beta is infinite. Adding -0 changes no bit, so that it makes no difference whether it is left out. */
-    ((real *)to->of[FBN_SHIFT_LOW])[c] = fabs(shift_low) > 0 ? shift_low : (real)-0.0;
+    /* NaN where beta is infinite; and +0 rather than -0, since a loop that does not read it adds +0. */
+    ((real *)to->of[FBN_SHIFT_LOW])[c] = fabs(shift_low) > 0 ? shift_low : 0;
 }
 
 static int NAME(all_usual)(const fbn_channels *k, int64_t n) {
