@@ -36,7 +36,7 @@ def random_habits(seed: int) -> tuple[int, ...]:
     return tuple(VALUES[rng.integers(len(VALUES))] for _ in NAMES)
 
 
-RANDOM = {f"random {seed}": random_habits(seed) for seed in range(6)}
+RANDOM = {f"random {seed}": random_habits(seed) for seed in range(4)}
 EVERY = {**EXTREME, **RANDOM}
 
 
@@ -61,20 +61,20 @@ SHAPES = (
     ((17, 3, 64, 64), 1),
     ((9, 16, 28, 28), 1),
     ((2, 2, 300, 301), 1),
-    ((1, 2, 150_000), 1),
+    ((1, 2, 140_000), 1),
     ((3, 500, 14, 14), 1),
     ((11, 96, 14, 14), 1),
     ((8, 300, 7, 7), 1),
-    ((33, 64, 7, 7), 1),
+    ((33, 44, 7, 7), 1),
     ((20, 160, 4, 8), 1),
-    ((50, 40, 50), 1),
-    ((150_001, 1), -1),
-    ((70_003, 3), -1),
-    ((12_001, 20), -1),
-    ((5, 41, 21, 64), -1),
-    ((8_192, 64), -1),
-    ((2_003, 257), -1),
-    ((300, 1000), -1),
+    ((40, 40, 50), 1),
+    ((70_001, 1), -1),
+    ((25_003, 3), -1),
+    ((4_001, 20), -1),
+    ((5, 21, 11, 64), -1),
+    ((2_048, 64), -1),
+    ((503, 257), -1),
+    ((100, 1000), -1),
 )
 
 
@@ -133,7 +133,7 @@ def usual_bits() -> dict[str, str]:
         return bits.found()
 
 
-@pytest.mark.parametrize("name", ["streamed", "streamed, one by one", "random 0", "random 1"])
+@pytest.mark.parametrize("name", ["streamed", "random 0"])
 def test_bits_of_calls_of_all_kinds(name: str) -> None:
     """Those of bits.py: dtypes, activations, residuals, masks, ways and extreme values."""
     wanted = usual_bits()
@@ -199,7 +199,7 @@ def test_instruction_sets_keep_the_habits(isa: str) -> None:
 )
 def test_what_is_not_habits_changes_nothing(given: Any, error: type[Exception], words: tuple[str, ...]) -> None:
     before = bridge.habits()
-    with pytest.raises(error, match="^habits: got") as raised:
+    with pytest.raises(error, match=r"^habits: got") as raised:
         bridge.set_habits(given)
     assert all(word in str(raised.value) for word in words)
     assert bridge.habits() == before
