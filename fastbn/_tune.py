@@ -3,12 +3,12 @@
 One habit after another is measured, on passes that depend on it. In each round every candidate runs each pass once, in
 a new random order, and its time is divided by that of the habits so far in the same round, so that drift affects both
 alike. The best candidate is then measured again, alone against the habits so far, since the best of several noisy
-numbers is too good to be true. It is taken if it gains clearly both times.
+numbers is too good to be true. It is taken if it gains clearly both times, and all that were taken remain if they gain
+together.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
 import random
 import statistics
@@ -35,7 +35,7 @@ CLEARLY = 0.97
 """A habit is changed where the geometric mean of its passes' times is below this, ..."""
 AT_MOST = 1.05
 """... and none of them is above this."""
-MOST_ROUNDS = 60
+LEAST_ROUNDS, MOST_ROUNDS = 3, 60
 MIB = 1 << 20
 
 
@@ -154,7 +154,7 @@ def _ratios(
     for number in range(MOST_ROUNDS):
         spent = time.perf_counter() - start
         show(min(1.0, spent / seconds))
-        if number and spent + spent / number > seconds:
+        if number >= LEAST_ROUNDS and spent + spent / number > seconds:
             break
         for where, timed in enumerate(passes):
             for who in order.sample(range(len(candidates)), len(candidates)):
@@ -217,36 +217,23 @@ def _print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         print("  ", "   ".join([f"{row[0]:<{widths[0]}}", *cells]), sep="")
 
 
-def _compared(
-    bridge: Any, usual: Habits, best: Habits, passes: Sequence[Pass], seconds: float, show: Callable[[float], None]
-) -> list[tuple[str, str, str, str]]:
-    (_, ratios), times = _ratios(bridge, [usual, best], passes, seconds, show)
-    return [
-        (timed.name, f"{1e3 * base:.2f} ms", f"{1e3 * base * ratio:.2f} ms", f"{ratio:.2f}")
-        for timed, base, ratio in zip(passes, times, ratios, strict=True)
-    ]
-
-
 def run(*, quick: bool = False, kept: bool = True) -> Habits:
     """Measures, prints, puts in force and keeps. Returns the habits that were found."""
     bridge: Any = select("c")
     if kept:
         habits.writable_folder()  # before a minute is spent
-    before, usual = bridge.habits(), bridge.usual_habits()
-    stages, passes = _stages(bridge.caches(), quick)
-    seconds, best, found = (QUICK_SECONDS if quick else SECONDS) / (len(stages) + 1), dict(usual), list[Found]()
-    with contextlib.ExitStack() as undo:
-        undo.callback(bridge.set_habits, before)
-        show = undo.enter_context(_progress(len(stages) + 1))
-        for number, stage in enumerate(stages):
-            told = partial(_shown, show, stage.habit, number)
-            found.append(_best(bridge, best, stage, seconds, told))
-            best[stage.habit] = found[-1].best
-        rows = []
-        if best != usual:
-            rows = _compared(bridge, usual, best, passes, seconds, partial(_shown, show, "all of them", len(stages)))
-    record = habits.record_of(bridge, best, get_num_threads())
-    _report(found, rows, record["threads"])
+    before, usual, threads = bridge.habits(), bridge.usual_habits(), get_num_threads()
+    try:
+        found, rows, over = _measured(bridge, usual, quick)
+    finally:
+        bridge.set_habits(before)
+    _report(found, rows, threads)
+    best = dict(usual)
+    if over < 1:
+        best.update({row.habit: row.best for row in found})
+    elif rows:
+        print("Taken together they gain nothing: the default remains.")
+    record = habits.record_of(bridge, best, threads)
     if kept:
         print(f"Kept in {habits.keep(record)}.")
     if environment.environment_tuning() == "off":
@@ -254,6 +241,29 @@ def run(*, quick: bool = False, kept: bool = True) -> Habits:
     else:
         habits.put(bridge, record)
     return best
+
+
+def _measured(bridge: Any, usual: Habits, quick: bool) -> tuple[list[Found], list[tuple[str, ...]], float]:
+    """What each stage found; for each pass, what all of it gains; and the mean time over the default's."""
+    stages, passes = _stages(bridge.caches(), quick)
+    if quick:
+        stages = [Stage(habit, candidates[:2], timed[:2]) for habit, candidates, timed in stages]
+        passes = passes[:2]
+    seconds, best, found = (QUICK_SECONDS if quick else SECONDS) / (len(stages) + 1), dict(usual), list[Found]()
+    with _progress(len(stages) + 1) as show:
+        for number, stage in enumerate(stages):
+            found.append(_best(bridge, best, stage, seconds, partial(_shown, show, stage.habit, number)))
+            best[stage.habit] = found[-1].best
+        if best == usual:
+            return found, [], 1.0
+        told = partial(_shown, show, "all of them", len(stages))
+        (_, ratios), times = _ratios(bridge, [usual, best], passes, seconds, told)
+    rows = [
+        (timed.name, f"{1e3 * base:.2f} ms", f"{1e3 * base * ratio:.2f} ms", f"{ratio:.2f}")
+        for timed, base, ratio in zip(passes, times, ratios, strict=True)
+    ]
+    over = statistics.geometric_mean(ratios)
+    return found, [*rows, ("mean", "", "", f"{over:.2f}")], over
 
 
 def _shown(show: Shows, text: str, before: int, part: float) -> None:

@@ -277,7 +277,8 @@ def test_without_a_home(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
 def command(*arguments: str) -> subprocess.Popen[str]:
     given = [sys.executable, "-P", "-m", "fastbn", *arguments]
-    return subprocess.Popen(given, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    one_thread = {**os.environ, "FASTBN_NUM_THREADS": "1"}  # two processes with several each would wait for each other
+    return subprocess.Popen(given, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=one_thread)
 
 
 def test_two_processes_at_once(folder: Path, tmp_path: Path) -> None:
@@ -311,12 +312,27 @@ def test_off_measures_and_keeps_but_does_not_use(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("FASTBN_TUNING", "off")
-    monkeypatch.setattr(_tune, "_best", lambda *_: _tune.Found("turn", 512, 1024, 0.5))
-    assert fastbn.tune(quick=True)["turn"] == 1024
+    monkeypatch.setattr(_tune, "_best", lambda *_: _tune.Found("turn", 512, 1000, 0.5))
+    monkeypatch.setattr(_tune, "_seconds", lambda call: 1.0 if bridge.habits()["turn"] == 1000 else 2.0)
+    assert fastbn.tune(quick=True)["turn"] == 1000
     assert bridge.habits() == bridge.usual_habits()
     told = capsys.readouterr().out
     assert "FASTBN_TUNING=off: this process does not use" in told
     assert "All of them:" in told
+
+
+def test_what_gains_nothing_on_the_whole_is_not_kept(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(_tune, "_best", lambda *_: _tune.Found("turn", 512, 1000, 0.5))
+    monkeypatch.setattr(_tune, "_seconds", lambda call: 2.0 if bridge.habits()["turn"] == 1000 else 1.9)
+    assert fastbn.tune(quick=True) == bridge.usual_habits()
+    told = capsys.readouterr().out
+    assert "All of them:" in told
+    assert "1.05" in told
+    assert "the default remains" in told
+    habits.load(bridge)
+    assert bridge.habits() == bridge.usual_habits()
 
 
 def test_what_is_interrupted_leaves_the_habits(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
