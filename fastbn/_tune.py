@@ -30,7 +30,7 @@ Array = np.ndarray[Any, Any]
 Habits = dict[str, int]
 Shows = Callable[[str, float], None]
 
-SECONDS, QUICK_SECONDS = 40.0, 1.2
+SECONDS, QUICK_SECONDS = 48.0, 1.2
 CLEARLY = 0.97
 """A habit is changed where the geometric mean of its passes' times is below this, ..."""
 AT_MOST = 1.05
@@ -205,7 +205,7 @@ def _progress(total: int) -> Iterator[Shows]:
 
     columns = (progress.TextColumn("{task.description:<12}"), progress.BarColumn(), progress.TimeRemainingColumn())
     with progress.Progress(*columns, transient=True) as bar:
-        task = bar.add_task("preparing", total=total)
+        task = bar.add_task("", total=total)
         yield lambda text, done: bar.update(task, description=text, completed=done)
 
 
@@ -249,15 +249,16 @@ def _measured(bridge: Any, usual: Habits, quick: bool) -> tuple[list[Found], lis
     if quick:
         stages = [Stage(habit, candidates[:2], timed[:2]) for habit, candidates, timed in stages]
         passes = passes[:2]
-    seconds, best, found = (QUICK_SECONDS if quick else SECONDS) / (len(stages) + 1), dict(usual), list[Found]()
-    with _progress(len(stages) + 1) as show:
+    seconds, best, found = (QUICK_SECONDS if quick else SECONDS) / (len(stages) + 2), dict(usual), list[Found]()
+    with _progress(len(stages) + 2) as show:
         for number, stage in enumerate(stages):
             found.append(_best(bridge, best, stage, seconds, partial(_shown, show, stage.habit, number)))
             best[stage.habit] = found[-1].best
         if best == usual:
             return found, [], 1.0
-        told = partial(_shown, show, "all of them", len(stages))
-        (_, ratios), times = _ratios(bridge, [usual, best], passes, seconds, told)
+        (_, ratios), times = _ratios(
+            bridge, [usual, best], passes, 2 * seconds, lambda part: show("all of them", len(stages) + 2 * part)
+        )
     rows = [
         (timed.name, f"{1e3 * base:.2f} ms", f"{1e3 * base * ratio:.2f} ms", f"{ratio:.2f}")
         for timed, base, ratio in zip(passes, times, ratios, strict=True)
