@@ -335,7 +335,8 @@ cdef int use(const c.fbn_kernels *kernels, c.fbn_habits habits) except -1:
     global machine
     cdef c.fbn_machine *new
     cdef tuple key = (
-        <size_t> kernels, habits.streams, habits.row_streams, habits.turn, habits.ahead, habits.stream_from, habits.block
+        <size_t> kernels, habits.streams, habits.row_streams, habits.turn, habits.ahead, habits.stream_from,
+        habits.block,
     )
     if key not in machines:
         new = <c.fbn_machine *> malloc(sizeof(c.fbn_machine))
