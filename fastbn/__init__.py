@@ -5,12 +5,13 @@
 - Inference: `InferencePlan` computes its constants once, `fold` puts the norm into the layer before it.
 - A batch in parts: `moments`, `backward_sums`, and the `Moments` and `Sums` that they return, add up.
 - What runs: `backends`, `set_backend`, `use_backend`, `get_num_threads`, `set_num_threads`, `use_num_threads`;
-  `show_config` prints what was chosen, `test` tries the installation; `get_include`, `get_library` are for compilers.
+  `show_config` prints what was chosen, `test` tries the installation, `tune` measures how this machine's memory is used
+  best; `get_include`, `get_library` are for compilers.
 - Modules that need a further package: fastbn.torch, fastbn.numba and fastbn.onnx.
 
 `help` of each name has its arguments, errors and an example. The environment variables FASTBN_BACKEND, FASTBN_ISA,
 FASTBN_NUM_THREADS and FASTBN_CACHE_DIR choose the backend, the instruction set, the number of threads, and where
-Numba's compiled code is kept.
+Numba's compiled code and the measurements of `tune` are kept; FASTBN_TUNING=off ignores the latter.
 
 >>> import numpy as np, fastbn
 >>> x = np.random.default_rng(0).standard_normal((32, 64, 28, 28), dtype=np.float32)
@@ -61,6 +62,7 @@ __all__ = [
     "set_num_threads",
     "show_config",
     "test",
+    "tune",
     "use_backend",
     "use_num_threads",
 ]
@@ -93,6 +95,47 @@ def test() -> bool:
     from . import _smoke
 
     return _smoke.run()
+
+
+def tune(*, quick: bool = False, keep: bool = True) -> dict[str, int]:
+    """Measures how this machine's memory is used best by the C backend, and keeps it for other processes of this user.
+
+    Habits are how many streams are read in turns, the bytes of a turn, how far ahead rows are fetched, from what size
+    on results are written around the cache, and the bytes that stay in a core's cache: see `fbn_habits` in fastbn.h.
+    fastbn knows those of some processors. A habit is only changed where that gains more than 3 % in medians of calls
+    that take turns, on arrays that are larger than the caches and on smaller ones. No bit of any result depends on it.
+
+    It takes less than a minute and 0.3 to 0.7 GB, shows a progress bar if rich is installed (pip install
+    "fastbn[bench]"), and prints what is gained. Run it while the machine is otherwise idle, with the number of threads
+    that you use (see `use_num_threads`). The measurements are for this processor, instruction set and version of
+    fastbn, in the folder "habits" of FASTBN_CACHE_DIR or of the user's cache folder. This process uses them at once,
+    and others from their start, unless FASTBN_TUNING is "off".
+
+    Parameters
+    ----------
+    quick : bool
+        For tests: two seconds on small arrays, which tells little.
+    keep : bool
+        Whether the measurements are kept. If not, only this process uses them.
+
+    Returns
+    -------
+    dict[str, int]
+        The habits that were found. 0 stands for the default.
+
+    Raises OSError, before anything is measured, if the folder cannot be written, and ImportError if the C backend is
+    not built.
+
+    >>> import fastbn
+    >>> habits = fastbn.tune(quick=True, keep=False)  # doctest: +ELLIPSIS
+    Habits of this machine...
+      habit ...
+    >>> sorted(habits)
+    ['ahead', 'block', 'row_streams', 'stream_from', 'streams', 'turn']
+    """
+    from . import _tune
+
+    return _tune.run(quick=quick, kept=keep)
 
 
 def __dir__() -> list[str]:

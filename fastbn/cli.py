@@ -1,4 +1,4 @@
-"""Which commands does the command line have? fastbn demo, fastbn bench, fastbn info, fastbn test."""
+"""Which commands does the command line have? fastbn demo, fastbn bench, fastbn info, fastbn test, fastbn tune."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("--cflags", action="store_true", help="print the flags that compile C, C++ or Cython against it")
     info.add_argument("--libs", action="store_true", help="print the flags that link it: a static library")
     commands.add_parser("test", help="test the installation on this machine: backends, instruction sets, bits")
+    tune = commands.add_parser("tune", help="measure how this machine's memory is used best, and keep it: a minute")
+    tune.add_argument("--quick", action="store_true", help=argparse.SUPPRESS)  # for tests: two seconds, mostly noise
     return parser
 
 
@@ -39,6 +41,8 @@ def _run(argv: list[str]) -> int:
         show_config()
     elif arguments.command == "test":
         return 0 if fastbn.test() else 1
+    elif arguments.command == "tune":
+        fastbn.tune(quick=arguments.quick)
     else:
         importlib.import_module("fastbn.demo.report").main(arguments.quick, arguments.seeds, arguments.output)
     return 0

@@ -8,7 +8,7 @@ from typing import Any, Protocol, cast
 
 from ..call import checks
 from ..call.record import BackwardCall, Call
-from ..config import environment, thread_count
+from ..config import environment, habits, thread_count
 
 SAVED_ROWS = ("mean", "mean_low", "var", "inv_std", "gamma", "beta")
 """The rows of `saved`, the float64 array (rows, channels) that a forward call keeps for its backward call.
@@ -97,6 +97,7 @@ def _load(name: str) -> Backend:
         isa = environment.environment_isa()
         if isa is not None:
             backend.select_isa(isa)  # type: ignore[attr-defined]
+        habits.load(backend)
     return backend
 
 

@@ -1,4 +1,4 @@
-"""In which folder does fastbn keep what Numba compiled for it?"""
+"""In which folder does fastbn keep what Numba compiled and `tune` measured?"""
 
 from __future__ import annotations
 

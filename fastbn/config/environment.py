@@ -1,4 +1,4 @@
-"""What do the environment and the user ask for? Backend and instruction set."""
+"""What do the environment and the user ask for? Backend, instruction set, and whether what was measured counts."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ BACKENDS = ("c", "numba", "numpy")
 ISAS = ("baseline", "avx2", "avx512", "neon")
 """Every instruction set that kernels are written for."""
 
+TUNING = ("on", "off")
+"""Whether habits that were measured here (fastbn.tune) are used."""
+
 _backend: str | None = None
 _backend_here: ContextVar[str | None] = ContextVar("fastbn_backend", default=None)
 
@@ -32,6 +35,13 @@ def environment_isa() -> str | None:
     """The value of FASTBN_ISA, or None."""
     value = os.environ.get("FASTBN_ISA")
     return checks.choice("FASTBN_ISA", value, ISAS) if value else None
+
+
+@cache
+def environment_tuning() -> str | None:
+    """The value of FASTBN_TUNING, or None."""
+    value = os.environ.get("FASTBN_TUNING")
+    return checks.choice("FASTBN_TUNING", value, TUNING) if value else None
 
 
 def backend_name() -> str | None:

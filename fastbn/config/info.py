@@ -6,13 +6,15 @@ import platform
 import numpy as np
 
 from .._backends import backends, get_backend, get_num_threads, select
-from . import built, environment, thread_count
+from . import built, environment, habits, thread_count
 
 __version__ = built.version_here()
 
 
 def show_config() -> None:
     """Prints the version, the backends and the one in use, its instruction set and why, OpenMP, threads and caches.
+
+    It also prints the habits of the machine that are in force (see `tune`), and why.
 
     >>> import fastbn
     >>> fastbn.show_config()  # doctest: +ELLIPSIS
@@ -28,6 +30,8 @@ def show_config() -> None:
     }
     for name in backends():
         lines.update({f"{name}: {key}": value for key, value in select(name).describe().items()})
+        if name == "c":
+            lines["c: habits"] = habits.shown(select(name))
     width = max(map(len, lines))
     print(f"fastbn {__version__}")
     for key, value in lines.items():

@@ -179,6 +179,7 @@ UNKNOWN = (
     ("FASTBN_BACKEND", "cuda", ("'c'", "'numba'", "'numpy'")),
     ("FASTBN_BACKEND", "NUMPY", ("'c'", "'numba'", "'numpy'")),
     ("FASTBN_ISA", "sse9", environment.ISAS),
+    ("FASTBN_TUNING", "maybe", ("'on'", "'off'")),
     ("FASTBN_NUM_THREADS", "0", ("positive integer",)),
     ("FASTBN_NUM_THREADS", "-2", ("positive integer",)),
     ("FASTBN_NUM_THREADS", "many", ("positive integer",)),
@@ -190,7 +191,7 @@ UNKNOWN = (
 
 @pytest.mark.parametrize(("name", "value", "choices"), UNKNOWN)
 def test_unknown_value_in_the_environment(name: str, value: str, choices: tuple[str, ...], tmp_path: Path) -> None:
-    if name == "FASTBN_ISA" and not ISAS:
+    if name in ("FASTBN_ISA", "FASTBN_TUNING") and not ISAS:
         pytest.skip("the C backend is not built")
     done = cases.run_python(USE, tmp_path, **{name: value})
     last = done.stderr.strip().splitlines()[-1]
@@ -221,7 +222,7 @@ def test_show_config(capsys: pytest.CaptureFixture[str]) -> None:
     for word in (f"fastbn {fastbn.__version__}", "backend", "threads", "13", np.__version__, *fastbn.backends(), *ISAS):
         assert word in text
     if ISAS:
-        for word in ("instruction set", "OpenMP", "L2", "KiB"):
+        for word in ("instruction set", "OpenMP", "L2", "KiB", "c: habits", "row_streams"):
             assert word in text
 
 

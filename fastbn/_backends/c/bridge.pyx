@@ -23,7 +23,10 @@ cdef extern from "numpy/arrayobject.h":
 
 cnp.import_array()
 
-cdef c.fbn_machine machine = c.fbn_this_machine()
+# This machine as the library knows it, and the one on which calls that start now run. Others may be running, without
+# the GIL, on one that was chosen before, so a machine that was in use is neither changed nor freed.
+cdef c.fbn_machine this_machine = c.fbn_this_machine()
+cdef const c.fbn_machine *machine = &this_machine
 
 DTYPES = frozenset(("float16", "bfloat16", "float32", "float64"))
 """The names of the dtypes that data may have."""
@@ -187,7 +190,7 @@ cdef Sizes set_problem_of(c.fbn_problem *p, object call) except *:
     if x is None or cnp.PyArray_NDIM(x) != 3:
         given = "None" if x is None else f"shape {call.x.shape}"
         raise ValueError(f"x: got {given}; allowed: (outer, channels, inner)")
-    p.machine = &machine
+    p.machine = machine
     p.dtype = dtype_of(x)
     set_options(p, call.options)
     p.outer, p.channels, p.inner = cnp.PyArray_DIM(x, 0), cnp.PyArray_DIM(x, 1), cnp.PyArray_DIM(x, 2)
@@ -320,7 +323,60 @@ def select_isa(name):
     """Uses the kernels of this instruction set, in the whole process."""
     if name not in tables():
         raise ValueError(f"FASTBN_ISA: got {name!r}; allowed on this processor: {', '.join(tables())}")
-    machine.kernels = c.fbn_kernels_at(tables().index(name))
+    use(c.fbn_kernels_at(tables().index(name)), machine.habits)
+
+
+# The addresses of the machines that have been in use, by what tells them apart.
+cdef dict machines = {}
+
+
+cdef int use(const c.fbn_kernels *kernels, c.fbn_habits habits) except -1:
+    """Calls that start from now on run with these kernels and habits."""
+    global machine
+    cdef c.fbn_machine *new
+    cdef tuple key = (
+        <size_t> kernels, habits.streams, habits.row_streams, habits.turn, habits.ahead, habits.stream_from,
+        habits.block,
+    )
+    if key not in machines:
+        new = <c.fbn_machine *> malloc(sizeof(c.fbn_machine))
+        if new == NULL:
+            raise MemoryError("no memory for the habits")
+        new[0] = this_machine
+        new.kernels, new.habits = kernels, habits
+        machines[key] = <size_t> new
+    machine = <c.fbn_machine *> <size_t> machines[key]
+    return 0
+
+
+def usual_habits():
+    """The habits of this processor in the table of the C core, by name; 0 is the default there."""
+    return this_machine.habits
+
+
+def habits():
+    """The habits in use, by name, as in fastbn.h."""
+    return machine.habits
+
+
+def set_habits(given):
+    """Uses habits, a dict with the names of `habits()`, in the whole process. No bit of a result depends on them."""
+    cdef c.fbn_habits new
+    if not isinstance(given, dict) or given.keys() != habits().keys():
+        raise ValueError(f"habits: got {given!r}; allowed: a dict of {', '.join(habits())}")
+    for name, value in given.items():
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"habits: got {name}={value!r}; allowed: integers")
+        if not -1 << 63 <= value < 1 << 63:
+            raise ValueError(f"habits: got {name}={value!r}; allowed: integers of 64 bits")
+    new.streams, new.row_streams, new.turn = given["streams"], given["row_streams"], given["turn"]
+    new.ahead, new.stream_from, new.block = given["ahead"], given["stream_from"], given["block"]
+    use(machine.kernels, new)
+
+
+def caches():
+    """The bytes of data cache of levels 1 to 3 that a core can use, as fbn_cache_bytes tells them; 0 is unknown."""
+    return tuple(c.fbn_cache_bytes(level) for level in (1, 2, 3))
 
 
 def openmp():
@@ -344,7 +400,7 @@ def describe():
         "instruction set": f"{isa()} ({'the best that runs here' if isa() == isas()[0] else 'asked for'}; "
                            f"usable: {', '.join(isas())})",
         "OpenMP": f"yes ({openmp()})" if openmp() else "no: this build runs on one thread",
-        "caches": ", ".join(f"L{level} {c.fbn_cache_bytes(level) >> 10} KiB" for level in (1, 2, 3)),
+        "caches": ", ".join(f"L{level} {size >> 10} KiB" for level, size in enumerate(caches(), start=1)),
     }
 
 

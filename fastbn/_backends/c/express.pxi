@@ -131,7 +131,7 @@ cdef int set_problem(c.fbn_problem *p, object x, object axis, object activation,
     channel_axis = PyLong_AsLongAndOverflow(axis, &overflow)
     if overflow or not recognize(p, x, channel_axis) or not set_activation(p, activation):
         return False
-    p.machine = &machine
+    p.machine = machine
     return set_threads(p, threads)
 
 

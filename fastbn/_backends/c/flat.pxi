@@ -10,7 +10,7 @@ cdef c.fbn_problem flat_problem(
     int64_t dtype, int64_t activation, double slope, int64_t outer, int64_t channels, int64_t inner, int64_t threads,
 ) noexcept nogil:
     cdef c.fbn_problem p = NO_PROBLEM
-    p.machine = &machine
+    p.machine = machine
     p.dtype, p.activation, p.slope = <c.fbn_dtype> dtype, <c.fbn_activation> activation, slope
     p.outer, p.channels, p.inner = outer, channels, inner
     p.threads = <int> threads if 1 <= threads <= c.FBN_MOST_THREADS else 0  # the verb refuses 0

@@ -14,7 +14,7 @@ cdef bint set_memory_problem(
     for i in range(ndim):
         sizes[i] = shape[i]
     set_sizes(p, sizes, ndim, axis if axis == 1 else ndim - 1)
-    p.machine = &machine
+    p.machine = machine
     return set_threads(p, threads) and values_of(p) > 0
 
 

@@ -21,7 +21,7 @@ cdef class Plan:
         cdef Sizes sizes
         memset(&sizes, 0, sizeof(sizes))
         sizes.channels = mean.shape[0]
-        self.machine = machine
+        self.machine = machine[0]
         self.axis, self.threads = axis, threads
         self.problem.machine = &self.machine
         set_options(&self.problem, options)

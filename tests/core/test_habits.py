@@ -1,0 +1,205 @@
+"""Do results keep every bit, whatever habits the machine has? And can habits be set and told?"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import bits
+import cases
+import numpy as np
+import pytest
+
+import fastbn
+
+bridge: Any = pytest.importorskip("fastbn._backends.c.bridge", reason="the C backend is not built")
+
+NAMES = ("streams", "row_streams", "turn", "ahead", "stream_from", "block")
+LARGEST = 2**63 - 1
+EXTREME: dict[str, tuple[int, ...]] = {
+    "all 0": (0,) * 6,
+    "all 1": (1,) * 6,
+    "all negative": (-1,) * 6,
+    "least": (-LARGEST - 1,) * 6,
+    "largest": (LARGEST,) * 6,
+    "streamed": (8, 8, 128, -1, 1, 1),
+    "streamed, one by one": (1, 1, 4096, 2048, 1, LARGEST),
+    "never streamed": (2, 4, 1 << 20, 1, -1, 1 << 16),
+}
+VALUES = (-LARGEST - 1, -7, -1, 0, 1, 2, 3, 5, 8, 9, 100, 128, 500, 512, 4096, 70_000, 1 << 20, 1 << 40, LARGEST)
+
+
+def random_habits(seed: int) -> tuple[int, ...]:
+    rng = np.random.default_rng(seed)
+    return tuple(VALUES[rng.integers(len(VALUES))] for _ in NAMES)
+
+
+RANDOM = {f"random {seed}": random_habits(seed) for seed in range(4)}
+EVERY = {**EXTREME, **RANDOM}
+
+
+@pytest.fixture(autouse=True)
+def usual() -> Iterator[None]:
+    """Habits are as they were after each test."""
+    before = bridge.habits()
+    yield
+    bridge.set_habits(before)
+
+
+def use(values: tuple[int, ...]) -> None:
+    bridge.set_habits(dict(zip(NAMES, values, strict=True)))
+
+
+# Bits ----------------------------------------------------------------------------------------------------------------
+
+# Every way that calls are cut, with work for several threads: planes, cut planes, small planes, and rows of few, odd
+# and many channels; planes and rows whose bytes are, and are not, whole cache lines.
+SHAPES = (
+    ((6, 5, 60, 60), 1),
+    ((17, 3, 64, 64), 1),
+    ((9, 16, 28, 28), 1),
+    ((2, 2, 300, 301), 1),
+    ((1, 2, 140_000), 1),
+    ((3, 500, 14, 14), 1),
+    ((11, 96, 14, 14), 1),
+    ((8, 300, 7, 7), 1),
+    ((33, 44, 7, 7), 1),
+    ((20, 160, 4, 8), 1),
+    ((40, 40, 50), 1),
+    ((70_001, 1), -1),
+    ((25_003, 3), -1),
+    ((4_001, 20), -1),
+    ((5, 21, 11, 64), -1),
+    ((2_048, 64), -1),
+    ((503, 257), -1),
+    ((100, 1000), -1),
+)
+
+
+@cache
+def call(shape: tuple[int, ...], axis: int, dtype: str) -> cases.Call:
+    return cases.call(shape, dtype, axis=axis)
+
+
+@cache
+def mask_of(shape: tuple[int, ...], axis: int) -> cases.Array:
+    return cases.random_mask(shape, axis)
+
+
+def results(c: cases.Call, axis: int, activation: Any, masked: bool) -> tuple[Any, ...]:
+    """All that the calls of every verb return or update."""
+    mean, var = c.running_mean.copy(), c.running_var.copy()
+    mask = mask_of(c.x.shape, axis) if masked else None
+    residual = c.residual if activation else None
+    same: dict[str, Any] = {"axis": axis, "activation": activation, "residual": residual}
+    moments, masked_moments = (fastbn.moments(c.x, axis=axis, mask=counted) for counted in (None, mask))
+    given = (c.gamma, c.beta, c.running_mean, c.running_var)
+    plan = fastbn.InferencePlan(*given, axis=axis, activation=activation)
+    found = [masked_moments.mean, masked_moments.mean_low, masked_moments.m2]
+    found += [fastbn.infer(c.x, *given, **same), plan(c.x, residual=residual)]
+    ways: tuple[dict[str, Any], ...] = ({"mask": mask}, {"moments": moments}, {"training": False})
+    for way in ways:
+        y, made = fastbn.forward(c.x, c.gamma, c.beta, mean, var, **same, **way)
+        sums = fastbn.backward_sums(c.dy, made)
+        gradients = fastbn.backward(c.dy, made)
+        found += [y, mean.copy(), var.copy(), sums.sum_dy, sums.sum_dy_xhat, *gradients, gradients.dresidual]
+        found += fastbn.backward(c.dy, made, sums=sums)
+    return tuple(found)
+
+
+@pytest.mark.parametrize("dtype", [*cases.DTYPES, *cases.HALVES])
+@pytest.mark.parametrize(("shape", "axis"), SHAPES, ids=str)
+def test_bits_of_large_calls(shape: tuple[int, ...], axis: int, dtype: str) -> None:
+    """One thread and the usual habits give what several threads give with any habits."""
+    c = call(shape, axis, dtype)
+    tried = EVERY if dtype == "float32" else {name: EVERY[name] for name in ("streamed", "largest", "random 2")}
+    with fastbn.use_backend("c"):
+        for activation, masked in ((None, False), ("silu", True)):
+            with fastbn.use_num_threads(1):
+                use(EXTREME["all 0"])
+                wanted = results(c, axis, activation, masked)
+            for threads, (name, values) in enumerate(tried.items()):
+                use(values)
+                with fastbn.use_num_threads(1 + threads % 3):
+                    cases.assert_same_bits(results(c, axis, activation, masked), wanted, f"with habits {name}")
+
+
+@cache
+def usual_bits() -> dict[str, str]:
+    use(EXTREME["all 0"])
+    with fastbn.use_num_threads(1):
+        return bits.found()
+
+
+@pytest.mark.parametrize("name", ["streamed", "random 0"])
+def test_bits_of_calls_of_all_kinds(name: str) -> None:
+    """Those of bits.py: dtypes, activations, residuals, masks, ways and extreme values."""
+    wanted = usual_bits()
+    use(EVERY[name])
+    with fastbn.use_num_threads(2):
+        found = bits.found()
+    assert len(found) > 500
+    assert [case for case, value in found.items() if wanted[case] != value] == []
+
+
+def test_habits_that_change_while_calls_run() -> None:
+    """A call keeps those with which it started, for which its workspace was made."""
+    c = call((8, 300, 7, 7), 1, "float32")
+    wanted, wrong, done = fastbn.forward(c.x, backend="c").y.tobytes(), [], threading.Event()
+
+    def run() -> None:
+        while not done.is_set():
+            if fastbn.forward(c.x, backend="c").y.tobytes() != wanted:
+                wrong.append(1)
+
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for number in range(300):
+        use(tuple(EVERY.values())[number % len(EVERY)])
+        fastbn.moments(c.x[:1], backend="c")
+    done.set()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+# Setting them --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_habits_are_what_was_set(name: str) -> None:
+    use(EVERY[name])
+    assert bridge.habits() == dict(zip(NAMES, EVERY[name], strict=True))
+    assert bridge.usual_habits().keys() == bridge.habits().keys()
+
+
+@pytest.mark.parametrize("isa", cases.isas())
+def test_instruction_sets_keep_the_habits(isa: str) -> None:
+    use(EXTREME["streamed"])
+    with cases.running_on(cases.Kernel("c", isa)):
+        assert bridge.isa() == isa
+        assert tuple(bridge.habits().values()) == EXTREME["streamed"]
+    assert tuple(bridge.habits().values()) == EXTREME["streamed"]
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "words"),
+    [
+        ({}, ValueError, ("{}", "streams", "block")),
+        (None, ValueError, ("None", "streams")),
+        (dict.fromkeys((*NAMES, "size"), 1), ValueError, ("size", "streams")),
+        ({**dict.fromkeys(NAMES, 1), "turn": 1.0}, TypeError, ("turn=1.0", "integers")),
+        ({**dict.fromkeys(NAMES, 1), "turn": True}, TypeError, ("turn=True", "integers")),
+        ({**dict.fromkeys(NAMES, 1), "block": 1 << 63}, ValueError, ("block=", "64 bits")),
+    ],
+    ids=str,
+)
+def test_what_is_not_habits_changes_nothing(given: Any, error: type[Exception], words: tuple[str, ...]) -> None:
+    before = bridge.habits()
+    with pytest.raises(error, match=r"^habits: got") as raised:
+        bridge.set_habits(given)
+    assert all(word in str(raised.value) for word in words)
+    assert bridge.habits() == before
