@@ -309,7 +309,8 @@ def _calculate(
     mask = None if call.mask is None or not (reduces or backward) else call.mask.view(np.uint8)
     (outer, channels, inner), p, from_y = x.shape, _split(x.shape, reduces), bool(getattr(call, "from_y", False))
     counted: Any = range(max(1, outer * inner)) if mask is None or backward else np.flatnonzero(mask)
-    i, j, k = (n // inner * channels * inner + n % inner for n in (counted[0], counted[len(counted) // 2], counted[-1]))
+    chosen = (counted[0], counted[len(counted) // 2], counted[-1]) if inner else (0, 0, 0)
+    i, j, k = (n // (inner or 1) * channels * inner + n % (inner or 1) for n in chosen)
     q = _Task(
         x=_flat(x, dtype), residual=_flat(call.residual, dtype), dy=_flat(dy, dtype), mask=_flat(mask, np.uint8),
         out=_flat(out, dtype, read=False), dresidual=_flat(getattr(call, "dresidual", None), dtype, read=False),
