@@ -306,15 +306,16 @@ def _calculate(
     if isinstance(call, Call):
         save_parameters(call, saved)
     x, dtype, dy, backward = call.x, call.x.dtype, getattr(call, "dy", None), isinstance(call, BackwardCall)
+    reduces = reduces and x.size > 0
     mask = None if call.mask is None or not (reduces or backward) else call.mask.view(np.uint8)
     (outer, channels, inner), p, from_y = x.shape, _split(x.shape, reduces), bool(getattr(call, "from_y", False))
     counted: Any = range(max(1, outer * inner)) if mask is None or backward else np.flatnonzero(mask)
-    chosen = (counted[0], counted[len(counted) // 2], counted[-1]) if inner else (0, 0, 0)
-    i, j, k = (n // (inner or 1) * channels * inner + n % (inner or 1) for n in chosen)
+    chosen = (counted[0], counted[len(counted) // 2], counted[-1]) if reduces else ()
+    origins = tuple(n // inner * channels * inner + n % inner for n in chosen) or (0, 0, 0)
     q = _Task(
         x=_flat(x, dtype), residual=_flat(call.residual, dtype), dy=_flat(dy, dtype), mask=_flat(mask, np.uint8),
         out=_flat(out, dtype, read=False), dresidual=_flat(getattr(call, "dresidual", None), dtype, read=False),
-        origin=np.empty(channels) if reduces and not backward else saved[SAVED_MEAN], chosen=(i, j, k),
+        origin=np.empty(channels) if reduces and not backward else saved[SAVED_MEAN], chosen=origins,
         parts=np.zeros((2, channels, p.segments if reduces else 0)),
         totals=np.zeros((2, channels)) if totals is None else np.array(totals),
         saved=saved, constants=np.empty((loops.CONSTANTS, channels)), eps=float(getattr(call, "eps", 0)),
