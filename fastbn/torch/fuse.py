@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 import operator
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -40,6 +41,8 @@ class _Record(NamedTuple):
     owner: nn.Module
     nodes: list[fx.Node]
     passages: list[tuple[str, set[fx.Node]]]
+    asked: set[fx.Node]
+    """Those of whose class the forward asks, which is another while a result waits."""
 
     def module(self, node: fx.Node) -> nn.Module:
         """The module that a node calls."""
@@ -98,7 +101,13 @@ def _prepare(owner: nn.Module, found: dict[nn.Module, _Use]) -> None:
 
 
 class _Proxy(fx.Proxy):
-    """Records `x += y` as what it is; torch.fx records a sum."""
+    """Records `x += y` as what it is, since torch.fx records a sum; and that isinstance(x, Tensor) was asked."""
+
+    @property
+    def __class__(self) -> Any:  # isinstance asks for it
+        if not sys._getframe(1).f_globals.get("__name__", "").startswith("torch."):
+            self.tracer.asked.add(self.node)
+        return type(self)
 
     def __iadd__(self, other: Any) -> Any:
         return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
@@ -112,6 +121,7 @@ class _Tracer(fx.Tracer):
         self.proxy_buffer_attributes = True
         self.deep = deep
         self.passages: list[tuple[str, set[fx.Node]]] = []
+        self.asked: set[fx.Node] = set()
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
@@ -161,7 +171,7 @@ def _record(owner: nn.Module, training: bool, deep: bool) -> _Record:
     tracer = _Tracer(deep)
     with torch.random.fork_rng(devices=[]):
         graph = tracer.trace(other, usual)
-    return _Record(owner, list(graph.nodes), tracer.passages)
+    return _Record(owner, list(graph.nodes), tracer.passages, tracer.asked)
 
 
 # Proofs --------------------------------------------------------------------------------------------------------------
@@ -203,6 +213,8 @@ def _use(record: _Record, calls: list[fx.Node], taken: set[fx.Node]) -> _Use | s
     chain, addition, activation = _chain(record, norm, taken)
     if len(chain) == 1:
         return _why(record, norm, taken)
+    if not record.asked.isdisjoint(chain[:-1]):
+        return "the forward asks for the class of its result"
     if not _undisturbed(record, chain, addition):
         return "other operations run before what follows it, which might change its input"
     taken |= {addition} - {None}
