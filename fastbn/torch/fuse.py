@@ -103,8 +103,8 @@ def _prepare(owner: nn.Module, found: dict[nn.Module, _Use]) -> None:
 class _Proxy(fx.Proxy):
     """Records `x += y` as what it is, since torch.fx records a sum; and that isinstance(x, Tensor) was asked."""
 
-    @property
-    def __class__(self) -> Any:  # isinstance asks for it
+    @property  # type: ignore[misc]  # isinstance asks for it
+    def __class__(self) -> Any:
         if not sys._getframe(1).f_globals.get("__name__", "").startswith("torch."):
             self.tracer.asked.add(self.node)
         return type(self)
