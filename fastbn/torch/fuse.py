@@ -67,6 +67,7 @@ def fuse(model: nn.Module) -> dict[nn.Module, str]:
 
 _OUTSIDE = "not fused: its result leaves"
 _UNSEEN = "not fused: torch.fx cannot record"
+_ASKED = "the forward asks for the class of its result"
 
 
 def _reason(norm: Any, times: int) -> str:
@@ -181,6 +182,7 @@ def _uses(owner: nn.Module, norms: set[nn.Module]) -> tuple[dict[nn.Module, _Use
     """What follows the norms in a module's forward, and why nothing can be fused with the others that it calls."""
     found: dict[nn.Module, _Use] = {}
     reasons: dict[nn.Module, str] = {}
+    asked: set[nn.Module] = set()
     if "forward" in vars(owner) and type(vars(owner)["forward"]) is not FusedForward:
         return found, dict.fromkeys(norms, f"{_UNSEEN} a forward that is not of the class {type(owner).__name__}")
     for record in _records(owner):
@@ -196,10 +198,11 @@ def _uses(owner: nn.Module, norms: set[nn.Module]) -> tuple[dict[nn.Module, _Use
             use = _use(record, calls[norm], taken)
             if isinstance(use, str):
                 reasons[norm] = f"not fused: {use}"
+                if use == _ASKED:  # in either mode, since what waits gives another answer in both
+                    asked.add(norm)
             elif norm not in found:
                 found[norm] = use
-        if norms <= found.keys():
-            break
+    found = {norm: use for norm, use in found.items() if norm not in asked}
     return found, {norm: reason for norm, reason in reasons.items() if norm not in found}
 
 
@@ -211,10 +214,10 @@ def _use(record: _Record, calls: list[fx.Node], taken: set[fx.Node]) -> _Use | s
     if len(norm.args) != 1 or norm.kwargs or not isinstance(norm.args[0], fx.Node):
         return "it is called with more than its input"
     chain, addition, activation = _chain(record, norm, taken)
+    if not record.asked.isdisjoint((norm, *chain[:-1])):
+        return _ASKED
     if len(chain) == 1:
         return _why(record, norm, taken)
-    if not record.asked.isdisjoint(chain[:-1]):
-        return "the forward asks for the class of its result"
     if not _undisturbed(record, chain, addition):
         return "other operations run before what follows it, which might change its input"
     taken |= {addition} - {None}

@@ -28,6 +28,10 @@ NOT_FUSED = {
         lambda s, x: (lambda y: torch.relu(y * 2 if isinstance(y, torch.Tensor) else y))(s.bn(x)),
         "the forward asks for the class of its result",
     ),
+    "its class asked for in evaluation": (
+        lambda s, x: (lambda y: torch.relu(y * 2 if not s.training and isinstance(y, torch.Tensor) else y))(s.bn(x)),
+        "the forward asks for the class of its result",
+    ),
     "tanh": (lambda s, x: torch.tanh(s.bn(x)), "tanh follows it"),
     "clipped": (lambda s, x: functional.hardtanh(s.bn(x), -1.0, 6.0), "hardtanh follows it"),
     "called twice": (lambda s, x: torch.relu(s.bn(torch.relu(s.bn(x)))), "it is called 2 times"),
