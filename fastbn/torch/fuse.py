@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 import operator
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -40,6 +41,8 @@ class _Record(NamedTuple):
     owner: nn.Module
     nodes: list[fx.Node]
     passages: list[tuple[str, set[fx.Node]]]
+    asked: set[fx.Node]
+    """Those of whose class the forward asks, which is another while a result waits."""
 
     def module(self, node: fx.Node) -> nn.Module:
         """The module that a node calls."""
@@ -64,6 +67,7 @@ def fuse(model: nn.Module) -> dict[nn.Module, str]:
 
 _OUTSIDE = "not fused: its result leaves"
 _UNSEEN = "not fused: torch.fx cannot record"
+_ASKED = "the forward asks for the class of its result"
 
 
 def _reason(norm: Any, times: int) -> str:
@@ -98,7 +102,13 @@ def _prepare(owner: nn.Module, found: dict[nn.Module, _Use]) -> None:
 
 
 class _Proxy(fx.Proxy):
-    """Records `x += y` as what it is; torch.fx records a sum."""
+    """Records `x += y` as what it is, since torch.fx records a sum; and that isinstance(x, Tensor) was asked."""
+
+    @property  # type: ignore[misc]  # isinstance asks for it
+    def __class__(self) -> Any:
+        if not sys._getframe(1).f_globals.get("__name__", "").startswith("torch."):
+            self.tracer.asked.add(self.node)
+        return type(self)
 
     def __iadd__(self, other: Any) -> Any:
         return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
@@ -112,6 +122,7 @@ class _Tracer(fx.Tracer):
         self.proxy_buffer_attributes = True
         self.deep = deep
         self.passages: list[tuple[str, set[fx.Node]]] = []
+        self.asked: set[fx.Node] = set()
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
@@ -161,7 +172,7 @@ def _record(owner: nn.Module, training: bool, deep: bool) -> _Record:
     tracer = _Tracer(deep)
     with torch.random.fork_rng(devices=[]):
         graph = tracer.trace(other, usual)
-    return _Record(owner, list(graph.nodes), tracer.passages)
+    return _Record(owner, list(graph.nodes), tracer.passages, tracer.asked)
 
 
 # Proofs --------------------------------------------------------------------------------------------------------------
@@ -171,6 +182,7 @@ def _uses(owner: nn.Module, norms: set[nn.Module]) -> tuple[dict[nn.Module, _Use
     """What follows the norms in a module's forward, and why nothing can be fused with the others that it calls."""
     found: dict[nn.Module, _Use] = {}
     reasons: dict[nn.Module, str] = {}
+    asked: set[nn.Module] = set()
     if "forward" in vars(owner) and type(vars(owner)["forward"]) is not FusedForward:
         return found, dict.fromkeys(norms, f"{_UNSEEN} a forward that is not of the class {type(owner).__name__}")
     for record in _records(owner):
@@ -186,10 +198,11 @@ def _uses(owner: nn.Module, norms: set[nn.Module]) -> tuple[dict[nn.Module, _Use
             use = _use(record, calls[norm], taken)
             if isinstance(use, str):
                 reasons[norm] = f"not fused: {use}"
+                if use == _ASKED:  # in either mode, since what waits gives another answer in both
+                    asked.add(norm)
             elif norm not in found:
                 found[norm] = use
-        if norms <= found.keys():
-            break
+    found = {norm: use for norm, use in found.items() if norm not in asked}
     return found, {norm: reason for norm, reason in reasons.items() if norm not in found}
 
 
@@ -201,6 +214,8 @@ def _use(record: _Record, calls: list[fx.Node], taken: set[fx.Node]) -> _Use | s
     if len(norm.args) != 1 or norm.kwargs or not isinstance(norm.args[0], fx.Node):
         return "it is called with more than its input"
     chain, addition, activation = _chain(record, norm, taken)
+    if not record.asked.isdisjoint((norm, *chain[:-1])):
+        return _ASKED
     if len(chain) == 1:
         return _why(record, norm, taken)
     if not _undisturbed(record, chain, addition):

@@ -33,7 +33,7 @@ from .watchers import observed, watched
 _is_compiling = torch.compiler.is_compiling
 
 _LEAST = 1 << 14
-"""The bytes of a message, in which up to 680 channels find room: gloo needs the same size on all ranks, and aborts the
+"""The bytes of a message, in which up to 679 channels find room: gloo needs the same size on all ranks, and aborts the
 process otherwise. So ranks whose layers differ can tell each other."""
 
 
@@ -282,6 +282,7 @@ def _synchronized(layer: SyncBatchNorm, x: Tensor, residual: Tensor | None, grou
         if momentum is None or not math.isfinite(momentum):
             raise ValueError(f"momentum: got {layer.momentum!r}; allowed: a finite number, or None")
         _check_channels(layer.num_features, weight=gamma, bias=beta, running_mean=mean, running_var=var)
+        _check_writable(running_mean=mean, running_var=var, num_batches_tracked=number)
         recorded = torch.is_grad_enabled() and x.requires_grad
         agreed = {"eps": eps, "momentum": momentum, "whether the input requires a gradient": recorded}
         moments = exchange.total(moments_of(x), agreed)
@@ -352,6 +353,17 @@ def _check_channels(channels: int, **tensors: Tensor | None) -> None:
             )
         if name.startswith("running") and tensor.requires_grad:
             raise ValueError(f"{name}: got a tensor that requires a gradient; allowed: one that does not")
+
+
+def _check_writable(**tensors: Tensor | None) -> None:
+    """Raises unless torch lets these be modified. Its own error would come on one rank, after the others' update."""
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if tensor.is_inference() and not torch.is_inference_mode_enabled():
+            raise ValueError(f"{name}: got an inference tensor; allowed outside inference mode: a normal tensor")
+        if tensor.numel() > 1 and 0 in tensor.stride():
+            raise ValueError(f"{name}: got an expanded tensor; allowed: one with memory for each of its values")
 
 
 # Conversion ----------------------------------------------------------------------------------------------------------

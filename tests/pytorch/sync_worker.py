@@ -187,6 +187,11 @@ def errors(group: Any, rank: int, ranks: int) -> dict[Any, Any]:
         found[name] = forward(*(given if last else ()))
     for name, value in {"eps": -1.0, "momentum": "x", "activation": "tanh", "running_var": None}.items():
         found[name] = forward(**({name: value} if last else {}))
+    with torch.inference_mode():
+        unwritable = {"running_mean": torch.zeros(5), "num_batches_tracked": torch.tensor(0)}
+    for name, value in unwritable.items():
+        found[f"inference {name}"] = forward(**({name: value} if last else {}))
+    found["expanded running_var"] = forward(**({"running_var": torch.ones(1).expand(5)} if last else {}))
     found["observed"] = attempt(lambda: torch.vmap(SyncBatchNorm(5, process_group=group))(torch.ones(2, 3, 5)) is None)
     found["observed by one"] = attempt(
         lambda: (torch.vmap if last else lambda f: f)(SyncBatchNorm(5, process_group=group))(torch.ones(2, 5, 3))

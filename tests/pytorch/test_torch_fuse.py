@@ -24,6 +24,14 @@ NOT_FUSED = {
     "alpha": (lambda s, x: torch.add(s.bn(x), x, alpha=2), "add follows it"),
     "a number": (lambda s, x: s.bn(x) + 1, "add follows it"),
     "into the other": (lambda s, x: torch.relu(in_place(x * 1, s.bn(x))), "iadd follows it"),
+    "its class asked for": (
+        lambda s, x: (lambda y: torch.relu(y * 2 if isinstance(y, torch.Tensor) else y))(s.bn(x)),
+        "the forward asks for the class of its result",
+    ),
+    "its class asked for in evaluation": (
+        lambda s, x: (lambda y: torch.relu(y * 2 if not s.training and isinstance(y, torch.Tensor) else y))(s.bn(x)),
+        "the forward asks for the class of its result",
+    ),
     "tanh": (lambda s, x: torch.tanh(s.bn(x)), "tanh follows it"),
     "clipped": (lambda s, x: functional.hardtanh(s.bn(x), -1.0, 6.0), "hardtanh follows it"),
     "called twice": (lambda s, x: torch.relu(s.bn(torch.relu(s.bn(x)))), "it is called 2 times"),
