@@ -25,6 +25,8 @@
 #define vminus_abs f32_minus_abs
 #define vzero_nan f32_zero_nan
 #define vfma f32_fma
+#define vline f32_line
+#define vmuladd f32_muladd
 #define vrelu f32_relu
 #define vkeep_if_positive f32_keep_if_positive
 #define wide f32_wide

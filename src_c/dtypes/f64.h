@@ -25,6 +25,8 @@
 #define vminus_abs f64_minus_abs
 #define vzero_nan f64_zero_nan
 #define vfma f64_fma
+#define vline f64_line
+#define vmuladd f64_muladd
 #define vrelu f64_relu
 #define vkeep_if_positive f64_keep_if_positive
 #define wide f64_vec

@@ -25,6 +25,8 @@
 #undef vminus_abs
 #undef vzero_nan
 #undef vfma
+#undef vline
+#undef vmuladd
 #undef vrelu
 #undef vkeep_if_positive
 #undef wide

@@ -9,7 +9,7 @@
 FBN_INLINE vec NAME(one_more)(NAME(scaled) e) { return vadd(vset(1), NAME(times)(vldexp(vset(1), e.exponent), e)); }
 
 /* z, but no less than -FAR, and NaN if it is infinite: at -inf, z * sigmoid(z) and its derivative have no value. */
-FBN_INLINE vec NAME(near_z)(vec z) { return vfma(z, vset(0), vmax(vset(-NAME(FAR)), z)); }
+FBN_INLINE vec NAME(near_z)(vec z) { return vmuladd(z, vset(0), vmax(vset(-NAME(FAR)), z)); }
 
 /* z * sigmoid(z) if times_z, else sigmoid(z). */
 FBN_INLINE vec NAME(sigmoid)(vec z, int times_z) {
@@ -27,8 +27,8 @@ FBN_INLINE vec NAME(sigmoid_derivative)(vec z, int times_z) {
     const vec high = vdiv(one, NAME(one_more)(e)), low = NAME(times)(high, e);
     if (!times_z) return vldexp(vmul(low, high), e.exponent);
     const vec near = NAME(near_z)(z); /* NaN also at +inf */
-    const vec below = vldexp(vmul(low, vfma(near, high, one)), e.exponent);
-    const vec above = vfma(vmul(near, high), vldexp(low, e.exponent), high);
+    const vec below = vldexp(vmul(low, vmuladd(near, high, one)), e.exponent);
+    const vec above = vmuladd(vmul(near, high), vldexp(low, e.exponent), high);
     return vwhere_less(z, zero, below, above);
 }
 
@@ -49,7 +49,7 @@ FBN_INLINE vec NAME(pointwise)(vec z, vec dy, real slope, int activation, int de
         return derives ? vmul(dy, NAME(sigmoid_derivative)(z, 0)) : NAME(sigmoid)(z, 0);
     case FBN_HARDSWISH:
         if (!derives) return vmul(z, vdiv(vmin(vset(6), vrelu(vadd(z, vset(3)))), vset(6)));
-        const vec between = vmul(dy, vfma(z, vset((real)(1.0 / 3)), vset((real)0.5)));
+        const vec between = vmul(dy, vmuladd(z, vset((real)(1.0 / 3)), vset((real)0.5)));
         const vec below = vwhere_less(vset(-3), z, between, zero);
         return vwhere_less(z, vset(3), below, vmul(dy, vmin(vset(1), z))); /* NaN where z is NaN */
     default:

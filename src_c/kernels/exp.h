@@ -13,16 +13,17 @@ typedef struct {
     vec excess, exponent;
 } NAME(scaled);
 
-FBN_INLINE vec NAME(times)(vec a, NAME(scaled) e) { return vfma(a, e.excess, a); }
+FBN_INLINE vec NAME(times)(vec a, NAME(scaled) e) { return vmuladd(a, e.excess, a); }
 
 /* If |z| is larger, exp(-|z|) and z * exp(-|z|) are 0. */
 enum { NAME(FAR) = sizeof(real) == 8 ? 800 : 128 };
 
 /* c0 + c1 r + c2 r^2 + ... + c5 r^5 */
 FBN_INLINE vec NAME(six_terms)(const double *c, vec r, vec square) {
-    const vec first = vfma(vset((real)c[1]), r, vset((real)c[0])), second = vfma(vset((real)c[3]), r, vset((real)c[2]));
-    const vec third = vfma(vset((real)c[5]), r, vset((real)c[4]));
-    return vfma(vfma(third, square, second), square, first);
+    const vec first = vmuladd(vset((real)c[1]), r, vset((real)c[0])),
+              second = vmuladd(vset((real)c[3]), r, vset((real)c[2]));
+    const vec third = vmuladd(vset((real)c[5]), r, vset((real)c[4]));
+    return vmuladd(vmuladd(third, square, second), square, first);
 }
 
 FBN_INLINE NAME(scaled) NAME(exp_of_minus)(vec z) {
@@ -34,9 +35,9 @@ FBN_INLINE NAME(scaled) NAME(exp_of_minus)(vec z) {
     /* Adding the shift rounds to an integer. */
     const vec shift = vset((real)(sizeof(real) == 8 ? 0x1.8p52 : 0x1.8p23));
     const vec m = vmax(vset(-NAME(FAR)), vminus_abs(z));
-    const vec k = vsub(vfma(m, vset((real)0x1.71547652b82fep0), shift), shift);
-    const vec r = vfma(k, vset((real)-low), vfma(k, vset((real)-high), m)), square = vmul(r, r);
+    const vec k = vsub(vmuladd(m, vset((real)0x1.71547652b82fep0), shift), shift);
+    const vec r = vmuladd(k, vset((real)-low), vmuladd(k, vset((real)-high), m)), square = vmul(r, r);
     vec q = NAME(six_terms)(factors, r, square);
-    if (sizeof(real) == 8) q = vfma(NAME(six_terms)(factors + 6, r, square), vmul(vmul(square, square), square), q);
-    return (NAME(scaled)){vfma(square, q, r), k};
+    if (sizeof(real) == 8) q = vmuladd(NAME(six_terms)(factors + 6, r, square), vmul(vmul(square, square), square), q);
+    return (NAME(scaled)){vmuladd(square, q, r), k};
 }

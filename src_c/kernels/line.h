@@ -48,10 +48,10 @@ FBN_INLINE vec NAME(centre)(vec x, const NAME(constants) * k, NAME(parts) p) {
  * may cancel the shift, so the rounding error of their sum is kept (Knuth's two-sum), unless the sum is infinite. */
 FBN_INLINE vec NAME(preactivation)(vec x, vec residual, const NAME(constants) * k, NAME(parts) p) {
     const vec d = NAME(centre)(x, k, p);
-    if (!p.has_residual) return vadd(vfma(d, k->scale, k->shift), k->shift_low);
+    if (!p.has_residual) return vline(d, k->scale, k->shift, k->shift_low);
     const vec sum = vadd(k->shift, residual), back = vsub(sum, k->shift);
     const vec lost = vadd(vsub(k->shift, vsub(sum, back)), vsub(residual, back));
-    return vadd(vfma(d, k->scale, sum), vzero_nan(vadd(lost, k->shift_low)));
+    return vline(d, k->scale, sum, vzero_nan(vadd(lost, k->shift_low)));
 }
 
 /* n <= WIDTH elements, followed by zeros. In loops, n is the constant WIDTH. */

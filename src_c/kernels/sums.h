@@ -158,7 +158,7 @@ FBN_INLINE void NAME(sum_as)(const fbn_operands *o, const fbn_stretch *s, int co
 
 FBN_INLINE void NAME(grad_moments)(const fbn_operands *o, const fbn_stretch *s, int columns) {
     const NAME(parts) any = NAME(any_parts)(o);
-    switch (OWN_LOOPS && o->usual ? o->activation : -1) {
+    switch (o->usual ? o->activation : -1) {
     case FBN_IDENTITY:
         NAME(sum_as)(o, s, columns, 1, (NAME(parts)){FBN_IDENTITY, 0, 1, 0, 0});
         break;

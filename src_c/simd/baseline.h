@@ -11,6 +11,8 @@
  *   T_add, T_mul, T_sub   lane by lane
  *   T_fma(a, b, c)        a * b + c, rounded once. Here float32 is computed in float64, where the product is exact, and
  *                         float64 is rounded twice.
+ *   T_line(a, b, c, low)  (a * b + c) + low, where the product is not rounded, or by far less than the sums
+ *   T_muladd(a, b, c)     a * b + c, rounded once or twice, whichever is faster
  *   T_relu(a)             0 where a < 0, else a (so NaN stays)
  *   T_zero_nan(a)         0 where a is NaN, else a
  *   T_keep_if_positive(z, a)  a where z > 0 or z is NaN, else 0
@@ -28,7 +30,6 @@
  * H is f16 or bf16. Only elements in memory have 16 bits; the vectors are f32_vec.
  *   H_value, H_load, H_load_n, H_wide_load   as for f32; exact, also for subnormals
  *   H_store, H_store_n, H_stream             rounded to nearest, ties to even; NaN becomes a quiet one
- * OWN_LOOPS               whether common activations have loops of their own, or one loop serves every activation
  * prefetch(p)             may fetch the line at p into the cache; any address is allowed
  * stream_fence()          orders streamed stores before later ones
  */
@@ -140,6 +141,8 @@ FBN_INLINE f64_vec f64_ldexp(f64_vec a, f64_vec k) {
     return a * f64_power_of_2(half) * f64_power_of_2(e - half);
 }
 FBN_INLINE f64_vec f64_fma(f64_vec a, f64_vec b, f64_vec c) { return a * b + c; }
+FBN_INLINE f64_vec f64_line(f64_vec a, f64_vec b, f64_vec c, f64_vec low) { return a * b + c + low; }
+FBN_INLINE f64_vec f64_muladd(f64_vec a, f64_vec b, f64_vec c) { return a * b + c; }
 
 /* float32 */
 static inline f32_lanes f32_bits(f32_vec a) {
@@ -187,8 +190,13 @@ static inline f32_vec f32_where(f32_lanes condition, f32_vec a, f32_vec b) {
     return f32_of_bits((condition & f32_bits(a)) | (~condition & f32_bits(b)));
 }
 FBN_INLINE f32_vec f32_where_less(f32_vec a, f32_vec b, f32_vec c, f32_vec d) { return f32_where(EACH(a < b), c, d); }
+#ifdef __SSE2__
+FBN_INLINE f32_vec f32_min(f32_vec a, f32_vec b) { return _mm_min_ps(a, b); }
+FBN_INLINE f32_vec f32_max(f32_vec a, f32_vec b) { return _mm_max_ps(a, b); }
+#else
 FBN_INLINE f32_vec f32_min(f32_vec a, f32_vec b) { return f32_where_less(a, b, a, b); }
 FBN_INLINE f32_vec f32_max(f32_vec a, f32_vec b) { return f32_where_less(b, a, a, b); }
+#endif
 FBN_INLINE f32_vec f32_relu(f32_vec a) { return f32_of_bits(~EACH(a < 0) & f32_bits(a)); }
 FBN_INLINE f32_vec f32_keep_if_positive(f32_vec z, f32_vec a) { return f32_of_bits(~EACH(z <= 0) & f32_bits(a)); }
 FBN_INLINE f32_vec f32_zero_nan(f32_vec a) { return f32_of_bits(EACH(a == a) & f32_bits(a)); }
@@ -228,6 +236,15 @@ FBN_INLINE f32_wide f32_wide_keep_if_positive(f32_wide z, f32_wide a) {
 FBN_INLINE f32_vec f32_fma(f32_vec a, f32_vec b, f32_vec c) {
     return f32_narrow(f32_wide_fma(f32_widen(a), f32_widen(b), f32_widen(c)));
 }
+/* The 12 upper bits of a and b have an exact product (Dekker 1971). The rest, which has no value where a is infinite,
+ * is added last, with the low part. This is faster than float64, to which SSE2 converts two values at a time. */
+static inline f32_vec f32_upper_bits(f32_vec a) { return f32_of_bits(f32_bits(a) & ~0xfff); }
+FBN_INLINE f32_vec f32_line(f32_vec a, f32_vec b, f32_vec c, f32_vec low) {
+    const f32_vec a_upper = f32_upper_bits(a), b_upper = f32_upper_bits(b);
+    const f32_vec rest = f32_zero_nan(a_upper * (b - b_upper) + (a - a_upper) * b);
+    return (a_upper * b_upper + c) + (rest + low);
+}
+FBN_INLINE f32_vec f32_muladd(f32_vec a, f32_vec b, f32_vec c) { return a * b + c; }
 
 /* 16-bit elements, in the lower half of a lane */
 static inline f32_lanes half_load(const uint16_t *p) {
@@ -305,9 +322,6 @@ FBN_INLINE void bf16_store(uint16_t *p, f32_vec a) { half_store(p, bf16_round(a)
 FBN_INLINE void bf16_store_n(uint16_t *p, f32_vec a, int64_t n) { half_store_n(p, bf16_round(a), n); }
 FBN_INLINE void bf16_stream(uint16_t *p, f32_vec a) { bf16_store(p, a); }
 FBN_INLINE f32_wide bf16_wide_load(const uint16_t *p) { return f32_widen(bf16_load(p)); }
-
-/* With short vectors, loops of their own would save little time, and their code is long. */
-enum { OWN_LOOPS = 0 };
 
 FBN_INLINE void prefetch(const void *p) { (void)p; }
 FBN_INLINE void stream_fence(void) {}
