@@ -78,6 +78,9 @@ typedef void fbn_set_gradient(const fbn_channels *known, const double *sums, con
 /* Writes each of n constants `times` times. */
 typedef void fbn_spread(const void *from, int64_t n, int64_t times, void *to);
 
+/* The sum of n numbers, which does not depend on the instruction set. */
+typedef double fbn_fold(const double *values, int64_t n);
+
 /* How to walk through memory, which changes no bit of a result: in how many streams that are far apart planes are read,
  * and rows, in turns of how many bytes, and how many bytes ahead sums fetch what they read. */
 typedef struct {
@@ -103,9 +106,11 @@ typedef struct {
     int64_t at, n, c;      /* n elements from element `at` on, which is of channel or column c */
     int64_t period;        /* maps of columns: these recur after so many, and the constants of the first FBN_CHANNEL_PAD
                             * are repeated behind the last, so that a vector may reach into the next period */
-    int64_t rows, apart;   /* sums of columns: of so many rows, `apart` elements from each other; c is 0 */
+    int64_t rows, apart;   /* so many such stretches, `apart` elements from each other. Sums of columns add them up, and
+                            * c is 0; other loops take one after another: in maps, apart is whole cache lines */
     int64_t left;          /* joined planes of `period` elements: how many elements are of channel c */
-    double *sums, *others; /* where sums are added: a value per column, or FBN_LANES lanes */
+    double *sums, *others; /* where sums are added: a value per column, or FBN_LANES lanes, those of the next stretch
+                            * 2 * FBN_LANES further */
 } fbn_stretch;
 
 /* Sums are float64. The elements of a column are added in the order of the rows.
@@ -136,6 +141,7 @@ typedef struct {
     fbn_set_line *set_line;
     fbn_set_gradient *set_gradient;
     fbn_spread *spread;
+    fbn_fold *fold;
     fbn_loop *moments_plane, *moments_columns, *grad_moments_plane, *grad_moments_columns;
     fbn_loop *affine_plane, *affine_joined, *affine_columns, *grad_affine_plane, *grad_affine_columns;
     fbn_fence *fence;

@@ -89,18 +89,6 @@ fbn_panel fbn_panel_to_map(const fbn_job *j, int64_t c0, int64_t c1, void *room)
 
 /* ---- sums ---- */
 
-/* The sum of n values, always added in this order: element i to lane i % FBN_LANES, and then these. */
-static double fold(const double *values, int64_t n) {
-    double lanes[FBN_LANES] = {0};
-    int64_t i = 0;
-    for (; i + FBN_LANES <= n; i += FBN_LANES)
-        for (int k = 0; k < FBN_LANES; k++) lanes[k] += values[i + k];
-    for (int k = 0; i + k < n; k++) lanes[k] += values[i + k];
-    for (int half = FBN_LANES / 2; half; half /= 2)
-        for (int k = 0; k < half; k++) lanes[k] += lanes[k + half];
-    return lanes[0];
-}
-
 /* Adds up the columns of joined rows. */
 static void fold_rows(const double *columns, int64_t channels, int64_t rows, double *sums) {
     memcpy(sums, columns, (size_t)channels * sizeof(double));
@@ -128,8 +116,8 @@ void fbn_reduce_panel(const fbn_job *j, int64_t segment, const fbn_panel *panel,
         memset(lanes, 0, (size_t)n * 2 * FBN_LANES * sizeof(double));
         add_tiles(j, segment, panel, lanes, NULL);
         for (int64_t c = 0; c < n; c++, lanes += 2 * FBN_LANES) {
-            sums[c] = fold(lanes, FBN_LANES);
-            others[c] = fold(lanes + FBN_LANES, FBN_LANES);
+            sums[c] = j->kernels->fold(lanes, FBN_LANES);
+            others[c] = j->kernels->fold(lanes + FBN_LANES, FBN_LANES);
         }
         return;
     }
@@ -145,7 +133,7 @@ void fbn_reduce_panel(const fbn_job *j, int64_t segment, const fbn_panel *panel,
         return;
     }
     for (int64_t c = 0; c < n; c++) {
-        sums[c] = fold(first + c * j->split.inner, j->split.inner);
-        others[c] = fold(second + c * j->split.inner, j->split.inner);
+        sums[c] = j->kernels->fold(first + c * j->split.inner, j->split.inner);
+        others[c] = j->kernels->fold(second + c * j->split.inner, j->split.inner);
     }
 }

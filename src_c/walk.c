@@ -30,12 +30,13 @@ void fbn_sum_planes(fbn_loop *loop, const fbn_operands *o, int64_t elem, fbn_pla
             for (int k = 0; k < 2 * FBN_LANES; k++) own[s][k] = 0;
         for (int64_t image = 0; image < p.images; image += streams)
             for (int64_t i = 0; i < p.inner; i += turn)
-                for (int64_t s = image; s < smaller(image + streams, p.images); s++)
-                    loop(o, &(fbn_stretch){.at = c * p.step + s * p.apart + i,
-                                           .n = smaller(turn, p.inner - i),
-                                           .c = c,
-                                           .sums = own[s],
-                                           .others = own[s] + FBN_LANES});
+                loop(o, &(fbn_stretch){.at = c * p.step + image * p.apart + i,
+                                       .n = smaller(turn, p.inner - i),
+                                       .c = c,
+                                       .rows = smaller(streams, p.images - image),
+                                       .apart = p.apart,
+                                       .sums = own[image],
+                                       .others = own[image] + FBN_LANES});
         for (int64_t s = 0; s < p.images; s++)
             for (int k = 0; k < 2 * FBN_LANES; k++) lanes[k] += own[s][k];
     }
@@ -58,8 +59,11 @@ void fbn_map_planes(fbn_loop *loop, const fbn_operands *o, int64_t elem, fbn_pla
         const int64_t start = c * p.step, first = first_turn(o, elem, start, turn);
         for (int64_t image = 0; image < p.images; image += streams)
             for (int64_t i = 0, n = smaller(first, p.inner); i < p.inner; i += n, n = smaller(turn, p.inner - i))
-                for (int64_t s = image; s < smaller(image + streams, p.images); s++)
-                    loop(o, &(fbn_stretch){.at = start + s * p.apart + i, .n = n, .c = c});
+                loop(o, &(fbn_stretch){.at = start + image * p.apart + i,
+                                       .n = n,
+                                       .c = c,
+                                       .rows = smaller(streams, p.images - image),
+                                       .apart = p.apart});
     }
 }
 
@@ -70,12 +74,13 @@ void fbn_map_joined(fbn_loop *loop, const fbn_operands *o, int64_t elem, fbn_pla
     const int64_t turn = turn_of(o, elem, streams, length), first = first_turn(o, elem, 0, turn);
     for (int64_t image = 0; image < p.images; image += streams)
         for (int64_t i = 0, n = smaller(first, length); i < length; i += n, n = smaller(turn, length - i))
-            for (int64_t s = image; s < smaller(image + streams, p.images); s++)
-                loop(o, &(fbn_stretch){.at = s * p.apart + i,
-                                       .n = n,
-                                       .c = i / p.inner,
-                                       .period = p.inner,
-                                       .left = p.inner - i % p.inner});
+            loop(o, &(fbn_stretch){.at = image * p.apart + i,
+                                   .n = n,
+                                   .c = i / p.inner,
+                                   .period = p.inner,
+                                   .rows = smaller(streams, p.images - image),
+                                   .apart = p.apart,
+                                   .left = p.inner - i % p.inner});
 }
 
 /* Maps `streams` runs from element `start` on. */
@@ -83,8 +88,8 @@ static void map_streams(fbn_loop *loop, const fbn_operands *o, int64_t elem, int
                         fbn_runs r) {
     const int64_t turn = turn_of(o, elem, streams, r.length), first = first_turn(o, elem, start, turn);
     for (int64_t i = 0, n = smaller(first, r.length); i < r.length; i += n, n = smaller(turn, r.length - i))
-        for (int64_t s = 0; s < streams; s++)
-            loop(o, &(fbn_stretch){.at = start + s * r.apart + i, .n = n, .c = i % r.period, .period = r.period});
+        loop(o, &(fbn_stretch){
+                    .at = start + i, .n = n, .c = i % r.period, .period = r.period, .rows = streams, .apart = r.apart});
 }
 
 /* A long run is mapped in parts of whole periods, as streams, and then what is left of it. */
@@ -94,7 +99,7 @@ static void map_long_run(fbn_loop *loop, const fbn_operands *o, int64_t elem, fb
     if (streams == 1 || part * elem % LINE || periods < 8 * streams) map_streams(loop, o, elem, 0, 1, r);
     else {
         map_streams(loop, o, elem, 0, streams, (fbn_runs){streams, part, part, r.period});
-        if (left) loop(o, &(fbn_stretch){.at = streams * part, .n = left, .period = r.period});
+        if (left) loop(o, &(fbn_stretch){.at = streams * part, .n = left, .period = r.period, .rows = 1});
     }
 }
 

@@ -15,6 +15,7 @@ static const fbn_dtype_kernels NAME(kernels) = {
     .set_line = NAME_OF_REAL(set_line),
     .set_gradient = NAME_OF_REAL(set_gradient),
     .spread = NAME_OF_REAL(spread),
+    .fold = NAME_OF_REAL(fold),
     .moments_plane = NAME(moments_plane),
     .moments_columns = NAME(moments_columns),
     .grad_moments_plane = NAME(grad_moments_plane),

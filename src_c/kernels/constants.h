@@ -108,3 +108,19 @@ static void NAME(spread)(const void *from_, int64_t n, int64_t times, void *to_)
     for (int64_t c = 0; c < n; c++, to += times)
         for (int64_t i = 0; i < times; i++) to[i] = from[c];
 }
+
+/* The sum of n float64 numbers, always added in this order: element i to lane i % FBN_LANES, and then these. */
+static double NAME(fold)(const double *values, int64_t n) {
+    enum { STEP = FBN_LANES / F64_WIDTH };
+    f64_vec sums[STEP];
+    double lanes[FBN_LANES];
+    int64_t i = 0;
+    for (int j = 0; j < STEP; j++) sums[j] = f64_set(0);
+    for (; i + FBN_LANES <= n; i += FBN_LANES)
+        for (int j = 0; j < STEP; j++) sums[j] = f64_add(sums[j], f64_load(values + i + j * F64_WIDTH));
+    for (int j = 0; j < STEP; j++) f64_store(lanes + j * F64_WIDTH, sums[j]);
+    for (int k = 0; i + k < n; k++) lanes[k] += values[i + k];
+    for (int half = FBN_LANES / 2; half; half /= 2)
+        for (int k = 0; k < half; k++) lanes[k] += lanes[k + half];
+    return lanes[0];
+}

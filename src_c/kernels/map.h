@@ -75,51 +75,56 @@ FBN_INLINE int64_t NAME(onward)(int64_t c, int64_t n, int64_t period) {
 /* Maps columns, from column c on. */
 FBN_INLINE void NAME(map_columns)(const fbn_operands *o, const fbn_stretch *s, NAME(parts) p, int backward) {
     const fbn_operands own = *o; /* no store can change it, so the loop need not read it again */
-    const int64_t end = s->at + s->n, period = s->period, head = NAME(least)(NAME(misaligned)(o, s->at), s->n);
-    NAME(map_part)(o, s->at, head, s->c, 1, backward);
-    int64_t i = s->at + head, c = NAME(onward)(s->c, head, period);
-    while (i + WIDTH <= end) {
-        const int64_t recur = (period - c + WIDTH - 1) / WIDTH * WIDTH;
-        const int64_t whole = NAME(least)((end - i) / WIDTH * WIDTH, recur);
-        for (int64_t k = 0; k < whole; k += WIDTH) {
-            const NAME(constants) constants = NAME(constants_at)(&own, c + k, 1, p);
-            NAME(map_n)(&own, i + k, WIDTH, &constants, p, backward);
+    const int64_t period = s->period, head = NAME(least)(NAME(misaligned)(o, s->at), s->n);
+    for (int64_t row = 0; row < s->rows; row++) {
+        const int64_t at = s->at + row * s->apart, end = at + s->n;
+        NAME(map_part)(o, at, head, s->c, 1, backward);
+        int64_t i = at + head, c = NAME(onward)(s->c, head, period);
+        while (i + WIDTH <= end) {
+            const int64_t recur = (period - c + WIDTH - 1) / WIDTH * WIDTH;
+            const int64_t whole = NAME(least)((end - i) / WIDTH * WIDTH, recur);
+            for (int64_t k = 0; k < whole; k += WIDTH) {
+                const NAME(constants) constants = NAME(constants_at)(&own, c + k, 1, p);
+                NAME(map_n)(&own, i + k, WIDTH, &constants, p, backward);
+            }
+            i += whole;
+            c = NAME(onward)(c, whole, period);
         }
-        i += whole;
-        c = NAME(onward)(c, whole, period);
+        NAME(map_part)(o, i, end - i, c, 1, backward);
     }
-    NAME(map_part)(o, i, end - i, c, 1, backward);
 }
 
-/* Maps a part of a plane of channel c. */
+/* Maps parts of planes of channel c. */
 FBN_INLINE void NAME(map_plane)(const fbn_operands *o, const fbn_stretch *s, NAME(parts) p, int backward) {
     const fbn_operands own = *o; /* see map_columns */
     const NAME(constants) k = NAME(constants_at)(&own, s->c, 0, p);
-    const int64_t end = s->at + s->n, aligns = o->stream || s->n >= 4 * WIDTH;
+    const int64_t aligns = o->stream || s->n >= 4 * WIDTH;
     const int64_t head = aligns ? NAME(least)(NAME(misaligned)(o, s->at), s->n) : 0;
-    NAME(map_part)(o, s->at, head, s->c, 0, backward);
-    int64_t i = s->at + head;
-    for (; i + WIDTH <= end; i += WIDTH) NAME(map_n)(&own, i, WIDTH, &k, p, backward);
-    NAME(map_part)(o, i, end - i, s->c, 0, backward);
+    for (int64_t row = 0; row < s->rows; row++) {
+        const int64_t at = s->at + row * s->apart, end = at + s->n;
+        NAME(map_part)(o, at, head, s->c, 0, backward);
+        int64_t i = at + head;
+        for (; i + WIDTH <= end; i += WIDTH) NAME(map_n)(&own, i, WIDTH, &k, p, backward);
+        NAME(map_part)(o, i, end - i, s->c, 0, backward);
+    }
 }
 
-/* Maps a part of adjacent planes of `period` elements each, at least WIDTH, of which the first `left` are of channel c.
- * A vector that reaches into the next plane is computed for either channel, so that whole vectors are written. */
-FBN_INLINE void NAME(map_joined)(const fbn_operands *o, const fbn_stretch *s, NAME(parts) p) {
-    const fbn_operands own = *o; /* see map_columns */
-    const int64_t end = s->at + s->n, period = s->period, start = s->at + NAME(least)(NAME(misaligned)(o, s->at), s->n);
-    int64_t i = s->at, c = s->c, left = s->left;
+/* Maps a part of adjacent planes of `period` elements each, at least WIDTH, from element i on, of which the first
+ * `left` are of channel c. A vector that reaches into the next plane is computed for either channel, so that whole
+ * vectors are written. */
+FBN_INLINE void NAME(map_joined_row)(const fbn_operands *o, const fbn_stretch *s, int64_t i, NAME(parts) p) {
+    const int64_t end = i + s->n, start = i + NAME(least)(NAME(misaligned)(o, i), s->n);
+    int64_t c = s->c, left = s->left;
     while (i < end) {
-        const NAME(constants) k = NAME(constants_at)(&own, c, 0, p);
+        const NAME(constants) k = NAME(constants_at)(o, c, 0, p);
         const int64_t stop = NAME(least)(i + left, end), whole = i < start ? 0 : (stop - i) / WIDTH * WIDTH;
-        for (int64_t n = 0; n < whole; n += WIDTH) NAME(affine_n)(&own, i + n, WIDTH, &k, p);
+        for (int64_t n = 0; n < whole; n += WIDTH) NAME(affine_n)(o, i + n, WIDTH, &k, p);
         i += whole;
         left -= whole;
         if (0 < left && left < WIDTH && i >= start && i + WIDTH <= end) {
-            const NAME(constants) next = NAME(constants_at)(&own, c + 1, 0, p);
-            const vec first = NAME(affine_of)(&own, i, WIDTH, &k, p),
-                      second = NAME(affine_of)(&own, i, WIDTH, &next, p);
-            NAME(put)((elem *)own.out + i, vjoin(first, second, left), WIDTH, own.stream);
+            const NAME(constants) next = NAME(constants_at)(o, c + 1, 0, p);
+            const vec first = NAME(affine_of)(o, i, WIDTH, &k, p), second = NAME(affine_of)(o, i, WIDTH, &next, p);
+            NAME(put)((elem *)o->out + i, vjoin(first, second, left), WIDTH, o->stream);
             i += WIDTH;
             left -= WIDTH;
         } else if (i < stop) {
@@ -128,8 +133,14 @@ FBN_INLINE void NAME(map_joined)(const fbn_operands *o, const fbn_stretch *s, NA
             i += n;
             left -= n;
         }
-        if (left <= 0) left += period, c++;
+        if (left <= 0) left += s->period, c++;
     }
+}
+FBN_INLINE void NAME(map_joined)(const fbn_operands *o, const fbn_stretch *s, NAME(parts) p) {
+    const fbn_operands own = *o; /* see map_columns */
+    const fbn_stretch stretch = *s;
+    for (int64_t row = 0; row < stretch.rows; row++)
+        NAME(map_joined_row)(&own, &stretch, stretch.at + row * stretch.apart, p);
 }
 
 /* ---- which loop serves a call ---- */

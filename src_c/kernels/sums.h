@@ -76,33 +76,37 @@ FBN_INLINE void NAME(sum_n)(const fbn_operands *o, int64_t i, int64_t n, const N
     else NAME(moments_n)(o, i, n, origin, fill, sum, other);
 }
 
-/* Adds a part of a plane of channel c to its lanes, of which the first is that of the part's first element. */
+/* Adds parts of planes of channel c, each to lanes of its own, of which the first is that of the part's first element.
+ */
 FBN_INLINE void NAME(sum_plane)(const fbn_operands *o, const fbn_stretch *s, NAME(parts) p, int backward) {
     enum { STEP = FBN_LANES / WIDTH };
     const fbn_operands own = *o; /* see map_columns */
     const NAME(constants) k = NAME(constants_at)(&own, s->c, 0, p);
     const wide origin = wset(own.origin[s->c]);
     const vec fill = vset((real)own.origin[s->c]);
-    const int64_t end = s->at + s->n;
-    wide sum[STEP], other[STEP];
-    for (int j = 0; j < STEP; j++) {
-        sum[j] = wget(s->sums + j * WIDTH);
-        other[j] = wget(s->others + j * WIDTH);
-    }
-    int64_t i = s->at;
-    for (; i + FBN_LANES <= end; i += FBN_LANES) {
-        prefetch((const char *)((const elem *)own.x + i) + own.walk.ahead);
-        if (backward) prefetch((const char *)((const elem *)own.dy + i) + own.walk.ahead);
-        for (int j = 0; j < STEP; j++)
-            NAME(sum_n)(&own, i + j * WIDTH, WIDTH, &k, origin, fill, p, backward, &sum[j], &other[j]);
-    }
-    for (int j = 0; j < STEP && i + j * WIDTH < end; j++) {
-        const int64_t n = NAME(least)(end - i - j * WIDTH, WIDTH);
-        NAME(sum_n)(&own, i + j * WIDTH, n, &k, origin, fill, p, backward, &sum[j], &other[j]);
-    }
-    for (int j = 0; j < STEP; j++) {
-        wput(s->sums + j * WIDTH, sum[j]);
-        wput(s->others + j * WIDTH, other[j]);
+    for (int64_t row = 0; row < s->rows; row++) {
+        double *sums = s->sums + row * 2 * FBN_LANES, *others = s->others + row * 2 * FBN_LANES;
+        const int64_t end = s->at + row * s->apart + s->n;
+        wide sum[STEP], other[STEP];
+        for (int j = 0; j < STEP; j++) {
+            sum[j] = wget(sums + j * WIDTH);
+            other[j] = wget(others + j * WIDTH);
+        }
+        int64_t i = end - s->n;
+        for (; i + FBN_LANES <= end; i += FBN_LANES) {
+            prefetch((const char *)((const elem *)own.x + i) + own.walk.ahead);
+            if (backward) prefetch((const char *)((const elem *)own.dy + i) + own.walk.ahead);
+            for (int j = 0; j < STEP; j++)
+                NAME(sum_n)(&own, i + j * WIDTH, WIDTH, &k, origin, fill, p, backward, &sum[j], &other[j]);
+        }
+        for (int j = 0; j < STEP && i + j * WIDTH < end; j++) {
+            const int64_t n = NAME(least)(end - i - j * WIDTH, WIDTH);
+            NAME(sum_n)(&own, i + j * WIDTH, n, &k, origin, fill, p, backward, &sum[j], &other[j]);
+        }
+        for (int j = 0; j < STEP; j++) {
+            wput(sums + j * WIDTH, sum[j]);
+            wput(others + j * WIDTH, other[j]);
+        }
     }
 }
 
