@@ -180,7 +180,8 @@ static void all_verbs(const fbn_kernels *kernels) {
     set_arrays(&c);
     print(&c, INFER);
     if (c.frozen) gradient(&c);
-    print(&c, PLAN_SET);
+    c.verb = PLAN_SET;
+    plan_set(&c);
     print(&c, PLAN_RUN);
     print(&c, FORWARD);
     print(&c, GET_MOMENTS);
