@@ -25,7 +25,9 @@ except ImportError:  # setuptools < 70
 
 PLATFORM = sysconfig.get_platform().lower()
 MSVC = PLATFORM.startswith("win")
-X86 = ("x86_64" in PLATFORM or "amd64" in PLATFORM) and "universal" not in PLATFORM
+BITS_64 = sys.maxsize > 2**32  # a Python of 32 bits may run on a system of 64
+X86 = ("x86_64" in PLATFORM or "amd64" in PLATFORM) and "universal" not in PLATFORM and BITS_64
+X86_32 = not BITS_64 and PLATFORM.endswith(("i386", "i486", "i586", "i686", "x86_64"))
 ARM = "aarch64" in PLATFORM or "arm64" in PLATFORM
 
 # The names of the files in src_c/isa, and the compiler flags that each needs. As to the flag for baseline: GCC 12's SLP
@@ -57,6 +59,8 @@ FLAGS = (
 )
 if len(ISAS) == 1 and not MSVC:  # such as in a universal build for macOS, which compiles each file for two processors
     FLAGS.append("-DFBN_BASELINE_ALONE")
+if X86_32 and not MSVC:  # whose own arithmetic has excess precision, which kernels.h refuses
+    FLAGS += ["-msse2", "-mfpmath=sse"]
 CORE = [
     f"src_c/{name}.c"
     for name in ("check", "dispatch", "finish", "machine", "panel", "run", "split", "values", "verbs", "walk")

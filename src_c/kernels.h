@@ -8,7 +8,14 @@
 #ifndef FBN_KERNELS_H
 #define FBN_KERNELS_H
 
+#include <float.h>
+
 #include "fastbn.h"
+
+/* Every operation must round to its own type: the mean in two pieces depends on it, as do the bits. */
+#if defined(FLT_EVAL_METHOD) && FLT_EVAL_METHOD != 0
+#error "fastbn needs arithmetic without excess precision: compile for 32-bit x86 with -msse2 -mfpmath=sse"
+#endif
 
 #if defined(_MSC_VER)
 #define FBN_INLINE static __forceinline

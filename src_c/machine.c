@@ -11,6 +11,7 @@
 #include "machine.h"
 
 #include "dispatch.h"
+#include "processor.h"
 
 #if defined(__linux__)
 #include <fcntl.h>
@@ -19,14 +20,6 @@
 #include <sys/sysctl.h>
 #elif defined(_WIN32)
 #include <windows.h>
-#endif
-
-#if defined(_MSC_VER) && (defined(_M_X64) || defined(_M_IX86))
-#include <intrin.h>
-#define FBN_CPUID 1
-#elif defined(__x86_64__) || defined(__i386__)
-#include <cpuid.h>
-#define FBN_CPUID 2
 #endif
 
 enum { LEVELS = 3 };
@@ -56,30 +49,22 @@ int64_t fbn_believed_cache(int level, const int64_t *answers, int n) {
 /* ---- the processor ---- */
 
 #if defined(FBN_CPUID)
-static void ask(uint32_t leaf, uint32_t part, uint32_t answer[4]) {
-#if FBN_CPUID == 1
-    __cpuidex((int *)answer, (int)leaf, (int)part);
-#else
-    __cpuid_count(leaf, part, answer[0], answer[1], answer[2], answer[3]);
-#endif
-}
-
 /* Whether the processor's name, AuthenticAMD or HygonGenuine, ends in "cAMD" or "uine". */
 static int is_amd(void) {
     enum { AMD = 0x444d4163, HYGON = 0x656e6975 };
     uint32_t answer[4];
-    ask(0, 0, answer);
+    fbn_cpuid(0, 0, answer);
     return answer[2] == AMD || answer[2] == HYGON;
 }
 
 /* AMD and Hygon have a cache leaf of their own. */
 static uint32_t cache_leaf(void) {
     uint32_t answer[4], last;
-    ask(0, 0, answer);
+    fbn_cpuid(0, 0, answer);
     last = answer[0];
     const uint32_t leaf = is_amd() ? 0x8000001Du : 4;
     if (leaf == 4) return last >= leaf ? leaf : 0;
-    ask(0x80000000u, 0, answer);
+    fbn_cpuid(0x80000000u, 0, answer);
     return answer[0] >= leaf ? leaf : 0;
 }
 
@@ -87,7 +72,7 @@ static int64_t cache_of_processor(int level) {
     const uint32_t leaf = cache_leaf();
     for (uint32_t part = 0; leaf && part < 16; part++) {
         uint32_t answer[4];
-        ask(leaf, part, answer);
+        fbn_cpuid(leaf, part, answer);
         const int64_t bytes = fbn_cache_of_leaf(answer, level);
         if (bytes) return bytes;
     }

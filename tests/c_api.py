@@ -9,6 +9,8 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +57,11 @@ def run(command: list[Any], folder: Path | None = None, **environment: str) -> s
     return done.stdout
 
 
-def setup_lists() -> dict[str, Any]:
-    """The constants of setup.py: its imports of the standard library, assignments and conditions, and nothing else."""
+def setup_lists(platform: str | None = None, bits: int = 64) -> dict[str, Any]:
+    """The constants of setup.py: its imports of the standard library, assignments and conditions, and nothing else.
+
+    They are those of this platform, or of another one, such as "linux-aarch64", whose Python is of so many bits.
+    """
     tree = ast.parse((cases.CHECKOUT / "setup.py").read_text(encoding="utf-8"))
     standard = {"os", "sys", "sysconfig", "pathlib"}
     kept: list[ast.stmt] = []
@@ -67,8 +72,36 @@ def setup_lists() -> dict[str, Any]:
         elif isinstance(node, ast.If) or (isinstance(node, ast.Assign) and "Extension(" not in ast.unparse(node)):
             kept.append(node)
     found: dict[str, Any] = {}
-    exec(compile(ast.Module(kept, []), "setup.py", "exec"), found)
+    with pytest.MonkeyPatch.context() as patch:
+        if platform:
+            patch.setattr("sysconfig.get_platform", lambda: platform)
+            patch.setattr("sys.maxsize", 2 ** (bits - 1) - 1)
+        exec(compile(ast.Module(kept, []), "setup.py", "exec"), found)
     return found
+
+
+def build_core(
+    compiler: list[Any], lists: dict[str, Any], flags: Callable[[str], list[str]], folder: Path
+) -> list[Path]:
+    """The objects of the core, compiled as in setup.py with these lists; `flags` adds to each source's."""
+    own = {f"src_c/isa/{isa}.c": more for isa, more in lists["ISAS"].items()}
+
+    def compiled(source: str) -> Path:
+        return compile_source(
+            compiler, cases.CHECKOUT / source, [*lists["FLAGS"], *own.get(source, []), *flags(source)], folder
+        )
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(compiled, (*own, *lists["CORE"])))
+
+
+def compile_source(compiler: list[Any], source: Path, flags: list[str], folder: Path) -> Path:
+    """One object. Clang does not know one of GCC's flags."""
+    made = folder / f"{source.stem}.o"
+    clang = Path(compiler[0]).name.startswith("clang") or "ziglang" in compiler
+    known = [flag for flag in flags if not (clang and flag == "-fno-tree-slp-vectorize")]
+    run([*compiler, *known, "-I", cases.CHECKOUT / "src_c", "-c", source, "-o", made])
+    return made
 
 
 class Habits(ct.Structure):

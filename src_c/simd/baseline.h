@@ -44,13 +44,14 @@
 #include "../kernels.h"
 
 /* GCC and Clang have vectors with the operators of C, where a comparison gives -1 or 0 in each lane. For other
- * compilers a vector is one number, and the same code is compiled for it. */
+ * compilers a vector is one number, and the same code is compiled for it; as it is on 32-bit ARM, whose vector
+ * instructions take subnormal numbers for 0. */
 #ifdef __has_builtin
 #define FBN_HAS_BUILTIN(name) __has_builtin(name)
 #else
 #define FBN_HAS_BUILTIN(name) 0
 #endif
-#if FBN_HAS_BUILTIN(__builtin_convertvector)
+#if FBN_HAS_BUILTIN(__builtin_convertvector) && !defined(__arm__)
 enum { F64_WIDTH = 2, F32_WIDTH = 4 };
 typedef double f64_vec __attribute__((vector_size(16)));
 typedef int64_t f64_lanes __attribute__((vector_size(16)));

@@ -244,25 +244,11 @@ static void check_refused(call *c, fbn_status wanted, int several) {
     check_unchanged(c, 0);
 }
 
-static fbn_dtype dtype_written(const call *c, enum role role) {
-    if (role <= DRESIDUAL || role == RUNNING_MEAN || role == RUNNING_VAR) return dtype_of(c, role);
-    return element(c, role) == 8 ? FBN_F64 : FBN_F32;
-}
-
-/* A NaN is one whatever its other bits are; they may depend on the instruction that made it. */
-static int is_nan(const unsigned char *at, fbn_dtype dtype) {
-    static const uint64_t infinity[] = {0x7F800000, UINT64_C(0x7FF0000000000000), 0x7C00, 0x7F80};
-    const size_t size = bytes_of_dtype(dtype);
-    uint64_t value = 0;
-    memcpy(&value, at, size);
-    return (value & (UINT64_MAX >> (65 - 8 * (int)size))) > infinity[dtype];
-}
-
 static int same(const call *c, enum role role, const unsigned char *a, const unsigned char *b) {
     const size_t size = element(c, role), n = elements(c, role);
     const fbn_dtype dtype = dtype_written(c, role);
     for (size_t i = 0; i < n; i++, a += size, b += size)
-        if (memcmp(a, b, size) != 0 && !(is_nan(a, dtype) && is_nan(b, dtype))) return 0;
+        if (memcmp(a, b, size) != 0 && !(is_nan(bits_at(a, size), dtype) && is_nan(bits_at(b, size), dtype))) return 0;
     return 1;
 }
 

@@ -1,5 +1,5 @@
 /* driver.h: what is a random call made of? The arguments of any verb, each verb's way to be called, and guarded arrays.
- * Of driver.c alone.
+ * Of driver.c, and of hashes.c in tests/platforms.
  */
 #ifndef FASTBN_TESTS_DRIVER_H
 #define FASTBN_TESTS_DRIVER_H
@@ -225,22 +225,43 @@ static size_t elements(const call *c, enum role role) {
     return rows * (size_t)p->channels;
 }
 
+/* The bits of an element of so many bytes, in the lowest bits of a number, whatever the order of bytes. */
+static uint64_t bits_at(const void *at, size_t size) {
+    uint16_t half;
+    uint32_t single;
+    uint64_t value;
+    if (size == 2) return memcpy(&half, at, size), half;
+    if (size == 4) return memcpy(&single, at, size), single;
+    return memcpy(&value, at, size), value;
+}
+
+static void set_bits(void *at, size_t size, uint64_t value) {
+    const uint16_t half = (uint16_t)value;
+    const uint32_t single = (uint32_t)value;
+    memcpy(at, size == 2 ? (const void *)&half : size == 4 ? (const void *)&single : (const void *)&value, size);
+}
+
+/* A NaN is one whatever its other bits are; they may depend on the instruction that made it. */
+static int is_nan(uint64_t value, fbn_dtype dtype) {
+    static const uint64_t infinity[] = {0x7F800000, UINT64_C(0x7FF0000000000000), 0x7C00, 0x7F80};
+    return (value & (UINT64_MAX >> (65 - 8 * (int)bytes_of_dtype(dtype)))) > infinity[dtype];
+}
+
 /* Moderate values, with a negative one for none that must not be; or, where `wild`, any bits at all. */
 static void fill(unsigned char *to, size_t n, size_t size, fbn_dtype dtype, int wild, int positive) {
     for (size_t i = 0; i < n; i++, to += size) {
         uint64_t value = bits();
         const double moderate = ((double)(value >> 40) / 0x1p23 - 1) * (positive ? 0.5 : 1) + (positive ? 1 : 0);
         const float narrow = (float)moderate;
-        if (!wild && size == 8) memcpy(&value, &moderate, 8);
-        else if (!wild && size == 4) memcpy(&value, &narrow, 4);
+        if (!wild && size == 8) value = bits_at(&moderate, 8);
+        else if (!wild && size == 4) value = bits_at(&narrow, 4);
         else if (!wild && size == 2) {
-            uint32_t word;
-            memcpy(&word, &narrow, 4);
+            const uint32_t word = (uint32_t)bits_at(&narrow, 4);
             /* Cut to bfloat16; or to float16, whose exponent has another bias and fewer bits. */
             value = dtype == FBN_BF16 ? word >> 16 : (word >> 16 & 0x8000) | (((word >> 13) - 0x1C000u) & 0x7FFF);
             if (dtype == FBN_F16 && fabs(moderate) < 0x1p-14) value = 0;
         }
-        memcpy(to, &value, size);
+        set_bits(to, size, value);
     }
 }
 
@@ -249,6 +270,12 @@ static fbn_dtype dtype_of(const call *c, enum role role) {
            : role == GAMMA || role == BETA ? c->parameters
            : role == MEAN || role == VAR   ? c->statistics
                                            : c->running;
+}
+
+/* Of a role that a verb may write. */
+static fbn_dtype dtype_written(const call *c, enum role role) {
+    if (role <= DRESIDUAL || role == RUNNING_MEAN || role == RUNNING_VAR) return dtype_of(c, role);
+    return element(c, role) == 8 ? FBN_F64 : FBN_F32;
 }
 
 static void allocate(call *c, enum role role) {

@@ -186,7 +186,8 @@ def test_sizes_of_32_bits(tmp_path: Path) -> None:
     """A workspace or a plan that a size_t cannot count is refused, not wrapped."""
     compiler, program = c_api.compiler("cc", "gcc", "clang"), tmp_path / "sizes"
     core = [path for path in SRC_C.glob("*.c") if path.stem != "dispatch"]
-    command = [compiler, "-m32", "-std=c11", "-O1", Path(__file__).with_name("sizes.c"), *core, "-lm", "-o", program]
+    flags = ["-m32", "-msse2", "-mfpmath=sse", "-std=c11", "-O1"]
+    command = [compiler, *flags, Path(__file__).with_name("sizes.c"), *core, "-lm", "-o", program]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
     if done.returncode and (
         "bits/libc-header-start.h" in done.stderr or "cannot find" in done.stderr or "-m32" in done.stderr

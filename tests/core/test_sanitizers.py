@@ -5,11 +5,9 @@ The kernels are compiled as setup.py compiles them, but for -O1 and the sanitize
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import c_api
@@ -37,20 +35,13 @@ def works(compiler: str, flags: list[str], folder: Path) -> bool:
 
 def build(compiler: str, flags: Flags, folder: Path) -> Path:
     """The driver and the core in one program; `flags` adds to each source's."""
-    lists = c_api.setup_lists()
-    own = {f"src_c/isa/{isa}.c": more for isa, more in lists["ISAS"].items()}
-    units = {source: own.get(source, []) for source in (*own, *lists["CORE"], str(DRIVER))}
+    own = c_api.setup_lists()
 
-    def compiled(source: str) -> Path:
-        made = folder / f"{Path(source).stem}.o"
-        usual = [*lists["FLAGS"], "-O1", "-g1", "-Isrc_c", *units[source], *flags(source)]
-        if Path(compiler).name.startswith("clang"):
-            usual = [flag for flag in usual if flag != "-fno-tree-slp-vectorize"]
-        c_api.run([compiler, *usual, "-c", source, "-o", made], cases.CHECKOUT)
-        return made
+    def all_flags(source: str) -> list[str]:
+        return ["-O1", "-g1", *flags(source)]
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compiled, units))
+    objects = c_api.build_core([compiler], own, all_flags, folder)
+    objects.append(c_api.compile_source([compiler], DRIVER, [*own["FLAGS"], *all_flags(str(DRIVER))], folder))
     program = folder / "driver"
     c_api.run([compiler, *flags(""), *objects, "-lm", "-o", program])
     return program
