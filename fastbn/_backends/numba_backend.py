@@ -34,7 +34,8 @@ from .numba_loops import BETA, GAMMA, INV_STD, MEAN, MEAN_LOW, SAVED_MEAN, STRIP
 DTYPES = frozenset({"float32", "float64"})
 Array = np.ndarray[Any, Any]
 SEGMENT_ROWS, SEGMENTS_MOST = 64, 64  # rows that a segment has at least, and segments that a strip has at most
-PIECE, CACHED = 4096, 512  # values in a row of a plane, and columns whose constants the first cache holds, at most
+PIECE, CACHED = 4096, 512  # values in a row of planes, and columns whose constants the first cache holds, at most
+SMALL = 16  # values of a channel that lie together, below which a row is mapped by columns
 STRIP_BYTES, WORK_PER_THREAD = 1 << 22, 32768  # bytes of a strip, and values that are worth waking a thread for
 _MOST_THREADS = int(numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
 
@@ -49,13 +50,14 @@ class _Split(NamedTuple):
     block: int  # channels in a strip
     strips: int
     plane: bool  # a row is a piece of one channel's plane
+    span: int  # values in each plane of a row, or 0 where its columns are mapped one by one
     pieces: int  # in a plane
     length: int  # of a row, but where less is left
     stride: int  # from a row, or plane, to the next
     rows: int  # in a strip
     segment: int  # rows in a segment
     segments: int
-    in_order: bool  # planes are taken in the order of memory, each a segment of its own
+    in_order: bool  # rows are mapped in the order of memory: a segment is a row, or a plane
     channel_of: Array  # of each column, in its strip
     position_of: Array  # of each value of a row, in the mask: from that of the first
 
@@ -88,23 +90,26 @@ class _Task(NamedTuple):
 @functools.lru_cache(maxsize=256)
 def _split(shape: tuple[int, int, int], reduces: bool) -> _Split:
     outer, channels, inner = shape
-    plane, block, pieces, repeats = inner > STRIP // (2 if reduces else 8), 1, 1, 1
+    span = inner if inner >= SMALL else 0
+    in_order = span > 0 and not reduces
+    widest, longest = (PIECE, PIECE) if in_order else (STRIP, CACHED)
+    plane, block, pieces, repeats = inner > widest // 2, 1, 1, 1
     if plane:  # into equal pieces, if they are not short
         length = next((n for n in range(min(inner, PIECE), PIECE // 2, -1) if inner % n == 0), PIECE)
         pieces = math.ceil(inner / length)
     else:
-        block = max(1, min(channels, STRIP // max(1, inner)))
+        block = max(1, min(channels, widest // max(1, inner)))
         if block == channels:
-            repeats = max(1, min(outer, CACHED // max(1, channels * inner)))
+            repeats = max(1, min(outer, longest // max(1, channels * inner)))
         length = repeats * block * inner
     rows = math.ceil(outer / repeats) * pieces
-    in_order = plane and not reduces
     segment = pieces if in_order else max(SEGMENT_ROWS, math.ceil(rows / SEGMENTS_MOST))
     samples, channel_of, i = (index.ravel() for index in np.indices((repeats, block, length if plane else inner)))
     return _Split(
-        inner=inner, block=block, strips=math.ceil(channels / block), plane=plane, pieces=pieces, length=length,
-        stride=repeats * channels * inner, rows=rows, segment=segment, segments=max(1, math.ceil(rows / segment)),
-        in_order=in_order, channel_of=channel_of, position_of=samples * inner + i,
+        inner=inner, block=block, strips=math.ceil(channels / block), plane=plane, span=span, pieces=pieces,
+        length=length, stride=repeats * channels * inner, rows=rows, segment=segment,
+        segments=max(1, math.ceil(rows / segment)), in_order=in_order, channel_of=channel_of,
+        position_of=samples * inner + i,
     )  # fmt: skip
 
 
@@ -138,13 +143,16 @@ def _fold(parts: Array, c0: int, channel_of: Array, span: int, line: Array) -> N
 
 
 @_jit
-def _inputs(p: _Split, q: _Task, row: int, i: int, n: int, line: Array, work: Array, kept: Array) -> Any:
+def _inputs(p: _Split, q: _Task, row: int, i: int, n: int, own: Array, line: Array, work: Array, kept: Array) -> Any:
     """Returns dz and x of a run (or what replaces x), and fills `kept` by the mask."""
     x, residual, dy, dz, seen = q.x[i : i + n], q.residual[i : i + n], q.dy[i : i + n], work[0, :n], work[1, :n]
     if q.from_y:
         loops.deactivate(q.options.activation, x, residual, dz, seen, work.dtype.type(q.options.slope))
     elif q.options.activation != Activation.IDENTITY and q.backward:
-        loops.normalize(p.plane, x, residual, dz, line)
+        if p.span:
+            loops.normalize(p.span, x, residual, dz, own)
+        else:
+            loops.normalize_rows(1, 0, x, residual, dz, n, line)
     if q.backward:
         loops.activate(q.options.activation, True, dy, dz, work.dtype.type(q.options.slope))
     if q.mask.size:
@@ -154,7 +162,7 @@ def _inputs(p: _Split, q: _Task, row: int, i: int, n: int, line: Array, work: Ar
 
 
 @_part
-def _reduce(p: _Split, q: _Task, c0: int, c1: int, segment: int, line: Array, work: Array, kept: Array) -> None:
+def _reduce(p: _Split, q: _Task, c0: int, c1: int, segment: int, own: Array, line: Array, work: Array, kept: Array) -> None:
     """Adds up the rows of a segment, one of each quarter at once: processors fetch these ahead on different pages."""
     start, last = segment * p.segment, min(p.rows, (segment + 1) * p.segment)
     samples = (min(last, q.x.size // p.stride * p.pieces) - start) // (4 * p.pieces) if q.as_it_is else 0
@@ -168,7 +176,7 @@ def _reduce(p: _Split, q: _Task, c0: int, c1: int, segment: int, line: Array, wo
         i, n = _run(p, q, c0, c1, row)
         dz, x = q.dy[i : i + n], q.x[i : i + n]
         if not q.as_it_is:
-            dz, x = _inputs(p, q, row, i, n, line, work, kept)
+            dz, x = _inputs(p, q, row, i, n, own, line, work, kept)
         if p.plane:
             loops.add(True, 1, 0, q.backward, dz, x, kept[:n], n, line)
         else:
@@ -176,24 +184,30 @@ def _reduce(p: _Split, q: _Task, c0: int, c1: int, segment: int, line: Array, wo
 
 
 @_part
-def _map(p: _Split, q: _Task, c0: int, c1: int, segment: int, line: Array, work: Array, kept: Array) -> None:
+def _map(p: _Split, q: _Task, c0: int, c1: int, segment: int, own: Array, line: Array, work: Array, kept: Array) -> None:
     """Fills y or dx in the rows of a segment. In place, the loops get a copy, since LLVM's are slow otherwise."""
     for row in range(segment * p.segment, min(p.rows, (segment + 1) * p.segment)):
         i, n = _run(p, q, c0, c1, row)
         out, dz, x = q.out[i : i + n], q.dy[i : i + n], q.x[i : i + n]
         if q.backward:
             if not q.as_it_is:
-                dz, x = _inputs(p, q, row, i, n, line, work, kept)
+                dz, x = _inputs(p, q, row, i, n, own, line, work, kept)
             elif q.in_place:
                 loops.copy(dz, work[0, :n])
                 dz = work[0, :n]
-            loops.differentiate(p.plane, kept[:n], dz, x, out, line)
+            if p.span:
+                loops.differentiate(p.span, kept[:n], dz, x, out, own)
+            else:
+                loops.differentiate_columns(kept[:n], dz, x, out, line)
             loops.copy(dz, q.dresidual[i : i + n])
             continue
         if q.in_place:
             loops.copy(x, work[1, :n])
             x = work[1, :n]
-        loops.normalize(p.plane, x, q.residual[i : i + n], out, line)
+        if p.span:
+            loops.normalize(p.span, x, q.residual[i : i + n], out, own)
+        else:
+            loops.normalize_rows(1, 0, x, q.residual[i : i + n], out, n, line)
         loops.activate(q.options.activation, False, q.dy, out, work.dtype.type(q.options.slope))
 
 
@@ -240,6 +254,7 @@ def _share(reduces: bool, maps: bool, unit: int, last: int, p: _Split, q: _Task)
         strip, first = (unit % p.strips, unit // p.strips) if p.in_order else (unit // p.segments, unit % p.segments)
         end = first + 1 if p.in_order else min(first + last - unit, p.segments)
         c0, c1 = strip * p.block, min((strip + 1) * p.block, q.saved.shape[1])
+        own = q.constants[:, c0:c1]
         columns = p.channel_of[: p.channel_of.size - (p.block - (c1 - c0)) * p.inner]
         if reduces:
             for c in range(c0, c1):
@@ -250,16 +265,17 @@ def _share(reduces: bool, maps: bool, unit: int, last: int, p: _Split, q: _Task)
             _spread(p.plane, q.constants[: loops.FORWARD_CONSTANTS], c0, columns, line)
             for segment in range(first, end):
                 line[SUM * STRIP :] = 0.0
-                _reduce(p, q, c0, c1, segment, line, work, kept)
+                _reduce(p, q, c0, c1, segment, own, line, work, kept)
                 _fold(q.parts[:, :, segment], c0, columns[: 1 if p.plane else STRIP], p.inner, line)
         if maps and (unit == begin or not p.in_order):
             for c in range(q.saved.shape[1]) if p.in_order else range(c0, c1):
                 _finish(q, c)
         if maps and q.out.size:
-            used = loops.CONSTANTS if q.backward else loops.FORWARD_CONSTANTS
-            _spread(p.plane, q.constants[:used], c0, columns, line)
+            if not p.span:
+                used = loops.CONSTANTS if q.backward else loops.FORWARD_CONSTANTS
+                _spread(False, q.constants[:used], c0, columns, line)
             for segment in range(end - 1, first - 1, -1):
-                _map(p, q, c0, c1, segment, line, work, kept)
+                _map(p, q, c0, c1, segment, own, line, work, kept)
         unit += end - first
 
 

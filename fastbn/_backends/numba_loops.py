@@ -97,23 +97,50 @@ def total(values: Array) -> float:
 
 
 @loop
-def normalize(plane: bool, x: Array, residual: Array, z: Array, line: Array) -> None:
-    """Fills z, the argument of the activation."""
-    for k in range(x.size):
-        c = 0 if plane else k
-        shift = line[SHIFT * STRIP + c]
-        if residual.size:
-            shift += residual[k]
-        z[k] = (x[k] - line[MEAN * STRIP + c]) * line[SCALE * STRIP + c] + shift
+def normalize(span: int, x: Array, residual: Array, z: Array, constants: Array) -> None:
+    """Fills z, the argument of the activation, in planes of `span` values."""
+    first, c = 0, 0
+    while first < x.size:
+        a, b, r = x[first : first + span], z[first : first + span], residual[first : first + span]
+        mean, scale, shift = constants[MEAN, c], constants[SCALE, c], constants[SHIFT, c]
+        for k in range(a.size):
+            b[k] = (a[k] - mean) * scale + (shift + r[k] if r.size else shift)
+        first, c = first + span, c + 1 if c + 1 < constants.shape[1] else 0
 
 
 @loop
-def differentiate(plane: bool, kept: Array, dz: Array, x: Array, dx: Array, line: Array) -> None:
+def normalize_rows(rows: int, step: int, x: Array, residual: Array, z: Array, n: int, line: Array) -> None:
+    """Does so in n columns of several rows, which begin `step` apart."""
+    for k in range(n):
+        mean, scale, shift = line[MEAN * STRIP + k], line[SCALE * STRIP + k], line[SHIFT * STRIP + k]
+        for row in range(rows):
+            at = np.uint64(row * step + k)
+            z[at] = (x[at] - mean) * scale + (shift + residual[at] if residual.size else shift)
+
+
+@loop
+def differentiate(span: int, kept: Array, dz: Array, x: Array, dx: Array, constants: Array) -> None:
+    """Fills dx."""
+    first, c = 0, 0
+    while first < x.size:
+        g, a = dz[first : first + span], x[first : first + span]
+        b, seen = dx[first : first + span], kept[first : first + span]
+        mean, on_dy, on_x, constant = constants[MEAN, c], constants[ON_DY, c], constants[ON_X, c], constants[CONSTANT, c]
+        for k in range(a.size):
+            own, through_statistics = on_dy * g[k], on_x * (a[k] - mean) + constant
+            if seen.size:
+                own = own if seen[k] != NOTHING else 0.0
+                through_statistics = through_statistics if seen[k] == COUNTS else 0.0
+            b[k] = own + through_statistics
+        first, c = first + span, c + 1 if c + 1 < constants.shape[1] else 0
+
+
+@loop
+def differentiate_columns(kept: Array, dz: Array, x: Array, dx: Array, line: Array) -> None:
     """Fills dx."""
     for k in range(x.size):
-        c = 0 if plane else k
-        own = line[ON_DY * STRIP + c] * dz[k]
-        through_statistics = line[ON_X * STRIP + c] * (x[k] - line[MEAN * STRIP + c]) + line[CONSTANT * STRIP + c]
+        own = line[ON_DY * STRIP + k] * dz[k]
+        through_statistics = line[ON_X * STRIP + k] * (x[k] - line[MEAN * STRIP + k]) + line[CONSTANT * STRIP + k]
         if kept.size:
             own = own if kept[k] != NOTHING else 0.0
             through_statistics = through_statistics if kept[k] == COUNTS else 0.0
