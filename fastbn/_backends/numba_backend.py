@@ -185,8 +185,19 @@ def _reduce(p: _Split, q: _Task, c0: int, c1: int, segment: int, own: Array, lin
 
 @_part
 def _map(p: _Split, q: _Task, c0: int, c1: int, segment: int, own: Array, line: Array, work: Array, kept: Array) -> None:
-    """Fills y or dx in the rows of a segment. In place, the loops get a copy, since LLVM's are slow otherwise."""
-    for row in range(segment * p.segment, min(p.rows, (segment + 1) * p.segment)):
+    """Fills y or dx in the rows of a segment, of y in four rows at once where their columns are many.
+
+    In place, the loops get a copy, since LLVM's are slow otherwise.
+    """
+    start, last = segment * p.segment, min(p.rows, (segment + 1) * p.segment)
+    wide = p.length > CACHED and not (p.span or q.backward or q.in_place)
+    rest = last - (last - start) % 4 if wide else start
+    for row in range(start, rest, 4):
+        i, n = _run(p, q, c0, c1, row)
+        loops.normalize_rows(4, p.stride, q.x[i:], q.residual[i:], q.out[i:], n, line)
+        for at in range(i, i + 4 * p.stride, p.stride):
+            loops.activate(q.options.activation, False, q.dy, q.out[at : at + n], work.dtype.type(q.options.slope))
+    for row in range(rest, last):
         i, n = _run(p, q, c0, c1, row)
         out, dz, x = q.out[i : i + n], q.dy[i : i + n], q.x[i : i + n]
         if q.backward:
