@@ -139,7 +139,8 @@ def _fold(parts: Array, c0: int, channel_of: Array, span: int, line: Array) -> N
     for j in range(2):
         for k in range(0, channel_of.size, span):
             first = (SUM + j) * STRIP + k
-            parts[j, c0 + channel_of[k]] += loops.total(line[first : first + min(span, channel_of.size)])
+            own = line[first] if span == 1 else loops.total(line[first : first + min(span, channel_of.size)])
+            parts[j, c0 + channel_of[k]] += own
 
 
 @_jit
