@@ -144,16 +144,13 @@ def _fold(parts: Array, c0: int, channel_of: Array, span: int, line: Array) -> N
 
 
 @_jit
-def _inputs(p: _Split, q: _Task, row: int, i: int, n: int, own: Array, line: Array, work: Array, kept: Array) -> Any:
+def _inputs(p: _Split, q: _Task, c0: int, c1: int, row: int, i: int, n: int, table: Array, line: Array, work: Array, kept: Array) -> Any:
     """Returns dz and x of a run (or what replaces x), and fills `kept` by the mask."""
     x, residual, dy, dz, seen = q.x[i : i + n], q.residual[i : i + n], q.dy[i : i + n], work[0, :n], work[1, :n]
     if q.from_y:
         loops.deactivate(q.options.activation, x, residual, dz, seen, work.dtype.type(q.options.slope))
     elif q.options.activation != Activation.IDENTITY and q.backward:
-        if p.span:
-            loops.normalize(p.span, x, residual, dz, own)
-        else:
-            loops.normalize_rows(1, 0, x, residual, dz, n, line)
+        loops.normalize(p.span, c0, c1, 1, 0, x, residual, dz, n, table)
     if q.backward:
         loops.activate(q.options.activation, True, dy, dz, work.dtype.type(q.options.slope))
     if q.mask.size:
@@ -163,7 +160,7 @@ def _inputs(p: _Split, q: _Task, row: int, i: int, n: int, own: Array, line: Arr
 
 
 @_part
-def _reduce(p: _Split, q: _Task, c0: int, c1: int, segment: int, own: Array, line: Array, work: Array, kept: Array) -> None:
+def _reduce(p: _Split, q: _Task, c0: int, c1: int, segment: int, table: Array, line: Array, work: Array, kept: Array) -> None:
     """Adds up the rows of a segment, one of each quarter at once: processors fetch these ahead on different pages."""
     start, last = segment * p.segment, min(p.rows, (segment + 1) * p.segment)
     samples = (min(last, q.x.size // p.stride * p.pieces) - start) // (4 * p.pieces) if q.as_it_is else 0
@@ -177,7 +174,7 @@ def _reduce(p: _Split, q: _Task, c0: int, c1: int, segment: int, own: Array, lin
         i, n = _run(p, q, c0, c1, row)
         dz, x = q.dy[i : i + n], q.x[i : i + n]
         if not q.as_it_is:
-            dz, x = _inputs(p, q, row, i, n, own, line, work, kept)
+            dz, x = _inputs(p, q, c0, c1, row, i, n, table, line, work, kept)
         if p.plane:
             loops.add(True, 1, 0, q.backward, dz, x, kept[:n], n, line)
         else:
@@ -185,7 +182,7 @@ def _reduce(p: _Split, q: _Task, c0: int, c1: int, segment: int, own: Array, lin
 
 
 @_part
-def _map(p: _Split, q: _Task, c0: int, c1: int, segment: int, own: Array, line: Array, work: Array, kept: Array) -> None:
+def _map(p: _Split, q: _Task, c0: int, c1: int, segment: int, table: Array, line: Array, work: Array, kept: Array) -> None:
     """Fills y or dx in the rows of a segment, of y in four rows at once where their columns are many.
 
     In place, the loops get a copy, since LLVM's are slow otherwise.
@@ -195,7 +192,7 @@ def _map(p: _Split, q: _Task, c0: int, c1: int, segment: int, own: Array, line: 
     rest = last - (last - start) % 4 if wide else start
     for row in range(start, rest, 4):
         i, n = _run(p, q, c0, c1, row)
-        loops.normalize_rows(4, p.stride, q.x[i:], q.residual[i:], q.out[i:], n, line)
+        loops.normalize(p.span, c0, c1, 4, p.stride, q.x[i:], q.residual[i:], q.out[i:], n, table)
         for at in range(i, i + 4 * p.stride, p.stride):
             loops.activate(q.options.activation, False, q.dy, q.out[at : at + n], work.dtype.type(q.options.slope))
     for row in range(rest, last):
@@ -203,23 +200,17 @@ def _map(p: _Split, q: _Task, c0: int, c1: int, segment: int, own: Array, line: 
         out, dz, x = q.out[i : i + n], q.dy[i : i + n], q.x[i : i + n]
         if q.backward:
             if not q.as_it_is:
-                dz, x = _inputs(p, q, row, i, n, own, line, work, kept)
+                dz, x = _inputs(p, q, c0, c1, row, i, n, table, line, work, kept)
             elif q.in_place:
                 loops.copy(dz, work[0, :n])
                 dz = work[0, :n]
-            if p.span:
-                loops.differentiate(p.span, kept[:n], dz, x, out, own)
-            else:
-                loops.differentiate_columns(kept[:n], dz, x, out, line)
+            loops.differentiate(p.span, c0, c1, kept[:n], dz, x, out, table)
             loops.copy(dz, q.dresidual[i : i + n])
             continue
         if q.in_place:
             loops.copy(x, work[1, :n])
             x = work[1, :n]
-        if p.span:
-            loops.normalize(p.span, x, q.residual[i : i + n], out, own)
-        else:
-            loops.normalize_rows(1, 0, x, q.residual[i : i + n], out, n, line)
+        loops.normalize(p.span, c0, c1, 1, 0, x, q.residual[i : i + n], out, n, table)
         loops.activate(q.options.activation, False, q.dy, out, work.dtype.type(q.options.slope))
 
 
@@ -259,14 +250,14 @@ def _finish(q: _Task, c: int) -> None:
 @compiled(cache=True)
 def _share(reduces: bool, maps: bool, unit: int, last: int, p: _Split, q: _Task) -> None:
     """Reduces or maps some segments, counted through all strips, or does both to whole strips."""
-    begin, longest, line = unit, max(STRIP, p.length), np.empty(loops.LINE_ROWS * STRIP)
+    begin, longest, lines = unit, max(STRIP, p.length), np.empty((loops.LINE_ROWS, STRIP))
+    line, table = lines.reshape(-1), q.constants if p.span else lines
     kept = np.full(longest if q.frozen or q.mask.size else 0, loops.MOVES_NO_OTHER, np.uint8)
     work = np.empty((2, longest), q.x.dtype)
     while unit < last:
         strip, first = (unit % p.strips, unit // p.strips) if p.in_order else (unit // p.segments, unit % p.segments)
         end = first + 1 if p.in_order else min(first + last - unit, p.segments)
         c0, c1 = strip * p.block, min((strip + 1) * p.block, q.saved.shape[1])
-        own = q.constants[:, c0:c1]
         columns = p.channel_of[: p.channel_of.size - (p.block - (c1 - c0)) * p.inner]
         if reduces:
             for c in range(c0, c1):
@@ -277,7 +268,7 @@ def _share(reduces: bool, maps: bool, unit: int, last: int, p: _Split, q: _Task)
             _spread(p.plane, q.constants[: loops.FORWARD_CONSTANTS], c0, columns, line)
             for segment in range(first, end):
                 line[SUM * STRIP :] = 0.0
-                _reduce(p, q, c0, c1, segment, own, line, work, kept)
+                _reduce(p, q, c0, c1, segment, table, line, work, kept)
                 _fold(q.parts[:, :, segment], c0, columns[: 1 if p.plane else STRIP], p.inner, line)
         if maps and (unit == begin or not p.in_order):
             for c in range(q.saved.shape[1]) if p.in_order else range(c0, c1):
@@ -287,7 +278,7 @@ def _share(reduces: bool, maps: bool, unit: int, last: int, p: _Split, q: _Task)
                 used = loops.CONSTANTS if q.backward else loops.FORWARD_CONSTANTS
                 _spread(False, q.constants[:used], c0, columns, line)
             for segment in range(end - 1, first - 1, -1):
-                _map(p, q, c0, c1, segment, own, line, work, kept)
+                _map(p, q, c0, c1, segment, table, line, work, kept)
         unit += end - first
 
 

@@ -97,54 +97,35 @@ def total(values: Array) -> float:
 
 
 @loop
-def normalize(span: int, x: Array, residual: Array, z: Array, constants: Array) -> None:
-    """Fills z, the argument of the activation, in planes of `span` values."""
-    first, c = 0, 0
-    while first < x.size:
-        a, b, r = x[first : first + span], z[first : first + span], residual[first : first + span]
-        mean, scale, shift = constants[MEAN, c], constants[SCALE, c], constants[SHIFT, c]
-        for k in range(a.size):
-            b[k] = (a[k] - mean) * scale + (shift + r[k] if r.size else shift)
-        first, c = first + span, c + 1 if c + 1 < constants.shape[1] else 0
+def normalize(span: int, c0: int, c1: int, rows: int, step: int, x: Array, residual: Array, z: Array, n: int, constants: Array) -> None:
+    """Fills z, the argument of the activation, in n columns of `rows` rows, which begin `step` apart."""
+    first, c = 0, c0
+    while first < n:
+        last = min(first + span, n) if span else n
+        for k in range(first, last):
+            j = c if span else k
+            mean, scale, shift = constants[MEAN, j], constants[SCALE, j], constants[SHIFT, j]
+            for row in range(rows):
+                at = np.uint64(row * step + k)
+                z[at] = (x[at] - mean) * scale + (shift + residual[at] if residual.size else shift)
+        first, c = last, c + 1 if c + 1 < c1 else c0
 
 
 @loop
-def normalize_rows(rows: int, step: int, x: Array, residual: Array, z: Array, n: int, line: Array) -> None:
-    """Does so in n columns of several rows, which begin `step` apart."""
-    for k in range(n):
-        mean, scale, shift = line[MEAN * STRIP + k], line[SCALE * STRIP + k], line[SHIFT * STRIP + k]
-        for row in range(rows):
-            at = np.uint64(row * step + k)
-            z[at] = (x[at] - mean) * scale + (shift + residual[at] if residual.size else shift)
-
-
-@loop
-def differentiate(span: int, kept: Array, dz: Array, x: Array, dx: Array, constants: Array) -> None:
+def differentiate(span: int, c0: int, c1: int, kept: Array, dz: Array, x: Array, dx: Array, constants: Array) -> None:
     """Fills dx."""
-    first, c = 0, 0
+    first, c = 0, c0
     while first < x.size:
-        g, a = dz[first : first + span], x[first : first + span]
-        b, seen = dx[first : first + span], kept[first : first + span]
-        mean, on_dy, on_x, constant = constants[MEAN, c], constants[ON_DY, c], constants[ON_X, c], constants[CONSTANT, c]
-        for k in range(a.size):
-            own, through_statistics = on_dy * g[k], on_x * (a[k] - mean) + constant
-            if seen.size:
-                own = own if seen[k] != NOTHING else 0.0
-                through_statistics = through_statistics if seen[k] == COUNTS else 0.0
-            b[k] = own + through_statistics
-        first, c = first + span, c + 1 if c + 1 < constants.shape[1] else 0
-
-
-@loop
-def differentiate_columns(kept: Array, dz: Array, x: Array, dx: Array, line: Array) -> None:
-    """Fills dx."""
-    for k in range(x.size):
-        own = line[ON_DY * STRIP + k] * dz[k]
-        through_statistics = line[ON_X * STRIP + k] * (x[k] - line[MEAN * STRIP + k]) + line[CONSTANT * STRIP + k]
-        if kept.size:
-            own = own if kept[k] != NOTHING else 0.0
-            through_statistics = through_statistics if kept[k] == COUNTS else 0.0
-        dx[k] = own + through_statistics
+        last = min(first + span, x.size) if span else x.size
+        for k in range(first, last):
+            j, at = c if span else k, np.uint64(k)
+            own = constants[ON_DY, j] * dz[at]
+            through_statistics = constants[ON_X, j] * (x[at] - constants[MEAN, j]) + constants[CONSTANT, j]
+            if kept.size:
+                own = own if kept[at] != NOTHING else 0.0
+                through_statistics = through_statistics if kept[at] == COUNTS else 0.0
+            dx[at] = own + through_statistics
+        first, c = last, c + 1 if c + 1 < c1 else c0
 
 
 @loop
