@@ -102,11 +102,11 @@ def normalize(span: int, c0: int, c1: int, rows: int, step: int, x: Array, resid
     first, c = 0, c0
     while first < n:
         last = min(first + span, n) if span else n
-        for k in range(first, last):
+        for k in range(last - first):
             j = c if span else k
             mean, scale, shift = constants[MEAN, j], constants[SCALE, j], constants[SHIFT, j]
             for row in range(rows):
-                at = np.uint64(row * step + k)
+                at = np.uint64(row * step + first + k)
                 z[at] = (x[at] - mean) * scale + (shift + residual[at] if residual.size else shift)
         first, c = last, c + 1 if c + 1 < c1 else c0
 
@@ -117,8 +117,8 @@ def differentiate(span: int, c0: int, c1: int, kept: Array, dz: Array, x: Array,
     first, c = 0, c0
     while first < x.size:
         last = min(first + span, x.size) if span else x.size
-        for k in range(first, last):
-            j, at = c if span else k, np.uint64(k)
+        for k in range(last - first):
+            j, at = c if span else k, np.uint64(first + k)
             own = constants[ON_DY, j] * dz[at]
             through_statistics = constants[ON_X, j] * (x[at] - constants[MEAN, j]) + constants[CONSTANT, j]
             if kept.size:
