@@ -125,8 +125,8 @@ def forward(
             options, has_gamma, has_beta = USUAL[activation], gamma is not None, beta is not None
             return Forward(y, Cache(Parts(kept, added, saved, axis, not training, options, has_gamma, has_beta)))
     training = checks.flag("training", training)
-    call = Call(x, gamma, beta, running_mean, running_var, momentum, correction, eps, axis, mask, Options(activation))
-    call = call._replace(residual=residual, out=out, threads=threads_of(chosen))
+    call = Call(x, gamma, beta, running_mean, running_var, momentum, correction, eps, axis, mask, Options(activation),
+                residual, out, threads_of(chosen))  # fmt: skip
     call = check(call, updates=training, keeps=True)
     size = checks.virtual_batch(virtual_batch_size, call.axis)
     if moments is not None:
@@ -200,8 +200,8 @@ def infer(
         y = express(x, gamma, beta, running_mean, running_var, eps, axis, activation, residual, out, get_num_threads)
         if y is not None:
             return cast(Array, y)
-    call = Call(x, gamma, beta, running_mean, running_var, eps=eps, axis=axis, options=Options(activation))
-    call = call._replace(residual=residual, out=out, threads=threads_of(chosen))
+    call = Call(x, gamma, beta, running_mean, running_var, 0.0, 0, eps, axis, None, Options(activation), residual, out,
+                threads_of(chosen))  # fmt: skip
     call = check(call, updates=False, keeps=False)
     batch.infer(call, chosen)
     return cast(Array, call.out)

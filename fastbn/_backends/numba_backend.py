@@ -34,7 +34,8 @@ from .numba_loops import BETA, GAMMA, INV_STD, MEAN, MEAN_LOW, SAVED_MEAN, STRIP
 DTYPES = frozenset({"float32", "float64"})
 Array = np.ndarray[Any, Any]
 SEGMENT_ROWS, SEGMENTS_MOST = 64, 64  # rows that a segment has at least, and segments that a strip has at most
-PIECE, CACHED = 4096, 512  # values in a row of a plane, and columns whose constants the first cache holds, at most
+PIECE, CACHED = 4096, 512  # values in a row of planes, and columns whose constants the first cache holds, at most
+SMALL = 16  # values of a channel that lie together, below which a row is mapped by columns
 STRIP_BYTES, WORK_PER_THREAD = 1 << 22, 32768  # bytes of a strip, and values that are worth waking a thread for
 _MOST_THREADS = int(numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
 
@@ -49,13 +50,14 @@ class _Split(NamedTuple):
     block: int  # channels in a strip
     strips: int
     plane: bool  # a row is a piece of one channel's plane
+    span: int  # values in each plane of a row, or 0 where its columns are mapped one by one
     pieces: int  # in a plane
     length: int  # of a row, but where less is left
     stride: int  # from a row, or plane, to the next
     rows: int  # in a strip
     segment: int  # rows in a segment
     segments: int
-    in_order: bool  # planes are taken in the order of memory, each a segment of its own
+    in_order: bool  # rows are mapped in the order of memory: a segment is a row, or a plane
     channel_of: Array  # of each column, in its strip
     position_of: Array  # of each value of a row, in the mask: from that of the first
 
@@ -88,23 +90,26 @@ class _Task(NamedTuple):
 @functools.lru_cache(maxsize=256)
 def _split(shape: tuple[int, int, int], reduces: bool) -> _Split:
     outer, channels, inner = shape
-    plane, block, pieces, repeats = inner > STRIP // (2 if reduces else 8), 1, 1, 1
+    span = inner if inner >= SMALL else 0
+    in_order = span > 0 and not reduces
+    widest, longest = (PIECE, PIECE) if in_order else (STRIP, CACHED)
+    plane, block, pieces, repeats = inner > widest // 2, 1, 1, 1
     if plane:  # into equal pieces, if they are not short
         length = next((n for n in range(min(inner, PIECE), PIECE // 2, -1) if inner % n == 0), PIECE)
         pieces = math.ceil(inner / length)
     else:
-        block = max(1, min(channels, STRIP // max(1, inner)))
+        block = max(1, min(channels, widest // max(1, inner)))
         if block == channels:
-            repeats = max(1, min(outer, CACHED // max(1, channels * inner)))
+            repeats = max(1, min(outer, longest // max(1, channels * inner)))
         length = repeats * block * inner
     rows = math.ceil(outer / repeats) * pieces
-    in_order = plane and not reduces
     segment = pieces if in_order else max(SEGMENT_ROWS, math.ceil(rows / SEGMENTS_MOST))
     samples, channel_of, i = (index.ravel() for index in np.indices((repeats, block, length if plane else inner)))
     return _Split(
-        inner=inner, block=block, strips=math.ceil(channels / block), plane=plane, pieces=pieces, length=length,
-        stride=repeats * channels * inner, rows=rows, segment=segment, segments=max(1, math.ceil(rows / segment)),
-        in_order=in_order, channel_of=channel_of, position_of=samples * inner + i,
+        inner=inner, block=block, strips=math.ceil(channels / block), plane=plane, span=span, pieces=pieces,
+        length=length, stride=repeats * channels * inner, rows=rows, segment=segment,
+        segments=max(1, math.ceil(rows / segment)), in_order=in_order, channel_of=channel_of,
+        position_of=samples * inner + i,
     )  # fmt: skip
 
 
@@ -134,17 +139,18 @@ def _fold(parts: Array, c0: int, channel_of: Array, span: int, line: Array) -> N
     for j in range(2):
         for k in range(0, channel_of.size, span):
             first = (SUM + j) * STRIP + k
-            parts[j, c0 + channel_of[k]] += loops.total(line[first : first + min(span, channel_of.size)])
+            own = line[first] if span == 1 else loops.total(line[first : first + min(span, channel_of.size)])
+            parts[j, c0 + channel_of[k]] += own
 
 
 @_jit
-def _inputs(p: _Split, q: _Task, row: int, i: int, n: int, line: Array, work: Array, kept: Array) -> Any:
+def _inputs(p: _Split, q: _Task, c0: int, c1: int, row: int, i: int, n: int, table: Array, line: Array, work: Array, kept: Array) -> Any:
     """Returns dz and x of a run (or what replaces x), and fills `kept` by the mask."""
     x, residual, dy, dz, seen = q.x[i : i + n], q.residual[i : i + n], q.dy[i : i + n], work[0, :n], work[1, :n]
     if q.from_y:
         loops.deactivate(q.options.activation, x, residual, dz, seen, work.dtype.type(q.options.slope))
     elif q.options.activation != Activation.IDENTITY and q.backward:
-        loops.normalize(p.plane, x, residual, dz, line)
+        loops.normalize(p.span, c0, c1, 1, 0, x, residual, dz, n, table)
     if q.backward:
         loops.activate(q.options.activation, True, dy, dz, work.dtype.type(q.options.slope))
     if q.mask.size:
@@ -154,7 +160,7 @@ def _inputs(p: _Split, q: _Task, row: int, i: int, n: int, line: Array, work: Ar
 
 
 @_part
-def _reduce(p: _Split, q: _Task, c0: int, c1: int, segment: int, line: Array, work: Array, kept: Array) -> None:
+def _reduce(p: _Split, q: _Task, c0: int, c1: int, segment: int, table: Array, line: Array, work: Array, kept: Array) -> None:
     """Adds up the rows of a segment, one of each quarter at once: processors fetch these ahead on different pages."""
     start, last = segment * p.segment, min(p.rows, (segment + 1) * p.segment)
     samples = (min(last, q.x.size // p.stride * p.pieces) - start) // (4 * p.pieces) if q.as_it_is else 0
@@ -168,7 +174,7 @@ def _reduce(p: _Split, q: _Task, c0: int, c1: int, segment: int, line: Array, wo
         i, n = _run(p, q, c0, c1, row)
         dz, x = q.dy[i : i + n], q.x[i : i + n]
         if not q.as_it_is:
-            dz, x = _inputs(p, q, row, i, n, line, work, kept)
+            dz, x = _inputs(p, q, c0, c1, row, i, n, table, line, work, kept)
         if p.plane:
             loops.add(True, 1, 0, q.backward, dz, x, kept[:n], n, line)
         else:
@@ -176,24 +182,35 @@ def _reduce(p: _Split, q: _Task, c0: int, c1: int, segment: int, line: Array, wo
 
 
 @_part
-def _map(p: _Split, q: _Task, c0: int, c1: int, segment: int, line: Array, work: Array, kept: Array) -> None:
-    """Fills y or dx in the rows of a segment. In place, the loops get a copy, since LLVM's are slow otherwise."""
-    for row in range(segment * p.segment, min(p.rows, (segment + 1) * p.segment)):
+def _map(p: _Split, q: _Task, c0: int, c1: int, segment: int, table: Array, line: Array, work: Array, kept: Array) -> None:
+    """Fills y or dx in the rows of a segment, of y in four rows at once where their columns are many.
+
+    In place, the loops get a copy, since LLVM's are slow otherwise.
+    """
+    start, last = segment * p.segment, min(p.rows, (segment + 1) * p.segment)
+    wide = p.length > CACHED and not (p.span or q.backward or q.in_place)
+    rest = last - (last - start) % 4 if wide else start
+    for row in range(start, rest, 4):
+        i, n = _run(p, q, c0, c1, row)
+        loops.normalize(p.span, c0, c1, 4, p.stride, q.x[i:], q.residual[i:], q.out[i:], n, table)
+        for at in range(i, i + 4 * p.stride, p.stride):
+            loops.activate(q.options.activation, False, q.dy, q.out[at : at + n], work.dtype.type(q.options.slope))
+    for row in range(rest, last):
         i, n = _run(p, q, c0, c1, row)
         out, dz, x = q.out[i : i + n], q.dy[i : i + n], q.x[i : i + n]
         if q.backward:
             if not q.as_it_is:
-                dz, x = _inputs(p, q, row, i, n, line, work, kept)
+                dz, x = _inputs(p, q, c0, c1, row, i, n, table, line, work, kept)
             elif q.in_place:
                 loops.copy(dz, work[0, :n])
                 dz = work[0, :n]
-            loops.differentiate(p.plane, kept[:n], dz, x, out, line)
+            loops.differentiate(p.span, c0, c1, kept[:n], dz, x, out, table)
             loops.copy(dz, q.dresidual[i : i + n])
             continue
         if q.in_place:
             loops.copy(x, work[1, :n])
             x = work[1, :n]
-        loops.normalize(p.plane, x, q.residual[i : i + n], out, line)
+        loops.normalize(p.span, c0, c1, 1, 0, x, q.residual[i : i + n], out, n, table)
         loops.activate(q.options.activation, False, q.dy, out, work.dtype.type(q.options.slope))
 
 
@@ -233,7 +250,8 @@ def _finish(q: _Task, c: int) -> None:
 @compiled(cache=True)
 def _share(reduces: bool, maps: bool, unit: int, last: int, p: _Split, q: _Task) -> None:
     """Reduces or maps some segments, counted through all strips, or does both to whole strips."""
-    begin, longest, line = unit, max(STRIP, p.length), np.empty(loops.LINE_ROWS * STRIP)
+    begin, longest, lines = unit, max(STRIP, p.length), np.empty((loops.LINE_ROWS, STRIP))
+    line, table = lines.reshape(-1), q.constants if p.span else lines
     kept = np.full(longest if q.frozen or q.mask.size else 0, loops.MOVES_NO_OTHER, np.uint8)
     work = np.empty((2, longest), q.x.dtype)
     while unit < last:
@@ -250,16 +268,17 @@ def _share(reduces: bool, maps: bool, unit: int, last: int, p: _Split, q: _Task)
             _spread(p.plane, q.constants[: loops.FORWARD_CONSTANTS], c0, columns, line)
             for segment in range(first, end):
                 line[SUM * STRIP :] = 0.0
-                _reduce(p, q, c0, c1, segment, line, work, kept)
+                _reduce(p, q, c0, c1, segment, table, line, work, kept)
                 _fold(q.parts[:, :, segment], c0, columns[: 1 if p.plane else STRIP], p.inner, line)
         if maps and (unit == begin or not p.in_order):
             for c in range(q.saved.shape[1]) if p.in_order else range(c0, c1):
                 _finish(q, c)
         if maps and q.out.size:
-            used = loops.CONSTANTS if q.backward else loops.FORWARD_CONSTANTS
-            _spread(p.plane, q.constants[:used], c0, columns, line)
+            if not p.span:
+                used = loops.CONSTANTS if q.backward else loops.FORWARD_CONSTANTS
+                _spread(False, q.constants[:used], c0, columns, line)
             for segment in range(end - 1, first - 1, -1):
-                _map(p, q, c0, c1, segment, line, work, kept)
+                _map(p, q, c0, c1, segment, table, line, work, kept)
         unit += end - first
 
 

@@ -97,27 +97,35 @@ def total(values: Array) -> float:
 
 
 @loop
-def normalize(plane: bool, x: Array, residual: Array, z: Array, line: Array) -> None:
-    """Fills z, the argument of the activation."""
-    for k in range(x.size):
-        c = 0 if plane else k
-        shift = line[SHIFT * STRIP + c]
-        if residual.size:
-            shift += residual[k]
-        z[k] = (x[k] - line[MEAN * STRIP + c]) * line[SCALE * STRIP + c] + shift
+def normalize(span: int, c0: int, c1: int, rows: int, step: int, x: Array, residual: Array, z: Array, n: int, constants: Array) -> None:
+    """Fills z, the argument of the activation, in n columns of `rows` rows, which begin `step` apart."""
+    first, c = 0, c0
+    while first < n:
+        last = min(first + span, n) if span else n
+        for k in range(last - first):
+            j = c if span else k
+            mean, scale, shift = constants[MEAN, j], constants[SCALE, j], constants[SHIFT, j]
+            for row in range(rows):
+                at = np.uint64(row * step + first + k)
+                z[at] = (x[at] - mean) * scale + (shift + residual[at] if residual.size else shift)
+        first, c = last, c + 1 if c + 1 < c1 else c0
 
 
 @loop
-def differentiate(plane: bool, kept: Array, dz: Array, x: Array, dx: Array, line: Array) -> None:
+def differentiate(span: int, c0: int, c1: int, kept: Array, dz: Array, x: Array, dx: Array, constants: Array) -> None:
     """Fills dx."""
-    for k in range(x.size):
-        c = 0 if plane else k
-        own = line[ON_DY * STRIP + c] * dz[k]
-        through_statistics = line[ON_X * STRIP + c] * (x[k] - line[MEAN * STRIP + c]) + line[CONSTANT * STRIP + c]
-        if kept.size:
-            own = own if kept[k] != NOTHING else 0.0
-            through_statistics = through_statistics if kept[k] == COUNTS else 0.0
-        dx[k] = own + through_statistics
+    first, c = 0, c0
+    while first < x.size:
+        last = min(first + span, x.size) if span else x.size
+        for k in range(last - first):
+            j, at = c if span else k, np.uint64(first + k)
+            own = constants[ON_DY, j] * dz[at]
+            through_statistics = constants[ON_X, j] * (x[at] - constants[MEAN, j]) + constants[CONSTANT, j]
+            if kept.size:
+                own = own if kept[at] != NOTHING else 0.0
+                through_statistics = through_statistics if kept[at] == COUNTS else 0.0
+            dx[at] = own + through_statistics
+        first, c = last, c + 1 if c + 1 < c1 else c0
 
 
 @loop

@@ -80,8 +80,8 @@ def parts_of(call: Call, *, frozen: bool = False, count: int | None = None) -> P
     """The parts of the call that a cache keeps."""
     x, residual = views(call.y if call.in_place else call.x, call.residual)
     has_gamma, has_beta = call.gamma is not None, call.beta is not None
-    parts = Parts(x, residual, call.saved, call.axis, frozen, call.options.given(), has_gamma, has_beta)
-    return parts._replace(mask=call.mask, counted=count, from_y=call.in_place)
+    return Parts(x, residual, call.saved, call.axis, frozen, call.options.given(), has_gamma, has_beta, call.mask, count,
+                 call.in_place)  # fmt: skip
 
 
 def views(x: Array, residual: Array | None) -> tuple[Array, Array | None]:
@@ -92,8 +92,8 @@ def views(x: Array, residual: Array | None) -> tuple[Array, Array | None]:
 def _call_of(dy: Array, parts: Parts, threads: int) -> BackwardCall:
     """The record of a gradient, from the parts of a cache, without arrays to fill."""
     options = parts.options.checked()
-    call = BackwardCall(dy, parts.x, parts.saved, parts.residual, parts.mask, parts.channel_axis, options)
-    return call._replace(counted=float(parts.total), frozen=parts.frozen, from_y=parts.from_y, threads=threads)
+    return BackwardCall(dy, parts.x, parts.saved, parts.residual, parts.mask, parts.channel_axis, options,
+                        float(parts.total), parts.frozen, parts.from_y, threads=threads)  # fmt: skip
 
 
 def check_backward(dy: object, parts: Parts, out: object, threads: int) -> BackwardCall:

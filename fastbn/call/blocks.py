@@ -51,12 +51,13 @@ class Blocks:
         given = native(x.dtype)
         self.dtype = given if kind_of(given).name in backend.DTYPES else FLOAT32
         self.order = memory_order(x)
+        self.turns = not x.flags.c_contiguous
         self.at = self.order.index(axis)
         self.positions = tuple(i - (i > axis) for i in self.order if i != axis)
         arrays = arrays_of(call, (*READ, *WRITTEN)).values()
         shape = tuple(x.shape[i] for i in self.order)
         self.shape = three_of(shape, self.at)
-        direct = all(self._is_ready(array.transpose(self.order)) for array in arrays)
+        direct = all(self._is_ready(self._turned(array)) for array in arrays)
         if not x.shape[axis]:
             self.blocks = []
         else:
@@ -153,8 +154,13 @@ class Blocks:
             taken["mask"] = self._positions(call.mask, piece, taken["x"])
         return replaced(call, taken)
 
+    def _turned(self, array: Array) -> Array:
+        """The array with its axes in the order of x's memory."""
+        return array.transpose(self.order) if self.turns else array
+
     def _is_ready(self, turned: Array) -> bool:
-        return turned.flags.c_contiguous and turned.flags.aligned and turned.dtype == self.dtype
+        flags = turned.flags
+        return turned.dtype == self.dtype and flags.c_contiguous and flags.aligned
 
     def _scratch(self, array: Array, shape: tuple[int, ...]) -> Array:
         """Memory for a piece of this array, which all its pieces share, since the first is the largest."""
@@ -179,7 +185,7 @@ class Blocks:
 
     def _target(self, array: Array, piece: Index) -> Array:
         """The array that a backend fills for a piece, in three dimensions: a view, or memory that `_put` copies."""
-        turned = array.transpose(self.order)
+        turned = self._turned(array)
         if not piece:
             return turned.reshape(self.shape)
         turned = turned[piece]

@@ -242,7 +242,8 @@ def out(value: object, x: Array, inputs: Mapping[str, Array | None], *, may_be: 
     """Checks `out`: x's shape and dtype, any byte order, writable, and apart from the inputs or equal to `may_be`."""
     if value is None:
         return None
-    array = _ndarray("out", value, f" of x's shape {x.shape} and dtype {x.dtype}")
+    such = "" if isinstance(value, np.ndarray) else f" of x's shape {x.shape} and dtype {x.dtype}"
+    array = _ndarray("out", value, such)
     if native(array.dtype) != native(x.dtype):
         _refuse(TypeError, "out", f"dtype {array.dtype}", f"x's dtype {x.dtype}")
     if array.shape != x.shape:

@@ -173,35 +173,31 @@ def check(call: Call, *, updates: bool, keeps: bool) -> Call:
     x = checks.data("x", call.x)
     axis = checks.axis(call.axis, x)
     channels = x.shape[axis]
-    call = call._replace(
-        x=x,
-        axis=axis,
-        momentum=call.momentum if isinstance(call.momentum, Average) else checks.momentum(call.momentum),
-        correction=checks.correction(call.correction),
-        eps=checks.eps(call.eps),
-        options=call.options.checked(),
-        gamma=checks.parameter("gamma", call.gamma, channels),
-        beta=checks.parameter("beta", call.beta, channels),
-        given=checks.running(call.running_mean, call.running_var, channels, written=updates),
-        residual=None if call.residual is None else checks.like("residual", call.residual, x),
-        mask=checks.mask(call.mask, x, axis),
-    )
-    inputs = arrays_of(call, ("x", "residual", "gamma", "beta", "mask"))
-    inputs |= {name: array for name, array in zip(RUNNING, call.given, strict=True) if array is not None}
+    momentum = call.momentum if isinstance(call.momentum, Average) else checks.momentum(call.momentum)
+    correction, eps, options = checks.correction(call.correction), checks.eps(call.eps), call.options.checked()
+    gamma = checks.parameter("gamma", call.gamma, channels)
+    beta = checks.parameter("beta", call.beta, channels)
+    given = checks.running(call.running_mean, call.running_var, channels, written=updates)
+    residual = None if call.residual is None else checks.like("residual", call.residual, x)
+    mask = checks.mask(call.mask, x, axis)
+    inputs = {"x": x, "residual": residual, "gamma": gamma, "beta": beta, "mask": mask}
+    inputs |= {"running_mean": given[0], "running_var": given[1]}
     out = checks.out(call.out, x, inputs, may_be="x")
     in_place = out is not None and checks.same_memory(out, x)
-    gamma, beta = parameters(call.gamma, call.beta, kind_of(x.dtype).statistics)
+    gamma, beta = parameters(gamma, beta, kind_of(x.dtype).statistics)
     if in_place and keeps:
-        activation = Activation(call.options.activation)
-        checks.invertible(activation, call.options.slope, gamma, beta, call.residual, channels, x.dtype)
+        checks.invertible(Activation(options.activation), options.slope, gamma, beta, residual, channels, x.dtype)
     if updates:
         checks.running_apart(inputs)
     if out is None:
         out = np.empty_like(x, native(x.dtype), subok=False)
-    mean, var = _statistics(call.given)
-    mask = None if call.mask is None else np.broadcast_to(call.mask, positions_of(x.shape, axis))
-    call = call._replace(gamma=gamma, beta=beta, running_mean=mean, running_var=var, mask=mask)
-    return call._replace(out=out if call.out is None else call.out, y=out, in_place=in_place)
+    mean, var = _statistics(given)
+    mask = None if mask is None else np.broadcast_to(mask, positions_of(x.shape, axis))
+    return call._replace(
+        x=x, gamma=gamma, beta=beta, running_mean=mean, running_var=var, momentum=momentum, correction=correction,
+        eps=eps, axis=axis, mask=mask, options=options, residual=residual, out=out if call.out is None else call.out,
+        y=out, in_place=in_place, given=given,
+    )  # fmt: skip
 
 
 def contiguous(array: Array, dtype: DType) -> Array:
