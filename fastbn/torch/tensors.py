@@ -32,8 +32,11 @@ _increment_version = torch.autograd.graph.increment_version
 
 Array = np.ndarray[Any, Any]
 
-Place = tuple[tuple[int, ...], tuple[int, ...] | None, int]
-"""The addresses of tensors, the shape of the data in memory (None if the express lane cannot take it), and its axis."""
+Place = tuple[tuple[int, ...], tuple[int, ...] | None, int] | Any
+"""The addresses of tensors, the shape of the data in memory (None if the express lane cannot take it), and its axis.
+
+Of plain tensors it is a Place of the bridge.
+"""
 
 _PLAIN = frozenset((Tensor, Parameter))
 """The classes of tensors that may be nothing but their memory; subclasses may be more."""
@@ -89,7 +92,8 @@ def _threads() -> int:
 _tensors: Any = None
 """The bridge's functions for plain tensors, if this version of torch has DLPack's exchange API."""
 if bridge is not None and hasattr(Tensor, "__dlpack_c_exchange_api__"):
-    _tensors = bridge.Tensors(_PLAIN, Tensor.__dlpack_c_exchange_api__, torch.empty_like, _threads)
+    _exchange = Tensor.__dlpack_c_exchange_api__
+    _tensors = bridge.Tensors(_PLAIN, _exchange, torch.empty_like, _empty_like, _threads)
 
 
 # By addresses --------------------------------------------------------------------------------------------------------
@@ -177,7 +181,7 @@ def place(
 ) -> Place | None:
     """The place of these tensors for `normalize`, or None if it cannot take one of them."""
     if _tensors is not None:
-        found: Place | None = _tensors.place(x, residual, gamma, beta, mean, var, channels, batch)
+        found = _tensors.place(x, residual, gamma, beta, mean, var, channels, batch)
         if found is not None:
             return found
     statistics = STATISTICS.get(x.dtype)
@@ -290,13 +294,13 @@ def normalize(
 
     In training, mean and var are updated. mean, var, gamma and beta may have any dtype. `where` is the tensors' place.
     """
-    bridged = on_plain_tensors()
-    if bridged is not None:
-        found: tuple[Tensor, Any] | None = bridged.normalize(where, x, momentum, eps, activation, training, keeps)
+    by_addresses = type(where) is tuple
+    if not by_addresses and select(None) is bridge:
+        found: tuple[Tensor, Any] | None = _tensors.normalize(where, x, momentum, eps, activation, training, keeps)
         if found is not None:
             return found
     y = _empty_like(x)
-    addresses, shape, axis = where
+    addresses, shape, axis = where if by_addresses else ((), None, 1)
     if shape is not None and 0 <= momentum <= 1:
         express = getattr(select(None), "forward_at", None)
         if express is not None:
