@@ -89,11 +89,11 @@ def _threads() -> int:
     return min(torch.get_num_threads(), get_num_threads())
 
 
-_tensors: Any = None
+bridged: Any = None
 """The bridge's functions for plain tensors, if this version of torch has DLPack's exchange API."""
 if bridge is not None and hasattr(Tensor, "__dlpack_c_exchange_api__"):
     _exchange = Tensor.__dlpack_c_exchange_api__
-    _tensors = bridge.Tensors(_PLAIN, _exchange, torch.empty_like, _empty_like, _threads)
+    bridged = bridge.Tensors(_PLAIN, _exchange, torch.empty_like, _empty_like, _threads)
 
 
 # By addresses --------------------------------------------------------------------------------------------------------
@@ -180,8 +180,8 @@ def place(
     batch: bool,
 ) -> Place | None:
     """The place of these tensors for `normalize`, or None if it cannot take one of them."""
-    if _tensors is not None:
-        found = _tensors.place(x, residual, gamma, beta, mean, var, channels, batch)
+    if bridged is not None and select(None) is bridge:
+        found = bridged.place(x, residual, gamma, beta, mean, var, channels, batch)
         if found is not None:
             return found
     statistics = STATISTICS.get(x.dtype)
@@ -295,8 +295,8 @@ def normalize(
     In training, mean and var are updated. mean, var, gamma and beta may have any dtype. `where` is the tensors' place.
     """
     by_addresses = type(where) is tuple
-    if not by_addresses and select(None) is bridge:
-        found: tuple[Tensor, Any] | None = _tensors.normalize(where, x, momentum, eps, activation, training, keeps)
+    if not by_addresses:
+        found: tuple[Tensor, Any] | None = bridged.normalize(where, x, momentum, eps, activation, training, keeps)
         if found is not None:
             return found
     y = _empty_like(x)
@@ -326,11 +326,6 @@ def normalize(
     if mean is not None and var is not None:
         blend(mean, var, torch.from_numpy(saved), x.numel() // x.shape[1], momentum)
     return y, saved
-
-
-def on_plain_tensors() -> Any:
-    """The bridge's functions for plain tensors, or None if they are missing, or another backend is in use."""
-    return _tensors if _tensors is not None and select(None) is bridge else None
 
 
 def _per_channel(x: Tensor) -> Tensor:

@@ -286,8 +286,8 @@ cdef class Tensors:
         """A new tensor like x, which has so many bytes."""
         return self.empty_like(x) if size < HUGE else self.large_like(x)
 
-    def normalize(
-        self, Place where not None, x not None, double momentum, double eps, activation, bint training, bint keeps
+    cpdef tuple normalize(
+        self, Place where, x, double momentum, double eps, activation, bint training, bint keeps
     ):
         """Returns y and the rows `saved`, which are None in inference without `keeps`; or None for other calls.
 
@@ -310,6 +310,34 @@ cdef class Tensors:
         normalize(call, training, momentum, 1, saved)
         return y, saved
 
+    def forward(self, ctx, x not None, residual, gamma, beta, tuple rest):
+        """Does the work of Normalization.forward, and returns y; or does nothing, and returns None."""
+        where, _, _, training, momentum, eps, activation = rest
+        if type(where) is not Place:
+            return None
+        try:
+            versions = 0 if gamma is None else gamma._version, 0 if beta is None else beta._version
+        except RuntimeError:  # of inference tensors
+            return None
+        found = self.normalize(where, x, momentum, eps, activation, training, True)
+        if found is None:
+            return None
+        ctx.kept = found[1], gamma, beta, training, activation, eps, versions
+        if residual is None:
+            ctx.save_for_backward(x)
+        else:
+            ctx.save_for_backward(x, residual)
+        return found[0]
+
+    def backward(self, ctx, dy):
+        """Does the work of Normalization.backward for a gradient that is not recorded, or returns None."""
+        cdef tuple tensors = ctx.saved_tensors
+        saved, gamma, beta, training, activation, _, _ = ctx.kept
+        residual = tensors[1] if len(tensors) == 2 else None
+        return self.differentiate(
+            dy, tensors[0], residual, gamma, beta, saved, training, activation, ctx.needs_input_grad
+        )
+
     cdef object new_per_channel(self, object like, int64_t channels, fbn_tensor *t):
         """A new tensor like one of a value per channel, and what it is; t.data is NULL if it is not plain."""
         made = self.empty_like(like)
@@ -317,8 +345,9 @@ cdef class Tensors:
             t.data = NULL
         return made
 
-    def differentiate(
-        self, dy, x not None, residual, gamma, beta, saved, bint training, activation, tuple wanted
+    cdef tuple differentiate(
+        self, object dy, object x, object residual, object gamma, object beta, object saved, bint training,
+        object activation, tuple wanted,
     ):
         """Returns the gradients of x, residual, gamma and beta, and a None; or None for other calls.
 
