@@ -1,4 +1,4 @@
-"""How much faster are fastbn's layers in PyTorch? Times single layers, and the training of a network.
+"""How much faster are fastbn's layers in PyTorch? Times single layers, small calls, and the training of a network.
 
 A small residual network learns handwritten digits three times, with the same batches and initial weights: with torch's
 layers, with the same network converted, and with fastbn's layers, which compute the sum and the ReLU that follow, too.
@@ -8,7 +8,6 @@ The steps of the three networks alternate.
 from __future__ import annotations
 
 import copy
-import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import fastbn
 import fastbn.torch
 
+from . import eager_calls
 from .extras import extra
 
 try:
@@ -131,31 +131,6 @@ def time_layers(shape: tuple[int, ...], memory_format: torch.memory_format, roun
     return {name: median(some[1:]) for name, some in seconds.items()}
 
 
-EAGER: dict[str, Callable[[Any, Tensor, Tensor], Any]] = {
-    "forward": lambda layer, x, dy: layer(x),
-    "forward and autograd.grad": lambda layer, x, dy: torch.autograd.grad(layer(x), (x, layer.weight, layer.bias), dy),
-    "forward and backward()": lambda layer, x, dy: layer(x).backward(dy),
-}
-
-
-def report_eager(rounds: int) -> None:
-    """Prints what a small call costs, which is overhead alone: the minimum over many rounds, in turns."""
-    x, dy = torch.randn(8, 64, requires_grad=True), torch.randn(8, 64)
-    print(f"\n{'one eager call, (8, 64)':<40}{'torch':>12}{'fastbn':>12}{'more':>9}")
-    for training in (True, False):
-        layers = [layer(64).train(training) for layer in (nn.BatchNorm1d, fastbn.torch.BatchNorm1d)]
-        for what, call in EAGER.items():
-            least = [math.inf, math.inf]
-            for _ in range(rounds):
-                for i, layer in enumerate(layers):
-                    start = time.perf_counter()
-                    for _ in range(20):
-                        call(layer, x, dy)
-                    least[i] = min(least[i], (time.perf_counter() - start) / 20 * 1e6)
-            label = f"{'training' if training else 'evaluation'}, {what}"
-            print(f"{label:<40}{least[0]:9.1f} us{least[1]:9.1f} us{least[1] - least[0]:+9.1f}")
-
-
 def rotated(names: list[str], step: int) -> list[str]:
     """The names in another order for each step, so that all networks come first equally often."""
     return names[step % len(names) :] + names[: step % len(names)]
@@ -228,11 +203,11 @@ def run(quick: bool, picture: Path) -> None:
     print(f"torch {torch.__version__}, fastbn {fastbn.__version__}, {torch.get_num_threads()} threads")
     if quick:
         report_layers([(4, 8, 6, 6)], 3)
-        report_eager(2)
+        eager_calls.report(2)
         data = batches(6, 16, 1)
     else:
         report_layers([(64, 32, 8, 8), (64, 32, 32, 32), (64, 64, 56, 56)], 11)
-        report_eager(300)
+        eager_calls.report(300)
         data = batches(30, 64, 4)
     trained = {name: train(data, memory_format) for name, memory_format in FORMATS.items()}
     curves, seconds = ({name: both[i] for name, both in trained.items()} for i in (0, 1))

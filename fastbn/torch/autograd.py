@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._backends import SAVED_ROWS
+from .._backends import SAVED_ROWS, select
 from ..call.activations import as_given, name_and_slope
 from ..ops import Activation
 from . import formulas
@@ -20,12 +20,13 @@ from .tensors import (
     STATISTICS,
     Place,
     arranged,
+    bridge,
+    bridged,
     cast,
     check_saved,
     differentiate,
     lacks_memory,
     normalize,
-    on_plain_tensors,
     place,
     place_of_gradient,
 )
@@ -51,41 +52,65 @@ class Normalization(torch.autograd.Function):
         beta: Tensor | None,
         rest: tuple[Any, ...],
     ) -> Tensor:
-        where, mean, var, training, momentum, eps, activation = rest
-        y, saved = normalize(where, x, residual, gamma, beta, mean, var, training, momentum, eps, activation)
-        ctx.kept = saved, gamma, beta, version_of(gamma), version_of(beta), training, eps, activation
-        if residual is None:
-            ctx.save_for_backward(x)
-        else:
-            ctx.save_for_backward(x, residual)
-        return y
+        y = None if bridged is None else bridged.forward(ctx, x, residual, gamma, beta, rest)
+        return _forward(ctx, x, residual, gamma, beta, *rest) if y is None else y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        tensors = ctx.saved_tensors
-        x, residual = tensors if len(tensors) == 2 else (tensors[0], None)
-        saved, gamma, beta, of_gamma, of_beta, training, eps, activation = ctx.kept
-        wanted = ctx.needs_input_grad
-        unrecorded = not (_is_grad_enabled() or watched(dy))
-        if unrecorded:
-            bridged = on_plain_tensors()
-            quick = bridged and bridged.differentiate(dy, x, residual, gamma, beta, saved, training, activation, wanted)
-            if quick is None:
-                dy = arranged(dy, x)
-                quick = bridged and bridged.differentiate(
-                    dy, x, residual, gamma, beta, saved, training, activation, wanted
-                )
-            if quick is not None:
-                return quick
-        where = place_of_gradient(dy, x, residual) if unrecorded else None
-        if where is not None:
-            found = differentiate(where, dy, x, residual, saved, training, activation, wanted)
-        else:
-            check_saved(dy, x, residual)
-            check_unchanged(gamma, None if activation is None else beta, of_gamma, of_beta)
-            rows = torch.from_numpy(saved)
-            found = formulas.gradients(dy, x, residual, gamma, beta, rows, training, eps, activation, wanted)
-        return in_dtypes(found, gamma, beta)
+        if _is_grad_enabled() or watched(dy):
+            return _recorded(ctx, dy)
+        if bridged is not None and select(None) is bridge:
+            found: tuple[Tensor | None, ...] | None = bridged.backward(ctx, dy)
+            if found is None:
+                found = bridged.backward(ctx, arranged(dy, ctx.saved_tensors[0]))
+            if found is not None:
+                return found
+        return _backward(ctx, dy)
+
+
+def _forward(
+    ctx: Any,
+    x: Tensor,
+    residual: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    where: Place,
+    mean: Tensor | None,
+    var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    activation: Activation,
+) -> Tensor:
+    """Normalization.forward for tensors of any kind."""
+    y, saved = normalize(where, x, residual, gamma, beta, mean, var, training, momentum, eps, activation)
+    ctx.kept = saved, gamma, beta, training, activation, eps, (version_of(gamma), version_of(beta))
+    ctx.save_for_backward(*((x,) if residual is None else (x, residual)))
+    return y
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    """Normalization.backward for tensors of any kind."""
+    x, residual = (*ctx.saved_tensors, None)[:2]
+    saved, gamma, beta, training, activation, _, _ = ctx.kept
+    dy = arranged(dy, x)
+    where = place_of_gradient(dy, x, residual)
+    if where is None:
+        return _recorded(ctx, dy)
+    found = differentiate(where, dy, x, residual, saved, training, activation, ctx.needs_input_grad)
+    return in_dtypes(found, gamma, beta)
+
+
+def _recorded(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    """Normalization.backward by torch's operators, which may be differentiated, batched or recorded."""
+    x, residual = (*ctx.saved_tensors, None)[:2]
+    saved, gamma, beta, training, activation, eps, versions = ctx.kept
+    check_saved(dy, x, residual)
+    check_unchanged(gamma, None if activation is None else beta, *versions)
+    rows = torch.from_numpy(saved)
+    wanted = ctx.needs_input_grad
+    found = formulas.gradients(dy, x, residual, gamma, beta, rows, training, eps, activation, wanted)
+    return in_dtypes(found, gamma, beta)
 
 
 def version_of(tensor: Tensor | None) -> int:

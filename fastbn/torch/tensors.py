@@ -32,8 +32,11 @@ _increment_version = torch.autograd.graph.increment_version
 
 Array = np.ndarray[Any, Any]
 
-Place = tuple[tuple[int, ...], tuple[int, ...] | None, int]
-"""The addresses of tensors, the shape of the data in memory (None if the express lane cannot take it), and its axis."""
+Place = tuple[tuple[int, ...], tuple[int, ...] | None, int] | Any
+"""The addresses of tensors, the shape of the data in memory (None if the express lane cannot take it), and its axis.
+
+Of plain tensors it is a Place of the bridge.
+"""
 
 _PLAIN = frozenset((Tensor, Parameter))
 """The classes of tensors that may be nothing but their memory; subclasses may be more."""
@@ -86,10 +89,11 @@ def _threads() -> int:
     return min(torch.get_num_threads(), get_num_threads())
 
 
-_tensors: Any = None
+bridged: Any = None
 """The bridge's functions for plain tensors, if this version of torch has DLPack's exchange API."""
 if bridge is not None and hasattr(Tensor, "__dlpack_c_exchange_api__"):
-    _tensors = bridge.Tensors(_PLAIN, Tensor.__dlpack_c_exchange_api__, torch.empty_like, _threads)
+    _exchange = Tensor.__dlpack_c_exchange_api__
+    bridged = bridge.Tensors(_PLAIN, _exchange, torch.empty_like, _empty_like, _threads)
 
 
 # By addresses --------------------------------------------------------------------------------------------------------
@@ -176,8 +180,8 @@ def place(
     batch: bool,
 ) -> Place | None:
     """The place of these tensors for `normalize`, or None if it cannot take one of them."""
-    if _tensors is not None:
-        found: Place | None = _tensors.place(x, residual, gamma, beta, mean, var, channels, batch)
+    if bridged is not None and select(None) is bridge:
+        found = bridged.place(x, residual, gamma, beta, mean, var, channels, batch)
         if found is not None:
             return found
     statistics = STATISTICS.get(x.dtype)
@@ -290,13 +294,13 @@ def normalize(
 
     In training, mean and var are updated. mean, var, gamma and beta may have any dtype. `where` is the tensors' place.
     """
-    bridged = on_plain_tensors()
-    if bridged is not None:
+    by_addresses = type(where) is tuple
+    if not by_addresses:
         found: tuple[Tensor, Any] | None = bridged.normalize(where, x, momentum, eps, activation, training, keeps)
         if found is not None:
             return found
     y = _empty_like(x)
-    addresses, shape, axis = where
+    addresses, shape, axis = where if by_addresses else ((), None, 1)
     if shape is not None and 0 <= momentum <= 1:
         express = getattr(select(None), "forward_at", None)
         if express is not None:
@@ -322,11 +326,6 @@ def normalize(
     if mean is not None and var is not None:
         blend(mean, var, torch.from_numpy(saved), x.numel() // x.shape[1], momentum)
     return y, saved
-
-
-def on_plain_tensors() -> Any:
-    """The bridge's functions for plain tensors, or None if they are missing, or another backend is in use."""
-    return _tensors if _tensors is not None and select(None) is bridge else None
 
 
 def _per_channel(x: Tensor) -> Tensor:

@@ -15,6 +15,11 @@ from fastbn cimport cfastbn as c
 
 from fastbn.call.record import USUAL, Options
 
+cdef extern from "values.h" nogil:
+    size_t element "fbn_element"(c.fbn_dtype dtype)
+    double value_at "fbn_get"(const void *array, int64_t i, c.fbn_dtype dtype)
+    void put "fbn_put"(void *array, int64_t i, double value, c.fbn_dtype dtype)
+
 cdef extern from "Python.h":
     long PyLong_AsLongAndOverflow(object value, int *overflow)
 

@@ -189,6 +189,7 @@ cdef struct Call:
     void *residual
     void *mean
     void *var
+    c.fbn_dtype statistics_dtype
     void *y
     int64_t bytes
     int64_t channel_bytes
@@ -199,13 +200,15 @@ cdef struct Call:
 cdef Call NO_CALL
 
 
+cdef inline c.fbn_dtype statistics_dtype(const c.fbn_problem *p) noexcept:
+    return c.FBN_F64 if p.dtype == c.FBN_F64 else c.FBN_F32
+
+
 cdef void set_bytes(Call *call) noexcept:
-    """Sets the bytes of the arrays of a problem, and the dtype of its parameters."""
+    """Sets the bytes of the arrays of a problem, whose parameters and statistics have the statistics dtype."""
     cdef const c.fbn_problem *p = &call.problem
-    cdef int wide = 8 if p.dtype == c.FBN_F64 else 4
-    call.parameters.dtype = c.FBN_F64 if p.dtype == c.FBN_F64 else c.FBN_F32
-    call.bytes = p.outer * p.channels * p.inner * (wide if p.dtype == c.FBN_F32 or p.dtype == c.FBN_F64 else 2)
-    call.channel_bytes = p.channels * wide
+    call.parameters.dtype = call.statistics_dtype = statistics_dtype(p)
+    call.bytes, call.channel_bytes = values_of(p) * element(p.dtype), p.channels * element(call.parameters.dtype)
 
 
 cdef int take(
@@ -293,11 +296,11 @@ cdef int normalize(const Call *call, bint training, double momentum, double corr
     cdef double *rows = NULL if saved is None else <double *> cnp.PyArray_DATA(saved)
     if training:
         a.x, a.residual, a.parameters, a.eps = call.x, call.residual, call.parameters, call.eps
-        a.running.mean, a.running.var, a.running.dtype = call.mean, call.var, call.parameters.dtype
+        a.running.mean, a.running.var, a.running.dtype = call.mean, call.var, call.statistics_dtype
         a.running.momentum, a.running.correction, a.y, a.saved = momentum, correction, call.y, rows
         return run(&call.problem, &a)
     b.x, b.residual, b.parameters, b.eps = call.x, call.residual, call.parameters, call.eps
-    b.statistics.mean, b.statistics.var, b.statistics.dtype = call.mean, call.var, call.parameters.dtype
+    b.statistics.mean, b.statistics.var, b.statistics.dtype = call.mean, call.var, call.statistics_dtype
     b.y, b.saved = call.y, rows
     return run(&call.problem, &b)
 

@@ -140,45 +140,77 @@ cdef bint are_alike(const fbn_tensor *t, const fbn_tensor *other) noexcept nogil
     return True
 
 
-cdef int64_t elements_of(const fbn_tensor *t) noexcept nogil:
-    """The number of values of a contiguous tensor; -1 if it is not contiguous."""
+cdef bint is_dense(const fbn_tensor *t, bint last) noexcept nogil:
+    """Whether a tensor is contiguous, or, if `last`, would be with axis 1, the channels, after the others."""
     cdef int64_t values = 1
-    cdef int i
+    cdef int i, axis
     for i in range(t.ndim - 1, -1, -1):
-        if t.shape[i] != 1 and t.strides[i] != values:
-            return -1
-        values *= t.shape[i]
-    return values
+        axis = i if not last or i == 0 else 1 if i == t.ndim - 1 else i + 1
+        if t.shape[axis] != 1 and t.strides[axis] != values:
+            return False
+        values *= t.shape[axis]
+    return True
 
 
-cdef int number_of(const fbn_tensor *t) noexcept:
-    """NumPy's number of a tensor's dtype; -1 if data may not have that dtype."""
-    if t.kind == FLOAT and t.bits == 32:
-        return cnp.NPY_FLOAT32
-    if t.kind == FLOAT and t.bits == 64:
-        return cnp.NPY_FLOAT64
-    if t.kind == FLOAT and t.bits == 16:
-        return cnp.NPY_FLOAT16
-    return bfloat16 if t.kind == BFLOAT and t.bits == 16 else -1
+cdef int dtype_of_tensor(const fbn_tensor *t) noexcept nogil:
+    """The dtype by its number in fastbn.h; -1 if data may not have that dtype."""
+    if t.kind == BFLOAT:
+        return c.FBN_BF16 if t.bits == 16 else -1
+    if t.kind != FLOAT:
+        return -1
+    return c.FBN_F32 if t.bits == 32 else c.FBN_F64 if t.bits == 64 else c.FBN_F16 if t.bits == 16 else -1
+
+
+cdef void set_problem_of_tensor(c.fbn_problem *p, const fbn_tensor *x, bint last) noexcept:
+    """Sets the dtype and the sizes of x, which is dense; as in `set_sizes`, a single channel is one plane."""
+    cdef int i
+    p.dtype, p.outer, p.channels, p.inner = <c.fbn_dtype> dtype_of_tensor(x), x.shape[0], x.shape[1], 1
+    for i in range(2, x.ndim):
+        p.inner *= x.shape[i]
+    if last:
+        p.outer, p.inner = p.outer * p.inner, 1
+    if p.channels == 1:
+        p.outer, p.inner = 1, p.outer * p.inner
+
+
+cdef bint is_per_channel(const fbn_tensor *t, int64_t channels, c.fbn_dtype dtype) noexcept nogil:
+    """Whether a tensor is absent, or contiguous with one value of this dtype per channel."""
+    return t.data == NULL or (
+        t.ndim == 1 and t.shape[0] == channels and is_dense(t, False) and dtype_of_tensor(t) == dtype
+    )
+
+
+cdef class Place:
+    """A call that `Tensors.place` has found to be plain: addresses, which keep no tensor alive, and sizes."""
+
+    cdef Call call
+    cdef bint last
 
 
 cdef class Tensors:
-    """Calls on plain tensors: of these classes, contiguous, in the CPU's memory and not negated lazily.
+    """Calls on plain tensors: of these classes, in the CPU's memory, aligned, and not negated lazily.
 
-    `exchange` is the classes' __dlpack_c_exchange_api__; empty_like(tensor) makes a tensor like the given one.
+    Data is dense and in one memory order, which is contiguous or has the channels last. Values per channel are
+    contiguous and may have any dtype. `exchange` is the classes' __dlpack_c_exchange_api__. empty_like(tensor) makes a
+    tensor like the given one, and large_like one of HUGE bytes or more. threads() gives the number of threads.
     """
 
-    cdef object classes, empty_like, threads
+    cdef object classes, empty_like, large_like
+    cdef public object threads
     cdef const fbn_exchange *exchange
 
-    def __init__(self, classes, exchange, empty_like, threads):
-        self.classes, self.empty_like, self.threads = classes, empty_like, threads
+    def __init__(self, classes, exchange, empty_like, large_like, threads):
+        self.classes, self.empty_like, self.large_like = classes, empty_like, large_like
+        self.threads = threads
         self.exchange = <const fbn_exchange *> PyCapsule_GetPointer(exchange, "dlpack_exchange_api")
         if self.exchange.major != 1 or self.exchange.look == NULL:  # another layout of the struct
             self.exchange = NULL
 
     cdef bint look(self, object value, fbn_tensor *t, bint is_new=False) except -1:
-        """Fills t for a plain tensor, or sets t.data to NULL for None; False for others. A new one is not negated."""
+        """Fills t for a plain tensor of any strides, or sets t.data to NULL for None; False for others.
+
+        A new tensor is not negated.
+        """
         t.data = NULL
         if value is None:
             return True
@@ -189,90 +221,185 @@ cdef class Tensors:
         except RuntimeError:  # the tensor has no memory
             return False
         t.data += t.byte_offset
-        return t.device == CPU and <size_t> t.data >= LOW and elements_of(t) >= 0
+        return (
+            t.device == CPU and <size_t> t.data >= LOW and dtype_of_tensor(t) >= 0
+            and not <size_t> t.data & ((t.bits >> 3) - 1)
+        )
 
-    cdef bint look_at_data(self, object value, fbn_tensor *t, const fbn_tensor *x, bint is_new=False) except -1:
-        """Whether a value is None or a plain tensor of x's dtype and shape."""
-        return self.look(value, t, is_new) and (t.data == NULL or are_alike(t, x))
+    cdef bint look_at_x(self, object x, fbn_tensor *t, c.fbn_problem *p, bint *last) except -1:
+        """Sets a problem's dtype and sizes, and whether the channels are last; False if x is empty or not plain."""
+        if not self.look(x, t) or t.data == NULL or t.ndim < 2:
+            return False
+        last[0] = not is_dense(t, False)
+        if last[0] and not is_dense(t, True):
+            return False
+        set_problem_of_tensor(p, t, last[0])
+        return values_of(p) > 0
 
-    cdef bint look_at_channels(self, object value, fbn_tensor *t, const fbn_tensor *x, bint is_new=False) except -1:
-        """Whether a value is None or a plain tensor of one value for each of x's channels, in the statistics dtype."""
-        return self.look(value, t, is_new) and (t.data == NULL or (
-            t.ndim == 1 and t.shape[0] == x.shape[1] and t.kind == FLOAT and t.bits == (64 if x.bits == 64 else 32)
-        ))
+    cdef bint take(self, object value, const fbn_tensor *x, bint last, void **data, bint is_new=False) except -1:
+        """Sets data to that of a plain tensor of x's dtype, shape and order, or to NULL for None; False for others."""
+        cdef fbn_tensor t
+        if not self.look(value, &t, is_new):
+            return False
+        data[0] = t.data
+        return t.data == NULL or (are_alike(&t, x) and is_dense(&t, last))
 
-    def place(self, x not None, residual, gamma, beta, mean, var, channels, bint batch):
-        """Returns (addresses, shape, 1) for `normalize`, or None. Batch statistics need two values per channel."""
-        cdef fbn_tensor t[6]
-        if not self.look(x, &t[0]) or number_of(&t[0]) < 0 or t[0].ndim < 2 or type(channels) is not int:
+    cdef bint take_pair(
+        self, object first, object second, int64_t channels, void **a, void **b, c.fbn_dtype *dtype
+    ) except -1:
+        """Sets the data and the dtype of two tensors of one value per channel, or NULL for None; False for others."""
+        cdef fbn_tensor s, t
+        if not (self.look(first, &s) and self.look(second, &t)):
+            return False
+        a[0], b[0] = s.data, t.data
+        if s.data != NULL:
+            dtype[0] = <c.fbn_dtype> dtype_of_tensor(&s)
+        elif t.data != NULL:
+            dtype[0] = <c.fbn_dtype> dtype_of_tensor(&t)
+        return is_per_channel(&s, channels, dtype[0]) and is_per_channel(&t, channels, dtype[0])
+
+    def place(self, x, residual, gamma, beta, mean, var, channels, bint batch):
+        """Returns a Place for `normalize`, or None. Batch statistics need two values per channel."""
+        cdef fbn_tensor t
+        cdef Place found = Place.__new__(Place)
+        cdef Call *call = &found.call
+        if type(channels) is not int or not self.look_at_x(x, &t, &call.problem, &found.last):
             return None
+        if t.shape[1] != channels or (batch and call.problem.outer * call.problem.inner < 2):
+            return None
+        set_bytes(call)
+        call.x = t.data
         if not (
-            self.look_at_data(residual, &t[1], &t[0])
-            and self.look_at_channels(gamma, &t[2], &t[0])
-            and self.look_at_channels(beta, &t[3], &t[0])
-            and self.look_at_channels(mean, &t[4], &t[0])
-            and self.look_at_channels(var, &t[5], &t[0])
+            self.take(residual, &t, found.last, &call.residual)
+            and self.take_pair(
+                gamma, beta, t.shape[1], <void **> &call.parameters.gamma, <void **> &call.parameters.beta,
+                &call.parameters.dtype,
+            )
+            and self.take_pair(mean, var, t.shape[1], &call.mean, &call.var, &call.statistics_dtype)
         ):
             return None
-        if t[0].shape[1] != channels or (batch and elements_of(&t[0]) <= t[0].shape[1]):
-            return None
-        addresses = (
-            <size_t> t[0].data, <size_t> t[1].data, <size_t> t[2].data, <size_t> t[3].data, <size_t> t[4].data,
-            <size_t> t[5].data,
-        )
-        return addresses, x.shape, 1
+        call.channel_bytes = t.shape[1] * max(element(call.parameters.dtype), element(call.statistics_dtype))
+        call.statistics = call.mean != NULL
+        return found
 
-    def normalize(
-        self, tuple where, x not None, double momentum, double eps, activation, bint training, bint keeps
-    ):
-        """Returns (y, saved) by `forward_at`, for an x of less than HUGE bytes that `place` has accepted, or None."""
-        cdef fbn_tensor t[2]
-        addresses, shape, axis = where
-        if shape is None or axis != 1 or not 0 <= momentum <= 1 or not self.look(x, &t[0], True):
-            return None
-        if number_of(&t[0]) < 0 or elements_of(&t[0]) * t[0].bits >= 8 * HUGE:
-            return None
-        y = self.empty_like(x)
-        if not self.look_at_data(y, &t[1], &t[0], True):
-            return None
-        saved = forward_at(
-            number_of(&t[0]), shape, 1, addresses, <size_t> t[1].data, momentum, eps, activation, training, keeps,
-            self.threads,
-        )
-        return None if saved is None else (y, saved)
+    cdef object new(self, object x, int64_t size):
+        """A new tensor like x, which has so many bytes."""
+        return self.empty_like(x) if size < HUGE else self.large_like(x)
 
-    def differentiate(
-        self, dy not None, x not None, residual, gamma, beta, saved, bint training, activation, tuple wanted
+    cpdef tuple normalize(
+        self, Place where, x, double momentum, double eps, activation, bint training, bint keeps
     ):
-        """Returns the gradients of x, residual, gamma and beta by `backward_at`, and a None, or None for other calls.
+        """Returns y and the rows `saved`, which are None in inference without `keeps`; or None for other calls.
+
+        `where` is the place of x and of the other tensors, and `training` what `place` was told.
+        """
+        cdef Call *call = &where.call
+        cdef fbn_tensor t
+        cdef cnp.ndarray saved = None
+        if not (0 <= momentum <= 1 and 0 <= eps < 1e300) or call.statistics != (call.var != NULL):
+            return None
+        if not (are_apart(call) if training else call.statistics) or not set_activation(&call.problem, activation):
+            return None
+        y = self.new(x, call.bytes)
+        if not (self.look(x, &t, True) and self.take(y, &t, where.last, &call.y, True)):
+            return None
+        call.eps, call.problem.machine = eps, machine
+        set_threads(&call.problem, self.threads)
+        if training or keeps:
+            saved = empty(c.FBN_SAVED_ROWS, call.problem.channels, cnp.NPY_FLOAT64)
+        normalize(call, training, momentum, 1, saved)
+        return y, saved
+
+    def forward(self, ctx, x not None, residual, gamma, beta, tuple rest):
+        """Does the work of Normalization.forward, and returns y; or does nothing, and returns None."""
+        where, _, _, training, momentum, eps, activation = rest
+        if type(where) is not Place:
+            return None
+        try:
+            versions = 0 if gamma is None else gamma._version, 0 if beta is None else beta._version
+        except RuntimeError:  # of inference tensors
+            return None
+        found = self.normalize(where, x, momentum, eps, activation, training, True)
+        if found is None:
+            return None
+        ctx.kept = found[1], gamma, beta, training, activation, eps, versions
+        if residual is None:
+            ctx.save_for_backward(x)
+        else:
+            ctx.save_for_backward(x, residual)
+        return found[0]
+
+    def backward(self, ctx, dy):
+        """Does the work of Normalization.backward for a gradient that is not recorded, or returns None."""
+        cdef tuple tensors = ctx.saved_tensors
+        saved, gamma, beta, training, activation, _, _ = ctx.kept
+        residual = tensors[1] if len(tensors) == 2 else None
+        return self.differentiate(
+            dy, tensors[0], residual, gamma, beta, saved, training, activation, ctx.needs_input_grad
+        )
+
+    cdef object new_per_channel(self, object like, int64_t channels, fbn_tensor *t):
+        """A new tensor like one of a value per channel, and what it is; t.data is NULL if it is not plain."""
+        made = self.empty_like(like)
+        if not self.look(made, t, True) or not is_per_channel(t, channels, <c.fbn_dtype> dtype_of_tensor(t)):
+            t.data = NULL
+        return made
+
+    cdef tuple differentiate(
+        self, object dy, object x, object residual, object gamma, object beta, object saved, bint training,
+        object activation, tuple wanted,
+    ):
+        """Returns the gradients of x, residual, gamma and beta, and a None; or None for other calls.
 
         A gradient that is not wanted is None. The gradients of gamma and beta have the dtypes of gamma and beta.
         """
-        cdef fbn_tensor t[7]
-        cdef bint for_x = wanted[0], for_residual = wanted[1], activates = activation is not None
-        if not (
-            self.look(dy, &t[0]) and self.look_at_data(x, &t[1], &t[0]) and self.look_at_data(residual, &t[2], &t[0])
-        ):
+        cdef c.fbn_problem p = NO_PROBLEM
+        cdef c.fbn_backward_args a = NO_BACKWARD
+        cdef fbn_tensor t, of_gamma, of_beta
+        cdef int64_t size
+        cdef bint last, for_x = wanted[0], for_residual = wanted[1], activates = activation is not None
+        if not (self.look_at_x(x, &t, &p, &last) and set_activation(&p, activation) and is_saved(saved, p.channels)):
             return None
-        if number_of(&t[0]) < 0 or t[0].ndim < 2 or elements_of(&t[0]) * t[0].bits >= 8 * HUGE:
+        if training and p.outer * p.inner < 2 or values_of(&p) > LITTLE and not (for_x or for_residual and activates):
             return None
-        if not (for_x or for_residual and activates) and elements_of(&t[0]) > LITTLE:
+        if not self.take(dy, &t, last, &a.dy) or not self.take(residual, &t, last, &a.residual) or a.dy == NULL:
             return None
-        dx = self.empty_like(x)
-        dresidual = self.empty_like(x) if residual is not None and activates else None
-        dgamma = self.empty_like(gamma) if wanted[2] else None
-        dbeta = self.empty_like(beta) if wanted[3] else None
-        if not (
-            self.look_at_data(dx, &t[3], &t[0], True)
-            and self.look_at_data(dresidual, &t[4], &t[0], True)
-            and self.look_at_channels(dgamma, &t[5], &t[0], True)
-            and self.look_at_channels(dbeta, &t[6], &t[0], True)
-        ):
+        a.x, size = t.data, values_of(&p) * element(p.dtype)
+        dx = self.new(x, size)
+        dresidual = self.new(x, size) if residual is not None and activates else None
+        if not (self.take(dx, &t, last, &a.dx, True) and self.take(dresidual, &t, last, &a.dresidual, True)):
             return None
-        addresses = <size_t> t[0].data, <size_t> t[1].data, <size_t> t[2].data
-        if backward_at(
-            number_of(&t[0]), dy.shape, 1, addresses, <size_t> t[3].data, saved, not training, activation,
-            <size_t> t[5].data, <size_t> t[6].data, <size_t> t[4].data, self.threads,
-        ) is None:
+        dgamma = self.new_per_channel(gamma, p.channels, &of_gamma) if wanted[2] else None
+        dbeta = self.new_per_channel(beta, p.channels, &of_beta) if wanted[3] else None
+        if (wanted[2] and of_gamma.data == NULL) or (wanted[3] and of_beta.data == NULL):
             return None
+        p.machine = machine
+        set_threads(&p, self.threads)
+        for_gamma = room_for(dgamma, &of_gamma, &p, &a.dgamma)
+        for_beta = room_for(dbeta, &of_beta, &p, &a.dbeta)
+        differentiate(&p, &a, saved, not training)
+        if for_gamma is not None:
+            put_all(&of_gamma, a.dgamma, &p)
+        if for_beta is not None:
+            put_all(&of_beta, a.dbeta, &p)
         return dx if for_x else None, (dresidual if activates else dy) if for_residual else None, dgamma, dbeta, None
+
+
+cdef object room_for(object tensor, const fbn_tensor *t, const c.fbn_problem *p, void **data):
+    """Sets data to a tensor's, or to that of an array, which is returned, unless it has the statistics dtype."""
+    cdef cnp.ndarray array
+    if tensor is None:
+        return None
+    data[0] = t.data
+    if dtype_of_tensor(t) == statistics_dtype(p):
+        return None
+    array = empty(0, p.channels, cnp.NPY_FLOAT64 if p.dtype == c.FBN_F64 else cnp.NPY_FLOAT32)
+    data[0] = cnp.PyArray_DATA(array)
+    return array
+
+
+cdef void put_all(const fbn_tensor *t, const void *values, const c.fbn_problem *p) noexcept:
+    """Fills a tensor with values of the statistics dtype."""
+    cdef int64_t i
+    for i in range(p.channels):
+        put(t.data, i, value_at(values, i, statistics_dtype(p)), <c.fbn_dtype> dtype_of_tensor(t))
