@@ -6,6 +6,7 @@ The objects that the extension links also go into a static library, which is ins
 import hashlib
 import os
 import re
+import shlex
 import shutil
 import sys
 import sysconfig
@@ -85,7 +86,9 @@ def openmp_flags(compiler):
         for compile_flags, link_flags in OPENMP:
             try:
                 objects = compiler.compile([str(probe)], output_dir=folder, extra_postargs=compile_flags)
-                compiler.link_executable(objects, "probe", output_dir=folder, extra_postargs=link_flags)
+                # LDFLAGS, with which a library may be found, are otherwise for shared libraries only.
+                flags = shlex.split("" if MSVC else os.environ.get("LDFLAGS", "")) + link_flags
+                compiler.link_executable(objects, "probe", output_dir=folder, extra_postargs=flags)
                 return compile_flags, link_flags
             except (CompileError, LinkError):
                 continue
