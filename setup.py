@@ -11,6 +11,7 @@ import shutil
 import sys
 import sysconfig
 import tempfile
+import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -186,6 +187,15 @@ def copy_files(sources, targets):
         shutil.copyfile(source, target)
 
 
+def description():
+    """README.md with the addresses of what it links to and shows, for package indexes, which have only this file."""
+    version = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    text = Path("README.md").read_text(encoding="utf-8")
+    home = "https://github.com/fastbn/fastbn"
+    text = re.sub(r"(!\[[^]]*\]\()(?!https?:|#)", rf"\g<1>{home}/raw/v{version}/", text)
+    return re.sub(r"(?<=\]\()(?!https?:|#)", f"{home}/blob/v{version}/", text)
+
+
 extension = Extension(
     "fastbn._backends.c.bridge",
     ["fastbn/_backends/c/bridge.pyx"],
@@ -200,6 +210,8 @@ extension = Extension(
 )
 
 setup(
+    long_description=description(),
+    long_description_content_type="text/markdown",
     ext_modules=cythonize([extension]),
     cmdclass={"build_ext": BuildExt, "build_py": BuildPy},
 )

@@ -70,7 +70,7 @@ def test_what_is_in_it(wheel: Path) -> None:
 
 
 def test_checkers(built: Path, wheel: Path, tools: Environment) -> None:
-    """check-wheel-contents takes the folder of libraries that auditwheel adds for a package: it gets the wheel before."""
+    """The second gets the wheel as it was built: it takes the folder of libraries that auditwheel adds for a package."""
     tools.run("-m", "twine", "check", "--strict", wheel)
     checker = tools.python.parent / "check-wheel-contents"
     assert "OK" in run(checker, built, folder=tools.folder)
@@ -126,7 +126,10 @@ def test_editable_and_back(wheel: Path, checkout: Path, new_environment: NewEnvi
     installed = environment.run("-c", where)
     environment.pip("install", "--no-build-isolation", "--no-deps", "--editable", checkout)
     package = checkout / "fastbn"
-    assert environment.run("-c", where).split("\n")[:2] == [TRAINED, f"{package / '__init__.py'} {package / 'include'} c"]
+    assert environment.run("-c", where).split("\n")[:2] == [
+        TRAINED,
+        f"{package / '__init__.py'} {package / 'include'} c",
+    ]
     environment.pip("install", "--no-deps", "--force-reinstall", wheel)
     assert environment.run("-c", where) == installed
     assert environment.files() == before
@@ -173,7 +176,9 @@ def test_in_an_archive(wheel: Path, installed: Environment, tmp_path: Path) -> N
     shutil.copy(wheel, application)
     with zipfile.ZipFile(application, "a") as archive:
         archive.writestr("__main__.py", TRAIN)
-    with pytest.raises(AssertionError, match=r"(?s)ImportError: fastbn was imported from .*an archive.*pip install fastbn"):
+    with pytest.raises(
+        AssertionError, match=r"(?s)ImportError: fastbn was imported from .*an archive.*pip install fastbn"
+    ):
         installed.run(application)
 
 
@@ -201,9 +206,11 @@ def test_numpy(numpy: str, wheel: Path, new_environment: NewEnvironment) -> None
 
 
 def test_openmp_of_torch(wheel: Path, tmp_path: Path) -> None:
-    """torch has an OpenMP runtime of its own: both work in one process, in turns and at once."""
+    """Torch has an OpenMP runtime of its own: both work in one process, in turns and at once."""
     pytest.importorskip("torch")
-    run(sys.executable, "-m", "pip", "-q", "install", "--no-deps", "--target", tmp_path / "site", wheel, folder=tmp_path)
+    run(
+        sys.executable, "-m", "pip", "-q", "install", "--no-deps", "--target", tmp_path / "site", wheel, folder=tmp_path
+    )
     script = Path(__file__).with_name("beside_torch.py")
     printed = run(sys.executable, script, folder=tmp_path, PYTHONPATH=str(tmp_path / "site"), FASTBN_NUM_THREADS="2")
     assert str(tmp_path / "site") in printed
