@@ -64,12 +64,13 @@ def built(checkout: Path, tools: Environment, tmp_path_factory: pytest.TempPathF
 
 
 @pytest.fixture(scope="session")
-def wheel(built: Path, tools: Environment) -> Path:
+def wheel(request: pytest.FixtureRequest) -> Path:
     """The wheel with the libraries that it needs, as it would be published; FASTBN_WHEEL names one to take instead."""
     if "FASTBN_WHEEL" in os.environ:
         return Path(os.environ["FASTBN_WHEEL"]).resolve()
     if sys.platform != "linux":
         pytest.skip("auditwheel is for Linux; FASTBN_WHEEL names a wheel that delocate or delvewheel has repaired")
+    built, tools = request.getfixturevalue("built"), request.getfixturevalue("tools")
     folder = built.parent / "repaired"
     path = f"{tools.python.parent}{os.pathsep}{os.environ['PATH']}"
     tools.run("-m", "auditwheel", "repair", "--wheel-dir", folder, built, PATH=path)
