@@ -3,11 +3,15 @@
 The objects that the extension links also go into a static library, which is installed with its header.
 """
 
+import hashlib
 import os
+import re
+import shlex
 import shutil
 import sys
 import sysconfig
 import tempfile
+import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,13 +19,8 @@ import numpy as np
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
-
-try:
-    from setuptools.errors import CompileError, LinkError
-    from setuptools.modified import newer_group
-except ImportError:  # setuptools < 70
-    from distutils.dep_util import newer_group
-    from distutils.errors import CompileError, LinkError
+from setuptools.command.build_py import build_py
+from setuptools.errors import CompileError, LinkError
 
 PLATFORM = sysconfig.get_platform().lower()
 MSVC = PLATFORM.startswith("win")
@@ -71,15 +70,20 @@ FOR_EMBEDDERS = (
     "fastbn/lib/link-flags.txt",
 )
 HEADERS = [str(path) for path in Path("src_c").rglob("*.h")]
-KERNEL_HEADERS = ["src_c/fastbn.h", "src_c/kernels.h", *(path for path in HEADERS if len(Path(path).parts) > 2)]
 
 # Tried in order: (compiler flags, linker flags).
 OPENMP = [(["/openmp"], [])] if MSVC else [(["-fopenmp"], ["-fopenmp"]), (["-Xpreprocessor", "-fopenmp"], ["-lomp"])]
 
 
 def openmp_flags(compiler):
-    """The compiler's and the linker's flags for OpenMP, or none. FASTBN_OPENMP=0 builds without OpenMP."""
-    if os.environ.get("FASTBN_OPENMP") == "0":
+    """The compiler's and the linker's flags for OpenMP, or none.
+
+    FASTBN_OPENMP=0 builds without OpenMP, and FASTBN_OPENMP=1 fails where there is none.
+    """
+    asked = os.environ.get("FASTBN_OPENMP", "")
+    if asked not in ("", "0", "1"):
+        raise SystemExit(f"FASTBN_OPENMP: got {asked!r}; 0 builds without OpenMP, and 1 fails where there is none")
+    if asked == "0":
         return [], []
     with tempfile.TemporaryDirectory() as folder:
         probe = Path(folder, "probe.c")
@@ -87,12 +91,47 @@ def openmp_flags(compiler):
         for compile_flags, link_flags in OPENMP:
             try:
                 objects = compiler.compile([str(probe)], output_dir=folder, extra_postargs=compile_flags)
-                compiler.link_executable(objects, "probe", output_dir=folder, extra_postargs=link_flags)
+                # LDFLAGS, with which a library may be found, are otherwise for shared libraries only.
+                flags = shlex.split("" if MSVC else os.environ.get("LDFLAGS", "")) + link_flags
+                compiler.link_executable(objects, "probe", output_dir=folder, extra_postargs=flags)
                 return compile_flags, link_flags
             except (CompileError, LinkError):
                 continue
+    if asked == "1":
+        raise SystemExit("FASTBN_OPENMP is 1, but the compiler finds no OpenMP")
     print("fastbn: no OpenMP found; building for one thread", file=sys.stderr)
     return [], []
+
+
+def read_by_compiler(source):
+    """A source file and the files that it includes, and these."""
+    found, waiting = set(), [os.path.normpath(source)]
+    while waiting:
+        file = waiting.pop()
+        if file not in found:
+            found.add(file)
+            names = re.findall(r'^ *# *include "(.+)"', Path(file).read_text(encoding="utf-8"), flags=re.MULTILINE)
+            waiting += [os.path.normpath(Path(file).parent / name) for name in names]
+    return sorted(found)
+
+
+def fingerprint(source, command):
+    """What an object file depends on. Times of files do not tell: archives and copies keep those of older builds."""
+    digest = hashlib.sha256(repr(command).encode())
+    for file in read_by_compiler(source):
+        digest.update(file.encode() + b"\0" + Path(file).read_bytes())
+    return digest.hexdigest()
+
+
+class BuildPy(build_py):
+    """Removes what an earlier build has left in the folder that is installed, such as modules that are no more."""
+
+    def run(self):
+        made = {Path(path).resolve() for path in self.get_finalized_command("build_ext").get_outputs()}
+        for path in [] if self.editable_mode else Path(self.build_lib).rglob("*"):
+            if path.is_file() and path.resolve() not in made:
+                path.unlink()
+        super().run()
 
 
 class BuildExt(build_ext):
@@ -106,13 +145,17 @@ class BuildExt(build_ext):
         def compiled(unit):
             source, flags = unit
             made = self.compiler.object_filenames([source], output_dir=self.build_temp)
-            # The kernels take a minute to compile, and their flags never change.
-            if source not in CORE and not self.force and not newer_group([source, __file__, *KERNEL_HEADERS], made[0]):
-                return made
-            return self.compiler.compile([source], output_dir=self.build_temp, extra_postargs=flags)
+            key = Path(made[0]).with_suffix(".key")
+            wanted = fingerprint(source, [getattr(self.compiler, "compiler_so", []), flags])
+            if self.force or not Path(made[0]).exists() or not key.exists() or key.read_text() != wanted:
+                key.unlink(missing_ok=True)
+                self.compiler.compile([source], output_dir=self.build_temp, extra_postargs=flags)
+                key.write_text(wanted)
+            return made
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             ext.extra_objects = [path for objects in pool.map(compiled, units) for path in objects]
+        ext.depends = [*ext.depends, *ext.extra_objects]
         ext.extra_link_args = link_flags
         super().build_extension(ext)
         self.build_for_embedders(ext.extra_objects, link_flags)
@@ -148,6 +191,15 @@ def copy_files(sources, targets):
         shutil.copyfile(source, target)
 
 
+def description():
+    """README.md with the addresses of what it links to and shows, for package indexes, which have only this file."""
+    version = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    text = Path("README.md").read_text(encoding="utf-8")
+    home = "https://github.com/fastbn/fastbn"
+    text = re.sub(r"(!\[[^]]*\]\()(?!https?:|#)", rf"\g<1>{home}/raw/v{version}/", text)
+    return re.sub(r"(?<=\]\()(?!https?:|#)", f"{home}/blob/v{version}/", text)
+
+
 extension = Extension(
     "fastbn._backends.c.bridge",
     ["fastbn/_backends/c/bridge.pyx"],
@@ -162,7 +214,8 @@ extension = Extension(
 )
 
 setup(
-    license="BSD-3-Clause",
+    long_description=description(),
+    long_description_content_type="text/markdown",
     ext_modules=cythonize([extension]),
-    cmdclass={"build_ext": BuildExt},
+    cmdclass={"build_ext": BuildExt, "build_py": BuildPy},
 )

@@ -32,7 +32,13 @@ def require() -> None:
     if is_built() or os.environ.get("FASTBN_BACKEND") in ("numba", "numpy"):
         return
     checkout = FOLDER.parent
-    if (checkout / "setup.py").is_file():
+    if not FOLDER.is_dir():
+        why = (
+            "Python loads no compiled extension from an archive. Install fastbn beside it, or make the archive with "
+            "shiv, which unpacks it where it runs:"
+        )
+        command = "python -m pip install fastbn"
+    elif (checkout / "setup.py").is_file():
         why = (
             "It is a source checkout that was not built. Python finds it before an installed fastbn if it was started "
             "in that folder. Start Python in another folder, or run"

@@ -24,7 +24,16 @@ in_checkout = pytest.mark.skipif(not SRC_C.is_dir(), reason="src_c is not beside
 # Python --------------------------------------------------------------------------------------------------------------
 
 FLOORS = (
-    {"call.activations", "call.dtypes", "call.shape", "config.built", "config.cgroup", "config.cache_dir"},
+    {
+        "_pyinstaller",
+        "_pyinstaller.hook-fastbn",
+        "call.activations",
+        "call.dtypes",
+        "call.shape",
+        "config.built",
+        "config.cgroup",
+        "config.cache_dir",
+    },
     {"call.dlpack"},
     {"call.checks"},
     {"call.record", "call.pickles", "config.environment"},
