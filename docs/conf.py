@@ -1,7 +1,4 @@
-"""How is the documentation built? By Sphinx, from Markdown (MyST) whose examples run while it is built.
-
-    python -m pip install ".[docs]" && sphinx-build -W --keep-going -b html docs docs/_build/html
-"""
+"""How is the documentation built? By Sphinx, from Markdown (MyST) whose examples run while it is built."""
 
 import sys
 from pathlib import Path
@@ -21,13 +18,12 @@ version = release = fastbn.__version__
 extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
-    "sphinx.ext.mathjax",
     "numpydoc",
     "myst_nb",
     "sphinx_copybutton",
-    "sphinx_design",
     "c_header",
     "internal_links",
+    "mathml",
     "measurements",
 ]
 exclude_patterns = ["_build"]
@@ -51,6 +47,7 @@ nb_execution_timeout = 120
 nb_output_stderr = "remove-warn"
 nb_merge_streams = True
 
+html_math_renderer = "mathml"
 html_theme = "pydata_sphinx_theme"
 html_title = f"fastbn {release}"
 html_static_path = ["_static"]

@@ -4,6 +4,7 @@ The header is written in paragraphs: a comment, followed by what it describes. A
 """
 
 import re
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,16 +40,12 @@ def paragraphs(header: str) -> list[Paragraph]:
 
 
 def _prose(comment: str) -> list[str]:
-    """A comment as reStructuredText: names become links or code, indented lines stay as they are."""
+    """A comment as reStructuredText: its paragraphs, of which lines that are indented stay as they are."""
     lines: list[str] = []
     for part in re.split(r"\n\s*\n", comment):
-        plain, _, rest = part.partition("\n    ")
-        lines += [_linked(" ".join(plain.split())) + (":" if rest and plain.endswith(":") else ""), ""]
-        if rest:
-            indented, _, after = ("    " + rest).partition("\n" + re.sub(r"(?m)^    .*\n?", "", rest))
-            literal = [line for line in ("    " + rest).split("\n") if line.startswith("    ")]
-            others = [line for line in ("    " + rest).split("\n") if not line.startswith("    ")]
-            lines += ["::", "", *literal, "", _linked(" ".join(others)), ""]
+        for indented, together in groupby(part.split("\n"), lambda line: line.startswith("    ")):
+            text = list(together)
+            lines += ["::", "", *text, ""] if indented else [_linked(" ".join(text)), ""]
     return lines
 
 
@@ -56,6 +53,7 @@ def _linked(text: str) -> str:
     """Functions and types as links, and other names of code in the font of code."""
     text = text.replace("*", r"\*").replace("|", r"\|")
     text = re.sub(r"`([^`]+)`", r"``\1``", text)
+    text = re.sub(r"^([A-Z]\w+\.) ", r"**\1** ", text)
     text = re.sub(r"(?<!`)\b(fbn_\w+)\b(?:\(\))?(?!`)", r":c:expr:`\1`", text)
     return re.sub(r"(?<![`\w])(FBN_[A-Z0-9_]+)\b", r"``\1``", text)
 
