@@ -1,5 +1,6 @@
 """How is the documentation built? By Sphinx, from Markdown (MyST) whose examples run while it is built."""
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ html_theme = "pydata_sphinx_theme"
 html_title = f"fastbn {release}"
 html_static_path = ["_static"]
 html_css_files = ["fastbn.css"]
+html_sidebars = {page: [] for page in ("index", "install", "tutorial", "troubleshooting")}
 html_copy_source = False
 html_show_sourcelink = False
 html_theme_options = {
@@ -78,6 +80,25 @@ def _take_bars_literally(app: Sphinx, what: str, name: str, obj: Any, options: A
     lines[:] = [line if line.lstrip().startswith(kept) else line.replace("|", r"\|") for line in lines]
 
 
+LISTS = ("Parameters", "Attributes", "Returns", "Raises", "Warns")
+
+
+def _name_what_follows(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Gives examples a heading, and a paragraph after a list of parameters, which numpydoc takes for one of them."""
+    section, found = "", list[str]()
+    for before, line, after in zip(["", *lines], lines, [*lines[1:], ""], strict=False):
+        if re.fullmatch(r"-{3,}", after):
+            section = line
+        elif section and line and not before and not line.startswith(" "):
+            needed = "Examples" if line.startswith(">>>") else "Notes" if section in LISTS else section
+            if needed != section:
+                section = needed
+                found += [section, "-" * len(section)]
+        found.append(line)
+    lines[:] = found
+
+
 def setup(app: Sphinx) -> None:
     """Connects what the extensions above do not do."""
+    app.connect("autodoc-process-docstring", _name_what_follows, priority=400)
     app.connect("autodoc-process-docstring", _take_bars_literally)
