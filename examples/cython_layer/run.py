@@ -1,4 +1,4 @@
-"""Does the layer in Cython give what fastbn gives? To the bit: see README.md for the command."""
+"""Does the layer in Cython give what fastbn gives? To the bit: docs/howto/examples.md has the command."""
 
 from __future__ import annotations
 

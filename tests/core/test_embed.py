@@ -26,7 +26,7 @@ from fastbn.config import embed
 
 Array = np.ndarray[Any, Any]
 SOURCES = cases.CHECKOUT / "src_c"
-README = cases.CHECKOUT / "README.md"
+TABLE = cases.CHECKOUT / "docs" / "howto" / "examples.md"
 in_checkout = pytest.mark.skipif(not SOURCES.is_dir(), reason="src_c is not beside the tests: no checkout")
 
 # What fastbn tells a compiler ----------------------------------------------------------------------------------------
@@ -140,8 +140,8 @@ def code_and_slope(activation: Any) -> tuple[int, float]:
 
 
 def commands() -> dict[str, str]:
-    """The commands in README's table, without what they install first, by the example that they run."""
-    text = README.read_text(encoding="utf-8") if README.exists() else ""
+    """The commands in the table of examples, without what they install first, by the example that they run."""
+    text = TABLE.read_text(encoding="utf-8") if TABLE.exists() else ""
     found = {}
     for command in re.findall(r"^\| `(.*?)` \|", text, flags=re.MULTILINE):
         example = re.search(r"examples/[\w./]+", command)
@@ -151,7 +151,7 @@ def commands() -> dict[str, str]:
 
 
 def run_example(name: str, folder: Path) -> str:
-    """README's command, in a copy of the examples."""
+    """The table's command, in a copy of the examples."""
     shutil.copytree(cases.CHECKOUT / "examples", folder / "examples", ignore=shutil.ignore_patterns("__pycache__"))
     return c_api.run(["sh", "-e", "-c", commands()[name]], folder)
 
@@ -194,7 +194,7 @@ def test_cython_example(tmp_path: Path) -> None:
 @in_checkout
 def test_every_example_has_its_command() -> None:
     names = {path.name for path in (cases.CHECKOUT / "examples").iterdir() if path.name != "__pycache__"}
-    assert names - {"streaming_moments.py", "federated_averages.py"} <= set(commands())  # the README links to these
+    assert names <= set(commands())
 
 
 # Without Python ------------------------------------------------------------------------------------------------------
