@@ -88,7 +88,7 @@ def _name(row: Row) -> str:
 
 
 def _table(rows: list[Row]) -> Iterator[Verdict]:
-    bounded = [(row, most) for row in rows if (most := bound(row)) is not None]
+    bounded = [(row, most) for row in rows if not row.noisy and (most := bound(row)) is not None]
     missed = [f"{_name(row)}: {row.to_copy:.2f} > {most:g}" for row, most in bounded if row.to_copy > most]
     if bounded:
         score = f"{len(bounded) - len(missed)} of {len(bounded)} cells"

@@ -1,0 +1,65 @@
+"""What is fastest for a shape? Among backends, numbers of threads, places for the result, and peers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from .rows import FASTBN, PEER, Row
+from .targets import threads_in_words
+
+RESULT_WORDS = {"out": "out=", "fresh": "a fresh result", "inplace": "in place"}
+
+CHOICES: tuple[Callable[[Row], str], ...] = (
+    lambda row: row.contestant.removeprefix("fastbn "),
+    lambda row: threads_in_words(row.threads),
+    lambda row: RESULT_WORDS[row.result],
+)
+"""What can be chosen of a call to fastbn: the backend, the number of threads, and where the result goes."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The fastest row of one pass on one array, and the best row of each other choice and of the peers."""
+
+    fastest: Row
+    others: dict[str, Row]
+
+    def over(self, other: Row) -> float:
+        """The other's time over that of the fastest."""
+        return other.seconds / self.fastest.seconds
+
+    def even(self, other: Row) -> bool:
+        """Whether the difference is within the spreads."""
+        return self.over(other) < 1 + max(self.fastest.spread, other.spread)
+
+
+def in_words(row: Row, rows: Sequence[Row]) -> str:
+    """The choices that make a row, as far as there were any."""
+    return ", ".join(choice(row) for choice in CHOICES if len({choice(other) for other in rows}) > 1)
+
+
+def _question(row: Row) -> tuple[object, ...]:
+    """What is the same for all rows among which can be chosen."""
+    return (row.shape, row.layout, replace(row.variant, result="out"), row.pass_)
+
+
+def answers(rows: Sequence[Row]) -> Iterator[tuple[Answer, str]]:
+    """For each question that has more than one answer: the answer, and its fastest row in words. Noisy rows are left out."""
+    ours = [row for row in rows if row.kind == FASTBN]
+    peers = [row for row in rows if row.kind == PEER and row.agrees and not row.noisy]
+    for question in dict.fromkeys(map(_question, ours)):
+        steady = [row for row in ours if _question(row) == question and not row.noisy]
+        rivals = [row for row in peers if _question(row) == question]
+        if not steady or len(steady) + len(rivals) < 2:
+            continue
+        fastest = min(steady, key=lambda row: row.seconds)
+        others = {}
+        for choice in CHOICES:
+            for name in dict.fromkeys(map(choice, ours)):
+                rest = [row for row in steady if choice(row) == name]
+                if rest and name != choice(fastest):
+                    others[name] = min(rest, key=lambda row: row.seconds)
+        if rivals:
+            others["best peer"] = min(rivals, key=lambda row: row.seconds)
+        yield Answer(fastest, others), in_words(fastest, ours) or fastest.contestant
