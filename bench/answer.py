@@ -20,7 +20,7 @@ CHOICES: tuple[Callable[[Row], str], ...] = (
 
 @dataclass(frozen=True)
 class Answer:
-    """The fastest row of one pass on one array, and the best row of each other choice and of the peers."""
+    """The fastest row of one pass on one array, and the best row of each other choice and of all peers."""
 
     fastest: Row
     others: dict[str, Row]
@@ -31,7 +31,8 @@ class Answer:
 
     def even(self, other: Row) -> bool:
         """Whether the difference is within the spreads."""
-        return self.over(other) < 1 + max(self.fastest.spread, other.spread)
+        most = 1 + max(self.fastest.spread, other.spread)
+        return 1 / most < self.over(other) < most
 
 
 def in_words(row: Row, rows: Sequence[Row]) -> str:
@@ -45,7 +46,7 @@ def _question(row: Row) -> tuple[object, ...]:
 
 
 def answers(rows: Sequence[Row]) -> Iterator[tuple[Answer, str]]:
-    """For each question that has more than one answer: the answer, and its fastest row in words. Noisy rows are left out."""
+    """For each question that has several answers: the best, and its row in words. Noisy rows are left out."""
     ours = [row for row in rows if row.kind == FASTBN]
     peers = [row for row in rows if row.kind == PEER and row.agrees and not row.noisy]
     for question in dict.fromkeys(map(_question, ours)):
@@ -61,5 +62,6 @@ def answers(rows: Sequence[Row]) -> Iterator[tuple[Answer, str]]:
                 if rest and name != choice(fastest):
                     others[name] = min(rest, key=lambda row: row.seconds)
         if rivals:
-            others["best peer"] = min(rivals, key=lambda row: row.seconds)
+            best = min(rivals, key=lambda row: row.seconds)
+            others[best.contestant] = best
         yield Answer(fastest, others), in_words(fastest, ours) or fastest.contestant

@@ -25,7 +25,9 @@ def _parser() -> argparse.ArgumentParser:
         description="Times fastbn, its installed peers and a plain copy, side by side.",
         epilog=f"Lists have commas and no blanks, in any case. {EXAMPLE} The same from Python: fastbn.bench.run.",
     )
-    what, ours, others = map(parser.add_argument_group, ("what is timed", "how fastbn is called", "what it is held against"))
+    what, ours, others = map(
+        parser.add_argument_group, ("what is timed", "how fastbn is called", "what it is held against")
+    )
     add = what.add_argument
     add("--shapes", metavar="LIST", help=f"of {', '.join(shapes.NAMES)}, and sizes such as 32x64x56x56 (targets)")
     add("--batch", type=int, metavar="N", help="the batch of the networks' shapes (32; unet3d 1)")

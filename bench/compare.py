@@ -30,7 +30,7 @@ class Change:
 
     @property
     def verdict(self) -> str:
-        """"slower" or "faster" by more than the noise, "equal", or "noisy" where nothing can be said."""
+        """What can be said: "slower" or "faster" by more than the noise, "equal", or "noisy" for nothing."""
         if self.new == self.old:
             return "equal"
         if self.old.noisy or self.new.noisy:

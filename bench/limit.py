@@ -53,7 +53,9 @@ def _library() -> ctypes.CDLL:
             )
             if done.returncode == 0:
                 return ctypes.CDLL(target)
-    raise ImportError(f"{' '.join(command)} cannot compile it: {(done.stderr.strip().splitlines() or ['no message'])[0]}")
+    raise ImportError(
+        f"{' '.join(command)} cannot compile it: {(done.stderr.strip().splitlines() or ['no message'])[0]}"
+    )
 
 
 def missing() -> str:

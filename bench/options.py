@@ -57,8 +57,12 @@ def words(option: str, allowed: Sequence[str], given: Words) -> tuple[str, ...]:
         return tuple(allowed)
     unknown = [word for word in found if word not in named]
     if unknown or not found:
-        close = [f"did you mean {named[near[0]]}? " for word in unknown if (near := difflib.get_close_matches(word, named))]
-        raise ValueError(f"{option}: got {', '.join(unknown) or 'nothing'}; {''.join(close)}allowed: all, {', '.join(allowed)}")
+        close = [
+            f"did you mean {named[near[0]]}? " for word in unknown if (near := difflib.get_close_matches(word, named))
+        ]
+        raise ValueError(
+            f"{option}: got {', '.join(unknown) or 'nothing'}; {''.join(close)}allowed: all, {', '.join(allowed)}"
+        )
     return tuple(dict.fromkeys(named[word] for word in found))
 
 
@@ -112,7 +116,9 @@ def plan(options: Options) -> Plan:
     asks = options.shapes is not None and not options.operation and not shapes.names_in(given)
     every = ",".join(name for name in fastbn.backends() if name != "numpy") or "numpy"
     isas = listed(options.isa)
-    backends = options.backends or (every if asks and not isas else fastbn.get_backend() if "c" not in fastbn.backends() else "c")
+    backends = options.backends or (
+        every if asks and not isas else fastbn.get_backend() if "c" not in fastbn.backends() else "c"
+    )
     threads = options.threads if options.threads is not None else "all" if asks else 1
     return Plan(
         shapes=shapes.parse(given, options.batch),

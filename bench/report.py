@@ -23,12 +23,17 @@ TITLES = {"forward": "Training forward", "backward": "Backward", "infer": "Infer
 
 RATIOS = "Ratios are times over fastbn's in the same row: 2.00x takes twice as long. ~: too noisy to compare."
 
+FASTEST = (
+    "Each ratio is the time of the best call with that choice over the fastest's; ≈: the spread is larger than that."
+)
+
 KEY = (
-    "time: median of a call; ±: interquartile range over it, and ~ where that is beyond a third; GB/s: the least bytes\n"
-    "the pass must move, over the time; limit: the plainest loops in C that move them (one thread, from 1 MiB on);\n"
+    "time: median of a call; ±: interquartile range over it, and ~ where that is beyond a third; GB/s: the least\n"
+    "bytes the pass must move, over the time; limit: the plainest loops in C that move them (one thread, from 1 MiB);\n"
     "copy: np.copyto of x by as many threads; a peer: red where it is faster, ! where its result differs; float32,\n"
     "unfused, dense, out=, unmasked, no residual: the same call without that option."
 )
+
 
 def console() -> Any:
     """The console to print to."""
@@ -86,15 +91,9 @@ def _ratio(row: Row, name: str, race: Sequence[Row]) -> str:
     return f"[{'red' if row.others[name] < 1 else 'green'}]{text}[/]{'' if other.agrees else '[red]![/]'}"
 
 
-def _grid(title: str, left: Sequence[str], right: Sequence[str]) -> Any:
+def _grid(left: Sequence[str], right: Sequence[str]) -> Any:
     """A table with columns that are flush left and others that are flush right."""
-    table = extra("rich.table").Table(
-        title=f"[bold]{title}[/]\n[dim]{RATIOS}[/]",
-        title_justify="left",
-        title_style="",
-        box=extra("rich.box").SIMPLE_HEAD,
-        padding=0,
-    )
+    table = extra("rich.table").Table(box=extra("rich.box").SIMPLE_HEAD, padding=0)
     for heading in left:
         table.add_column(heading, no_wrap=True, vertical="bottom")
     for heading in right:
@@ -103,14 +102,14 @@ def _grid(title: str, left: Sequence[str], right: Sequence[str]) -> Any:
     return table
 
 
-def _table(title: str, by_race: Sequence[Sequence[Row]], targets: bool) -> Any:
+def _table(by_race: Sequence[Sequence[Row]], targets: bool) -> Any:
     rows = [row for race in by_race for row in race]
     several = len({row.contestant for row in rows if row.kind == FASTBN}) > 1
     bounded = targets and any(bound(row) is not None for row in rows)
     varied = any(row.variant.extras for row in rows)
     compared = columns(rows)
     left = ["shape", "", *(["operation"] if varied else []), *(["backend"] if several else [])]
-    table = _grid(title, left, ["time", "±", "GB/s", *(["over copy: target"] if bounded else []), *compared])
+    table = _grid(left, ["time", "±", "GB/s", *(["over copy: target"] if bounded else []), *compared])
     for race in by_race:
         for row in race:
             if row.kind == FASTBN:
@@ -122,39 +121,39 @@ def _table(title: str, by_race: Sequence[Sequence[Row]], targets: bool) -> Any:
     return table
 
 
-def _tables(rows: Sequence[Row], targets: bool) -> Iterator[Any]:
+def _tables(rows: Sequence[Row], targets: bool) -> Iterator[tuple[str, Any]]:
+    """Titles and tables."""
     groups: dict[tuple[str, str, int], list[list[Row]]] = {}
     for race in races(rows).values():
         first = race[0]
         groups.setdefault((first.pass_, first.dtype, first.threads), []).append(race)
     for (pass_, dtype, threads), by_race in groups.items():
-        yield _table(f"{TITLES[pass_]}, {dtype}, {threads_in_words(threads)}", by_race, targets)
+        yield f"{TITLES[pass_]}, {dtype}, {threads_in_words(threads)}", _table(by_race, targets)
 
 
 def _in_short(rows: Sequence[Row]) -> Any:
     """A table of geometric means over the shapes, a line for each operation and backend."""
     names, lines = summary(rows)
-    table = _grid("In short: geometric means over the shapes", [""], ["shapes", *names])
+    table = _grid([""], ["shapes", *names])
     for case, count, means in lines:
         table.add_row(case, str(count), *(times(mean) if mean else "[dim]-[/]" for mean in means))
     return table
 
 
-def _fastest(found: Sequence[tuple[Answer, str]]) -> Any:
-    """A table of what is fastest, and how much longer the best call of each other choice takes."""
-    names = list(dict.fromkeys(name for answer, _ in found for name in answer.others))
-    varied = any(answer.fastest.variant.extras for answer, _ in found)
-    table = _grid("What is fastest", ["shape", "", "pass", *(["operation"] if varied else []), "fastest"], ["time", *names])
-    table.title = "[bold]What is fastest[/]\n[dim]Ratios are times over that of the fastest, of the best call with this choice; ≈: within the spread.[/]"
+def _fastest(found: Sequence[tuple[Answer, str]]) -> Iterator[str]:
+    """Sentences on what is fastest, and how much longer the best call of each other choice takes."""
+    previous = ""
     for answer, words in found:
         row = answer.fastest
-        operation = [f"{replace(row.variant, result='out')}"] if varied else []
-        cells = []
-        for name in names:
-            other = answer.others.get(name)
-            cells.append("[dim]-[/]" if other is None else f"{'≈' * answer.even(other)}{times(answer.over(other))}")
-        table.add_row(written(row.shape), row.layout, row.pass_, *operation, words, duration(row.seconds), *cells)
-    return table
+        here = f"{written(row.shape)} {row.layout} {replace(row.variant, result='out')}"
+        if here != previous:
+            yield f"[bold]Fastest for {here}[/]"
+        previous = here
+        others = [
+            f"{name} {'≈' * answer.even(other)}{times(answer.over(other))}"
+            for name, other in sorted(answer.others.items(), key=lambda item: item[1].seconds)
+        ]
+        yield f"  {row.pass_}: [green]{words}[/], {duration(row.seconds)}. At best take: {', '.join(others)}"
 
 
 def show(where: Any, run: Run, targets: bool = False) -> None:
@@ -162,15 +161,19 @@ def show(where: Any, run: Run, targets: bool = False) -> None:
     escape = extra("rich.markup").escape
     for key, value in run.machine.items():
         where.print(f"[bold]{escape(key)}[/]  {escape(value)}", soft_wrap=True)
-    for table in _tables(run.rows, targets):
+    tables = list(_tables(run.rows, targets))
+    if len({row.shape for row in run.rows}) > 1:
+        tables.append(("In short: geometric means over the shapes", _in_short(run.rows)))
+    for title, table in tables:
+        where.print(f"\n[bold]{title}[/]\n[dim]{RATIOS}[/]", soft_wrap=True)
         where.print(table)
     if run.rows:
-        if len({row.shape for row in run.rows}) > 1:
-            where.print(_in_short(run.rows))
         where.print(f"[dim]{KEY}[/]\n", soft_wrap=True)
     found = list(answers(run.rows))
+    for line in _fastest(found):
+        where.print(line, soft_wrap=True)
     if found:
-        where.print(_fastest(found))
+        where.print(f"[dim]{FASTEST}[/]\n", soft_wrap=True)
     for verdict in verdicts(run.rows) if targets else []:
         mark = "[green]✓[/]" if verdict.met else "[red]✗[/]"
         where.print(f"{mark} {escape(verdict.target)}: {escape(verdict.measured)}", soft_wrap=True)
@@ -183,7 +186,9 @@ def _of_noise(rows: Sequence[Row]) -> list[str]:
     noisy = sum(row.noisy for row in ours)
     if not noisy:
         return []
-    return [f"{noisy} of {len(ours)} rows of fastbn are too noisy to compare: other programs run, or --seconds is short"]
+    return [
+        f"{noisy} of {len(ours)} rows of fastbn are too noisy to compare: other programs run, or --seconds is short"
+    ]
 
 
 def show_changes(where: Any, changes: Sequence[Change]) -> None:

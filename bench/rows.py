@@ -61,7 +61,7 @@ class Row:
 
     @property
     def to_copy(self) -> float:
-        """This time over that of a copy of x by as many threads."""
+        """The time over that of a copy of x by as many threads."""
         return 1 / self.others[COPY]
 
     @property
@@ -71,7 +71,7 @@ class Row:
 
     @property
     def against(self) -> dict[str, float]:
-        """This time over that of each base of the variant: float32, unfused, ..."""
+        """The time over that of each base of the variant: float32, unfused, ..."""
         return {base: 1 / self.others[base] for base in self.variant.bases() if base in self.others}
 
     @property
@@ -117,7 +117,9 @@ def processor() -> str:
     if "model name" not in values:
         return f"{platform.processor() or platform.machine()}, {count} processors"
     details = [f"{word} {values[key]}" for word, key in (("family", "cpu family"), ("model", "model")) if key in values]
-    return ", ".join([f"{values['model name']} ({', '.join(details)})" if details else values["model name"], f"{count} processors"])
+    return ", ".join(
+        [f"{values['model name']} ({', '.join(details)})" if details else values["model name"], f"{count} processors"]
+    )
 
 
 def describe_machine(backends: Iterable[str], versions: Mapping[str, str], command: str) -> dict[str, str]:

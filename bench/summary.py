@@ -44,7 +44,9 @@ def summary(rows: Sequence[Row]) -> tuple[list[str], list[Line]]:
     for row in rows:
         if row.kind == FASTBN:
             backend = f", {row.contestant.removeprefix('fastbn ')}" * several
-            what = f"{PASSES[row.pass_]}, {LAYOUTS[row.layout]}, {row.variant}, {threads_in_words(row.threads)}{backend}"
+            what = (
+                f"{PASSES[row.pass_]}, {LAYOUTS[row.layout]}, {row.variant}, {threads_in_words(row.threads)}{backend}"
+            )
             groups.setdefault(what, []).append(row)
     lines: list[Line] = []
     for what, group in groups.items():
@@ -71,6 +73,8 @@ def page(run: Run) -> str:
         f"- {name}: {value}" for name, value in run.machine.items() if name not in ("processor", "system", "command")
     ]
     noisy = sum(row.noisy for row in run.rows)
-    notes = [f"- {note}" for note in run.notes] + [f"- {noisy} of {len(run.rows)} rows were too noisy to count"] * (noisy > 0)
+    notes = [f"- {note}" for note in run.notes] + [f"- {noisy} of {len(run.rows)} rows were too noisy to count"] * (
+        noisy > 0
+    )
     body = "".join(f"| {' | '.join(cells)} |\n" for cells in table)
     return head + body + "\n" + "".join(f"{line}\n" for line in versions + notes)
