@@ -20,9 +20,13 @@ CHOICES: tuple[Callable[[Row], str], ...] = (
 
 @dataclass(frozen=True)
 class Answer:
-    """The fastest row of one pass on one array, and the best row of each other choice and of all peers."""
+    """The fastest row of one pass on one array, and the best row of each other choice and of all peers.
+
+    `words` are the choices that make the fastest row. They are empty where all rows are noisy: there is no answer.
+    """
 
     fastest: Row
+    words: str
     others: dict[str, Row]
 
     def over(self, other: Row) -> float:
@@ -45,23 +49,27 @@ def _question(row: Row) -> tuple[object, ...]:
     return (row.shape, row.layout, replace(row.variant, result="out"), row.pass_)
 
 
-def answers(rows: Sequence[Row]) -> Iterator[tuple[Answer, str]]:
-    """For each question that has several answers: the best, and its row in words. Noisy rows are left out."""
+def answers(rows: Sequence[Row]) -> Iterator[Answer]:
+    """For each question that has several answers: the best. Noisy rows are no answers."""
     ours = [row for row in rows if row.kind == FASTBN]
     peers = [row for row in rows if row.kind == PEER and row.agrees and not row.noisy]
     for question in dict.fromkeys(map(_question, ours)):
-        steady = [row for row in ours if _question(row) == question and not row.noisy]
+        asked = [row for row in ours if _question(row) == question]
         rivals = [row for row in peers if _question(row) == question]
-        if not steady or len(steady) + len(rivals) < 2:
+        if len(asked) + len(rivals) < 2:
+            continue
+        steady = [row for row in asked if not row.noisy]
+        if not steady:
+            yield Answer(asked[0], "", {})
             continue
         fastest = min(steady, key=lambda row: row.seconds)
         others = {}
         for choice in CHOICES:
-            for name in dict.fromkeys(map(choice, ours)):
+            for name in dict.fromkeys(map(choice, asked)):
                 rest = [row for row in steady if choice(row) == name]
                 if rest and name != choice(fastest):
                     others[name] = min(rest, key=lambda row: row.seconds)
         if rivals:
             best = min(rivals, key=lambda row: row.seconds)
             others[best.contestant] = best
-        yield Answer(fastest, others), in_words(fastest, ours) or fastest.contestant
+        yield Answer(fastest, in_words(fastest, asked) or fastest.contestant, others)

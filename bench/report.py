@@ -140,10 +140,10 @@ def _in_short(rows: Sequence[Row]) -> Any:
     return table
 
 
-def _fastest(found: Sequence[tuple[Answer, str]]) -> Iterator[str]:
+def _fastest(found: Sequence[Answer]) -> Iterator[str]:
     """Sentences on what is fastest, and how much longer the best call of each other choice takes."""
     previous = ""
-    for answer, words in found:
+    for answer in found:
         row = answer.fastest
         here = f"{written(row.shape)} {row.layout} {replace(row.variant, result='out')}"
         if here != previous:
@@ -153,7 +153,11 @@ def _fastest(found: Sequence[tuple[Answer, str]]) -> Iterator[str]:
             f"{name} {'≈' * answer.even(other)}{times(answer.over(other))}"
             for name, other in sorted(answer.others.items(), key=lambda item: item[1].seconds)
         ]
-        yield f"  {row.pass_}: [green]{words}[/], {duration(row.seconds)}. At best take: {', '.join(others)}"
+        if answer.words:
+            rest = f". At best take: {', '.join(others)}" if others else ", alone not too noisy"
+            yield f"  {row.pass_}: [green]{answer.words}[/], {duration(row.seconds)}{rest}"
+        else:
+            yield f"  {row.pass_}: too noisy to say"
 
 
 def show(where: Any, run: Run, targets: bool = False) -> None:
