@@ -50,13 +50,13 @@ def _question(row: Row) -> tuple[object, ...]:
 
 
 def answers(rows: Sequence[Row]) -> Iterator[Answer]:
-    """For each question that has several answers: the best. Noisy rows are no answers."""
+    """For each question for which fastbn has several answers: the best. Noisy rows are no answers."""
     ours = [row for row in rows if row.kind == FASTBN]
     peers = [row for row in rows if row.kind == PEER and row.agrees and not row.noisy]
     for question in dict.fromkeys(map(_question, ours)):
         asked = [row for row in ours if _question(row) == question]
         rivals = [row for row in peers if _question(row) == question]
-        if len(asked) + len(rivals) < 2:
+        if len(asked) < 2:
             continue
         steady = [row for row in asked if not row.noisy]
         if not steady:
@@ -72,4 +72,4 @@ def answers(rows: Sequence[Row]) -> Iterator[Answer]:
         if rivals:
             best = min(rivals, key=lambda row: row.seconds)
             others[best.contestant] = best
-        yield Answer(fastest, in_words(fastest, asked) or fastest.contestant, others)
+        yield Answer(fastest, in_words(fastest, asked), others)

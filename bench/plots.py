@@ -52,7 +52,7 @@ NARROW = 30
 LEAST_SPAN = 12
 
 DPI = 150
-BAR_HEIGHT, HEAD_HEIGHT = 0.2, 1.1  # inches
+BAR_HEIGHT, HEAD_HEIGHT, LEAST_WIDTH = 0.2, 1.1, 7.5  # inches
 
 # Bytes moved are an axis if there are at least this many sizes.
 LEAST_SIZES = 3
@@ -92,7 +92,7 @@ class _Sheet:
         rows = run.rows
         self.lines = list(heights)
         self.passes = [pass_ for pass_ in TITLES if any(row.pass_ == pass_ for row in rows)]
-        width, height = width * len(self.passes), sum(heights.values()) + 0.9
+        width, height = max(LEAST_WIDTH, width * len(self.passes)), sum(heights.values()) + 0.9
         self.figure = extra("matplotlib.figure").Figure(figsize=(width, height), layout="constrained", dpi=DPI)
         self.figure.get_layout_engine().set(rect=(0, 0, 1, 1 - 0.55 / height), w_pad=0.12, h_pad=0.1)
         self.axes = self.figure.subplots(

@@ -14,7 +14,7 @@ from .extras import extra
 from .rows import FASTBN, PEER, Row, Run, races
 from .shapes import written
 from .summary import columns, summary
-from .targets import bound, threads_in_words, verdicts
+from .targets import bound, faster_peers, threads_in_words, verdicts
 
 WIDTH = 120
 """The width, in characters, of output to a file or a pipe."""
@@ -181,7 +181,8 @@ def show(where: Any, run: Run, targets: bool = False) -> None:
     for verdict in verdicts(run.rows) if targets else []:
         mark = "[green]✓[/]" if verdict.met else "[red]✗[/]"
         where.print(f"{mark} {escape(verdict.target)}: {escape(verdict.measured)}", soft_wrap=True)
-    for note in [*run.notes, *_of_noise(run.rows)]:
+    faster = [f"a peer is faster: {peer}" for peer in faster_peers(run.rows)]
+    for note in [*faster, *run.notes, *_of_noise(run.rows)]:
         where.print(f"[yellow]•[/] {escape(note)}", soft_wrap=True)
 
 

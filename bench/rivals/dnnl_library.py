@@ -35,7 +35,7 @@ def _opened(path: Path, mode: int = ctypes.DEFAULT_MODE) -> ctypes.CDLL:
             return ctypes.CDLL(str(path), mode)
         except OSError as error:
             needed = re.match(r"(\S+): cannot open shared object", str(error))
-            beside = path.with_name(needed[1]) if needed else path
+            beside = path.with_name(Path(needed[1]).name) if needed else path
             if beside == path or not beside.exists():
                 raise
             _opened(beside, ctypes.RTLD_GLOBAL)

@@ -420,6 +420,7 @@ def test_without_a_compiler_there_is_no_limit(monkeypatch):
         limit._library.cache_clear()
 
 
+@pytest.mark.filterwarnings("ignore")  # the compiler's own modules warn
 def test_torch_compiled_agrees_and_is_for_activations():
     loaded = rivals.load(["torch.compile"])
     if loaded.missing:
