@@ -130,10 +130,9 @@ class _Bar(NamedTuple):
     noisy: bool
 
 
-def _over_fastbn(row: Row, race: Sequence[Row]) -> float:
-    """The row's time over that of fastbn's first contestant in the same race."""
-    first = next(other for other in race if other.kind == FASTBN)
-    return row.to_copy / first.to_copy
+def _first(race: Sequence[Row]) -> Row:
+    """The first of fastbn's rows."""
+    return next(row for row in race if row.kind == FASTBN)
 
 
 def _bars_of(rows: Sequence[Row], alone: bool) -> Iterator[_Bar]:
@@ -141,19 +140,17 @@ def _bars_of(rows: Sequence[Row], alone: bool) -> Iterator[_Bar]:
     by_race = races(rows)
     for layout in GROUPS:
         here = [row for row in rows if row.layout == layout]
-        plain = {one.kind: one.contestant for one in here if one.kind in (COPY, LIMIT) and not one.variant.extras}
-        named = {kind: plain[kind] for kind in (LIMIT, COPY) if kind in plain} | _names(here)
-        for name, contestant in named.items():
-            mine = [
-                row
-                for row in here
-                if (contestant if name in plain else _name(row)) == name and row.contestant == contestant
-            ]
-            mine = [row for row in mine if not row.variant.extras] if name in plain else mine
-            steady = [row for row in mine if not row.noisy] or mine
-            dots = [row.seconds if alone else _over_fastbn(row, by_race[row.key]) for row in steady]
-            noisy = all(row.noisy for row in mine)
-            yield _Bar(layout, name, contestant, geometric_mean(dots), dots, noisy)
+        yardsticks = {kind: kind for kind in (LIMIT, COPY) if any(row.kind == kind for row in here)}
+        for name, contestant in {**yardsticks, **_names(here)}.items():
+            if name in yardsticks:  # of the plain calls, if there are any
+                all_of = [row for row in here if row.kind == name]
+                mine = [row for row in all_of if not row.variant.extras] or all_of
+            else:
+                mine = [row for row in here if _name(row) == name]
+            steady = [row for row in mine if not (row.noisy or (not alone and _first(by_race[row.key]).noisy))]
+            shown = [(row, _first(by_race[row.key])) for row in steady or mine]
+            dots = [row.seconds if alone else row.to_copy / first.to_copy for row, first in shown]
+            yield _Bar(layout, name, contestant, geometric_mean(dots), dots, not steady)
 
 
 def _bar_panel(ax: Any, bars: Sequence[_Bar], colours: dict[str, Any], alone: bool) -> None:
@@ -277,6 +274,9 @@ def _roofline_panel(ax: Any, rows: Sequence[Row], colours: dict[str, Any]) -> No
     low = min(row.seconds for row in rows) / 1.6
     ax.fill_between(moved, seconds, low, color=FAINT, alpha=0.6, linewidth=0, zorder=1)
     ax.plot(moved, seconds, color=INK, linewidth=1.4, zorder=2)
+    limits = sorted((row.bytes_moved, row.seconds) for row in rows if row.kind == LIMIT and not row.noisy)
+    if limits:
+        ax.plot(*zip(*limits, strict=True), color=INK, linewidth=1.2, ls=":", zorder=2)
     ax.set_xscale("log")
     ax.set_yscale("log")
     for name, layout in dict.fromkeys((_name(row), row.layout) for row in rows if row.kind not in (COPY, LIMIT)):
@@ -307,6 +307,8 @@ def _legend(sheet: _Sheet, rows: Sequence[Row], colours: dict[str, Any]) -> None
     present = {row.layout for row in rows}
     dots += [(title, MARKERS[layout], PALE) for layout, title in GROUPS.items() if layout in present]
     entries = [line([], [], color=INK, linewidth=1.4, label="a copy")]
+    if any(row.kind == LIMIT for row in rows):
+        entries.append(line([], [], color=INK, linewidth=1.2, ls=":", label="the limit"))
     entries += [line([], [], ls="", marker=marker, color=colour, label=name) for name, marker, colour in dots]
     sheet.figure.legend(handles=entries, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
 
@@ -314,7 +316,7 @@ def _legend(sheet: _Sheet, rows: Sequence[Row], colours: dict[str, Any]) -> None
 def draw_roofline(run: Run, path: Path) -> Path:
     """Draws each row's time against the bytes that it must at least move, and the line of the copies."""
     heights = {(row.dtype, row.threads): 4.0 for row in run.rows}
-    sheet = _Sheet(run, "Time against bytes moved, and the limit that a copy sets", 4.6, heights)
+    sheet = _Sheet(run, "Time against bytes moved, beside a copy's", 4.6, heights)
     colours = _colours(run.rows)
     for ax, rows in sheet.panels(run.rows):
         if rows:
