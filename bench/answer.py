@@ -22,7 +22,7 @@ CHOICES: tuple[Callable[[Row], str], ...] = (
 class Answer:
     """The fastest row of one pass on one array, and the best row of each other choice and of all peers.
 
-    `words` are the choices that make the fastest row. They are empty where all rows are noisy: there is no answer.
+    `words` are the choices that make the fastest row. They are empty where that is noisy: there is no answer.
     """
 
     fastest: Row
@@ -59,10 +59,10 @@ def answers(rows: Sequence[Row]) -> Iterator[Answer]:
         if len(asked) < 2:
             continue
         steady = [row for row in asked if not row.noisy]
-        if not steady:
-            yield Answer(asked[0], "", {})
+        fastest = min(asked, key=lambda row: row.seconds)
+        if fastest.noisy:
+            yield Answer(fastest, "", {})
             continue
-        fastest = min(steady, key=lambda row: row.seconds)
         others = {}
         for choice in CHOICES:
             for name in dict.fromkeys(map(choice, asked)):

@@ -67,6 +67,8 @@ def duration(seconds: float) -> str:
 
 def times(ratio: float) -> str:
     """A ratio with at most three digits and an x."""
+    if ratio < 0.0995:
+        return f"{ratio:.2g}x"
     decimals = 2 if ratio < 9.995 else 1 if ratio < 99.95 else 0
     return f"{ratio:.{decimals}f}x"
 
@@ -154,7 +156,7 @@ def _fastest(found: Sequence[Answer]) -> Iterator[str]:
             for name, other in sorted(answer.others.items(), key=lambda item: item[1].seconds)
         ]
         if answer.words:
-            rest = f". At best take: {', '.join(others)}" if others else ", alone not too noisy"
+            rest = f". At best take: {', '.join(others)}" if others else "; all others are too noisy"
             yield f"  {row.pass_}: [green]{answer.words}[/], {duration(row.seconds)}{rest}"
         else:
             yield f"  {row.pass_}: too noisy to say"

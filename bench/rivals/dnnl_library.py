@@ -41,18 +41,24 @@ def _opened(path: Path, mode: int = ctypes.DEFAULT_MODE) -> ctypes.CDLL:
             _opened(beside, ctypes.RTLD_GLOBAL)
 
 
-def library() -> tuple[ctypes.CDLL, str]:
-    """The library, and where it is from."""
+def _found() -> tuple[Path, str]:
     named = os.environ.get("LIBDNNL")
     if named:
-        return _opened(Path(named)), "LIBDNNL"
+        return Path(named), "LIBDNNL"
     for package in PACKAGES:
         path = _in_package(package)
         if path is not None:
-            if (path.with_name(DRIVER)).exists():  # without a system-wide list of drivers, SYCL finds no processor
-                os.environ.setdefault("OCL_ICD_FILENAMES", str(path.with_name(DRIVER)))
-            return _opened(path), f"package {package}"
+            return path, f"package {package}"
     raise ImportError(f"no package {' or '.join(PACKAGES)}, and LIBDNNL names no library")
+
+
+def library() -> tuple[ctypes.CDLL, str]:
+    """The library, and where it is from."""
+    path, source = _found()
+    driver = path.with_name(DRIVER)
+    if driver.exists():  # SYCL finds no processor without a list of drivers, which the packages do not install
+        os.environ.setdefault("OCL_ICD_FILENAMES", str(driver))
+    return _opened(path), source
 
 
 @contextmanager

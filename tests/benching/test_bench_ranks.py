@@ -12,7 +12,9 @@ import pytest
 import rank_cases
 
 pytest.importorskip("rich", reason='needs pip install "fastbn[bench]"')
-cli, ranks, shapes = (pytest.importorskip(f"fastbn.bench.{name}") for name in ("cli", "ranks", "shapes"))
+cli, options, ranks, shapes = (
+    pytest.importorskip(f"fastbn.bench.{name}") for name in ("cli", "options", "ranks", "shapes")
+)
 
 
 def row(shape: tuple[int, ...], seconds: float, number: int = 1) -> Any:
@@ -57,7 +59,7 @@ def test_a_run(
 
 def test_what_does_not_run_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ranks, "TRANSPORTS", {"MPI": "no_such_package"})
-    rows, notes = ranks.measure([1], [(5, 64)], cli.QUICK_BUDGET)
+    rows, notes = ranks.measure([1], [(5, 64)], options.QUICK_BUDGET)
     assert rows == []
     assert notes == ["MPI does not run: No module named 'no_such_package'"]
 
