@@ -70,6 +70,8 @@ def lacks(title: str, variant: Variant) -> str:
         return "arrays that are not dense"
     if variant.mask or variant.residual:
         return "a mask" if variant.mask else "a residual"
+    if title == "torch.compile" and variant.activation == "none":
+        return "a norm alone, which nothing is fused with"
     return "" if variant.activation == "none" or title in WITH_ACTIVATIONS else "activations"
 
 

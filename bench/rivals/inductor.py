@@ -51,7 +51,5 @@ class Rival:
         return partial(torch.autograd.grad, y, inputs, dy, retain_graph=True)
 
     def prepare(self, problem: Problem, pass_: str) -> list[Contestant]:
-        if problem.activation == "none":
-            return []
         self._torch._dynamo.reset()
         return [Contestant(name="torch.compile", call=self._call(problem, pass_), results=self._eager.results)]
