@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from .rows import FASTBN, Row
 
+LEAST = 0.03
+"""A smaller difference is none, however small the spread."""
+
 
 @dataclass(frozen=True)
 class Change:
@@ -17,7 +20,7 @@ class Change:
 
     @property
     def ratio(self) -> float:
-        """The new ratio to a copy, divided by the old one. Above 1, the new run is slower."""
+        """The new time over the old one, both relative to a copy. Above 1, the new run is slower."""
         return self.new.to_copy / self.old.to_copy
 
     @property
@@ -26,9 +29,14 @@ class Change:
         return max(self.old.spread, self.new.spread)
 
     @property
-    def slower(self) -> bool:
-        """Whether the new run is slower by more than the noise."""
-        return self.ratio > 1 + self.noise
+    def verdict(self) -> str:
+        """What can be said: "slower" or "faster" by more than the noise, "equal", or "noisy" for nothing."""
+        if self.new == self.old:
+            return "equal"
+        if self.old.noisy or self.new.noisy:
+            return "noisy"
+        least = 1 + max(self.noise, LEAST)
+        return "slower" if self.ratio > least else "faster" if self.ratio < 1 / least else "equal"
 
 
 def changes(old: Sequence[Row], new: Sequence[Row]) -> list[Change]:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
+
+import numpy as np
 
 import fastbn
 from fastbn._backends import select
 
-from .problem import EPS, MOMENTUM, Contestant, Problem
+from .problem import EPS, MOMENTUM, Array, Contestant, Problem
+
+Within = Callable[[], AbstractContextManager[None]]
 
 
 def _isas(isas: Sequence[str]) -> tuple[str, ...]:
@@ -41,17 +45,37 @@ def entrants(backends: Sequence[str], isas: Sequence[str]) -> dict[str, tuple[st
     return named
 
 
-def _call(problem: Problem, pass_: str, backend: str) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
-    p, (mean, var) = problem, problem.running()
-    options: dict[str, Any] = {"eps": EPS, "axis": p.axis, "out": p.out, "backend": backend}
+def _in_place(array: Array) -> tuple[Array, Callable[[], AbstractContextManager[None]]]:
+    """A copy of an array to work on, and what brings its values back before each turn."""
+    copy = array.copy(order="K")
+
+    @contextmanager
+    def renewed() -> Iterator[None]:
+        np.copyto(copy, array)
+        yield
+
+    return copy, renewed
+
+
+def _call(problem: Problem, pass_: str, backend: str) -> tuple[Callable[[], Any], Callable[[Any], Any], Within]:
+    p, (mean, var), within, result = problem, problem.running(), nullcontext, problem.variant.result
+    options: dict[str, Any] = {"eps": EPS, "axis": p.axis, "backend": backend}
     options["activation"] = None if p.activation == "none" else p.activation
+    options["residual"] = p.residual if p.variant.residual else None
+    source, out = p.dy if pass_ == "backward" else p.x, p.out if result == "out" else None
+    if result == "inplace":
+        source, within = _in_place(source)
+        out = source
     if pass_ == "infer":
-        return partial(fastbn.infer, p.x, p.gamma, p.beta, mean, var, **options), lambda y: (p.channels_first(y),)
-    forward = partial(fastbn.forward, p.x, p.gamma, p.beta, mean, var, momentum=MOMENTUM, **options)
+        call = partial(fastbn.infer, source, p.gamma, p.beta, mean, var, out=out, **options)
+        return call, lambda y: (p.channels_first(y),), within
+    options |= {"momentum": MOMENTUM, "mask": p.mask if p.variant.mask else None}
     if pass_ == "forward":
-        return forward, lambda result: (p.channels_first(result.y),)
-    backward = partial(fastbn.backward, p.dy, forward().cache, out=p.out, backend=backend)
-    return backward, lambda result: (p.channels_first(result[0]), *result[1:])
+        forward = partial(fastbn.forward, source, p.gamma, p.beta, mean, var, out=out, **options)
+        return forward, lambda result: (p.channels_first(result.y),), within
+    cache = fastbn.forward(p.x, p.gamma, p.beta, mean, var, **options).cache
+    backward = partial(fastbn.backward, source, cache, out=out, backend=backend)
+    return backward, lambda result: (p.channels_first(result[0]), *result[1:]), within
 
 
 @contextmanager
@@ -66,8 +90,19 @@ def _selected(isa: str) -> Iterator[None]:
 
 
 def prepare(problem: Problem, pass_: str, name: str, backend: str, isa: str | None) -> Contestant:
-    """The contestant of this name for one pass."""
-    within = nullcontext if isa is None else partial(_selected, isa)
-    with within():
-        call, results = _call(problem, pass_, backend)
+    """The contestant of this name for one pass. Raises NotImplementedError for what fastbn refuses in place."""
+    selected = nullcontext if isa is None else partial(_selected, isa)
+    with selected():
+        call, results, renewed = _call(problem, pass_, backend)
+        if problem.variant.result == "inplace":
+            try:
+                call()
+            except ValueError as error:
+                raise NotImplementedError(f"in place: {error}") from error
+
+    @contextmanager
+    def within() -> Iterator[None]:
+        with selected(), renewed():
+            yield
+
     return Contestant(name=name, call=call, results=results, within=within)

@@ -26,6 +26,8 @@ LAYOUTS = ("nchw", "nhwc")
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 ACTIVATIONS = tuple(name or "none" for name in BY_NAME)
 STRIDES = ("dense", "cropped", "stepped", "reversed", "middle", "broadcast")
+RESULTS = ("out", "fresh", "inplace")
+"""Where y or dx goes: to an array that is there (out=), to a new one, or over x or dy."""
 
 CROPPED = 3
 """The number of elements along the last axis that are in memory, but are not part of a cropped array."""
@@ -36,26 +38,33 @@ MOMENTUM = 0.1
 
 @dataclass(frozen=True)
 class Variant:
-    """The dtype and the strides of the arrays, and the activation. The defaults are the plain variant."""
+    """The dtype and the strides of the arrays, and what is asked of a call. The defaults are the plain variant."""
 
     dtype: str = "float32"
     activation: str = "none"
     strides: str = "dense"
+    result: str = "out"
+    mask: bool = False
+    residual: bool = False
 
     @property
     def extras(self) -> str:
-        """The activation and the strides in words; empty without an activation and with dense arrays."""
-        return " ".join(word for word in (self.activation, self.strides) if word not in ("none", "dense"))
+        """What differs from the plain variant, but for the dtype, in words."""
+        words = (self.activation, self.strides, self.result, "mask" * self.mask, "residual" * self.residual)
+        return " ".join(word for word in words if word not in ("none", "dense", "out", ""))
 
     def __str__(self) -> str:
         return f"{self.dtype} {self.extras}".rstrip()
 
     def bases(self) -> dict[str, Variant]:
-        """The variants to compare it with: the same in float32, unfused, and dense, as far as they differ from it."""
+        """The variants to compare it with: each differs from it in one respect, in which it is the plain one."""
         bases = {
             "float32": replace(self, dtype="float32"),
             "unfused": replace(self, activation="none"),
             "dense": replace(self, strides="dense"),
+            "out=": replace(self, result="out"),
+            "unmasked": replace(self, mask=False),
+            "no residual": replace(self, residual=False),
         }
         return {name: base for name, base in bases.items() if base != self}
 
@@ -87,16 +96,23 @@ def layouts_of(shape: Shape, layouts: tuple[str, ...]) -> tuple[str, ...]:
     return ("nc",) if len(shape) == 2 else layouts
 
 
-def passes_of(shape: Shape, passes: Sequence[str]) -> tuple[str, ...]:
-    """The passes that a shape has: with one value per channel, only inference, since there is no variance."""
+def passes_of(shape: Shape, passes: Sequence[str], masked: bool = False) -> tuple[str, ...]:
+    """The passes that a shape has: with one value per channel, only inference, which in turn takes no mask."""
     alone = math.prod(shape) == shape[1]
-    return tuple(pass_ for pass_ in passes if pass_ == "infer" or not alone)
+    return tuple(pass_ for pass_ in passes if not (masked if pass_ == "infer" else alone))
 
 
 def variants_of(shape: Shape, variants: Sequence[Variant]) -> tuple[Variant, ...]:
-    """The variants that a shape has: "middle" needs a spatial axis, and "broadcast" also more than one example."""
+    """The variants that a shape has: "middle" needs a spatial axis, and "broadcast" also more than one example.
+
+    What works in place is only timed on dense arrays.
+    """
     senseless = {"middle": len(shape) == 2, "broadcast": len(shape) == 2 or shape[0] == 1}
-    return tuple(variant for variant in variants if not senseless.get(variant.strides, False))
+    return tuple(
+        variant
+        for variant in variants
+        if not senseless.get(variant.strides, False) and (variant.result != "inplace" or variant.strides == "dense")
+    )
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:
@@ -140,7 +156,7 @@ class Problem:
 
     def __init__(self, shape: Shape, layout: str, dtype: str, strides: str = "dense", seed: int = 0) -> None:
         self.shape, self.layout, self.dtype, self.strides = shape, layout, dtype, strides
-        self.activation = "none"
+        self._asked = Variant(dtype, strides=strides)
         self.channels = shape[1]
         self.axis = -1 if layout == "nhwc" else 1
         self.memory_shape = (shape[0], *shape[2:], shape[1]) if layout == "nhwc" else shape
@@ -158,21 +174,47 @@ class Problem:
     def _normal(self, rng: np.random.Generator) -> Array:
         return rng.standard_normal(self.memory_shape, np.float64 if self.dtype == "float64" else np.float32)
 
-    def activated(self, activation: str) -> Problem:
-        """The same arrays, with an activation."""
+    def varied(self, variant: Variant) -> Problem:
+        """The same arrays for a variant of this dtype and these strides.
+
+        What works in place works on its own results again and again. Its parameters are therefore those of the
+        batch, so that y is x, and values neither grow nor vanish.
+        """
         problem = copy.copy(self)
-        problem.activation = activation
+        problem._asked = variant
+        if variant.result == "inplace":
+            problem.mean, problem.var = self.batch
+            problem.beta, problem.gamma = problem.mean.copy(), np.sqrt(problem.var + self.statistics.type(EPS))
         return problem
+
+    @cached_property
+    def residual(self) -> Array:
+        """What is added before the activation."""
+        values = (self._normal(np.random.default_rng(1)) / 2).astype(self.x.dtype)
+        return _laid_out(values, self.strides, self.axis)
+
+    @cached_property
+    def mask(self) -> Array:
+        """True but for the last quarter of the last axis: padding."""
+        shape = (*(size for axis, size in enumerate(self.x.shape) if axis != self.axis % self.x.ndim),)
+        return np.broadcast_to(np.arange(shape[-1]) < math.ceil(0.75 * shape[-1]), shape).copy()
 
     def bytes_moved(self, pass_: str) -> int:
         """The bytes that the pass must at least move: x and y, or dy, x and dx. Broadcast arrays are moved once."""
-        moved = (self.x, self.out, self.dy) if pass_ == "backward" else (self.x, self.out)
+        moved = [self.x, self.out, *([self.dy] if pass_ == "backward" else [])]
+        moved += [self.residual] if self._asked.residual else []
+        moved += [self.mask] if self._asked.mask else []
         return sum(array.nbytes // (self.shape[0] if array.strides[0] == 0 else 1) for array in moved)
 
     @property
     def variant(self) -> Variant:
-        """The dtype, the activation and the strides."""
-        return Variant(self.dtype, self.activation, self.strides)
+        """What is asked of a call."""
+        return self._asked
+
+    @property
+    def activation(self) -> str:
+        """The activation's name."""
+        return self._asked.activation
 
     @property
     def axes(self) -> tuple[int, ...]:

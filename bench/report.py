@@ -1,27 +1,37 @@
-"""What is printed? Progress during the run, then a table for each pass, the verdicts, and notes on what is missing."""
+"""What is printed? Progress during the run, then a table for each pass, what is fastest, and what is missing."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
+from .answer import Answer, answers
 from .compare import Change
 from .extras import extra
-from .rivals import CONTESTANTS
 from .rows import FASTBN, PEER, Row, Run, races
 from .shapes import written
-from .targets import bound, geometric_mean, is_c, threads_in_words, verdicts
+from .summary import columns, summary
+from .targets import bound, faster_peers, threads_in_words, verdicts
 
 WIDTH = 120
 """The width, in characters, of output to a file or a pipe."""
 
 TITLES = {"forward": "Training forward", "backward": "Backward", "infer": "Inference"}
 
+RATIOS = "Ratios are times over fastbn's in the same row: 2.00x takes twice as long. ~: too noisy to compare."
+
+FASTEST = (
+    "Each ratio is the time of the best call with that choice over the fastest's; ≈: the spread is larger than that."
+)
+
 KEY = (
-    "time: median of a call; ±: interquartile range over it; GB/s: the least bytes the pass must move, over the time;\n"
-    "copy: the time over that of a copy of x by as many threads; a peer's column: its time over ours, red where the\n"
-    "peer is faster, ! where its result differs; x float32, unfused, dense: the time over fastbn's own in that case."
+    "time: median of a call; ±: interquartile range over it, and ~ where that is beyond a third; GB/s: the least\n"
+    "bytes the pass must move, over the time; limit: the plainest loops in C that move them (one thread, from 1 MiB);\n"
+    "copy: np.copyto of x by as many threads; a peer: red where it is faster, ! where its result differs; float32,\n"
+    "unfused, dense, out=, unmasked, no residual: the same call without that option."
 )
 
 
@@ -57,6 +67,8 @@ def duration(seconds: float) -> str:
 
 def times(ratio: float) -> str:
     """A ratio with at most three digits and an x."""
+    if ratio < 0.0995:
+        return f"{ratio:.2g}x"
     decimals = 2 if ratio < 9.995 else 1 if ratio < 99.95 else 0
     return f"{ratio:.{decimals}f}x"
 
@@ -68,116 +80,145 @@ def _target(row: Row) -> str:
     return f"[green]{most:g} ✓[/]" if row.to_copy <= most else f"[red]{most:g} ✗[/]"
 
 
-def _peer(row: Row, name: str, race: Sequence[Row]) -> str:
-    if name not in row.over:
+def _ratio(row: Row, name: str, race: Sequence[Row]) -> str:
+    """The other's time over the row's, unless one of the two is noisy."""
+    if name not in row.others:
         return "[dim]-[/]"
-    agrees = next(other.agrees for other in race if other.contestant == name)
-    return f"[{'red' if row.over[name] < 1 else 'green'}]{times(row.over[name])}[/]{'' if agrees else '[red]![/]'}"
+    other = next((other for other in race if other.contestant == name), None)
+    if row.noisy or (other is not None and other.noisy):
+        return "[dim]~[/]"
+    text = times(row.others[name])
+    if other is None or other.kind != PEER:
+        return text
+    return f"[{'red' if row.others[name] < 1 else 'green'}]{text}[/]{'' if other.agrees else '[red]![/]'}"
 
 
-def _table(title: str, by_race: Sequence[Sequence[Row]]) -> Any:
+def _grid(left: Sequence[str], right: Sequence[str]) -> Any:
+    """A table with columns that are flush left and others that are flush right."""
+    table = extra("rich.table").Table(box=extra("rich.box").SIMPLE_HEAD, padding=0)
+    for heading in left:
+        table.add_column(heading, no_wrap=True, vertical="bottom")
+    for heading in right:
+        lines = heading.replace(" ", "\n").replace("OpenVINO", "Open\nVINO").replace("torch.compile", "torch.\ncompile")
+        table.add_column(lines, justify="right", no_wrap=True, vertical="bottom")
+    return table
+
+
+def _table(by_race: Sequence[Sequence[Row]], targets: bool) -> Any:
     rows = [row for race in by_race for row in race]
     several = len({row.contestant for row in rows if row.kind == FASTBN}) > 1
-    present = {row.contestant for row in rows if row.kind == PEER}
-    peers = [name for name in CONTESTANTS if name in present]
-    bounded = any(bound(row) is not None for row in rows)
+    bounded = targets and any(bound(row) is not None for row in rows)
     varied = any(row.variant.extras for row in rows)
-    bases = list(dict.fromkeys(base for row in rows for base in row.against))
-    table = extra("rich.table").Table(
-        title=title, title_justify="left", title_style="bold", box=extra("rich.box").SIMPLE_HEAD, padding=0
-    )
-    for heading in ("shape", "", *(["operation"] if varied else []), *(["backend"] if several else [])):
-        table.add_column(heading, no_wrap=True, vertical="bottom")
-    for heading in (
-        "time",
-        "±",
-        "GB/s",
-        "copy",
-        *(["target"] if bounded else []),
-        *(f"x {base}" for base in bases),
-        *peers,
-    ):
-        lines = heading.replace(" ", "\n").replace("OpenVINO", "Open\nVINO")
-        table.add_column(lines, justify="right", no_wrap=True)
+    compared = columns(rows)
+    left = ["shape", "", *(["operation"] if varied else []), *(["backend"] if several else [])]
+    table = _grid(left, ["time", "±", "GB/s", *(["over copy: target"] if bounded else []), *compared])
     for race in by_race:
         for row in race:
             if row.kind == FASTBN:
                 cells = [written(row.shape), row.layout, *([row.variant.extras or "-"] if varied else [])]
                 cells += [row.contestant.removeprefix("fastbn ")] if several else []
-                cells += [duration(row.seconds), f"{row.spread:.0%}", f"{row.gb_per_s:.1f}", times(row.to_copy)]
+                cells += [duration(row.seconds), f"{'~' * row.noisy}{row.spread:.0%}", f"{row.gb_per_s:.1f}"]
                 cells += [_target(row)] if bounded else []
-                cells += [times(row.against[base]) if base in row.against else "[dim]-[/]" for base in bases]
-                table.add_row(*cells, *(_peer(row, name, race) for name in peers))
+                table.add_row(*cells, *(_ratio(row, name, race) for name in compared))
     return table
 
 
-def _tables(rows: Sequence[Row]) -> Iterator[Any]:
+def _tables(rows: Sequence[Row], targets: bool) -> Iterator[tuple[str, Any]]:
+    """Titles and tables."""
     groups: dict[tuple[str, str, int], list[list[Row]]] = {}
     for race in races(rows).values():
         first = race[0]
         groups.setdefault((first.pass_, first.dtype, first.threads), []).append(race)
     for (pass_, dtype, threads), by_race in groups.items():
-        yield _table(f"{TITLES[pass_]}, {dtype}, {threads_in_words(threads)}", by_race)
+        yield f"{TITLES[pass_]}, {dtype}, {threads_in_words(threads)}", _table(by_race, targets)
 
 
 def _in_short(rows: Sequence[Row]) -> Any:
-    """A table of the C backend's geometric means over the shapes, a line for each operation."""
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        if is_c(row):
-            threads, isa = threads_in_words(row.threads), row.contestant.removeprefix("fastbn c")
-            groups.setdefault(f"{row.pass_} {row.layout} {row.variant}, {threads}{isa}", []).append(row)
-    present = {peer for group in groups.values() for row in group for peer in row.over}
-    peers = [name for name in CONTESTANTS if name in present]
-    table = extra("rich.table").Table(
-        title="In short: geometric means over the shapes",
-        title_justify="left",
-        title_style="bold",
-        box=extra("rich.box").SIMPLE_HEAD,
-        padding=0,
-    )
-    for heading in ("", "shapes", "copy", *(name.replace(" ", "\n") for name in peers)):
-        table.add_column(heading, justify="right" if heading else "left", no_wrap=True, vertical="bottom")
-    for case, group in groups.items():
-        over = ([row.over[name] for row in group if name in row.over] for name in peers)
-        cells = [times(geometric_mean(ratios)) if ratios else "[dim]-[/]" for ratios in over]
-        table.add_row(case, str(len(group)), times(geometric_mean(row.to_copy for row in group)), *cells)
+    """A table of geometric means over the shapes, a line for each operation and backend."""
+    names, lines = summary(rows)
+    table = _grid([""], ["shapes", *names])
+    for case, count, means in lines:
+        table.add_row(case, str(count), *(times(mean) if mean else "[dim]-[/]" for mean in means))
     return table
 
 
-def show(where: Any, run: Run) -> None:
-    """Prints the machine, the tables, the verdicts and the notes."""
+def _fastest(found: Sequence[Answer]) -> Iterator[str]:
+    """Sentences on what is fastest, and how much longer the best call of each other choice takes."""
+    previous = ""
+    for answer in found:
+        row = answer.fastest
+        here = f"{written(row.shape)} {row.layout} {replace(row.variant, result='out')}"
+        if here != previous:
+            yield f"[bold]Fastest for {here}[/]"
+        previous = here
+        others = [
+            f"{name} {'≈' * answer.even(other)}{times(answer.over(other))}"
+            for name, other in sorted(answer.others.items(), key=lambda item: item[1].seconds)
+        ]
+        if answer.words:
+            rest = f". At best take: {', '.join(others)}" if others else "; all others are too noisy"
+            yield f"  {row.pass_}: [green]{answer.words}[/], {duration(row.seconds)}{rest}"
+        else:
+            yield f"  {row.pass_}: too noisy to say"
+
+
+def show(where: Any, run: Run, targets: bool = False) -> None:
+    """Prints the machine, the tables, what is fastest and the notes; for developers, whether targets are met."""
     escape = extra("rich.markup").escape
     for key, value in run.machine.items():
         where.print(f"[bold]{escape(key)}[/]  {escape(value)}", soft_wrap=True)
-    for table in _tables(run.rows):
+    tables = list(_tables(run.rows, targets))
+    if len({row.shape for row in run.rows}) > 1:
+        tables.append(("In short: geometric means over the shapes", _in_short(run.rows)))
+    for title, table in tables:
+        where.print(f"\n[bold]{title}[/]\n[dim]{RATIOS}[/]", soft_wrap=True)
         where.print(table)
     if run.rows:
-        where.print(_in_short(run.rows))
         where.print(f"[dim]{KEY}[/]\n", soft_wrap=True)
-    for verdict in verdicts(run.rows):
+    found = list(answers(run.rows))
+    for line in _fastest(found):
+        where.print(line, soft_wrap=True)
+    if found:
+        where.print(f"[dim]{FASTEST}[/]\n", soft_wrap=True)
+    for verdict in verdicts(run.rows) if targets else []:
         mark = "[green]✓[/]" if verdict.met else "[red]✗[/]"
         where.print(f"{mark} {escape(verdict.target)}: {escape(verdict.measured)}", soft_wrap=True)
-    for note in run.notes:
+    faster = [f"a peer is faster: {peer}" for peer in faster_peers(run.rows)]
+    for note in [*faster, *run.notes, *_of_noise(run.rows)]:
         where.print(f"[yellow]•[/] {escape(note)}", soft_wrap=True)
 
 
+def _of_noise(rows: Sequence[Row]) -> list[str]:
+    ours = [row for row in rows if row.kind == FASTBN]
+    noisy = sum(row.noisy for row in ours)
+    if not noisy:
+        return []
+    return [
+        f"{noisy} of {len(ours)} rows of fastbn are too noisy to compare: other programs run, or --seconds is short"
+    ]
+
+
 def show_changes(where: Any, changes: Sequence[Change]) -> None:
-    """Prints the rows that both runs have, new over old, and marks those that are slower by more than the spread."""
+    """Prints the rows that both runs have, new over old, and what can be said of each."""
     if not changes:
         where.print("No row is in both runs.")
         return
+    counts = Counter(change.verdict for change in changes)
     table = extra("rich.table").Table(
-        title="Against the earlier run: ratios to a copy", title_justify="left", box=extra("rich.box").SIMPLE_HEAD
+        title="[bold]Against the earlier run[/]\n[dim]Ratios are new times over old, both relative to a copy's.[/]",
+        title_justify="left",
+        title_style="",
+        box=extra("rich.box").SIMPLE_HEAD,
     )
-    for heading in ("row", "old", "new", "new / old", "±", ""):
+    for heading in ("row", "old", "new", "new over old", "±", ""):
         table.add_column(heading, justify="left" if heading in ("row", "") else "right", no_wrap=True)
     for change in changes:
         pass_, layout, variant, shape, threads = change.new.key
         name = f"{pass_} {written(shape)} {layout} {variant} x{threads} {change.new.contestant.removeprefix('fastbn ')}"
-        flag = "[red]slower[/]" if change.slower else ""
-        ratios = (times(change.old.to_copy), times(change.new.to_copy), f"{change.ratio:.2f}")
-        table.add_row(name, *ratios, f"{change.noise:.0%}", flag)
-    where.print(table)
-    slower = sum(change.slower for change in changes)
-    where.print(f"{slower} of {len(changes)} rows slower by more than the spread")
+        colour = {"slower": "red", "faster": "green"}.get(change.verdict, "dim")
+        spans = (duration(change.old.seconds), duration(change.new.seconds), times(change.ratio))
+        table.add_row(name, *spans, f"{change.noise:.0%}", f"[{colour}]{change.verdict}[/]")
+    if set(counts) != {"equal"}:
+        where.print(table)
+    words = ", ".join(f"{counts[word]} {word}" for word in ("equal", "slower", "faster", "noisy") if counts[word])
+    where.print(f"Of {len(changes)} rows: {words}.")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import difflib
+from collections.abc import Iterator, Sequence
 
 Shape = tuple[int, ...]
 
@@ -91,15 +92,44 @@ def _one(word: str, batch: int | None) -> tuple[Shape, ...]:
     if word in NETWORKS:
         default, shapes = NETWORKS[word]
         return tuple((batch or default, *shape) for shape in shapes)
-    sizes = word.split("x")
-    if len(sizes) < 2 or not all(size.isdecimal() and int(size) > 0 for size in sizes):
-        raise ValueError(f"--shapes: got {word!r}; allowed: {', '.join(NAMES)}, or sizes such as 32x64x56x56")
-    return (tuple(map(int, sizes)),)
+    return (_sizes(word),)
 
 
-def parse(text: str, batch: int | None = None) -> tuple[Shape, ...]:
-    """The distinct shapes of a comma-separated list of names and sizes, in the order of the list."""
-    return tuple(dict.fromkeys(shape for word in text.split(",") for shape in _one(word.strip(), batch)))
+def _sizes(word: str) -> Shape:
+    """A shape of sizes with an x or another sign of multiplication between them."""
+    sizes = word.replace("\u00d7", "x").replace("*", "x").split("x")
+    if not any(size.isdecimal() for size in sizes):
+        near = difflib.get_close_matches(word, NAMES)
+        meant = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"--shapes: got {word!r}{meant}; allowed: {', '.join(NAMES)}, or sizes such as 32x64x56x56")
+    if len(sizes) < 2:
+        raise ValueError(
+            f"--shapes: got {word!r}, one size; allowed: examples x channels, and sizes of space, such as {word}x64 or "
+            f"{word}x64x56x56, or {', '.join(NAMES)}"
+        )
+    wrong = [size for size in sizes if not (size.isdecimal() and int(size) > 0)]
+    if wrong:
+        raise ValueError(
+            f"--shapes: got {word!r}, in which {wrong[0]!r} is not a positive integer; allowed: sizes such as "
+            f"32x64x56x56, with commas between shapes, or {', '.join(NAMES)}"
+        )
+    return tuple(map(int, sizes))
+
+
+def _words(given: str | Sequence[str | Shape]) -> list[str]:
+    if isinstance(given, str):
+        return [word.strip().lower() for word in given.split(",")]
+    return [word.strip().lower() if isinstance(word, str) else written(word) for word in given]
+
+
+def names_in(given: str | Sequence[str | Shape]) -> bool:
+    """Whether a list of shapes names a set."""
+    return any(word in NAMES for word in _words(given))
+
+
+def parse(given: str | Sequence[str | Shape], batch: int | None = None) -> tuple[Shape, ...]:
+    """The distinct shapes of a list of names and sizes, in its order. Text has commas between them."""
+    return tuple(dict.fromkeys(shape for word in _words(given) for shape in _one(word, batch)))
 
 
 def written(shape: Shape) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from .problem import PASSES, Variant
@@ -88,24 +88,32 @@ def _name(row: Row) -> str:
 
 
 def _table(rows: list[Row]) -> Iterator[Verdict]:
-    bounded = [(row, most) for row in rows if (most := bound(row)) is not None]
+    bounded = [(row, most) for row in rows if not row.noisy and (most := bound(row)) is not None]
     missed = [f"{_name(row)}: {row.to_copy:.2f} > {most:g}" for row, most in bounded if row.to_copy > most]
     if bounded:
         score = f"{len(bounded) - len(missed)} of {len(bounded)} cells"
         yield Verdict("ratio to a copy within the table's bounds", "; ".join([score, *missed]), not missed)
 
 
-def _no_faster_peer(rows: list[Row]) -> Iterator[Verdict]:
-    ours = [row for row in rows if is_c(row) and row.over]
-    beaten = []
+def faster_peers(rows: Sequence[Row]) -> list[str]:
+    """For each peer that is faster in rows of fastbn: in how many, and by how much at best. Noisy rows do not count."""
+    steady = {(row.key, row.contestant) for row in rows if not row.noisy}
+    ours = [row for row in rows if row.kind == FASTBN and row.over and not row.noisy]
+    found = []
     for peer in dict.fromkeys(peer for row in ours for peer in row.over):
-        faced = [row for row in ours if peer in row.over]
+        faced = [row for row in ours if peer in row.over and (row.key, peer) in steady]
         lost = sorted((row for row in faced if row.over[peer] < 1), key=lambda row: row.over[peer])
         if lost:
-            worst = f"{lost[0].over[peer]:.2f} of ours for {_name(lost[0])}"
-            beaten.append(f"{peer} in {len(lost)} of {len(faced)} rows, at best {worst}")
-    if ours:
-        yield Verdict("no peer is faster", "; ".join(beaten) or f"none in {len(ours)} rows", not beaten)
+            worst = f"{lost[0].over[peer]:.2f}x for {_name(lost[0])}"
+            found.append(f"{peer} in {len(lost)} of {len(faced)} rows, at best {worst}")
+    return found
+
+
+def _no_faster_peer(rows: list[Row]) -> Iterator[Verdict]:
+    ours = [row for row in rows if is_c(row)]
+    if any(row.over for row in ours):
+        beaten = faster_peers([*ours, *(row for row in rows if row.kind != FASTBN)])
+        yield Verdict("no peer is faster", "; ".join(beaten) or "none is", not beaten)
 
 
 def _torch(rows: list[Row]) -> Iterator[Verdict]:

@@ -223,11 +223,13 @@ def run(*, quick: bool = False, kept: bool = True) -> Habits:
     if kept:
         habits.writable_folder()  # before a minute is spent
     before, usual, threads = bridge.habits(), bridge.usual_habits(), get_num_threads()
+    words = f"{threads} thread{'s' * (threads > 1)}"
+    print(f"Habits of this machine, on {words}, in less than a minute; no bit of a result depends on them.", flush=True)
     try:
         found, rows, over = _measured(bridge, usual, quick)
     finally:
         bridge.set_habits(before)
-    _report(found, rows, threads)
+    _report(found, rows)
     best = dict(usual)
     if over < 1:
         best.update({row.habit: row.best for row in found})
@@ -271,9 +273,8 @@ def _shown(show: Shows, text: str, before: int, part: float) -> None:
     show(text, before + part)
 
 
-def _report(found: Sequence[Found], rows: Sequence[Sequence[str]], threads: int) -> None:
+def _report(found: Sequence[Found], rows: Sequence[Sequence[str]]) -> None:
     """What was found, and what all of it gains on each pass."""
-    print(f"Habits of this machine, on {threads} thread{'s' * (threads > 1)}; no bit of a result depends on them.")
     table = [(row.habit, habits.written(row.usual), habits.written(row.best), f"{row.over:.2f}") for row in found]
     _print_table(("habit", "default", "best here", "time over default's"), table)
     if rows:

@@ -14,7 +14,8 @@ class Rival(Protocol):
     """A peer's library, loaded. Each module here has a class Rival; creating it raises ImportError without the library.
 
     A rival is given every pass, layout, dtype and thread count, and prepares nothing for those that it does not
-    support. Only the rivals of WITH_ACTIVATIONS get activations, and no rival gets arrays that are not dense.
+    support. Only the rivals of WITH_ACTIVATIONS get activations, and no rival gets arrays that are not dense, a mask or
+    a residual.
     """
 
     version: str
@@ -36,7 +37,8 @@ class _Entry:
 
 ENTRIES = {
     "torch": _Entry("PyTorch", "pytorch", "torch"),
-    "onednn": _Entry("oneDNN", "onednn", "onednn-cpu-gomp"),
+    "torch.compile": _Entry("torch.compile", "inductor", "torch"),
+    "onednn": _Entry("oneDNN", "onednn", "onednn"),
     "onnxruntime": _Entry("ONNX Runtime", "ort", "onnxruntime onnx"),
     "openvino": _Entry("OpenVINO", "openvino_cpu", "openvino"),
     "jax": _Entry("JAX", "jax_xla", "jax"),
@@ -44,11 +46,12 @@ ENTRIES = {
     "numpy": _Entry("NumPy", "numpy_ufuncs", "numpy"),
 }
 
-WITH_ACTIVATIONS = ("PyTorch",)
+WITH_ACTIVATIONS = ("PyTorch", "torch.compile")
 
 CONTESTANTS = (
     "torch",
     "torch reused",
+    "torch.compile",
     "oneDNN",
     "oneDNN blocked",
     "ONNX Runtime",
@@ -65,6 +68,10 @@ def lacks(title: str, variant: Variant) -> str:
     """The part of the variant that this peer is not timed with, in words; empty if it is timed."""
     if variant.strides != "dense":
         return "arrays that are not dense"
+    if variant.mask or variant.residual:
+        return "a mask" if variant.mask else "a residual"
+    if title == "torch.compile" and variant.activation == "none":
+        return "a norm alone, which nothing is fused with"
     return "" if variant.activation == "none" or title in WITH_ACTIVATIONS else "activations"
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.metadata
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..problem import EPS, Array, Contestant, Problem
+from .dnnl_library import RUNTIMES, few_processors, library
 
 # The constants of dnnl_types.h, version 3.
 CPU, IN_ORDER = 1, 1
@@ -29,22 +29,17 @@ Dims = ctypes.c_int64 * MOST_DIMS
 
 
 class _Version(ctypes.Structure):
-    _fields_ = (("major", ctypes.c_int), ("minor", ctypes.c_int), ("patch", ctypes.c_int))
+    _fields_ = (
+        ("major", ctypes.c_int),
+        ("minor", ctypes.c_int),
+        ("patch", ctypes.c_int),
+        ("hash", ctypes.c_char_p),
+        ("cpu_runtime", ctypes.c_uint),
+    )
 
 
 class _Argument(ctypes.Structure):
     _fields_ = (("arg", ctypes.c_int), ("memory", ctypes.c_void_p))
-
-
-def _library() -> ctypes.CDLL:
-    try:
-        files = importlib.metadata.files("onednn-cpu-gomp") or []
-    except importlib.metadata.PackageNotFoundError as error:
-        raise ImportError(f"no package {error}") from error
-    paths = sorted(str(file.locate()) for file in files if file.name.startswith("libdnnl.so"))
-    if not paths:
-        raise ImportError("no libdnnl.so in the package")
-    return ctypes.CDLL(paths[-1])
 
 
 def _aligned(size: int, dtype: np.dtype[Any]) -> Array:
@@ -114,14 +109,25 @@ class _Api:
     """
 
     def __init__(self) -> None:
-        self.library = _library()
+        self.library, source = library()
         self.library.dnnl_version.restype = ctypes.POINTER(_Version)
         v = self.library.dnnl_version().contents
-        self.version = f"{v.major}.{v.minor}.{v.patch}"
         if v.major != 3:
-            raise ImportError(f"libdnnl.so: got version {self.version}; allowed: 3")
-        self.engine = self.create("dnnl_engine_create", CPU, ctypes.c_size_t(0))
-        self.stream = self.create("dnnl_stream_create", self.engine, IN_ORDER)
+            raise ImportError(f"libdnnl.so: got version {v.major}.{v.minor}.{v.patch}; allowed: 3")
+        self.runtime = RUNTIMES.get(v.cpu_runtime, f"runtime {v.cpu_runtime}")
+        self.version = f"{v.major}.{v.minor}.{v.patch} ({self.runtime}, {source})"
+        self.threads = 0
+
+    def start(self, threads: int) -> None:
+        """Uses this number of threads from now on; where the runtime has its own, only the first number counts."""
+        if self.runtime == "OpenMP":
+            self.library.omp_set_num_threads(threads)  # found in the OpenMP runtime that the library depends on
+        if self.threads == 0 or self.runtime == "OpenMP":
+            self.threads = threads if self.runtime != "sequential" else 1
+        if not hasattr(self, "engine"):
+            with few_processors(self.threads):
+                self.engine = self.create("dnnl_engine_create", CPU, ctypes.c_size_t(0))
+                self.stream = self.create("dnnl_stream_create", self.engine, IN_ORDER)
 
     def create(self, function: str, *arguments: Any) -> ctypes.c_void_p:
         handle = ctypes.c_void_p()
@@ -147,12 +153,16 @@ class Rival:
     def __init__(self) -> None:
         self._api = _Api()
         self.version = self._api.version
+        self._threads = 1
+        if self._api.runtime not in ("OpenMP", "sequential"):
+            self.notes = (f"oneDNN: {self._api.runtime} keeps the first number of threads; others are not timed",)
 
     def set_threads(self, threads: int) -> None:
-        self._api.library.omp_set_num_threads(threads)  # found in the OpenMP runtime that the library depends on
+        self._threads = threads
+        self._api.start(threads)
 
     def prepare(self, problem: Problem, pass_: str) -> list[Contestant]:
-        if problem.dtype not in DATA_TYPES:
+        if problem.dtype not in DATA_TYPES or self._api.threads != self._threads:
             return []
         contestants = [self._contestant("oneDNN", _Plain(problem), problem, pass_)]
         if problem.layout == "nchw" and len(problem.shape) in BLOCKED_TAGS:
@@ -196,10 +206,10 @@ class Rival:
     def _execution(self, primitive: ctypes.c_void_p, bound: Iterable[tuple[int, ctypes.c_void_p]]) -> Callable[[], Any]:
         pairs = [_Argument(i, memory) for i, memory in bound]
         arguments = (_Argument * len(pairs))(*pairs)
-        call = partial(
-            self._api.library.dnnl_primitive_execute, primitive, self._api.stream, ctypes.c_int(len(pairs)), arguments
-        )
-        status = call()
+        api, count = self._api, ctypes.c_int(len(pairs))
+        execute = partial(api.library.dnnl_primitive_execute, primitive, api.stream, count, arguments)
+        wait = partial(api.library.dnnl_stream_wait, api.stream)
+        status = execute() or wait()
         if status != 0:
             raise NotImplementedError(f"dnnl_primitive_execute: status {status}")
-        return call
+        return execute if api.runtime in ("OpenMP", "sequential") else lambda: execute() or wait()

@@ -25,7 +25,7 @@ class Rival:
     def set_threads(self, threads: int) -> None:
         self._torch.set_num_threads(threads)
 
-    def _tensor(self, array: Array) -> Any:
+    def tensor(self, array: Array) -> Any:
         if array.dtype.name == "bfloat16":
             return self._torch.from_numpy(array.view("int16")).view(self._torch.bfloat16)
         return self._torch.from_numpy(array)
@@ -35,11 +35,11 @@ class Rival:
         return array
 
     def _call(self, problem: Problem, pass_: str) -> Callable[[], Any]:
-        x, dy = (self._tensor(problem.channels_first(a)) for a in (problem.x, problem.dy))
-        gamma, beta = self._tensor(problem.gamma), self._tensor(problem.beta)
-        mean, var = map(self._tensor, problem.running())
+        x, dy = (self.tensor(problem.channels_first(a)) for a in (problem.x, problem.dy))
+        gamma, beta = self.tensor(problem.gamma), self.tensor(problem.beta)
+        mean, var = map(self.tensor, problem.running())
         function = self._torch.nn.functional.batch_norm
-        activation = self._activation(problem.activation)
+        activation = self.activation(problem.activation)
         if pass_ != "backward":
             call = partial(function, x, mean, var, gamma, beta, pass_ == "forward", MOMENTUM, EPS)
             return (lambda: activation(call(), inplace=True)) if activation else call
@@ -51,7 +51,7 @@ class Rival:
         backward = self._torch.ops.aten.native_batch_norm_backward.default
         return partial(backward, dy, x, gamma, mean, var, *saved, True, EPS, [True, True, True])
 
-    def _activation(self, name: str) -> Callable[..., Any] | None:
+    def activation(self, name: str) -> Callable[..., Any] | None:
         if name == "none":
             return None
         if name == "sigmoid":  # the only function without inplace=
@@ -59,14 +59,14 @@ class Rival:
         function: Callable[..., Any] = getattr(self._torch.nn.functional, name)
         return function
 
-    def _results(self, value: Any) -> tuple[Array, ...]:
+    def results(self, value: Any) -> tuple[Array, ...]:
         return tuple(map(self._numpy, value if isinstance(value, tuple) else (value,)))
 
     def prepare(self, problem: Problem, pass_: str) -> list[Contestant]:
         call = self._call(problem, pass_)
-        contestants = [Contestant(name="torch", call=call, results=self._results)]
+        contestants = [Contestant(name="torch", call=call, results=self.results)]
         if glibc.available():
             contestants.append(
-                Contestant(name="torch reused", call=call, results=self._results, within=glibc.freed_memory_kept)
+                Contestant(name="torch reused", call=call, results=self.results, within=glibc.freed_memory_kept)
             )
         return contestants

@@ -1,13 +1,11 @@
-"""Does the bench measure, check, report and compare as it says? On fake clocks and made-up rows; one real run."""
+"""Does the bench measure and check as it says? On fake clocks and small arrays."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
-import json
 import math
 import re
-from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -25,9 +23,8 @@ def _part(name: str) -> ModuleType:
         return importlib.import_module(f"bench.{name}")
 
 
-cli, compare, copies, ours, plots = map(_part, ("cli", "compare", "copies", "ours", "plots"))
-problem, report, rivals, rows, run = map(_part, ("problem", "report", "rivals", "rows", "run"))
-shapes, targets, timing = map(_part, ("shapes", "targets", "timing"))
+copies, limit, ours, problem, rivals = map(_part, ("copies", "limit", "ours", "problem", "rivals"))
+rows, runner, shapes, targets, timing = map(_part, ("rows", "runner", "shapes", "targets", "timing"))
 
 # ---- timing
 
@@ -130,10 +127,27 @@ def test_parse_shapes():
         assert shapes.parse(name)
 
 
-@pytest.mark.parametrize("text", ["resnet51", "32", "2x0x4", "2x-3", "", "axb"])
-def test_parse_refuses_and_lists_the_names(text):
-    with pytest.raises(ValueError, match="resnet50"):
-        shapes.parse(text)
+def test_sizes_are_read_as_people_write_them():
+    for text in ("2X3X4", " 2x3x4", "2*3*4", "2\u00d73\u00d74", [(2, 3, 4)], ["2x3x4", (2, 3, 4)], "ResNet50"):
+        assert shapes.parse(text)[0] in ((2, 3, 4), (32, 64, 112, 112))
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("resnet51", "did you mean resnet50?"),
+        ("32", "got '32', one size; allowed: examples x channels, and sizes of space, such as 32x64 or"),
+        ("2x0x4", "'0' is not a positive integer"),
+        ("2x-3", "'-3' is not a positive integer"),
+        ("", "sizes such as 32x64x56x56"),
+        ("axb", "allowed: resnet50, vgg16"),
+        ("2x3;4x5", "with commas between shapes"),
+        ((32, 64), "one size"),
+    ],
+)
+def test_parse_says_what_is_wrong(text, names):
+    with pytest.raises(ValueError, match=re.escape(names)):
+        shapes.parse(text if isinstance(text, str) else [(32,)])
 
 
 def test_targets_are_of_shapes_in_the_targets_set():
@@ -150,7 +164,7 @@ def test_layouts_are_one_set_of_values_in_two_orders():
 
 
 def test_plan_counts_its_races():
-    plan = run.Plan(
+    plan = runner.Plan(
         ((1, 64), (8, 64), (2, 3, 4, 5)), problem.PASSES, problem.LAYOUTS, (problem.Variant(),), (1, 2), {}, None
     )
     assert plan.races == 2 * (1 + 3 + 6), "a batch of one value has inference alone, a matrix one layout"
@@ -163,6 +177,13 @@ def test_variants_are_held_against_what_they_would_be_without():
     assert str(variant) == "float16 relu cropped"
     assert list(map(str, variant.bases().values())) == ["float32 relu cropped", "float16 cropped", "float16 relu"]
     assert list(variant.bases()) == ["float32", "unfused", "dense"]
+    asked = problem.Variant(result="fresh", mask=True, residual=True)
+    assert str(asked) == "float32 fresh mask residual"
+    assert list(map(str, asked.bases().values())) == [
+        "float32 mask residual",
+        "float32 fresh residual",
+        "float32 fresh mask",
+    ]
     assert not problem.Variant().bases()
 
 
@@ -184,7 +205,7 @@ def test_strides_are_another_place_for_the_same_values(strides, layout):
 
 def test_an_activation_shares_the_arrays():
     plain = problem.Problem((3, 4), "nc", "float32")
-    activated = plain.activated("silu")
+    activated = plain.varied(problem.Variant(activation="silu"))
     assert activated.x is plain.x
     assert (plain.activation, activated.activation) == ("none", "silu")
 
@@ -192,9 +213,11 @@ def test_an_activation_shares_the_arrays():
 def test_variants_race_beside_their_bases():
     variants = (problem.Variant("float16", "relu"), problem.Variant(strides="reversed"), problem.Variant())
     entrants = {"fastbn numpy": ("numpy", None)}
-    plan = run.Plan(((4, 3, 2),), ("forward", "backward"), ("nchw",), variants, (1,), entrants, timing.Budget(0.001, 1))
-    runner = run.Runner(plan, rivals.load(["numpy"]).rivals)
-    measured = [row for row in runner.run() if row.kind == rows.FASTBN]
+    plan = runner.Plan(
+        ((4, 3, 2),), ("forward", "backward"), ("nchw",), variants, (1,), entrants, timing.Budget(0.001, 1)
+    )
+    running = runner.Runner(plan, rivals.load(["numpy"]).rivals)
+    measured = [row for row in running.run() if row.kind == rows.FASTBN]
     assert [(str(row.variant), set(row.against)) for row in measured] == [
         *[("float16 relu", {"float32", "unfused"})] * 2,
         *[("float32 reversed", {"dense"})] * 2,
@@ -202,7 +225,7 @@ def test_variants_race_beside_their_bases():
     ]
     assert all(ratio > 0 for row in measured for ratio in row.against.values())
     assert [bool(row.over) for row in measured] == [False] * 4 + [True] * 2
-    assert [note.split(" (")[0] for note in runner.notes] == [
+    assert [note.split(" (")[0] for note in running.notes] == [
         "NumPy is not timed with activations",
         "NumPy is not timed with arrays that are not dense",
     ]
@@ -214,12 +237,12 @@ def test_torchs_activations_agree_with_fastbn(activation):
     if loaded.missing:
         pytest.skip(loaded.missing[0])
     variants, entrants = (problem.Variant(activation=activation),), {"fastbn numpy": ("numpy", None)}
-    plan = run.Plan(((3, 5, 4),), problem.PASSES, ("nhwc",), variants, (1,), entrants, timing.Budget(0.001, 1))
-    runner = run.Runner(plan, loaded.rivals)
-    peers = [row for row in runner.run() if row.kind == rows.PEER]
+    plan = runner.Plan(((3, 5, 4),), problem.PASSES, ("nhwc",), variants, (1,), entrants, timing.Budget(0.001, 1))
+    running = runner.Runner(plan, loaded.rivals)
+    peers = [row for row in running.run() if row.kind == rows.PEER]
     assert {row.pass_ for row in peers} == set(problem.PASSES)
     assert all(row.difference < 1e-5 for row in peers)
-    assert not runner.notes
+    assert not running.notes
 
 
 @pytest.mark.parametrize("pass_", problem.PASSES)
@@ -244,7 +267,7 @@ def test_installed_peers_agree_with_fastbn(title, layout):
     loaded = rivals.load([name])
     if loaded.missing:
         pytest.skip(loaded.missing[0])
-    plan = run.Plan(
+    plan = runner.Plan(
         shapes=((3, 20, 5, 4), (3, 20), (2, 20, 3, 4, 2)),
         passes=problem.PASSES,
         layouts=(layout,),
@@ -253,11 +276,11 @@ def test_installed_peers_agree_with_fastbn(title, layout):
         entrants={"fastbn numpy": ("numpy", None)},
         budget=timing.Budget(0.001, 1),
     )
-    runner = run.Runner(plan, loaded.rivals)
-    peers = [row for row in runner.run() if row.kind == rows.PEER]
+    running = runner.Runner(plan, loaded.rivals)
+    peers = [row for row in running.run() if row.kind == rows.PEER]
     assert peers
     assert all(row.agrees for row in peers)
-    assert not runner.notes
+    assert not running.notes
 
 
 def test_a_wrong_result_is_told():
@@ -284,12 +307,12 @@ class Liar:
 def test_peers_that_fail_or_differ_are_noted_and_do_not_stop_the_run():
     budget = timing.Budget(0.001, 1)
     entrants = {"fastbn numpy": ("numpy", None)}
-    plan = run.Plan(((4, 3),), ("forward", "infer"), ("nchw",), (problem.Variant(),), (1,), entrants, budget)
-    runner = run.Runner(plan, {"Liar": Liar()})
-    measured = list(runner.run())
+    plan = runner.Plan(((4, 3),), ("forward", "infer"), ("nchw",), (problem.Variant(),), (1,), entrants, budget)
+    running = runner.Runner(plan, {"Liar": Liar()})
+    measured = list(running.run())
     assert [row.contestant for row in measured] == ["copy", "fastbn numpy", "copy", "fastbn numpy", "torch"]
     assert not measured[-1].agrees
-    refusal, difference = runner.notes
+    refusal, difference = running.notes
     assert refusal == "Liar does not run: RuntimeError: not today (in forward 4x3 nc float32, threads: 1)"
     assert difference.startswith("torch: its result differs (in infer 4x3")
 
@@ -304,293 +327,118 @@ def test_missing_peers_are_named_with_the_way_to_have_them(monkeypatch):
     assert loaded.missing == ["JAX (No module named 'jax'); pip install jax"]
 
 
-# ---- rows, tables, pictures, comparison
+# ---- where results go, and the limit
 
 
-def made_up(pass_="forward", layout="nchw", shape=(32, 256, 56, 56), threads=1, ours=1.25, peer=6.0):
-    """The rows of one race: a copy, fastbn and torch."""
-    size = math.prod(shape) * 4
-    common = {"pass_": pass_, "layout": layout, "dtype": "float32", "shape": shape, "threads": threads, "samples": 9}
-    copy = size / 5e9
+@pytest.mark.parametrize("pass_", problem.PASSES)
+@pytest.mark.parametrize("layout", problem.LAYOUTS)
+def test_each_way_to_call_gives_the_same(pass_, layout):
+    """In place again and again as well, and with a mask and a residual."""
+    plain = problem.Problem((4, 6, 5, 3), layout, "float64")
+    for mask, residual in ((False, False), (pass_ != "infer", True)):
+        answers = []
+        for result in problem.RESULTS:
+            # The parameters are those of what works in place, where y is x but for the residual.
+            asked = plain.varied(problem.Variant("float64", result="inplace", mask=mask, residual=residual))
+            asked = asked.varied(problem.Variant("float64", result=result, mask=mask, residual=residual))
+            contestant = ours.prepare(asked, pass_, "fastbn numpy", "numpy", None)
+            before = asked.x.copy(), asked.dy.copy()
+            for _ in range(2):
+                with contestant.within():
+                    answers.append([a.copy() for a in contestant.results(contestant.call())])
+            for now, then in zip((asked.x, asked.dy), before, strict=True):
+                np.testing.assert_array_equal(now, then)
+        for answer in answers[1:]:
+            assert problem.disagreement(tuple(answer), tuple(answers[0])) < 1e-12
 
-    def row(name, kind, ratio, **more):
-        moved = 2 * size
-        times = {"seconds": ratio * copy, "spread": 0.05, "to_copy": ratio, "gb_per_s": moved / (ratio * copy) / 1e9}
-        return rows.Row(contestant=name, kind=kind, bytes_moved=moved, **times, **common, **more)
 
-    return [
-        row("copy", rows.COPY, 1.0),
-        row("fastbn c", rows.FASTBN, ours, over={"torch reused": peer / ours}),
-        row("torch reused", rows.PEER, peer),
+@pytest.mark.parametrize("pass_", problem.PASSES)
+def test_values_neither_grow_nor_vanish_in_place(pass_):
+    asked = problem.Problem((8, 16), "nc", "float32").varied(problem.Variant(result="inplace"))
+    contestant = ours.prepare(asked, pass_, "fastbn numpy", "numpy", None)
+    with contestant.within():
+        for _ in range(1000):
+            value = contestant.results(contestant.call())[0]
+    assert 0.1 < np.abs(value).max() < 10
+
+
+def test_what_is_refused_in_place_is_noted():
+    variants = (problem.Variant(activation="silu", result="inplace"),)
+    entrants = {"fastbn numpy": ("numpy", None)}
+    plan = runner.Plan(((4, 6),), ("forward",), ("nchw",), variants, (1,), entrants, timing.Budget(0.001, 1))
+    running = runner.Runner(plan, {})
+    assert list(running.run()) == []
+    assert running.notes[0].startswith("fastbn numpy does not run: NotImplementedError: in place: ")
+
+
+def test_the_limit_is_timed_beside_the_copy():
+    if limit.missing():
+        pytest.skip(limit.missing())
+    shape, entrants = (16, 64, 16, 16), {"fastbn numpy": ("numpy", None)}
+    variants, budget = (problem.Variant(),), timing.Budget(0.001, 1)
+    plan = runner.Plan((shape, (8, 64)), problem.PASSES, ("nchw",), variants, (1,), entrants, budget)
+    found = list(runner.Runner(plan, {}).run())
+    limits = [row for row in found if row.kind == rows.LIMIT]
+    assert [(row.pass_, row.shape) for row in limits] == [(pass_, shape) for pass_ in problem.PASSES]
+    ours_ = [row for row in found if row.kind == rows.FASTBN]
+    assert ["limit" in row.others for row in ours_] == [True] * 3 + [False] * 3, "small arrays have none"
+    for mine, least in zip(ours_[:3], limits, strict=True):
+        assert 0 < mine.others["limit"] < 1, "NumPy is slower than the plainest loops"
+        assert least.seconds > 0
+    assert not limit.contestants(problem.Problem(shape, "nchw", "float32"), "infer", 2)
+
+
+def test_the_loops_of_the_limit_move_what_they_say():
+    if limit.missing():
+        pytest.skip(limit.missing())
+    p = problem.Problem((16, 64, 16, 16), "nchw", "float32")
+    words = {one: getattr(p, one).reshape(-1).view(np.uint64) for one in ("x", "dy", "out")}
+    start = -p.out.ctypes.data % limit.LINE // 8
+    end = start + (words["x"].size - start) // 32 * 32
+    for name, expected in (
+        ("map", words["x"] + np.uint64(1)),
+        ("map around", words["x"] + np.uint64(1)),
+        ("map2", words["x"] + words["dy"]),
+        ("map2 around", words["x"] + words["dy"]),
+    ):
+        words["out"][:] = 0
+        pass_ = "backward" if "2" in name else "infer"
+        loops = {loop.name: loop for loop in limit.contestants(p, pass_, 1)}
+        loops[name].call()
+        np.testing.assert_array_equal(words["out"][start:end], expected[start:end])
+
+
+def test_without_a_compiler_there_is_no_limit(monkeypatch):
+    limit._library.cache_clear()
+    monkeypatch.setenv("CC", "no-such-compiler -x")
+    try:
+        assert limit.missing() == 'no column "limit": there is no C compiler no-such-compiler -x (CC names another)'
+        assert not limit.contestants(problem.Problem((16, 64, 16, 16), "nchw", "float32"), "infer", 1)
+        monkeypatch.setenv("CC", "false")
+        assert "false cannot compile it: no message" in limit.missing()
+    finally:
+        limit._library.cache_clear()
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's own modules warn
+def test_torch_compiled_agrees_and_is_for_activations():
+    loaded = rivals.load(["torch.compile"])
+    if loaded.missing:
+        pytest.skip(loaded.missing[0])
+    variants, entrants = (problem.Variant(), problem.Variant(activation="relu")), {"fastbn numpy": ("numpy", None)}
+    plan = runner.Plan(((3, 5, 4),), problem.PASSES, ("nchw",), variants, (1,), entrants, timing.Budget(0.001, 1))
+    running = runner.Runner(plan, loaded.rivals)
+    peers = [row for row in running.run() if row.kind == rows.PEER]
+    assert [(row.contestant, row.activation, row.pass_) for row in peers] == [
+        ("torch.compile", "relu", pass_) for pass_ in problem.PASSES
     ]
+    assert all(row.difference < 1e-5 for row in peers)
+    (note,) = running.notes
+    assert note.startswith("torch.compile is not timed with a norm alone")
 
 
-def made_up_run(**more):
-    table = [
-        row
-        for pass_ in problem.PASSES
-        for layout in problem.LAYOUTS
-        for shape in ((32, 64, 112, 112), (32, 256, 56, 56), (32, 2048, 7, 7))
-        for row in made_up(pass_, layout, shape, **more)
-    ]
-    return rows.Run({"processor": "A processor"}, table, ["not installed: JAX; pip install jax"])
-
-
-def shown(function, *arguments) -> str:
-    console = report.extra("rich.console").Console(width=report.WIDTH, highlight=False, color_system=None, record=True)
-    function(console, *arguments)
-    return console.export_text()
-
-
-def test_rows_survive_saving(tmp_path):
-    before = made_up_run()
-    rows.save(before, tmp_path / "folder" / "rows.jsonl")
-    assert rows.load(tmp_path / "folder" / "rows.jsonl") == before
-    lines = (tmp_path / "folder" / "rows.jsonl").read_text().splitlines()
-    assert [json.loads(line)["kind"] for line in lines[:3]] == ["machine", "notes", "copy"]
-
-
-def test_the_table_shows_ratios_targets_and_what_is_missing():
-    text = shown(report.show, made_up_run())
-    assert "Training forward, float32, 1 thread" in text
-    assert "32x256x56x56" in text
-    assert "1.25x" in text
-    assert "4.80x" in text
-    assert "1.3 ✓" in text
-    assert "0.85 ✗" in text
-    assert "pip install jax" in text
-    assert max(map(len, text.splitlines()[:20])) <= report.WIDTH
-
-
-def test_the_summary_has_geometric_means_over_the_shapes():
-    small, large = made_up(shape=(32, 64, 56, 56), ours=1.0, peer=2.0), made_up(ours=4.0, peer=32.0)
-    text = shown(report.show, rows.Run({}, [*small, *large], []))
-    summary = text[text.index("In short") :].splitlines()
-    words = next(line for line in summary if "forward nchw float32, 1 thread" in line).split()
-    assert words[-3:] == ["2", "2.00x", "4.00x"]
-
-
-def test_verdicts_name_each_missed_cell():
-    verdicts = {verdict.target: verdict for verdict in targets.verdicts(made_up_run().rows)}
-    table = verdicts["ratio to a copy within the table's bounds"]
-    assert not table.met
-    assert "infer 32x256x56x56 nhwc, 1 thread: 1.25 > 0.85" in table.measured
-    assert "backward" not in table.measured
-    assert verdicts["no peer is faster"].met
-    means = [verdict for target, verdict in verdicts.items() if target.startswith("torch reused over fastbn")]
-    assert [verdict.measured for verdict in means] == ["4.80", "4.80"]
-    assert all(verdict.met for verdict in means)
-
-
-def test_a_faster_peer_is_named():
-    verdicts = targets.verdicts(made_up(peer=1.0))
-    verdict = next(verdict for verdict in verdicts if verdict.target == "no peer is faster")
-    assert not verdict.met
-    assert "torch reused in 1 of 1 rows, at best 0.80 of ours for forward 32x256x56x56 nchw" in verdict.measured
-
-
-def test_small_calls_are_judged_against_their_peer():
-    small = made_up("forward", "nc", (8, 64))
-    fastbn = dataclasses.replace(small[1], over={"torch": 1.6})
-    verdict = next(v for v in targets.verdicts([small[0], fastbn]) if v.target.startswith("forward 8x64"))
-    assert not verdict.met
-    assert verdict.measured == "0.62"
-
-
-def test_two_threads_are_judged_where_a_copy_gains():
-    one = made_up(threads=1)
-    two = [dataclasses.replace(row, threads=2, seconds=row.seconds / 1.9) for row in one]
-    slow = [dataclasses.replace(two[0]), dataclasses.replace(two[1], seconds=one[1].seconds / 1.2)]
-
-    def verdict(measured):
-        return next(v for v in targets.verdicts(measured) if v.target.startswith("two threads"))
-
-    assert verdict(one + two).met
-    assert not verdict(one + slow).met
-    assert "1.20" in verdict(one + slow).measured
-    unhelped = [dataclasses.replace(row, threads=2) for row in one]
-    assert not any(v.target.startswith("two threads") for v in targets.verdicts(one + unhelped))
-
-
-def operation_rows(dtype="float32", activation="none", shape=(32, 256, 56, 56), **against):
-    """Made-up rows of that variant, one a pass."""
-    return [
-        dataclasses.replace(row, dtype=dtype, activation=activation, over={}, against=against)
-        for pass_ in problem.PASSES
-        for row in made_up(pass_, shape=shape)
-        if row.kind != rows.PEER
-    ]
-
-
-def test_dtypes_and_activations_are_judged_against_their_bases():
-    measured = [
-        *operation_rows("float16", float32=0.6),
-        *operation_rows("bfloat16", float32=0.7),
-        *operation_rows("float16", "sigmoid", float32=0.6, unfused=1.4),
-        *operation_rows("float32", "relu", unfused=1.2)[2:4],  # backward
-        *operation_rows("float32", "silu", shape=(8, 64), unfused=9.0),
-    ]
-    verdicts = {verdict.target: verdict for verdict in targets.verdicts(measured)}
-    assert set(verdicts) == {
-        "float16 at most 0.65 of float32",
-        "bfloat16 at most 0.65 of float32",
-        "sigmoid at most 1.5 of unfused",
-    }, "a small shape has no limit, nor has an activation's backward"
-    met, missed, sigmoid = verdicts.values()
-    assert met.met
-    assert met.measured.startswith("6 of 6 rows; forward at most 0.60")
-    assert not missed.met
-    assert missed.measured.startswith("0 of 3 rows")
-    assert "backward 32x256x56x56 nchw bfloat16, 1 thread: 0.70" in missed.measured
-    assert sigmoid.met
-    assert "backward at most 1.40 (no limit)" in sigmoid.measured
-    assert sigmoid.measured.startswith("2 of 2 rows")
-
-
-def test_the_table_has_a_column_for_each_base():
-    table = operation_rows() + operation_rows(activation="relu", unfused=1.11)
-    text = shown(report.show, rows.Run({}, table, []))
-    assert "unfused" in text
-    assert "1.11x" in text
-    assert any("relu" in line and "1.11x" in line for line in text.splitlines())
-    assert "dense" not in text.split("time: median")[0], "no column without a figure"
-
-
-def test_compare_flags_a_regression_and_nothing_else():
-    old = made_up_run(ours=1.25).rows
-    new = made_up_run(ours=1.28).rows
-    slower = [i for i, row in enumerate(new) if row.kind == rows.FASTBN][4]
-    new[slower] = dataclasses.replace(new[slower], to_copy=1.6)
-    changes = compare.changes(old, new)
-    assert len(changes) == 18
-    assert [change.new for change in changes if change.slower] == [new[slower]]
-    text = shown(report.show_changes, changes)
-    assert "1 of 18 rows slower" in text
-    flagged = [line for line in text.splitlines() if line.rstrip().endswith("slower")]
-    assert len(flagged) == 1
-    assert "1.60x" in flagged[0]
-    assert "No row" in shown(report.show_changes, [])
-
-
-def test_pictures_are_drawn(tmp_path):
-    both = made_up_run()
-    both.rows.extend(made_up_run(threads=2).rows + made_up("forward", "nc", (256, 1024)))
-    both.rows.extend(row for name in problem.ACTIVATIONS[1:] for row in operation_rows(activation=name, unfused=1.1))
-    both.rows.extend(operation_rows("bfloat16", float32=0.6))
-    written = plots.draw(both, tmp_path)
-    assert [path.name for path in written] == ["bars.png", "roofline.png"]
-    image = importlib.import_module("matplotlib.image")
-    for path in written:
-        pixels = image.imread(path)
-        assert pixels.shape[1] > 1000
-        assert pixels[..., :3].std() > 0.05, "something is drawn"
-
-
-# ---- the command
-
-
-def bench(*arguments, folder: Path) -> int:
-    return cli.main([*arguments, "--output", str(folder)])
-
-
-def test_quick_run_saves_and_compares(tmp_path, capsys):
-    quick = ("--quick", "--shapes", "8x64,2x8x3x3", "--peers", "numpy", "--backends", "numpy")
-    assert bench(*quick, "--save", str(tmp_path / "old.jsonl"), folder=tmp_path) == 0
-    saved = rows.load(tmp_path / "old.jsonl")
-    assert {row.pass_ for row in saved.rows} == set(problem.PASSES)
-    assert {row.contestant for row in saved.rows} == {"copy", "fastbn numpy", "NumPy naive", "NumPy careful"}
-    assert all(row.agrees and row.seconds > 0 and row.to_copy > 0 for row in saved.rows)
-    assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl", "old.jsonl", "bars.png", "roofline.png"}
-    assert bench("--compare", *[str(tmp_path / "old.jsonl")] * 2, folder=tmp_path) == 0
-    printed = capsys.readouterr().out
-    assert "NumPy" in printed
-    assert "0 of 9 rows slower by more than the spread" in printed
-
-
-def variants_of(*arguments) -> list[str]:
-    return list(map(str, cli._variants(cli._parser().parse_args(arguments))))
-
-
-def test_torchs_layers_and_training(tmp_path, capsys):
-    """The converted network trains to torch's losses, which are drawn."""
-    pytest.importorskip("torch")
-    pytest.importorskip("sklearn")
-    assert cli.main(["--torch", "--quick", "--output", str(tmp_path)]) == 0
-    found = re.findall(r"converted at most (\S+) apart", capsys.readouterr().out)
-    assert len(found) == 2
-    assert all(float(apart) < 0.01 for apart in found)
-    assert (tmp_path / "torch.png").stat().st_size > 10_000
-
-
-def test_whole_models(capsys):
-    """The converted ones give what the model gives in float64."""
-    torch = pytest.importorskip("torch")
-    models = importlib.import_module("fastbn.bench.torch_models")
-    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU())
-    models.measure("small", model, torch.randn(2, 3, 16, 16), [1, 2], 2)
-    printed = capsys.readouterr().out
-    assert "small: 1 of 1 norms converted, 1 of them fused" in printed
-    found = re.findall(r"(float\d+), .* (\S+) from float64", printed)
-    assert len(found) == 12
-    assert all(float(far) < (1e-12 if dtype == "float64" else 1e-4) for dtype, far in found)
-    assert len(re.findall(r"\d threads, .*fused +\S+ ms +\S+x", printed)) == 4
-    with pytest.raises(ValueError, match="model: got 'resnet50'; allowed: timm/ or torchvision/"):
-        models.build("resnet50")
-
-
-def test_variants_are_combined_or_of_the_operation_one_by_one():
-    assert variants_of() == ["float32"]
-    assert variants_of("--dtypes", "float16,float32", "--activations", "none,relu") == [
-        "float16",
-        "float16 relu",
-        "float32",
-        "float32 relu",
-    ]
-    assert len(variants_of("--dtypes", "all", "--activations", "all", "--strides", "all")) == 4 * 7 * 6
-    assert len(variants_of("--operation")) == 4 + 6 + 5
-    assert variants_of("--operation", "--dtypes", "float16", "--activations", "silu", "--strides", "dense") == [
-        "float16",
-        "float32 silu",
-        "float32",
-    ]
-
-
-def test_an_interrupt_keeps_what_was_measured(tmp_path, monkeypatch, capsys):
-    calls = []
-
-    def interrupted(contestants, *_, **__):
-        calls.append(len(contestants))
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return [timing.Samples({0: 1e-6}) for _ in contestants]
-
-    monkeypatch.setattr(run, "race", interrupted)
-    assert bench("--quick", "--shapes", "8x64", "--backends", "numpy", folder=tmp_path) == 0
-    assert "interrupted" in capsys.readouterr().out
-    assert len(rows.load(tmp_path / "rows.jsonl").rows) == 2
-
-
-@pytest.mark.parametrize(
-    ("arguments", "names"),
-    [
-        (("--shapes", "nothing"), "resnet50"),
-        (("--passes", "sideways"), "backward"),
-        (("--layouts", "chwn"), "nhwc"),
-        (("--dtypes", "int8"), "float32"),
-        (("--activations", "gelu"), "hardswish"),
-        (("--strides", "wide"), "cropped"),
-        (("--threads", "0"), "positive"),
-        (("--backends", "cuda"), "numpy"),
-        (("--backends", "numpy", "--isa", "avx2"), "c backend"),
-        (("--peers", "cudnn"), "onednn"),
-        (("--batch", "0"), "positive"),
-        (("--seconds", "0"), "more than 0"),
-        (("--compare", "no-such-file", "nor-this"), "no-such-file"),
-        (("--compare", "a", "b", "c"), "1 or 2"),
-    ],
-)
-def test_bad_arguments_are_refused_with_what_is_allowed(arguments, names, tmp_path, capsys):
-    with pytest.raises(SystemExit) as refused:
-        bench("--quick", *arguments, folder=tmp_path)
-    assert refused.value.code == 2
-    assert names in capsys.readouterr().err
+def test_onednn_of_libdnnl_is_taken_first(monkeypatch):
+    monkeypatch.setenv("LIBDNNL", "/no/such/libdnnl.so")
+    loaded = rivals.load(["onednn"])
+    assert not loaded.rivals
+    assert loaded.missing[0].startswith("oneDNN (/no/such/libdnnl.so: cannot open shared object")

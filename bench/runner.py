@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from typing import Any
 
 import fastbn
 
-from . import ours
+from . import limit, ours
 from .copies import yardstick
 from .problem import (
     TOLERANCE,
@@ -22,7 +23,7 @@ from .problem import (
     variants_of,
 )
 from .rivals import Rival, lacks
-from .rows import BASE, COPY, FASTBN, PEER, Row
+from .rows import BASE, COPY, FASTBN, LIMIT, PEER, Row
 from .shapes import Shape, written
 from .timing import PAUSE_SECONDS, Budget, Samples, race
 
@@ -46,10 +47,9 @@ class Plan:
     def races(self) -> int:
         """How many races there are."""
         kinds = (
-            len(layouts_of(shape, self.layouts))
-            * len(passes_of(shape, self.passes))
-            * len(variants_of(shape, self.variants))
+            len(layouts_of(shape, self.layouts)) * len(passes_of(shape, self.passes, variant.mask))
             for shape in self.shapes
+            for variant in variants_of(shape, self.variants)
         )
         return sum(kinds) * len(self.threads)
 
@@ -92,7 +92,7 @@ class Runner:
                         arrays = lru_cache(ARRAYS_KEPT)(partial(Problem, shape, layout))
                         for variant in variants_of(shape, plan.variants):
                             problem, *bases = (
-                                arrays(one.dtype, one.strides).activated(one.activation)
+                                arrays(one.dtype, one.strides).varied(one)
                                 for one in (variant, *variant.bases().values())
                             )
                             named = dict(zip(variant.bases(), bases, strict=True))
@@ -101,15 +101,18 @@ class Runner:
     def _problem(
         self, problem: Problem, bases: Mapping[str, Problem], threads: int, progress: Callable[[str], None]
     ) -> Iterator[Row]:
-        for pass_ in passes_of(problem.shape, self.plan.passes):
+        for pass_ in passes_of(problem.shape, self.plan.passes, problem.variant.mask):
             where = f"{pass_} {written(problem.shape)} {problem.layout} {problem.variant}, threads: {threads}"
             progress(where)
             entered = self._enter(problem, bases, pass_, where)
             if entered:
+                loops = limit.contestants(problem, pass_, threads)
                 with yardstick(bases.get("dense", problem), threads) as copy:
-                    contestants = [copy, *(one.contestant for one in entered)]
+                    contestants = [copy, *(one.contestant for one in entered), *loops]
                     samples = race(contestants, self.plan.budget, pause=PAUSE_SECONDS if threads > 1 else 0.0)
-                yield from _rows(problem, pass_, threads, [_Entered(copy, COPY, 0.0), *entered], samples)
+                taken = dict(zip([loop.name for loop in loops], samples[len(samples) - len(loops) :], strict=True))
+                parts = limit.fastest(pass_, taken) if loops else []
+                yield from _rows(problem, pass_, threads, [_Entered(copy, COPY, 0.0), *entered], samples, parts)
 
     def _prepared(
         self, problem: Problem, bases: Mapping[str, Problem], pass_: str, where: str
@@ -121,7 +124,9 @@ class Runner:
                     yield BASE if base else FASTBN, ours.prepare(version, pass_, _named(name, base), *entrant)
                 except NotImplementedError as error:
                     self._note(_refusal(name, error), where)
-        for title, rival in self.rivals.items():
+        # Where fastbn's results go does not matter to the peers, which take part once.
+        once = problem.variant.result == self.plan.variants[0].result
+        for title, rival in self.rivals.items() if once else ():
             lacking = lacks(title, problem.variant)
             if lacking:
                 self._note(f"{title} is not timed with {lacking}", where)
@@ -170,42 +175,45 @@ def _refusal(name: str, error: Exception) -> str:
 
 
 def _rows(
-    problem: Problem, pass_: str, threads: int, entered: Sequence[_Entered], samples: Sequence[Samples]
+    problem: Problem,
+    pass_: str,
+    threads: int,
+    entered: Sequence[_Entered],
+    samples: Sequence[Samples],
+    limits: Sequence[Samples],
 ) -> Iterator[Row]:
-    copy = samples[0]
-    to_copy = {one.contestant.name: taken.over(copy) for one, taken in zip(entered, samples, strict=True)}
-    for one, taken in zip(entered, samples, strict=True):
-        if one.kind == BASE:
-            continue
-        name, moved = one.contestant.name, 2 * problem.x.nbytes if one.kind == COPY else problem.bytes_moved(pass_)
-        yield Row(
-            pass_=pass_,
-            layout=problem.layout,
-            dtype=problem.dtype,
-            shape=problem.shape,
-            threads=threads,
-            contestant=name,
-            kind=one.kind,
-            seconds=taken.median,
-            spread=taken.spread,
-            samples=len(taken.by_round),
-            to_copy=to_copy[name],
-            gb_per_s=moved / taken.median / 1e9,
-            bytes_moved=moved,
-            agrees=one.difference <= TOLERANCE[problem.dtype],
-            difference=one.difference,
-            over=_over(name, entered, to_copy) if one.kind == FASTBN else {},
-            activation=problem.activation,
-            strides=problem.strides,
-            against={
-                base: to_copy[name] / to_copy[_named(name, base)]
-                for base in problem.variant.bases()
-                if one.kind == FASTBN and _named(name, base) in to_copy
-            },
-        )
+    """The rows of a race. `limits` are what the limit is the sum of, if there is one."""
+    copy, variant = samples[0], problem.variant
+    finished = list(zip(entered, samples, strict=False))  # the loops of the limit, if any, are the last samples
+    to_copy = {one.contestant.name: taken.over(copy) for one, taken in finished}
+    kinds = {one.contestant.name: one.kind for one in entered}
+    if limits:
+        to_copy[LIMIT], kinds[LIMIT] = sum(taken.over(copy) for taken in limits), LIMIT
+    shared = {"pass_": pass_, "layout": problem.layout, "shape": problem.shape, "threads": threads, **vars(variant)}
+
+    def row(name: str, seconds: float, spread: float, count: int, **more: Any) -> Row:
+        moved = 2 * problem.x.nbytes if kinds[name] == COPY else problem.bytes_moved(pass_)
+        measured = {"seconds": seconds, "spread": spread, "samples": count, "bytes_moved": moved}
+        others = _others(name, variant, kinds, to_copy)
+        given = {**shared, **measured, **more, "gb_per_s": moved / seconds / 1e9, "others": others}
+        return Row(contestant=name, kind=kinds[name], **given)
+
+    for one, taken in finished:
+        if one.kind != BASE:
+            agrees = one.difference <= TOLERANCE[problem.dtype]
+            answer = {"agrees": agrees, "difference": one.difference}
+            yield row(one.contestant.name, taken.median, taken.spread, len(taken.by_round), **answer)
+    if limits:
+        least = min(len(taken.by_round) for taken in limits)
+        yield row(LIMIT, sum(taken.median for taken in limits), max(taken.spread for taken in limits), least)
 
 
-def _over(name: str, entered: Iterable[_Entered], to_copy: dict[str, float]) -> dict[str, float]:
-    """Each peer's time over this contestant's. Both are relative to the copies of the same rounds."""
-    peers = [one.contestant.name for one in entered if one.kind == PEER]
-    return {peer: to_copy[peer] / to_copy[name] for peer in peers}
+def _others(name: str, variant: Variant, kinds: Mapping[str, str], to_copy: Mapping[str, float]) -> dict[str, float]:
+    """The times of others over this contestant's. All are relative to the copies of the same rounds."""
+    found = {COPY: 1 / to_copy[name]}
+    if kinds[name] != FASTBN:
+        return found
+    compared = [other for other, kind in kinds.items() if kind in (LIMIT, PEER)]
+    found |= {other: to_copy[other] / to_copy[name] for other in compared}
+    bases = {base: _named(name, base) for base in variant.bases()}
+    return found | {base: to_copy[one] / to_copy[name] for base, one in bases.items() if one in to_copy}
