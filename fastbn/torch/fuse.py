@@ -11,6 +11,7 @@ import copy
 import inspect
 import operator
 import sys
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ from ..ops import Activation
 from .layers import _Layer
 from .others import FORWARDS, activation_of, is_hooked
 from .pending import FusedForward, Site, WaitingForward, activation_called, is_addition, is_in_place
+from .telling import Watch
 
 _PASSING = {"DropPath", "StochasticDepth"}
 """Layers of timm and torchvision that return their input, unless they train with a rate above 0."""
@@ -42,7 +44,11 @@ class _Record(NamedTuple):
     nodes: list[fx.Node]
     passages: list[tuple[str, set[fx.Node]]]
     asked: set[fx.Node]
-    """Those of whose class the forward asks, which is another while a result waits."""
+    """Those of whose class the forward asks."""
+    kept: set[fx.Node]
+    """Those that are still there when the forward is over, for instance in an attribute."""
+    told: str | None
+    """What in the code that ran could tell that a result waits, in words."""
 
     def module(self, node: fx.Node) -> nn.Module:
         """The module that a node calls."""
@@ -68,6 +74,7 @@ def fuse(model: nn.Module) -> dict[nn.Module, str]:
 _OUTSIDE = "not fused: its result leaves"
 _UNSEEN = "not fused: torch.fx cannot record"
 _ASKED = "the forward asks for the class of its result"
+_KEPT = "the forward keeps its result"
 
 
 def _reason(norm: Any, times: int) -> str:
@@ -123,9 +130,13 @@ class _Tracer(fx.Tracer):
         self.deep = deep
         self.passages: list[tuple[str, set[fx.Node]]] = []
         self.asked: set[fx.Node] = set()
+        self.watch = Watch()
+        self.proxies: list[weakref.ref[_Proxy]] = []
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Proxy(node, self)
+        proxy = _Proxy(node, self)
+        self.proxies.append(weakref.ref(proxy))
+        return proxy
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         own = vars(m).get("forward")
@@ -136,6 +147,8 @@ class _Tracer(fx.Tracer):
         return not self.deep or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        if type(m).__name__ in _PASSING:
+            self.watch.passed(m)
         y = super().call_module(m, forward, args, kwargs)
         nodes: set[fx.Node] = set()
         fx.node.map_aggregate(
@@ -170,9 +183,10 @@ def _record(owner: nn.Module, training: bool, deep: bool) -> _Record:
     parameters = inspect.signature(type(other).forward).parameters.values()
     usual = {p.name: p.default for p in parameters if isinstance(p.default, (bool, int, float, str, type(None)))}
     tracer = _Tracer(deep)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), tracer.watch as watch:
         graph = tracer.trace(other, usual)
-    return _Record(owner, list(graph.nodes), tracer.passages, tracer.asked)
+    kept = {proxy.node for proxy in (reference() for reference in tracer.proxies) if proxy is not None}
+    return _Record(owner, list(graph.nodes), tracer.passages, tracer.asked, kept, watch.found)
 
 
 # Proofs --------------------------------------------------------------------------------------------------------------
@@ -198,7 +212,7 @@ def _uses(owner: nn.Module, norms: set[nn.Module]) -> tuple[dict[nn.Module, _Use
             use = _use(record, calls[norm], taken)
             if isinstance(use, str):
                 reasons[norm] = f"not fused: {use}"
-                if use == _ASKED:  # in either mode, since what waits gives another answer in both
+                if use in (_ASKED, _KEPT, record.told):  # in either mode, since the result would wait in both
                     asked.add(norm)
             elif norm not in found:
                 found[norm] = use
@@ -216,8 +230,12 @@ def _use(record: _Record, calls: list[fx.Node], taken: set[fx.Node]) -> _Use | s
     chain, addition, activation = _chain(record, norm, taken)
     if not record.asked.isdisjoint((norm, *chain[:-1])):
         return _ASKED
+    if not record.kept.isdisjoint((norm, *chain[:-1])):
+        return _KEPT
     if len(chain) == 1:
         return _why(record, norm, taken)
+    if record.told is not None:
+        return record.told
     if not _undisturbed(record, chain, addition):
         return "other operations run before what follows it, which might change its input"
     taken |= {addition} - {None}
