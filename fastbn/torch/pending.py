@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from ..ops import Activation
 from .others import FORWARDS, has_hooks, has_hooks_for_all
-from .telling import asks_for_class, telling
+from .telling import asks, asks_for_class, innocent, telling
 from .watchers import watched
 
 _is_compiling = torch.compiler.is_compiling
@@ -102,6 +102,7 @@ def _modes() -> tuple[bool, bool]:
 
 _OWN = ("_norm", "_site", "_x", "_made", "_residual", "_versions", "_modes", "_value", "_spent")
 _set = object.__setattr__
+"""Sets what is a `Pending`'s own. All other attributes are its tensor's."""
 
 
 class Pending:
@@ -109,8 +110,7 @@ class Pending:
 
     `made` has those of one call of a fused forward that still wait. The versions of the input and the residual, and
     whether gradients are recorded, are kept from the call of the norm. Once an addition or activation was fused, this
-    is spent: a further use computes the norm again, without another update of the running statistics. Attributes that
-    are set are the tensor's.
+    is spent: a further use computes the norm again, without another update of the running statistics.
     """
 
     __slots__ = (*_OWN, "__weakref__")
@@ -144,11 +144,13 @@ class Pending:
             raise RuntimeError(self._unforeseen("a question of the class of its result"))
         return type(self)
 
+    def __hash__(self) -> int:
+        if asks(sys._getframe(1).f_code):  # what an activation in place returns is another object
+            raise RuntimeError(self._unforeseen("a question of the hash of its result"))
+        return object.__hash__(self)
+
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in _OWN:
-            _set(self, name, value)
-        else:
-            setattr(self._used(), name, value)
+        setattr(self._used(), name, value)
 
     def _waits(self) -> bool:
         """Whether the next operation may be fused."""
@@ -166,7 +168,8 @@ class Pending:
                 "the fused addition or activation; allowed: to convert the model without fuse"
             )
         self._made.pop(id(self), None)
-        again, self._spent = self._spent, True
+        again = self._spent
+        _set(self, "_spent", True)
         if again and norm.training and norm._learns:  # the running statistics have had this batch
             y = functional.batch_norm(x, None, None, norm.weight, norm.bias, True, 0.0, norm.eps)
             return y if residual is None else y + residual
@@ -175,10 +178,10 @@ class Pending:
     def settled(self) -> Tensor:
         """The tensor that the norm, and the noted addition, would have returned."""
         if self._value is None and self._modes == _modes():
-            self._value = self._compute()
+            _set(self, "_value", self._compute())
         elif self._value is None:
             with torch.inference_mode(self._modes[1]), torch.set_grad_enabled(self._modes[0]):
-                self._value = self._compute()
+                _set(self, "_value", self._compute())
         return self._value
 
     def _used(self) -> Tensor:
@@ -189,8 +192,8 @@ class Pending:
 
     def _unforeseen(self, what: str) -> str:
         return (
-            f"{type(self._norm).__name__}: got {what} that torch.fx did not show when the model was converted; allowed: "
-            "to convert it again after a change, or without fuse"
+            f"{type(self._norm).__name__}: got {what} that torch.fx did not show when the model was converted; "
+            "allowed: to convert it again after a change, or without fuse"
         )
 
     def _activated(self, activation: Activation, in_place: bool) -> Tensor | None:
@@ -198,7 +201,7 @@ class Pending:
             return None
         y = self._compute(activation)
         if in_place:
-            self._value = y
+            _set(self, "_value", y)
         return y
 
     def _plus(self, other: Any, in_place: bool) -> Any:
@@ -213,13 +216,14 @@ class Pending:
         if other.dtype is not x.dtype or other.shape != x.shape or other.stride() != x.stride():
             return None
         if in_place:
-            self._residual, self._versions = other, (self._versions[0], _version(other))
+            _set(self, "_residual", other)
+            _set(self, "_versions", (self._versions[0], _version(other)))
             total = self
         else:
             total = Pending(self._norm, self._site, x, self._made, other)
-            total._versions = self._versions[0], total._versions[1]
+            _set(total, "_versions", (self._versions[0], total._versions[1]))
             self._made.pop(id(self), None)
-            self._spent = True
+            _set(self, "_spent", True)
         return total if self._site.activates else total.settled()
 
     @classmethod
@@ -241,7 +245,7 @@ class Pending:
 
     def __getattr__(self, name: str) -> Any:
         function = getattr(Tensor, name, None)
-        if function in _FUNCTIONS or function in _ADDITIONS:
+        if callable(function) and (function in _FUNCTIONS or function in _ADDITIONS):
             return lambda *args, **kwargs: type(self).__torch_function__(function, (), (self, *args), kwargs)
         return getattr(self._used(), name)
 
@@ -267,7 +271,6 @@ _NOT = {"__torch_function__", "__torch_dispatch__", "__setstate__", "__deepcopy_
 for _name in (set(dir(Tensor)) - set(dir(object)) - set(vars(Pending)) - _NOT) | _ALSO:
     if _name.startswith("__") and callable(getattr(Tensor, _name)):
         setattr(Pending, _name, _forwarded(_name))
-Pending.__hash__ = object.__hash__  # type: ignore[method-assign]
 
 
 def _each(values: Any, of: Callable[[Pending], Any]) -> Any:
@@ -282,6 +285,10 @@ def _each(values: Any, of: Callable[[Pending], Any]) -> Any:
 
 
 # The forwards --------------------------------------------------------------------------------------------------------
+
+
+Part = tuple[nn.Module, str, nn.Module]
+"""A module that a result passes while it waits: what it is in, its name there, and itself."""
 
 
 class _Running(threading.local):
@@ -300,11 +307,12 @@ class _Running(threading.local):
             return None
         left = len(stack) - inner
         while True:
-            if frame.f_code is _RUN:
+            code = frame.f_code
+            if code is _RUN:
                 left -= 1
                 if not left:
                     return None
-            else:
+            elif id(code) not in innocent:
                 text = telling(frame)
                 if text is not None:
                     return text
@@ -317,17 +325,20 @@ _running = _Running()
 class FusedForward:
     """The forward of a module in which results of norms may wait. It runs the forward of the module's class.
 
-    Nothing waits while torch.compile traces, or while a hook sees a call of one of the modules that take part.
+    Nothing waits while torch.compile traces, or once one of the modules that take part was replaced or has got a hook.
     """
 
-    def __init__(self, module: nn.Module, sites: tuple[Site, ...], seen: tuple[nn.Module, ...]) -> None:
-        self.module, self.sites, self.seen = module, sites, seen
+    def __init__(self, module: nn.Module, sites: tuple[Site, ...], parts: tuple[Part, ...]) -> None:
+        self.module, self.sites, self.parts = module, sites, parts
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module = self.module
         forward = type(module).forward
-        if _is_compiling() or has_hooks_for_all() or any(map(has_hooks, self.seen)):
+        if _is_compiling() or has_hooks_for_all():
             return forward(module, *args, **kwargs)
+        for parent, name, part in self.parts:
+            if parent._modules.get(name) is not part or has_hooks(part):
+                return forward(module, *args, **kwargs)
         return self._run(forward, args, kwargs)
 
     def _run(self, forward: Any, args: Any, kwargs: Any) -> Any:

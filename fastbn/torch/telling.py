@@ -1,10 +1,10 @@
 """Which Python code could tell that what it is given only stands for a tensor, and take another way then?
 
-While a forward is recorded, a proxy stands for each tensor; while a norm's result waits, a `Pending` does. Both serve all
-operations of tensors, and notice isinstance. But `type(y)` tells in silence, and so do whether `act(y) is y`, and an
-error that a tensor would not cause. Numbers could be others then, so code that does so must never see them. It is found
-by its names and instructions, in all that runs while a forward is recorded, and in the functions, methods and modules
-that this code names. Python's own library and torch are trusted: their results do not depend on what they are told.
+While a forward is recorded, a proxy stands for each tensor; while a norm's result waits, a `Pending` does. Both serve
+the operations of tensors, and notice isinstance. But `type(y)` tells in silence, and so do whether `act(y) is y`, and
+an error that a tensor would not cause. Numbers could be others then, so code that does so must never see them. It is
+found by its names and instructions, in all that runs while a forward is recorded, and in the functions, methods and
+modules that this code names. Python's library and torch are trusted: what they are told does not change their results.
 """
 
 from __future__ import annotations
@@ -22,28 +22,38 @@ from types import CodeType, FrameType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
-from torch import nn, overrides
+from torch import fx, nn, overrides
 
 _TELLING: dict[int, str] = {
-    id(type): "type",
-    id(id): "id",
-    id(operator.is_): "is_",
-    id(operator.is_not): "is_not",
-    id(overrides.has_torch_function): "has_torch_function",
-    id(overrides.has_torch_function_unary): "has_torch_function_unary",
-    id(overrides.has_torch_function_variadic): "has_torch_function_variadic",
+    id(type): "type()",
+    id(id): "id()",
+    id(builtins): "builtins",
+    id(vars(builtins)): "__builtins__",
+    id(operator.is_): "operator.is_()",
+    id(operator.is_not): "operator.is_not()",
+    id(overrides.has_torch_function): "has_torch_function()",
+    id(overrides.has_torch_function_unary): "has_torch_function_unary()",
+    id(overrides.has_torch_function_variadic): "has_torch_function_variadic()",
+    id(fx.Proxy): "torch.fx.Proxy",
 }
-"""Functions that tell, by their identities."""
+"""Objects that tell, by their identities."""
+
+_STATISTICS = {"running_mean", "running_var", "num_batches_tracked", "state_dict"}
+_STATISTICS |= {"_buffers", "buffers", "named_buffers", "get_buffer"}
+"""Attributes by which code could see that the running statistics have not been updated yet."""
 
 _TRUSTED = tuple(os.path.dirname(str(module.__file__)) + os.sep for module in (os, torch))
 _OURS = os.path.dirname(os.path.dirname(__file__)) + os.sep
 _OTHERS = (os.sep + "site-packages" + os.sep, os.sep + "dist-packages" + os.sep)
 _CLASS = {"isinstance", "__class__"}
 _ENDS = (StopIteration, StopAsyncIteration, GeneratorExit)
+_CALLABLE = (FunctionType, MethodType, functools.partial)
 _PLAIN = (type, FunctionType, ModuleType, enum.Enum, enum.property)
 _trusted: dict[int, tuple[CodeType, bool]] = {}
 _known: dict[int, tuple[CodeType, str | None]] = {}
 """What was found out about code, by its identity, since its hash takes long. It is kept, so that the identity stays."""
+innocent: set[int] = set()
+"""The identities of code that cannot tell."""
 
 
 def _is_trusted(code: CodeType) -> bool:
@@ -59,19 +69,28 @@ def _is_trusted(code: CodeType) -> bool:
 
 def telling(frame: FrameType) -> str | None:
     """How the code that runs in a frame could tell, in words; None if it cannot."""
-    found = _known.get(id(frame.f_code))
+    code = frame.f_code
+    found = _known.get(id(code))
     if found is None:
-        found = _known[id(frame.f_code)] = frame.f_code, _Scan().frame(frame)
+        found = _known[id(code)] = code, _Scan().frame(frame)
+        if found[1] is None:
+            innocent.add(id(code))
     return found[1]
 
 
-def asks_for_class(code: CodeType) -> bool:
-    """Whether code that a question of a class comes from is a model's, or asks for a model.
+def asks(code: CodeType) -> bool:
+    """Whether code that a question comes from is a model's, or answers models, as torch.is_tensor does.
 
-    torch asks for its own sake, also in C, for any code that calls it.
+    torch asks for its own sake, too.
     """
-    if _is_trusted(code):
-        return code is torch.is_tensor.__code__ or not code.co_filename.startswith((_TRUSTED[1], _OURS))
+    file = code.co_filename
+    return file == torch.__file__ or not file.startswith((_TRUSTED[1], _OURS))
+
+
+def asks_for_class(code: CodeType) -> bool:
+    """Whether code that a question of a class comes from asks itself. torch asks in C for any code that calls it."""
+    if _is_trusted(code) or not asks(code):
+        return asks(code)
     if not _CLASS.isdisjoint((*code.co_names, *code.co_consts)):
         return True
     return any(step.opname == "MATCH_CLASS" for step in dis.get_instructions(code))
@@ -100,8 +119,8 @@ class _Scan:
     def _values(self, values: Iterable[Any], code: CodeType) -> str | None:
         for value in values:
             if id(value) in _TELLING:
-                return _words(code, f"{_TELLING[id(value)]}()")
-            if isinstance(value, (FunctionType, MethodType, functools.partial)) and (found := self._value(value)):
+                return _words(code, _TELLING[id(value)])
+            if issubclass(type(value), _CALLABLE) and (found := self._value(value)):  # isinstance would ask a proxy
                 return found
         return None
 
@@ -130,25 +149,28 @@ class _Scan:
         if id(code) in self._seen:
             return None
         self._seen[id(code)] = code
-        value = imported = None
-        constant = False
+        value = imported = before = None
         for step in dis.get_instructions(code):
             name = step.opname
-            if name == "IS_OP" and not constant and not isinstance(value, _PLAIN):
+            if name == "IS_OP" and before != "LOAD_CONST" and not isinstance(value, _PLAIN):
                 return _words(code, "`is`")
-            constant = name == "LOAD_CONST"
+            if step.argval == "__class__" and (before == "__class__" or isinstance(value, type)):
+                return _words(code, "the class of a class")
+            before = "__class__" if step.argval == "__class__" else name
             if name in ("LOAD_GLOBAL", "LOAD_NAME"):
                 value = names.get(step.argval, getattr(builtins, step.argval, None))
             elif name == "IMPORT_NAME":
                 value = imported = sys.modules.get(step.argval)
             elif name in ("IMPORT_FROM", "LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR"):
+                if step.argval in _STATISTICS:
+                    return _words(code, step.argval)
                 value = imported if name == "IMPORT_FROM" else value
                 known = isinstance(value, (ModuleType, type))
                 value = _attribute(value if known else owner, step.argval)
             else:
                 value = None
             found = _TELLING.get(id(value))
-            text = _words(code, f"{found}()") if found else self._value(value, owner)
+            text = _words(code, found) if found else self._value(value, owner)
             if text:
                 return text
         nested = [self._code(one, names, owner) for one in code.co_consts if isinstance(one, CodeType)]
@@ -176,7 +198,7 @@ def _words(code: CodeType, what: str) -> str:
 
 
 class Watch:
-    """While it is entered, all code that runs in this thread is looked at. `found` is what the first tells, in words."""
+    """While it is entered, looks at all code that runs in this thread. `found` says of the first how it could tell."""
 
     def __init__(self) -> None:
         self.found: str | None = None
