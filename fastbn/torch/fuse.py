@@ -8,9 +8,11 @@ that any other way gives the right results, too.
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
 import operator
 import sys
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -21,7 +23,8 @@ from torch import fx, nn
 from ..ops import Activation
 from .layers import _Layer
 from .others import FORWARDS, activation_of, is_hooked
-from .pending import FusedForward, Site, WaitingForward, activation_called, is_addition, is_in_place
+from .pending import FusedForward, Part, Site, WaitingForward, activation_called, is_addition, is_in_place
+from .telling import Watch, asks
 
 _PASSING = {"DropPath", "StochasticDepth"}
 """Layers of timm and torchvision that return their input, unless they train with a rate above 0."""
@@ -31,7 +34,7 @@ class _Use(NamedTuple):
     """What follows a norm, within a module: a site, the modules that take part, and words for the report."""
 
     site: Site
-    parts: tuple[nn.Module, ...]
+    parts: tuple[Part, ...]
     text: str
 
 
@@ -42,7 +45,11 @@ class _Record(NamedTuple):
     nodes: list[fx.Node]
     passages: list[tuple[str, set[fx.Node]]]
     asked: set[fx.Node]
-    """Those of whose class the forward asks, which is another while a result waits."""
+    """Those of whose class, or hash, the forward asks."""
+    kept: set[fx.Node]
+    """Those that are still there when the forward is over, for instance in an attribute."""
+    told: str | None
+    """What in the code that ran could tell that a result waits, in words."""
 
     def module(self, node: fx.Node) -> nn.Module:
         """The module that a node calls."""
@@ -67,7 +74,8 @@ def fuse(model: nn.Module) -> dict[nn.Module, str]:
 
 _OUTSIDE = "not fused: its result leaves"
 _UNSEEN = "not fused: torch.fx cannot record"
-_ASKED = "the forward asks for the class of its result"
+_ASKED = "the forward asks for the class of its result, or compares it as a key"
+_KEPT = "the forward keeps its result"
 
 
 def _reason(norm: Any, times: int) -> str:
@@ -92,7 +100,7 @@ def _prepare(owner: nn.Module, found: dict[nn.Module, _Use]) -> None:
     sites: tuple[Site, ...] = tuple(use.site for use in found.values())
     parts = tuple(dict.fromkeys(part for use in found.values() for part in use.parts))
     if type(before) is FusedForward:
-        sites, parts = before.sites + sites, tuple(dict.fromkeys(before.seen + parts))
+        sites, parts = before.sites + sites, tuple(dict.fromkeys(before.parts + parts))
     owner.forward = FusedForward(owner, sites, parts)
     for norm, use in found.items():
         norm.forward = WaitingForward(norm, use.site)
@@ -102,13 +110,18 @@ def _prepare(owner: nn.Module, found: dict[nn.Module, _Use]) -> None:
 
 
 class _Proxy(fx.Proxy):
-    """Records `x += y` as what it is, since torch.fx records a sum; and that isinstance(x, Tensor) was asked."""
+    """Records `x += y` as what it is, since torch.fx records a sum; and that the class or the hash was asked for."""
 
     @property  # type: ignore[misc]  # isinstance asks for it
     def __class__(self) -> Any:
-        if not sys._getframe(1).f_globals.get("__name__", "").startswith("torch."):
+        if asks(sys._getframe(1).f_code):
             self.tracer.asked.add(self.node)
         return type(self)
+
+    def __hash__(self) -> int:
+        if asks(sys._getframe(1).f_code):
+            self.tracer.asked.add(self.node)
+        return object.__hash__(self)
 
     def __iadd__(self, other: Any) -> Any:
         return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
@@ -123,9 +136,13 @@ class _Tracer(fx.Tracer):
         self.deep = deep
         self.passages: list[tuple[str, set[fx.Node]]] = []
         self.asked: set[fx.Node] = set()
+        self.watch = Watch()
+        self.proxies: list[weakref.ref[_Proxy]] = []
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Proxy(node, self)
+        proxy = _Proxy(node, self)
+        self.proxies.append(weakref.ref(proxy))
+        return proxy
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         own = vars(m).get("forward")
@@ -136,6 +153,8 @@ class _Tracer(fx.Tracer):
         return not self.deep or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        if type(m).__name__ in _PASSING:
+            self.watch.passed(m)
         y = super().call_module(m, forward, args, kwargs)
         nodes: set[fx.Node] = set()
         fx.node.map_aggregate(
@@ -170,9 +189,18 @@ def _record(owner: nn.Module, training: bool, deep: bool) -> _Record:
     parameters = inspect.signature(type(other).forward).parameters.values()
     usual = {p.name: p.default for p in parameters if isinstance(p.default, (bool, int, float, str, type(None)))}
     tracer = _Tracer(deep)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), tracer.watch as watch:
         graph = tracer.trace(other, usual)
-    return _Record(owner, list(graph.nodes), tracer.passages, tracer.asked)
+    return _Record(owner, list(graph.nodes), tracer.passages, tracer.asked, _kept(tracer), watch.found)
+
+
+def _kept(tracer: _Tracer) -> set[fx.Node]:
+    """The nodes of proxies that are still there, but for those in cycles, which torch.fx makes of frames."""
+    for generation in (1, 2):  # what is young is enough as a rule
+        if all(reference() is None for reference in tracer.proxies):
+            return set()
+        gc.collect(generation)
+    return {proxy.node for proxy in (reference() for reference in tracer.proxies) if proxy is not None}
 
 
 # Proofs --------------------------------------------------------------------------------------------------------------
@@ -198,7 +226,7 @@ def _uses(owner: nn.Module, norms: set[nn.Module]) -> tuple[dict[nn.Module, _Use
             use = _use(record, calls[norm], taken)
             if isinstance(use, str):
                 reasons[norm] = f"not fused: {use}"
-                if use == _ASKED:  # in either mode, since what waits gives another answer in both
+                if use in (_ASKED, _KEPT, record.told):  # in either mode, since the result would wait in both
                     asked.add(norm)
             elif norm not in found:
                 found[norm] = use
@@ -216,15 +244,24 @@ def _use(record: _Record, calls: list[fx.Node], taken: set[fx.Node]) -> _Use | s
     chain, addition, activation = _chain(record, norm, taken)
     if not record.asked.isdisjoint((norm, *chain[:-1])):
         return _ASKED
+    if not record.kept.isdisjoint((norm, *chain[:-1])):
+        return _KEPT
     if len(chain) == 1:
         return _why(record, norm, taken)
+    if record.told is not None:
+        return record.told
     if not _undisturbed(record, chain, addition):
         return "other operations run before what follows it, which might change its input"
     taken |= {addition} - {None}
     parts = {path: None for path, nodes in record.passages if not nodes.isdisjoint(chain[:-1])}
     words = ["the addition"] * (addition is not None) + [activation] * bool(activation)
     site = Site(addition is not None, bool(activation))
-    return _Use(site, tuple(map(record.owner.get_submodule, parts)), " and ".join(words))
+    return _Use(site, tuple(_part(record.owner, path) for path in parts), " and ".join(words))
+
+
+def _part(owner: nn.Module, path: str) -> Part:
+    parent, _, name = path.rpartition(".")
+    return owner.get_submodule(parent), name, owner.get_submodule(path)
 
 
 def _chain(record: _Record, norm: fx.Node, taken: set[fx.Node]) -> tuple[list[fx.Node], fx.Node | None, str]:

@@ -3,12 +3,14 @@
 In a forward that convert_batchnorm(fuse=True) has prepared, a norm returns a `Pending` in the place of a tensor. The
 model's own code goes on with it, whatever that code is. An addition of a tensor of the same shape, dtype and layout is
 noted. An activation computes everything in one call, and its result is a tensor. Any other use of a `Pending` computes
-the tensor that the norm would have returned, so that results are always those of the model's code.
+the tensor that the norm would have returned, so that results are always those of the model's code. Code that could tell
+a `Pending` from a tensor otherwise than by its use does not get one; telling.py finds such code.
 """
 
 from __future__ import annotations
 
 import operator
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +21,7 @@ from torch.nn import functional
 
 from ..ops import Activation
 from .others import FORWARDS, has_hooks, has_hooks_for_all
+from .telling import asks, asks_for_class, innocent, telling
 from .watchers import watched
 
 _is_compiling = torch.compiler.is_compiling
@@ -97,6 +100,11 @@ def _modes() -> tuple[bool, bool]:
     return torch.is_grad_enabled(), torch.is_inference_mode_enabled()
 
 
+_OWN = ("_norm", "_site", "_x", "_made", "_residual", "_versions", "_modes", "_value", "_spent")
+_set = object.__setattr__
+"""Sets what is a `Pending`'s own. All other attributes are its tensor's."""
+
+
 class Pending:
     """The result of a norm that has not been computed yet.
 
@@ -105,15 +113,44 @@ class Pending:
     is spent: a further use computes the norm again, without another update of the running statistics.
     """
 
+    __slots__ = (*_OWN, "__weakref__")
+    _norm: Any
+    _site: Site
+    _x: Tensor
+    _made: dict[int, Pending]
+    _residual: Tensor | None
+    _versions: tuple[int, int]
+    _modes: tuple[bool, bool]
+    _value: Tensor | None
+    _spent: bool
+
     def __init__(
         self, norm: Any, site: Site, x: Tensor, made: dict[int, Pending], residual: Tensor | None = None
     ) -> None:
-        self._norm, self._site, self._x, self._made, self._residual = norm, site, x, made, residual
-        self._versions = _version(x), 0 if residual is None else _version(residual)
-        self._modes = _modes()
-        self._value: Tensor | None = None
-        self._spent = False
+        _set(self, "_norm", norm)
+        _set(self, "_site", site)
+        _set(self, "_x", x)
+        _set(self, "_made", made)
+        _set(self, "_residual", residual)
+        _set(self, "_versions", (_version(x), 0 if residual is None else _version(residual)))
+        _set(self, "_modes", _modes())
+        _set(self, "_value", None)
+        _set(self, "_spent", False)
         made[id(self)] = self
+
+    @property  # type: ignore[misc]  # isinstance, match and functools.singledispatch ask for it
+    def __class__(self) -> Any:
+        if asks_for_class(sys._getframe(1).f_code):  # to answer Tensor would mislead torch, which asks, too
+            raise RuntimeError(self._unforeseen("a question of the class of its result"))
+        return type(self)
+
+    def __hash__(self) -> int:
+        if asks(sys._getframe(1).f_code):  # what an activation in place returns is another object
+            raise RuntimeError(self._unforeseen("a question of the hash of its result"))
+        return object.__hash__(self)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._used(), name, value)
 
     def _waits(self) -> bool:
         """Whether the next operation may be fused."""
@@ -122,13 +159,17 @@ class Pending:
     def _compute(self, activation: Activation = None) -> Tensor:
         """The result of the norm, of the noted addition and of an activation; and nothing waits any more."""
         x, residual, norm = self._x, self._residual, self._norm
+        text = _running.telling(self._made)
+        if text is not None:
+            raise RuntimeError(self._unforeseen(f"a use of its result in code, where {text},"))
         if self._versions != (_version(x), 0 if residual is None else _version(residual)):
             raise RuntimeError(
                 f"{type(norm).__name__}: got an input or a residual that was modified by an inplace operation before "
                 "the fused addition or activation; allowed: to convert the model without fuse"
             )
         self._made.pop(id(self), None)
-        again, self._spent = self._spent, True
+        again = self._spent
+        _set(self, "_spent", True)
         if again and norm.training and norm._learns:  # the running statistics have had this batch
             y = functional.batch_norm(x, None, None, norm.weight, norm.bias, True, 0.0, norm.eps)
             return y if residual is None else y + residual
@@ -137,27 +178,30 @@ class Pending:
     def settled(self) -> Tensor:
         """The tensor that the norm, and the noted addition, would have returned."""
         if self._value is None and self._modes == _modes():
-            self._value = self._compute()
+            _set(self, "_value", self._compute())
         elif self._value is None:
             with torch.inference_mode(self._modes[1]), torch.set_grad_enabled(self._modes[0]):
-                self._value = self._compute()
+                _set(self, "_value", self._compute())
         return self._value
 
     def _used(self) -> Tensor:
         """The tensor, for a use that nobody foresaw."""
         if self._value is None and self._modes[0] and not torch.is_grad_enabled():
-            raise RuntimeError(
-                f"{type(self._norm).__name__}: got a use of its result without gradients that torch.fx did not show "
-                "when the model was converted; allowed: to convert it again after a change, or without fuse"
-            )
+            raise RuntimeError(self._unforeseen("a use of its result without gradients"))
         return self.settled()
+
+    def _unforeseen(self, what: str) -> str:
+        return (
+            f"{type(self._norm).__name__}: got {what} that torch.fx did not show when the model was converted; "
+            "allowed: to convert it again after a change, or without fuse"
+        )
 
     def _activated(self, activation: Activation, in_place: bool) -> Tensor | None:
         if not (self._site.activates and self._waits()):
             return None
         y = self._compute(activation)
         if in_place:
-            self._value = y
+            _set(self, "_value", y)
         return y
 
     def _plus(self, other: Any, in_place: bool) -> Any:
@@ -172,13 +216,14 @@ class Pending:
         if other.dtype is not x.dtype or other.shape != x.shape or other.stride() != x.stride():
             return None
         if in_place:
-            self._residual, self._versions = other, (self._versions[0], _version(other))
+            _set(self, "_residual", other)
+            _set(self, "_versions", (self._versions[0], _version(other)))
             total = self
         else:
             total = Pending(self._norm, self._site, x, self._made, other)
-            total._versions = self._versions[0], total._versions[1]
+            _set(total, "_versions", (self._versions[0], total._versions[1]))
             self._made.pop(id(self), None)
-            self._spent = True
+            _set(self, "_spent", True)
         return total if self._site.activates else total.settled()
 
     @classmethod
@@ -200,7 +245,7 @@ class Pending:
 
     def __getattr__(self, name: str) -> Any:
         function = getattr(Tensor, name, None)
-        if function in _FUNCTIONS or function in _ADDITIONS:
+        if callable(function) and (function in _FUNCTIONS or function in _ADDITIONS):
             return lambda *args, **kwargs: type(self).__torch_function__(function, (), (self, *args), kwargs)
         return getattr(self._used(), name)
 
@@ -221,11 +266,11 @@ def _forwarded(name: str) -> Callable[..., Any]:
 
 
 _ALSO = {"__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "__repr__", "__str__", "__format__"}
+_ALSO |= {"__dir__", "__delattr__", "__reduce__", "__reduce_ex__", "__sizeof__"}
 _NOT = {"__torch_function__", "__torch_dispatch__", "__setstate__", "__deepcopy__"}
 for _name in (set(dir(Tensor)) - set(dir(object)) - set(vars(Pending)) - _NOT) | _ALSO:
     if _name.startswith("__") and callable(getattr(Tensor, _name)):
         setattr(Pending, _name, _forwarded(_name))
-Pending.__hash__ = object.__hash__  # type: ignore[method-assign]
 
 
 def _each(values: Any, of: Callable[[Pending], Any]) -> Any:
@@ -242,11 +287,36 @@ def _each(values: Any, of: Callable[[Pending], Any]) -> Any:
 # The forwards --------------------------------------------------------------------------------------------------------
 
 
+Part = tuple[nn.Module, str, nn.Module]
+"""A module that a result passes while it waits: what it is in, its name there, and itself."""
+
+
 class _Running(threading.local):
     """The fused forwards that run in this thread: their sites, and what waits in them."""
 
     def __init__(self) -> None:
         self.stack: list[tuple[tuple[Site, ...], dict[int, Pending]]] = []
+
+    def telling(self, made: dict[int, Pending]) -> str | None:
+        """How code could tell that a result waits that runs now within the forward in which it was `made`."""
+        stack, frame = self.stack, sys._getframe(2)
+        inner = len(stack) - 1
+        while inner >= 0 and stack[inner][1] is not made:
+            inner -= 1
+        if inner < 0:  # the forward is over, and what was kept of it is used
+            return None
+        left = len(stack) - inner
+        while True:
+            code = frame.f_code
+            if code is _RUN:
+                left -= 1
+                if not left:
+                    return None
+            elif id(code) not in innocent:
+                text = telling(frame)
+                if text is not None:
+                    return text
+            frame = frame.f_back  # type: ignore[assignment]  # the forward is in one
 
 
 _running = _Running()
@@ -255,26 +325,35 @@ _running = _Running()
 class FusedForward:
     """The forward of a module in which results of norms may wait. It runs the forward of the module's class.
 
-    Nothing waits while torch.compile traces, or while a hook sees a call of one of the modules that take part.
+    Nothing waits while torch.compile traces, or once one of the modules that take part was replaced or has got a hook.
     """
 
-    def __init__(self, module: nn.Module, sites: tuple[Site, ...], seen: tuple[nn.Module, ...]) -> None:
-        self.module, self.sites, self.seen = module, sites, seen
+    def __init__(self, module: nn.Module, sites: tuple[Site, ...], parts: tuple[Part, ...]) -> None:
+        self.module, self.sites, self.parts = module, sites, parts
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module = self.module
         forward = type(module).forward
-        if _is_compiling() or has_hooks_for_all() or any(map(has_hooks, self.seen)):
+        if _is_compiling() or has_hooks_for_all():
             return forward(module, *args, **kwargs)
+        for parent, name, part in self.parts:
+            if parent._modules.get(name) is not part or has_hooks(part):
+                return forward(module, *args, **kwargs)
+        return self._run(forward, args, kwargs)
+
+    def _run(self, forward: Any, args: Any, kwargs: Any) -> Any:
         made: dict[int, Pending] = {}
         _running.stack.append((self.sites, made))
         try:
-            result = _each(forward(module, *args, **kwargs), Pending.settled)
+            result = _each(forward(self.module, *args, **kwargs), Pending.settled)
             for waiting in list(made.values()):
                 waiting.settled()
         finally:
             _running.stack.pop()
         return result
+
+
+_RUN = FusedForward._run.__code__
 
 
 class WaitingForward:
@@ -291,6 +370,8 @@ class WaitingForward:
                     for waiting in [one for one in made.values() if one._norm is norm]:
                         waiting.settled()  # running statistics take the batches in the order of the calls
                     if watched(args[0]) or _has_torch_function(args) or not norm._ends_with_norm():
+                        break
+                    if _running.telling(made) is not None:
                         break
                     return Pending(norm, self.site, args[0], made)
         return forward(norm, *args, **kwargs)

@@ -50,7 +50,7 @@ FLOORS = (
     {"call.batch"},
     {"call.ghost"},
     {"ops"},
-    {"dask", "inference", "torch.formulas", "torch.watchers"},
+    {"dask", "inference", "torch.formulas", "torch.telling", "torch.watchers"},
     {"layer", "torch.tensors"},
     {"_ranks"},
     {"_recalibrate", "_smoke", "_tune", "mpi", "onnx"},
