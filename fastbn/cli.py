@@ -21,6 +21,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--quick", action="store_true", help="a few seconds instead of about half a minute")
     demo.add_argument("--seeds", type=int, metavar="N", help="how many seeds to take the median of")
     demo.add_argument("--output", default="fastbn-demo.png", metavar="PNG", help="the picture (default: %(default)s)")
+    demo.add_argument("--keep", metavar="JSON", help="a file for the figures; fastbn.demo.run.figures lists its keys")
     commands.add_parser("bench", help="time the backends, and the peers that are installed, side by side")
     info = commands.add_parser("info", help="show the version, the backends, the instruction set, threads and caches")
     info.add_argument("--cflags", action="store_true", help="print the flags that compile C, C++ or Cython against it")
@@ -44,7 +45,8 @@ def _run(argv: list[str]) -> int:
     elif arguments.command == "tune":
         fastbn.tune(quick=arguments.quick)
     else:
-        importlib.import_module("fastbn.demo.report").main(arguments.quick, arguments.seeds, arguments.output)
+        demo_of = importlib.import_module("fastbn.demo.run")
+        demo_of.main(arguments.quick, arguments.seeds, arguments.output, arguments.keep)
     return 0
 
 

@@ -1,13 +1,10 @@
 """What does batch norm change when a small network trains? Compares three networks, with and without it, on digits.
 
-    fastbn demo              # or python -m fastbn demo; needs pip install "fastbn[demo]"
-
-All numbers and sentences that it prints come from the training runs of that call.
+All numbers and sentences come from the training runs, and none is fixed.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
@@ -15,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from .._backends import get_num_threads
-from ..call import checks
-from .networks import KINDS, Array, Data, Job, Kind, Run, executor, extra, load_data, seconds_per_step
+from .networks import KINDS, Array, Data, Job, Kind, Run, extra, seconds_per_step
+from .precision import METHODS, Precision
 
 CHANCE = 10.0
+"""The accuracy of a guess among ten digits, in percent. A network that learns nothing ends near it."""
 TRAINS = 80.0
 """A network counts as trained if its test accuracy at the end, in percent, is at least this."""
 GOOD = 95.0
@@ -42,7 +39,7 @@ FULL = Plan()
 QUICK = Plan(2, 0.2, (0.1, 1.0), (1.0, 3.0), (0.003,), 256)
 
 
-def _median(values: Any) -> Array:
+def median(values: Any) -> Array:
     """The median over the last axis. Of an even number of values it is the lower of the middle two, not their mean."""
     ordered = np.sort(values, axis=-1)
     return np.asarray(ordered[..., (ordered.shape[-1] - 1) // 2])
@@ -59,7 +56,7 @@ class Spread:
     @classmethod
     def of(cls, values: Iterable[float]) -> Spread:
         found = np.array(list(values))
-        return cls(float(_median(found)), float(found.min()), float(found.max()))
+        return cls(float(median(found)), float(found.min()), float(found.max()))
 
     def text(self, show: Callable[[float], str] = "{:.1f}".format) -> str:
         median, low, high = show(self.median), show(self.low), show(self.high)
@@ -136,13 +133,13 @@ class Experiment:
 
     def _best(self, jobs: Iterable[Job]) -> Job:
         """The job with the best validation accuracy; of several, the one with the largest learning rate."""
-        return max(jobs, key=lambda job: (_median([run.validation for run in self._runs(job)]), job.rate))
+        return max(jobs, key=lambda job: (median([run.validation for run in self._runs(job)]), job.rate))
 
     def _best_of_rates(self, kind: str, norm: bool) -> Job:
         return self._best(self._job(kind, norm, rate) for rate in self.plan.rates)
 
     def _trains(self, job: Job) -> bool:
-        return bool(_median(self._finals(job)) >= TRAINS)
+        return bool(median(self._finals(job)) >= TRAINS)
 
     def _rate(self, kind: str, norm: bool) -> float:
         """The best learning rate. If the plain network trains at no rate, its rate is the best one of batch norm."""
@@ -222,6 +219,12 @@ class Experiment:
         ]
         return found[0], found[1]
 
+    def small_batches_by_rate(self) -> tuple[Array, Array]:
+        """The same at each rate: arrays (learning rate, seed), without and with batch norm."""
+        rates = self.plan.small_batch_rates
+        found = [np.array([self._finals(self._small_batch(norm, rate)) for rate in rates]) for norm in (False, True)]
+        return found[0], found[1]
+
 
 def _first_reached(points: list[int], curves: Array, targets: Array) -> Array:
     """For each seed, the first checkpoint with an accuracy of at least its target; infinity if there is none."""
@@ -252,7 +255,7 @@ def _norm_text(norm: float) -> str:
 
 def _trained(variant: Variant, plan: Plan) -> list[float]:
     """The scales of the initial weights at which the median seed trains."""
-    medians = _median(variant.by_scale)
+    medians = median(variant.by_scale)
     return [scale for scale, median in zip(plan.scales, medians, strict=True) if median >= TRAINS]
 
 
@@ -281,7 +284,7 @@ def _rows(c: Comparison, plan: Plan) -> Iterator[tuple[str, str, str, str]]:
     yield of_variants("microseconds a step", lambda variant: f"{1e6 * variant.seconds_per_step:.0f}")
 
 
-def _steps(side: Side) -> str:
+def in_steps(side: Side) -> str:
     """In words, how many steps it took to reach plain's accuracy at the end, compared with plain."""
     ratio = side.times_fewer.median
     if ratio == 0:
@@ -291,23 +294,23 @@ def _steps(side: Side) -> str:
     return f"{ratio:.1f} times fewer" if ratio > 1 else f"{1 / ratio:.1f} times more"
 
 
-def _plain_fails(c: Comparison) -> str:
-    best = float(_median(c.without.by_rate).max())
-    return f"stays at chance ({best:.0f} %)" if best < 2 * CHANCE else f"does not train (best: {best:.0f} %)"
+def plain_fails(c: Comparison) -> str:
+    best = float(median(c.without.by_rate).max())
+    return f"stays at chance ({CHANCE:.0f} %)" if best < 2 * CHANCE else f"does not train (best: {best:.0f} %)"
 
 
 def effects(comparisons: list[Comparison]) -> Iterator[str]:
     """What batch norm changed, in a sentence for each network, and the published figure to compare it with."""
     for c in comparisons:
         if c.plain_trains:
-            told = f"{_steps(c.own_rate)} at batch norm's own best learning rate, {_steps(c.same_rate)} at plain's"
+            told = f"{in_steps(c.own_rate)} at batch norm's own best learning rate, {in_steps(c.same_rate)} at plain's"
             if c.own_rate.rate == c.plain.rate:
-                told = f"{_steps(c.own_rate)} with batch norm, whose best learning rate is the same"
+                told = f"{in_steps(c.own_rate)} with batch norm, whose best learning rate is the same"
             yield f"{c.kind.title}, steps to the accuracy that plain ends with: {told}."
         else:
             larger = c.with_norm.gradient_norm.median / c.without.gradient_norm.median
             yield (
-                f"{c.kind.title}: plain {_plain_fails(c)} at every learning rate tried; with batch norm it ends at "
+                f"{c.kind.title}: plain {plain_fails(c)} at every learning rate tried; with batch norm it ends at "
                 f"{c.own_rate.accuracy.median:.1f} %. The first layer's gradient starts {larger:,.0f} times as large."
             )
     yield (
@@ -323,16 +326,16 @@ def _limits_of(c: Comparison, plan: Plan) -> Iterator[str]:
             verdict = "no gain" if own.median <= plain.median else "a gain within the spread of the seeds"
             yield f"at the end {own.median:.1f} % with, {plain.median:.1f} % without: {verdict}."
         if c.same_rate.times_fewer.median < 1 and c.own_rate.rate != c.plain.rate:
-            yield f"steps to the accuracy that plain ends with, at plain's learning rate: {_steps(c.same_rate)}."
+            yield f"steps to the accuracy that plain ends with, at plain's learning rate: {in_steps(c.same_rate)}."
     else:
-        ends = _median(c.without.by_scale)
+        ends = median(c.without.by_scale)
         if ends.max() >= 2 * CHANCE:
             scale = plan.scales[int(ends.argmax())]
             yield f"initial weights {scale:g} times as large help plain too: it ends at {ends.max():.1f} %."
     faster = c.own_rate.times_fewer.median / c.cost
     if c.cost > 1.05:
         verdict = f"{faster:.1f} times faster" if faster > 1.05 else "no faster"
-        clock = f"; with {_steps(c.own_rate)} of them, {verdict} by the clock" if c.plain_trains and faster else ""
+        clock = f"; with {in_steps(c.own_rate)} of them, {verdict} by the clock" if c.plain_trains and faster else ""
         yield f"a step takes {c.cost:.1f} times as long{clock}."
     if lost := [scale for scale in _trained(c.without, plan) if scale not in _trained(c.with_norm, plan)]:
         yield f"with initial weights {_listed(lost)} times as large, plain trains and batch norm does not."
@@ -351,7 +354,30 @@ def limits(comparisons: list[Comparison], plan: Plan, small: tuple[Spread, Sprea
     )
 
 
-def report(comparisons: list[Comparison], plan: Plan, small: tuple[Spread, Spread], console: Any) -> None:
+def _ulp_text(ulp: float) -> str:
+    if not np.isfinite(ulp):
+        return "not finite"
+    if ulp >= 1000:
+        return f"{ulp:.0e}".replace("e+0", "e")
+    return f"{ulp:.1g}" if ulp < 1 else f"{ulp:.0f}"
+
+
+def exactness(found: list[Precision]) -> Iterator[str]:
+    """How accurate and how fast y is, in a sentence for each mean."""
+    for p in found:
+        errors = "; ".join(f"{METHODS[name]} {_ulp_text(p.ulp[name])}" for name in METHODS)
+        faster = p.seconds["two passes"] / p.seconds["fastbn"]
+        ratio = f"{faster:.1f} times as fast" if faster >= 1 else f"{1 / faster:.1f} times as slow"
+        yield f"Mean {p.offset:g}: {errors}; fastbn is {ratio} as mean and var."
+
+
+def report(
+    comparisons: list[Comparison],
+    plan: Plan,
+    small: tuple[Spread, Spread],
+    precision: list[Precision],
+    console: Any,
+) -> None:
     rich = extra("rich.table")
     table = rich.Table(
         box=extra("rich.box").HORIZONTALS,
@@ -371,103 +397,9 @@ def report(comparisons: list[Comparison], plan: Plan, small: tuple[Spread, Sprea
     for heading, sentences in (
         ("What batch norm changed", effects(comparisons)),
         ("Where it did not help, and what it cost", limits(comparisons, plan, small)),
+        ("Error of y (median, in units of its last place) beside float32 formulas in NumPy", exactness(precision)),
     ):
         grid = rich.Table.grid(padding=(0, 1))
         for sentence in sentences:
             grid.add_row("-", sentence)
         console.print(f"\n[bold]{heading}[/bold]", grid, sep="\n")
-
-
-COLOURS = {"plain": "#d9730d", "same": "#7fb2e5", "own": "#17498f"}
-
-
-def _band(axes: Any, x: Any, values: Array, name: str, **style: Any) -> None:
-    """Draws the median of values (x, seed) as a line, and their range as a band."""
-    axes.fill_between(x, values.min(axis=1), values.max(axis=1), color=COLOURS[name], alpha=0.2, linewidth=0)
-    axes.plot(x, _median(values), color=COLOURS[name], linewidth=2, **style)
-
-
-def _headline(c: Comparison) -> str:
-    if c.plain_trains:
-        return f"steps to plain's end accuracy,\nwith batch norm: {_steps(c.own_rate)}"
-    return f"plain {_plain_fails(c)};\nbatch norm ends at {c.own_rate.accuracy.median:.0f} %"
-
-
-def _plot_curves(axes: Any, c: Comparison) -> None:
-    """Draws the learning curves. The axis of accuracy is spaced by the logarithm of the error."""
-    for side, name, label in (
-        (c.plain, "plain", "plain"),
-        (c.same_rate, "same", "batch norm, plain's learning rate"),
-        (c.own_rate, "own", "batch norm, its own best learning rate"),
-    ):
-        _band(axes, c.checkpoints, side.curves.T, name, label=label)
-    axes.set_yscale("function", functions=(lambda y: -np.log(101 - y), lambda z: 101 - np.exp(-z)))
-    axes.set(ylim=(0, 100), yticks=(CHANCE, 50, 80, 90, 95, 98, 99))
-    axes.set_title(f"{c.kind.title}\n", fontweight="bold")
-    axes.text(0.5, 1.03, c.kind.layers, transform=axes.transAxes, ha="center", fontsize=9, color="#555555")
-    axes.text(0.03, 0.97, _headline(c), transform=axes.transAxes, va="top", color=COLOURS["own"])
-
-
-def plot(comparisons: list[Comparison], plan: Plan, output: str) -> None:
-    """Draws learning curves, and below them the accuracy at the end by learning rate and by scale of the weights."""
-    figure = extra("matplotlib.figure").Figure(figsize=(12, 10), dpi=120)
-    extra("matplotlib.backends.backend_agg").FigureCanvasAgg(figure)
-    space = {"left": 0.06, "right": 0.985, "bottom": 0.095, "top": 0.895, "wspace": 0.06, "hspace": 0.28}
-    grid = figure.subplots(3, len(comparisons), sharey="row", height_ratios=(1.8, 1, 1), gridspec_kw=space)
-    for c, (curves, rates, scales) in zip(comparisons, grid.T, strict=True):
-        _plot_curves(curves, c)
-        for variant, name in ((c.without, "plain"), (c.with_norm, "own")):
-            _band(rates, plan.rates, variant.by_rate, name, marker="o", markersize=4)
-            _band(scales, plan.scales, variant.by_scale, name, marker="o", markersize=4)
-    labels = ("step", "learning rate", "scale of the initial weights (best rate)")
-    for axes in grid[1:].flat:
-        axes.set_ylim(0, 103)
-    heights = ("test accuracy, %", "accuracy at the end, %", "accuracy at the end, %")
-    for row, x, y, ticks in zip(grid, labels, heights, ((3, 10, 30, 100), plan.rates, plan.scales), strict=True):
-        row[0].set_ylabel(y)
-        for axes in row:
-            axes.set(xscale="log", xlabel=x, xticks=ticks)
-            axes.minorticks_off()
-            axes.xaxis.set_major_formatter("{x:g}")
-            axes.axhline(CHANCE, color="#888888", linewidth=1, linestyle=":")
-            axes.grid(alpha=0.25)
-            axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(
-        f"Learning to read handwritten digits, with and without batch norm (seeds: {plan.seeds}; median and range)",
-        fontsize=14,
-    )
-    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="lower center", ncol=3, frameon=False)
-    figure.savefig(output)
-
-
-def run(plan: Plan, output: str, workers: int) -> None:
-    """Runs the plan in `workers` processes, prints the table and the conclusions, and writes the picture."""
-    if not output.endswith(".png") or not os.path.isdir(os.path.dirname(os.path.abspath(output))):
-        raise ValueError(f"output: got {output!r}; allowed: a file name that ends in .png, in a folder that exists")
-    extra("matplotlib.figure")
-    rich = extra("rich.progress")
-    console = extra("rich.console").Console()
-    experiment = Experiment(plan, load_data())
-    columns = (rich.TextColumn("{task.description}"), rich.BarColumn(), rich.MofNCompleteColumn())
-    with (
-        rich.Progress(*columns, rich.TimeElapsedColumn(), console=console) as progress,
-        executor(experiment.data, workers) as execute,
-    ):
-        for title, jobs in (("Learning rates", experiment.rate_jobs), ("Curves, weights", experiment.other_jobs)):
-            wanted = jobs()
-            task = progress.add_task(title, total=len(wanted))
-            for job, found in execute(wanted):
-                experiment.runs[job] = found
-                progress.advance(task)
-    comparisons = [experiment.comparison(kind) for kind in KINDS]
-    report(comparisons, plan, experiment.small_batches(), console)
-    plot(comparisons, plan, output)
-    console.print(f"\nThe learning curves are in {output}.")
-
-
-def main(quick: bool = False, seeds: int | None = None, output: str = "fastbn-demo.png") -> None:
-    """The command `fastbn demo`. Quick runs use one process, since they take less time than others need to start."""
-    plan = QUICK if quick else FULL
-    if seeds is not None:
-        plan = replace(plan, seeds=checks.count("seeds", seeds))
-    run(plan, output, workers=1 if quick else min(get_num_threads(), 8))

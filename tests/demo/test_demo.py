@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ import pytest
 
 import fastbn
 from fastbn import cli
-from fastbn.demo import networks, report
+from fastbn.demo import networks, plot, precision, report, run
 from fastbn.demo.networks import KINDS, Conv, Data, Dense, Job, build, cross_entropy, perform
 
 TINY = report.Plan(2, 0.05, (0.1, 1.0), (1.0, 3.0), (0.003,), 8)
@@ -190,6 +191,8 @@ def test_the_sentences_follow_the_numbers(comparison):
     assert "not reached at" in told(report.effects([lost]))
     chance = with_numbers(spread(10, 9, 11), spread(97, 96, 98), spread(1, 1, 1))
     assert "stays at chance (10 %)" in told(report.effects([chance]))
+    guess = with_numbers(spread(8, 8, 8), spread(97, 96, 98), spread(1, 1, 1))
+    assert "stays at chance (10 %)" in told(report.effects([guess]))
     assert "times fewer" not in told(report.effects([chance])).split("Published")[0]
     assert "does harm" in told(report.limits([better], TINY, small))
     assert "no harm" in told(report.limits([better], TINY, small[::-1]))
@@ -200,31 +203,89 @@ def test_the_demo_prints_its_table_and_draws_its_picture(tmp_path, capsys, monke
         pytest.importorskip(module, reason='needs pip install "fastbn[demo]"')
     image = pytest.importorskip("matplotlib.image", reason='needs pip install "fastbn[demo]"')
     colors = pytest.importorskip("matplotlib.colors")
-    path = tmp_path / "curves.png"
-    monkeypatch.setattr(report, "QUICK", TINY)
+    path, kept = tmp_path / "curves.png", tmp_path / "figures.json"
+    monkeypatch.setattr(run, "QUICK", TINY)
     with fastbn.use_num_threads(1):
-        assert cli.main(["demo", "--quick", "--seeds", "1", "--output", str(path)]) == 0
+        assert cli.main(["demo", "--quick", "--seeds", "1", "--output", str(path), "--keep", str(kept)]) == 0
     printed = capsys.readouterr().out
     for kind in KINDS.values():
         assert kind.title in printed
     assert "seeds: 1," in printed
-    for words in ("test accuracy", "times fewer", "microseconds", "Where it did not help", "Batches of 2"):
+    for words in (
+        "test accuracy",
+        "times fewer",
+        "microseconds",
+        "Where it did not help",
+        "Batches of 2",
+        "Mean 1e+06: ",
+    ):
         assert words in printed
     pixels = image.imread(path)[..., :3]
     assert pixels.shape[0] > 800
     assert pixels.shape[1] > 1000
-    for colour in (report.COLOURS["plain"], report.COLOURS["own"]):
+    for colour in (plot.COLOURS[name] for name in ("plain", "own", "two passes", "fastbn")):
         assert (np.abs(pixels - colors.to_rgb(colour)).max(axis=2) < 0.02).sum() > 500
+
+    check_figures(json.loads(kept.read_text(encoding="utf-8")))
+
+
+def check_figures(found):
+    """The keys that are documented, and numbers of these runs."""
+    assert list(found) == ["schema", "chance", "plan", "networks", "small_batches", "precision"]
+    assert (found["schema"], found["chance"], found["plan"]["seeds"]) == (1, 10.0, 1)
+    assert list(found["networks"]) == list(KINDS)
+    for network in found["networks"].values():
+        assert {"checkpoints", "plain", "same_rate", "own_rate", "without", "with_norm"} == network.keys()
+        for side in ("plain", "same_rate", "own_rate"):
+            (curve,) = network[side]["curves"]
+            assert len(curve) == len(network["checkpoints"])
+            assert network[side]["accuracy"] == dict.fromkeys(("median", "low", "high"), curve[-1])
+        for variant in ("without", "with_norm"):
+            assert len(network[variant]["by_rate"]) == len(TINY.rates)
+            assert len(network[variant]["by_scale"]) == len(TINY.scales)
+            assert network[variant]["seconds_per_step"] > 0
+    small = found["small_batches"]
+    assert (small["batch"], small["rates"]) == (2, list(TINY.small_batch_rates))
+    assert 0 <= small["without"][0][0] <= 100
+    assert 0 <= small["with_norm"][0][0] <= 100
+    assert [one["offset"] for one in found["precision"]] == list(precision.OFFSETS)
+    for one in found["precision"]:
+        assert one["ulp"].keys() == one["largest_ulp"].keys() == one["seconds"].keys() == precision.METHODS.keys()
+
+
+def test_errors_are_those_of_the_formulas():
+    """Right to the last place at each mean with fastbn; the others lose more the farther it is from zero."""
+    found = precision.measure(turns=1)
+    for one in found:
+        assert one.ulp["fastbn"] < 0.5
+        assert one.largest_ulp["fastbn"] < 2.5
+        assert one.ulp["fastbn"] <= min(one.ulp.values())
+        assert all(seconds > 0 for seconds in one.seconds.values())
+    for name in ("one pass", "two passes"):
+        assert all(one.ulp[name] > 1000 for one in found[1:])
+    exact = np.array([1.0, -2.0, 0.0])
+    y = np.array([1.0, -2.0, 0.0], np.float32)
+    assert precision._ulps(y, exact) == (0, 0)
+    y[1] = np.nextafter(y[1], np.float32(-3))
+    assert precision._ulps(y, exact) == (0, 1)
+    y[0] = np.nan
+    assert precision._ulps(y, exact) == (np.inf, np.inf)
+
+
+@pytest.mark.parametrize("keep", ["figures.txt", "no/such/folder/figures.json"])
+def test_figures_that_cannot_be_kept_are_refused_before_the_runs(keep, tmp_path):
+    with pytest.raises(ValueError, match="keep"):
+        run.run(TINY, str(tmp_path / "curves.png"), workers=1, keep=keep)
 
 
 @pytest.mark.parametrize("module", ["matplotlib.figure", "rich.progress", "rich.console", "sklearn.datasets"])
 def test_a_missing_extra_is_named(module, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ImportError, match=r'pip install "fastbn\[demo\]"'):
-        report.run(TINY, str(tmp_path / "curves.png"), workers=1)
+        run.run(TINY, str(tmp_path / "curves.png"), workers=1)
 
 
 @pytest.mark.parametrize("output", ["curves.jpg", "no/such/folder/curves.png"])
 def test_a_picture_that_cannot_be_written_is_refused_before_the_runs(output):
     with pytest.raises(ValueError, match="output"):
-        report.run(TINY, output, workers=1)
+        run.run(TINY, output, workers=1)

@@ -64,7 +64,10 @@ FLOORS = (
     {"call", "config", "demo", "torch"},
     {""},
     {"demo.networks", "bench"},
+    {"demo.precision"},
     {"demo.report"},
+    {"demo.plot"},
+    {"demo.run"},
     {"cli"},
     {"__main__"},
 )
