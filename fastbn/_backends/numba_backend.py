@@ -7,9 +7,9 @@ has its channel's constants and sums of its own. Sums are float64, about a value
 cancels before anything is squared.
 
 If strips fit into the cache, one thread reduces a strip and maps it. Otherwise all threads reduce first and then map,
-from the end, which the cache still holds. The rows of a strip are summed in segments. Strips and
-segments follow from the shape alone, and the segments of a channel are added in one order, so that no bit of the result
-depends on the number of threads.
+from the end, which the cache still holds. Results of given statistics are computed in the order of memory. Strips and
+the segments in which their rows are summed follow from the shape alone, and a channel's segments are added in one
+order, so that no bit of the result depends on the number of threads.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from .numba_loops import BETA, GAMMA, INV_STD, MEAN, MEAN_LOW, SAVED_MEAN, STRIP
 DTYPES = frozenset({"float32", "float64"})
 Array = np.ndarray[Any, Any]
 SEGMENT_ROWS, SEGMENTS_MOST = 64, 64  # rows that a segment has at least, and segments that a strip has at most
-PIECE, CACHED = 4096, 512  # values in a row of planes, and columns whose constants the first cache holds, at most
-SMALL = 16  # values of a channel that lie together, below which a row is mapped by columns
+PIECE, SMALL, CACHED = 4096, 16, 512  # values in a row of planes at most, in its planes at least; columns in a cache
 STRIP_BYTES, WORK_PER_THREAD = 1 << 22, 32768  # bytes of a strip, and values that are worth waking a thread for
-_MOST_THREADS = int(numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
+_MOST = int(numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
+_pool = functools.cache(lambda: ThreadPoolExecutor(_MOST, thread_name_prefix="fastbn"))
 
 _jit = compiled()
 _part = compiled(inline="always")  # of the one function that calls it
@@ -50,7 +50,7 @@ class _Split(NamedTuple):
     block: int  # channels in a strip
     strips: int
     plane: bool  # a row is a piece of one channel's plane
-    span: int  # values in each plane of a row, or 0 where its columns are mapped one by one
+    span: int  # values in each plane of a row, or 0 if it is mapped column by column
     pieces: int  # in a plane
     length: int  # of a row, but where less is left
     stride: int  # from a row, or plane, to the next
@@ -90,8 +90,7 @@ class _Task(NamedTuple):
 @functools.lru_cache(maxsize=256)
 def _split(shape: tuple[int, int, int], reduces: bool) -> _Split:
     outer, channels, inner = shape
-    span = inner if inner >= SMALL else 0
-    in_order = span > 0 and not reduces
+    span, in_order = (inner, not reduces) if inner >= SMALL else (0, False)
     widest, longest = (PIECE, PIECE) if in_order else (STRIP, CACHED)
     plane, block, pieces, repeats = inner > widest // 2, 1, 1, 1
     if plane:  # into equal pieces, if they are not short
@@ -126,10 +125,10 @@ def _run(p: _Split, q: _Task, c0: int, c1: int, row: int) -> tuple[int, int]:
 
 
 @_jit
-def _spread(plane: bool, constants: Array, c0: int, channel_of: Array, line: Array) -> None:
+def _spread(constants: Array, c0: int, channel_of: Array, line: Array) -> None:
     """Gives each column its channel's constants; in a plane, column 0 has those of all."""
     for j in range(len(constants)):
-        for k in range(1 if plane else channel_of.size):
+        for k in range(channel_of.size):
             line[j * STRIP + k] = constants[j, c0 + channel_of[k]]
 
 
@@ -139,28 +138,30 @@ def _fold(parts: Array, c0: int, channel_of: Array, span: int, line: Array) -> N
     for j in range(2):
         for k in range(0, channel_of.size, span):
             first = (SUM + j) * STRIP + k
-            own = line[first] if span == 1 else loops.total(line[first : first + min(span, channel_of.size)])
-            parts[j, c0 + channel_of[k]] += own
+            added = line[first] if span == 1 else loops.total(line[first : first + min(span, channel_of.size)])
+            parts[j, c0 + channel_of[k]] += added
 
 
 @_jit
-def _inputs(p: _Split, q: _Task, c0: int, c1: int, row: int, i: int, n: int, table: Array, line: Array, work: Array, kept: Array) -> Any:
+def _inputs(p: _Split, q: _Task, c0: int, c1: int, r: int, i: int, n: int, own: Array, work: Array, kept: Array) -> Any:
     """Returns dz and x of a run (or what replaces x), and fills `kept` by the mask."""
     x, residual, dy, dz, seen = q.x[i : i + n], q.residual[i : i + n], q.dy[i : i + n], work[0, :n], work[1, :n]
     if q.from_y:
         loops.deactivate(q.options.activation, x, residual, dz, seen, work.dtype.type(q.options.slope))
     elif q.options.activation != Activation.IDENTITY and q.backward:
-        loops.normalize(p.span, c0, c1, 1, 0, x, residual, dz, n, table)
+        loops.normalize(p.span, c0, c1, 1, 0, x, residual, dz, n, own)
     if q.backward:
         loops.activate(q.options.activation, True, dy, dz, work.dtype.type(q.options.slope))
     if q.mask.size:
-        first = row // p.pieces * (p.stride // q.saved.shape[1]) + row % p.pieces * p.length
+        first = r // p.pieces * (p.stride // q.saved.shape[1]) + r % p.pieces * p.length
         loops.judge(q.frozen, q.mask[first:], p.position_of, dy, kept[:n], dz)
     return dz, seen if q.from_y else x
 
 
 @_part
-def _reduce(p: _Split, q: _Task, c0: int, c1: int, segment: int, table: Array, line: Array, work: Array, kept: Array) -> None:
+def _reduce(
+    p: _Split, q: _Task, c0: int, c1: int, segment: int, own: Array, line: Array, work: Array, kept: Array
+) -> None:
     """Adds up the rows of a segment, one of each quarter at once: processors fetch these ahead on different pages."""
     start, last = segment * p.segment, min(p.rows, (segment + 1) * p.segment)
     samples = (min(last, q.x.size // p.stride * p.pieces) - start) // (4 * p.pieces) if q.as_it_is else 0
@@ -174,7 +175,7 @@ def _reduce(p: _Split, q: _Task, c0: int, c1: int, segment: int, table: Array, l
         i, n = _run(p, q, c0, c1, row)
         dz, x = q.dy[i : i + n], q.x[i : i + n]
         if not q.as_it_is:
-            dz, x = _inputs(p, q, c0, c1, row, i, n, table, line, work, kept)
+            dz, x = _inputs(p, q, c0, c1, row, i, n, own, work, kept)
         if p.plane:
             loops.add(True, 1, 0, q.backward, dz, x, kept[:n], n, line)
         else:
@@ -182,17 +183,14 @@ def _reduce(p: _Split, q: _Task, c0: int, c1: int, segment: int, table: Array, l
 
 
 @_part
-def _map(p: _Split, q: _Task, c0: int, c1: int, segment: int, table: Array, line: Array, work: Array, kept: Array) -> None:
-    """Fills y or dx in the rows of a segment, of y in four rows at once where their columns are many.
-
-    In place, the loops get a copy, since LLVM's are slow otherwise.
-    """
+def _map(p: _Split, q: _Task, c0: int, c1: int, segment: int, own: Array, work: Array, kept: Array) -> None:
+    """Fills y or dx in the rows of a segment. In place, the loops get a copy, since LLVM's are slow otherwise."""
     start, last = segment * p.segment, min(p.rows, (segment + 1) * p.segment)
-    wide = p.length > CACHED and not (p.span or q.backward or q.in_place)
-    rest = last - (last - start) % 4 if wide else start
+    four_at_once = p.length > CACHED and not (p.span or q.backward or q.in_place)
+    rest = last - (last - start) % 4 if four_at_once else start
     for row in range(start, rest, 4):
         i, n = _run(p, q, c0, c1, row)
-        loops.normalize(p.span, c0, c1, 4, p.stride, q.x[i:], q.residual[i:], q.out[i:], n, table)
+        loops.normalize(p.span, c0, c1, 4, p.stride, q.x[i:], q.residual[i:], q.out[i:], n, own)
         for at in range(i, i + 4 * p.stride, p.stride):
             loops.activate(q.options.activation, False, q.dy, q.out[at : at + n], work.dtype.type(q.options.slope))
     for row in range(rest, last):
@@ -200,17 +198,15 @@ def _map(p: _Split, q: _Task, c0: int, c1: int, segment: int, table: Array, line
         out, dz, x = q.out[i : i + n], q.dy[i : i + n], q.x[i : i + n]
         if q.backward:
             if not q.as_it_is:
-                dz, x = _inputs(p, q, c0, c1, row, i, n, table, line, work, kept)
+                dz, x = _inputs(p, q, c0, c1, row, i, n, own, work, kept)
             elif q.in_place:
-                loops.copy(dz, work[0, :n])
-                dz = work[0, :n]
-            loops.differentiate(p.span, c0, c1, kept[:n], dz, x, out, table)
+                dz = loops.copy(dz, work[0, :n])
+            loops.differentiate(p.span, c0, c1, kept[:n], dz, x, out, own)
             loops.copy(dz, q.dresidual[i : i + n])
             continue
         if q.in_place:
-            loops.copy(x, work[1, :n])
-            x = work[1, :n]
-        loops.normalize(p.span, c0, c1, 1, 0, x, q.residual[i : i + n], out, n, table)
+            x = loops.copy(x, work[1, :n])
+        loops.normalize(p.span, c0, c1, 1, 0, x, q.residual[i : i + n], out, n, own)
         loops.activate(q.options.activation, False, q.dy, out, work.dtype.type(q.options.slope))
 
 
@@ -251,48 +247,38 @@ def _finish(q: _Task, c: int) -> None:
 def _share(reduces: bool, maps: bool, unit: int, last: int, p: _Split, q: _Task) -> None:
     """Reduces or maps some segments, counted through all strips, or does both to whole strips."""
     begin, longest, lines = unit, max(STRIP, p.length), np.empty((loops.LINE_ROWS, STRIP))
-    line, table = lines.reshape(-1), q.constants if p.span else lines
+    line, own = lines.reshape(-1), q.constants if p.span else lines
     kept = np.full(longest if q.frozen or q.mask.size else 0, loops.MOVES_NO_OTHER, np.uint8)
     work = np.empty((2, longest), q.x.dtype)
     while unit < last:
         strip, first = (unit % p.strips, unit // p.strips) if p.in_order else (unit // p.segments, unit % p.segments)
         end = first + 1 if p.in_order else min(first + last - unit, p.segments)
         c0, c1 = strip * p.block, min((strip + 1) * p.block, q.saved.shape[1])
-        columns = p.channel_of[: p.channel_of.size - (p.block - (c1 - c0)) * p.inner]
+        columns = p.channel_of[: 1 if p.plane else p.channel_of.size - (p.block - (c1 - c0)) * p.inner]
         if reduces:
             for c in range(c0, c1):
-                if not q.backward:
-                    q.origin[c] = loops.median(q.x, q.chosen, c * p.inner)
-                loops.set_line(q.saved, q.constants, c)
-                q.constants[MEAN, c] = q.origin[c]
-            _spread(p.plane, q.constants[: loops.FORWARD_CONSTANTS], c0, columns, line)
+                if q.backward:
+                    loops.set_line(q.saved, q.constants, c)
+                else:
+                    q.origin[c] = q.constants[MEAN, c] = loops.median(q.x, q.chosen, c * p.inner)
+            _spread(q.constants[: loops.FORWARD_CONSTANTS], c0, columns, line)
             for segment in range(first, end):
                 line[SUM * STRIP :] = 0.0
-                _reduce(p, q, c0, c1, segment, table, line, work, kept)
-                _fold(q.parts[:, :, segment], c0, columns[: 1 if p.plane else STRIP], p.inner, line)
+                _reduce(p, q, c0, c1, segment, own, line, work, kept)
+                _fold(q.parts[:, :, segment], c0, columns, p.inner, line)
         if maps and (unit == begin or not p.in_order):
             for c in range(q.saved.shape[1]) if p.in_order else range(c0, c1):
                 _finish(q, c)
         if maps and q.out.size:
             if not p.span:
-                used = loops.CONSTANTS if q.backward else loops.FORWARD_CONSTANTS
-                _spread(False, q.constants[:used], c0, columns, line)
+                _spread(q.constants[: loops.CONSTANTS if q.backward else loops.FORWARD_CONSTANTS], c0, columns, line)
             for segment in range(end - 1, first - 1, -1):
-                _map(p, q, c0, c1, segment, table, line, work, kept)
+                _map(p, q, c0, c1, segment, own, work, kept)
         unit += end - first
 
 
-# Threads -------------------------------------------------------------------------------------------------------------
-
-
-_pool = functools.cache(lambda: ThreadPoolExecutor(_MOST_THREADS, thread_name_prefix="fastbn"))
-
-
 def _in_parallel(threads: int, reduces: bool, maps: bool, p: _Split, q: _Task) -> None:
-    """Shares segments, or whole strips, among Python's threads, which run compiled code without the GIL.
-
-    Numba's prange would compile `_share` once more, perhaps with other bits: these would depend on the threads.
-    """
+    """Shares segments, or whole strips, among Python's threads; prange would compile anew, perhaps with other bits."""
     if threads == 1:
         _share(reduces, maps, 0, p.strips * p.segments, p, q)
         return
@@ -305,9 +291,6 @@ def _in_parallel(threads: int, reduces: bool, maps: bool, p: _Split, q: _Task) -
         _share(reduces, maps, ends[t], ends[t + 1], p, q)
     for other in others:
         other.result()
-
-
-# The verbs -----------------------------------------------------------------------------------------------------------
 
 
 def _flat(array: Array | None, dtype: Any, *, read: bool = True) -> Array:
@@ -343,8 +326,7 @@ def _calculate(
         as_it_is=mask is None and (not backward or (not call.options.activation and not from_y)),
         in_place=out is not None and np.may_share_memory(out, x if dy is None else dy),
     )  # fmt: skip
-    most = min(call.threads, x.size // WORK_PER_THREAD, _MOST_THREADS)
-    threads = 1 if thread_count.in_forked_child() else max(1, most)
+    threads = 1 if thread_count.in_forked_child() else max(1, min(call.threads, x.size // WORK_PER_THREAD, _MOST))
     balanced = 5 * math.ceil(p.strips / threads) * threads <= 7 * p.strips
     together = not reduces or (balanced and x.nbytes <= STRIP_BYTES * p.strips)
     for sums, results in [(reduces, True)] if together else [(True, False), (False, True)]:
@@ -396,17 +378,16 @@ def backward_sums(call: BackwardCall) -> None:
     call.sums[...] = _calculate(call, _known(call), None, reduces=True).totals
 
 
+@np.errstate(all="ignore")
 def backward(call: BackwardCall) -> None:
     """Ioffe & Szegedy 2015, section 3, the gradients gathered by input."""
     reduces = call.sums is None and not (call.frozen and call.dgamma is None and call.dbeta is None)
     totals = _calculate(call, _known(call), call.dx, reduces=reduces, totals=call.sums).totals
-    with np.errstate(all="ignore"):
-        for gradient, total in zip((call.dbeta, call.dgamma), totals, strict=True):
-            if gradient is not None:
-                gradient[...] = total
+    for gradient, total in zip((call.dbeta, call.dgamma), totals, strict=True):
+        if gradient is not None:
+            gradient[...] = total
 
 
 def describe() -> dict[str, str]:
     """For show_config()."""
-    threads = "Python's, which run compiled code without the GIL"
-    return {"version": numba.__version__, "threads": threads, "most threads": str(_MOST_THREADS)}
+    return {"version": numba.__version__, "threads": "Python's, without the GIL", "most threads": str(_MOST)}

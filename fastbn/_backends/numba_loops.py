@@ -97,8 +97,10 @@ def total(values: Array) -> float:
 
 
 @loop
-def normalize(span: int, c0: int, c1: int, rows: int, step: int, x: Array, residual: Array, z: Array, n: int, constants: Array) -> None:
-    """Fills z, the argument of the activation, in n columns of `rows` rows, which begin `step` apart."""
+def normalize(
+    span: int, c0: int, c1: int, rows: int, step: int, x: Array, residual: Array, z: Array, n: int, constants: Array
+) -> None:
+    """Fills z, the argument of the activation, in n columns of `rows` rows, a constant, that begin `step` apart."""
     first, c = 0, c0
     while first < n:
         last = min(first + span, n) if span else n
@@ -121,10 +123,8 @@ def differentiate(span: int, c0: int, c1: int, kept: Array, dz: Array, x: Array,
             j, at = c if span else k, np.uint64(first + k)
             own = constants[ON_DY, j] * dz[at]
             through_statistics = constants[ON_X, j] * (x[at] - constants[MEAN, j]) + constants[CONSTANT, j]
-            if kept.size:
-                own = own if kept[at] != NOTHING else 0.0
-                through_statistics = through_statistics if kept[at] == COUNTS else 0.0
-            dx[at] = own + through_statistics
+            what = kept[at] if kept.size else np.uint8(COUNTS)
+            dx[at] = (own if what != NOTHING else 0.0) + (through_statistics if what == COUNTS else 0.0)
         first, c = last, c + 1 if c + 1 < c1 else c0
 
 
@@ -139,10 +139,11 @@ def judge(frozen: bool, mask: Array, positions: Array, dy: Array, kept: Array, d
 
 
 @loop
-def copy(a: Array, b: Array) -> None:
-    """Fills b, which may have no elements. (An assignment to a slice takes longer to compile.)"""
+def copy(a: Array, b: Array) -> Array:
+    """Fills and returns b, which may have no elements. (An assignment to a slice takes longer to compile.)"""
     for k in range(b.size):
         b[k] = a[k]
+    return b
 
 
 # Activations ---------------------------------------------------------------------------------------------------------

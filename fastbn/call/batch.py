@@ -80,8 +80,8 @@ def parts_of(call: Call, *, frozen: bool = False, count: int | None = None) -> P
     """The parts of the call that a cache keeps."""
     x, residual = views(call.y if call.in_place else call.x, call.residual)
     has_gamma, has_beta = call.gamma is not None, call.beta is not None
-    return Parts(x, residual, call.saved, call.axis, frozen, call.options.given(), has_gamma, has_beta, call.mask, count,
-                 call.in_place)  # fmt: skip
+    return Parts(x, residual, call.saved, call.axis, frozen, call.options.given(), has_gamma, has_beta,
+                 call.mask, count, call.in_place)  # fmt: skip
 
 
 def views(x: Array, residual: Array | None) -> tuple[Array, Array | None]:
