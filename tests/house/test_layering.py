@@ -408,12 +408,3 @@ def test_backends() -> None:
 def test_version() -> None:
     project = tomllib.loads((cases.CHECKOUT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert fastbn.__version__ == project["version"]
-
-
-@in_checkout
-def test_packages_that_are_installed() -> None:
-    """Every folder with Python modules below fastbn is named in pyproject.toml."""
-    tools = tomllib.loads((cases.CHECKOUT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]
-    folders = {path.parent for path in (cases.CHECKOUT / "fastbn").rglob("__init__.py")}
-    found = {".".join(folder.relative_to(cases.CHECKOUT).parts) for folder in folders}
-    assert found <= set(tools["setuptools"]["packages"])
