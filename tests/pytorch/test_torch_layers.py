@@ -13,6 +13,7 @@ from typing import Any
 import cases
 import numpy as np
 import pytest
+from ml_dtypes import bfloat16
 from torch_cases import (
     ACTIVATIONS,
     DTYPES,
@@ -271,6 +272,7 @@ def test_nothing_is_copied(any_backend: cases.Kernel, place: str, dtype: str, mo
     """The kernels get the tensors' own memory, of either size class, also where torch lacks DLPack's exchange API."""
     for module in (autograd, tensors):
         monkeypatch.setattr(module, "bridged", None)
+    fastbn.moments(np.ones((2, 1), bfloat16))  # the C backend knows NumPy's number of bfloat16 from the first array
     seen: list[int] = []
 
     def watched(function: Any) -> Any:
@@ -337,7 +339,8 @@ def test_plain_calls_only_allocate(place: str, dtypes: tuple[str, str]) -> None:
                 y = ours(x)
                 found = torch.autograd.grad(y, (x, ours.weight, ours.bias), dy)
             ran = {event.name for event in profile.function_events if event.name.startswith("aten::")}
-            assert ran <= {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::set_", "aten::detach"}
+            made = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::set_", "aten::lift_fresh"}
+            assert ran <= {*made, "aten::detach"}
             assert y.stride() == found[0].stride() == x.stride()
             assert [gradient.dtype for gradient in found] == [dtype, of_parameters, of_parameters]
 
