@@ -80,14 +80,14 @@ def calls(case: Case, layer: nn.Module) -> dict[str, Call]:
 
 
 def least(some: Sequence[Call], rounds: int) -> list[float]:
-    """The microseconds of each call in its fastest round, of 20 calls each, in turns."""
+    """The microseconds of each call in its fastest round, of few calls each, so that some are not disturbed; in turns."""
     found = [math.inf] * len(some)
     for _ in range(rounds):
         for i, call in enumerate(some):
             start = time.perf_counter()
-            for _ in range(20):
+            for _ in range(4):
                 call()
-            found[i] = min(found[i], (time.perf_counter() - start) / 20 * 1e6)
+            found[i] = min(found[i], (time.perf_counter() - start) / 4 * 1e6)
     return found
 
 

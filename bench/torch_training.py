@@ -207,7 +207,7 @@ def run(quick: bool, picture: Path) -> None:
         data = batches(6, 16, 1)
     else:
         report_layers([(64, 32, 8, 8), (64, 32, 32, 32), (64, 64, 56, 56)], 11)
-        eager_calls.report(300)
+        eager_calls.report(1500)
         data = batches(30, 64, 4)
     trained = {name: train(data, memory_format) for name, memory_format in FORMATS.items()}
     curves, seconds = ({name: both[i] for name, both in trained.items()} for i in (0, 1))

@@ -57,15 +57,8 @@ class Normalization(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        if _is_grad_enabled() or watched(dy):
-            return _recorded(ctx, dy)
-        if bridged is not None and select(None) is bridge:
-            found: tuple[Tensor | None, ...] | None = bridged.backward(ctx, dy)
-            if found is None:
-                found = bridged.backward(ctx, arranged(dy, ctx.saved_tensors[0]))
-            if found is not None:
-                return found
-        return _backward(ctx, dy)
+        found = bridged.backward(ctx, dy) if bridged is not None and select(None) is bridge else None
+        return _backward(ctx, dy) if found is None else found
 
 
 def _forward(
@@ -91,14 +84,18 @@ def _forward(
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     """Normalization.backward for tensors of any kind."""
+    if _is_grad_enabled() or watched(dy):
+        return _recorded(ctx, dy)
     x, residual = (*ctx.saved_tensors, None)[:2]
+    other = arranged(dy, x)
+    if other is not dy:
+        return Normalization.backward(ctx, other)
     saved, gamma, beta, training, activation, _, _ = ctx.kept
-    dy = arranged(dy, x)
     where = place_of_gradient(dy, x, residual)
     if where is None:
         return _recorded(ctx, dy)
-    found = differentiate(where, dy, x, residual, saved, training, activation, ctx.needs_input_grad)
-    return in_dtypes(found, gamma, beta)
+    gradients = differentiate(where, dy, x, residual, saved, training, activation, ctx.needs_input_grad)
+    return in_dtypes(gradients, gamma, beta)
 
 
 def _recorded(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

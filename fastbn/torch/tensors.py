@@ -21,6 +21,7 @@ from ..call.results import Cache, Parts
 from ..config.thread_count import use_num_threads
 from ..ops import Activation, backward, backward_sums, forward, infer, moments
 from .formulas import Gradients, blend
+from .watchers import OF_GRADIENTS
 
 bridge: Any
 try:
@@ -93,7 +94,9 @@ bridged: Any = None
 """The bridge's functions for plain tensors, if this version of torch has DLPack's exchange API."""
 if bridge is not None and hasattr(Tensor, "__dlpack_c_exchange_api__"):
     _exchange = Tensor.__dlpack_c_exchange_api__
-    bridged = bridge.Tensors(_PLAIN, _exchange, torch.empty_like, _empty_like, _threads)
+    bridged = bridge.Tensors(
+        _PLAIN, _exchange, torch.empty_like, _empty_like, _threads, OF_GRADIENTS, torch.autograd.forward_ad
+    )
 
 
 # By addresses --------------------------------------------------------------------------------------------------------

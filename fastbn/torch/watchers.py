@@ -23,6 +23,9 @@ _are_transforms_active = torch._C._are_functorch_transforms_active
 _is_tracing = torch.jit.is_tracing
 _unpack_dual = forward_ad.unpack_dual
 
+OF_GRADIENTS = torch.is_grad_enabled, _modes, _are_transforms_active, _is_tracing
+"""One of these is true in a backward pass that is recorded or transformed, except by forward-mode AD."""
+
 
 def transformed() -> bool:
     """Whether a transform of torch.func (grad, vmap, jvp, ...) is active."""

@@ -13,6 +13,7 @@ from typing import Any
 import cases
 import numpy as np
 import pytest
+from ml_dtypes import bfloat16
 from torch_cases import (
     ACTIVATIONS,
     DTYPES,
@@ -29,7 +30,7 @@ from torch_cases import (
 
 import fastbn
 import fastbn.torch
-from fastbn.torch import tensors
+from fastbn.torch import autograd, tensors
 
 __all__ = ["as_found"]
 prune = importlib.import_module("torch.nn.utils.prune")
@@ -268,7 +269,10 @@ def test_shapes_whose_format_is_ambiguous(shape: tuple[int, ...], channels: int)
 @pytest.mark.parametrize("place", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_nothing_is_copied(any_backend: cases.Kernel, place: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernels get the tensors' own memory, of either size class."""
+    """The kernels get the tensors' own memory, of either size class, also where torch lacks DLPack's exchange API."""
+    for module in (autograd, tensors):
+        monkeypatch.setattr(module, "bridged", None)
+    fastbn.moments(np.ones((2, 1), bfloat16))  # the C backend knows NumPy's number of bfloat16 from the first array
     seen: list[int] = []
 
     def watched(function: Any) -> Any:
@@ -312,6 +316,57 @@ def test_nothing_is_copied(any_backend: cases.Kernel, place: str, dtype: str, mo
             y = ours.eval()(x)
         assert seen == [x.data_ptr(), y.data_ptr()]
         ours.train()
+
+
+by_the_bridge = pytest.mark.skipif(
+    tensors.bridged is None or fastbn.get_backend() != "c", reason="needs the C backend, and a torch of DLPack 1.2"
+)
+
+
+@by_the_bridge
+@pytest.mark.parametrize("place", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtypes", [("float32", "float32"), ("bfloat16", "float32"), ("bfloat16", "bfloat16")], ids=str)
+def test_plain_calls_only_allocate(place: str, dtypes: tuple[str, str]) -> None:
+    """No operator of torch runs but those that make the results, and no result is made by way of arrays."""
+    dtype, of_parameters = (getattr(torch, name) for name in dtypes)
+    _, ours = pair(2)
+    ours.to(of_parameters)
+    for shape in (SHAPES[2], (4, 5, 512, 256)):
+        x, dy = data(shape, place, dtype).requires_grad_(), data(shape, place, dtype)
+        for training in (True, False):
+            ours.train(training)
+            with torch.autograd.profiler.profile() as profile:
+                y = ours(x)
+                found = torch.autograd.grad(y, (x, ours.weight, ours.bias), dy)
+            ran = {event.name for event in profile.function_events if event.name.startswith("aten::")}
+            made = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::set_", "aten::lift_fresh"}
+            assert ran <= {*made, "aten::detach"}
+            assert y.stride() == found[0].stride() == x.stride()
+            assert [gradient.dtype for gradient in found] == [dtype, of_parameters, of_parameters]
+
+
+@by_the_bridge
+@pytest.mark.parametrize("activation", [None, "relu", "silu"])
+@pytest.mark.parametrize("place", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@pytest.mark.parametrize("dtypes", [("float32", "float32"), ("float32", "float64"), ("float16", "float16")], ids=str)
+def test_the_short_way_gives_the_bits_of_the_long_one(
+    dtypes: tuple[str, str],
+    training: bool,
+    place: str,
+    activation: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    dtype, of_parameters = (getattr(torch, name) for name in dtypes)
+    layer = randomized(fastbn.torch.BatchNorm2d(5, activation=activation)).to(of_parameters).train(training)
+    x, dy = data(SHAPES[2], place, dtype), data(SHAPES[2], place, dtype)
+    found = called(copy.deepcopy(layer), x, dy)
+    for module in (autograd, tensors):
+        monkeypatch.setattr(module, "bridged", None)
+    wanted = called(layer, x, dy)
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert torch.equal(found[name], tensor), name
 
 
 def test_large_results_are_tensors_like_others() -> None:

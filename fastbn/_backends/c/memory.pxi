@@ -192,16 +192,17 @@ cdef class Tensors:
 
     Data is dense and in one memory order, which is contiguous or has the channels last. Values per channel are
     contiguous and may have any dtype. `exchange` is the classes' __dlpack_c_exchange_api__. empty_like(tensor) makes a
-    tensor like the given one, and large_like one of HUGE bytes or more. threads() gives the number of threads.
+    tensor like the given one, and large_like one of HUGE bytes or more. threads() gives the number of threads. A
+    gradient is watched if one of watchers() is true, or a level of forward_ad, torch's module, is entered.
     """
 
-    cdef object classes, empty_like, large_like
-    cdef public object threads
+    cdef object classes, empty_like, large_like, threads, forward_ad
+    cdef tuple watchers
     cdef const fbn_exchange *exchange
 
-    def __init__(self, classes, exchange, empty_like, large_like, threads):
+    def __init__(self, classes, exchange, empty_like, large_like, threads, tuple watchers, forward_ad):
         self.classes, self.empty_like, self.large_like = classes, empty_like, large_like
-        self.threads = threads
+        self.threads, self.watchers, self.forward_ad = threads, watchers, forward_ad
         self.exchange = <const fbn_exchange *> PyCapsule_GetPointer(exchange, "dlpack_exchange_api")
         if self.exchange.major != 1 or self.exchange.look == NULL:  # another layout of the struct
             self.exchange = NULL
@@ -330,8 +331,14 @@ cdef class Tensors:
         return found[0]
 
     def backward(self, ctx, dy):
-        """Does the work of Normalization.backward for a gradient that is not recorded, or returns None."""
-        cdef tuple tensors = ctx.saved_tensors
+        """Does the work of Normalization.backward for a gradient that nobody watches, or returns None."""
+        cdef tuple tensors
+        for watches in self.watchers:
+            if watches():
+                return None
+        if <int> self.forward_ad._current_level >= 0:
+            return None
+        tensors = ctx.saved_tensors
         saved, gamma, beta, training, activation, _, _ = ctx.kept
         residual = tensors[1] if len(tensors) == 2 else None
         return self.differentiate(
