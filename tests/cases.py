@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from hashlib import sha1
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -209,6 +210,7 @@ class Answers(NamedTuple):
 
 
 _ANSWERS: OrderedDict[bytes, Answers] = OrderedDict()
+_ANSWERS_KEPT = Lock()  # pytest-run-parallel runs a test in several threads
 
 
 def answers(
@@ -223,16 +225,27 @@ def answers(
             told.update(f"{array.shape} {array.dtype.str} {array.dtype.name}".encode())
             told.update(array.tobytes())
     key = told.digest()
-    if key not in _ANSWERS:
-        statistics = (None, None) if training else (c.running_mean, c.running_var)
-        exact = oracle.forward(
-            c.x, c.gamma, c.beta, *statistics, eps=eps, axis=axis, mask=mask, activation=activation, residual=residual
-        )
-        wanted = oracle.backward(c.dy, exact, c.gamma, axis=axis, mask=mask, activation=activation, frozen=not training)
-        _ANSWERS[key] = Answers(exact, wanted)
-        while len(_ANSWERS) > 1 and sum(kept.forward.y.size for kept in _ANSWERS.values()) > 1_000_000:
-            _ANSWERS.popitem(last=False)
-    return _ANSWERS[key]
+    with _ANSWERS_KEPT:
+        if key not in _ANSWERS:
+            statistics = (None, None) if training else (c.running_mean, c.running_var)
+            exact = oracle.forward(
+                c.x,
+                c.gamma,
+                c.beta,
+                *statistics,
+                eps=eps,
+                axis=axis,
+                mask=mask,
+                activation=activation,
+                residual=residual,
+            )
+            wanted = oracle.backward(
+                c.dy, exact, c.gamma, axis=axis, mask=mask, activation=activation, frozen=not training
+            )
+            _ANSWERS[key] = Answers(exact, wanted)
+            while len(_ANSWERS) > 1 and sum(kept.forward.y.size for kept in _ANSWERS.values()) > 1_000_000:
+                _ANSWERS.popitem(last=False)
+        return _ANSWERS[key]
 
 
 def check(
