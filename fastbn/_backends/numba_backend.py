@@ -34,7 +34,7 @@ from .numba_loops import BETA, GAMMA, INV_STD, MEAN, MEAN_LOW, SAVED_MEAN, STRIP
 DTYPES = frozenset({"float32", "float64"})
 Array = np.ndarray[Any, Any]
 SEGMENT_ROWS, SEGMENTS_MOST = 64, 64  # rows that a segment has at least, and segments that a strip has at most
-PIECE, SMALL, CACHED = 4096, 16, 512  # values in a row of planes at most, in its planes at least; columns in a cache
+PIECE, SMALL, CACHED = 4096, 16, 512  # values in a piece at most, in a plane of a row at least; columns in a cache
 STRIP_BYTES, WORK_PER_THREAD = 1 << 22, 32768  # bytes of a strip, and values that are worth waking a thread for
 _MOST = int(numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
 _pool = functools.cache(lambda: ThreadPoolExecutor(_MOST, thread_name_prefix="fastbn"))
@@ -91,7 +91,7 @@ class _Task(NamedTuple):
 def _split(shape: tuple[int, int, int], reduces: bool) -> _Split:
     outer, channels, inner = shape
     span, in_order = (inner, not reduces) if inner >= SMALL else (0, False)
-    widest, longest = (PIECE, PIECE) if in_order else (STRIP, CACHED)
+    widest, longest = (2 * PIECE, PIECE) if in_order else (STRIP, CACHED)
     plane, block, pieces, repeats = inner > widest // 2, 1, 1, 1
     if plane:  # into equal pieces, if they are not short
         length = next((n for n in range(min(inner, PIECE), PIECE // 2, -1) if inner % n == 0), PIECE)
