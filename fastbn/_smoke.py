@@ -30,6 +30,8 @@ LAYOUTS: dict[str, tuple[tuple[int, ...], int]] = {
     "channels-first": ((16, 12, 9, 7), 1),
     "channels-last": ((16, 9, 7, 12), -1),
 }
+LARGE = (((32, 48, 28, 28), 1), ((32, 28, 28, 48), -1))
+"""Shapes and axes of calls that several threads share."""
 
 
 def run() -> bool:
@@ -201,7 +203,7 @@ def _threads() -> str:
     for count in sorted({1, 2, 3, get_num_threads()}):
         with use_num_threads(count):
             counts.add(get_num_threads())  # which is 1 in a build without OpenMP
-            for shape, axis in (((32, 48, 28, 28), 1), ((32, 28, 28, 48), -1)):
+            for shape, axis in LARGE:
                 digests.add((shape, _digest(shape, axis, ("float32",))))
     told = ", ".join(map(str, sorted(counts)))
     _expect(len(digests) == 2, f"the bits depend on the number of threads, among {told}")

@@ -20,6 +20,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the backends that compile, and on small arrays for the check of threads."""
     usable = tuple(name for name in fastbn.backends() if name != "numba")
     monkeypatch.setattr(_smoke, "backends", lambda: usable)
+    monkeypatch.setattr(_smoke, "LARGE", (((8, 12, 9, 9), 1), ((8, 9, 9, 12), -1)))
 
 
 def lines_of(capsys: pytest.CaptureFixture[str]) -> dict[str, str]:

@@ -116,14 +116,16 @@ def test_bits_of_large_calls(shape: tuple[int, ...], axis: int, dtype: str) -> N
     c = call(shape, axis, dtype)
     tried = EVERY if dtype == "float32" else {name: EVERY[name] for name in ("streamed", "largest", "random 2")}
     with fastbn.use_backend("c"):
-        for activation, masked in ((None, False), ("silu", True)):
+        for masked, activation in enumerate((None, "silu")):
             with fastbn.use_num_threads(1):
                 use(EXTREME["all 0"])
-                wanted = results(c, axis, activation, masked)
-            for threads, (name, values) in enumerate(tried.items()):
+                wanted = results(c, axis, activation, bool(masked))
+            for number, (name, values) in enumerate(tried.items()):
+                if dtype == "float32" and name in RANDOM and number % 2 != masked:
+                    continue  # of the random ones, two are tried without a mask and two with one
                 use(values)
-                with fastbn.use_num_threads(1 + threads % 3):
-                    cases.assert_same_bits(results(c, axis, activation, masked), wanted, f"with habits {name}")
+                with fastbn.use_num_threads(1 + number % 3):
+                    cases.assert_same_bits(results(c, axis, activation, bool(masked)), wanted, f"with habits {name}")
 
 
 @cache
