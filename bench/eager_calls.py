@@ -80,7 +80,7 @@ def calls(case: Case, layer: nn.Module) -> dict[str, Call]:
 
 
 def least(some: Sequence[Call], rounds: int) -> list[float]:
-    """The microseconds of each call in its fastest round, in turns. Rounds are short, so that some are undisturbed."""
+    """The microseconds of each call in its fastest round, in turns. Short rounds are less often disturbed."""
     found = [math.inf] * len(some)
     for _ in range(rounds):
         for i, call in enumerate(some):

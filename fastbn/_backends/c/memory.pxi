@@ -372,10 +372,12 @@ cdef class Tensors:
         if not self.take(dy, &t, last, &a.dy) or not self.take(residual, &t, last, &a.residual) or a.dy == NULL:
             return None
         a.x, size = t.data, values_of(&p) * element(p.dtype)
-        dx = self.new(x, size)
+        dx, unwanted = (self.new(x, size), None) if for_x else (None, empty(0, size, cnp.NPY_UINT8))
         dresidual = self.new(x, size) if residual is not None and activates else None
         if not (self.take(dx, &t, last, &a.dx, True) and self.take(dresidual, &t, last, &a.dresidual, True)):
             return None
+        if unwanted is not None:
+            a.dx = cnp.PyArray_DATA(<cnp.ndarray> unwanted)
         dgamma = self.new_per_channel(gamma, p.channels, &of_gamma) if wanted[2] else None
         dbeta = self.new_per_channel(beta, p.channels, &of_beta) if wanted[3] else None
         if (wanted[2] and of_gamma.data == NULL) or (wanted[3] and of_beta.data == NULL):
@@ -389,7 +391,7 @@ cdef class Tensors:
             put_all(&of_gamma, a.dgamma, &p)
         if for_beta is not None:
             put_all(&of_beta, a.dbeta, &p)
-        return dx if for_x else None, (dresidual if activates else dy) if for_residual else None, dgamma, dbeta, None
+        return dx, (dresidual if activates else dy) if for_residual else None, dgamma, dbeta, None
 
 
 cdef object room_for(object tensor, const fbn_tensor *t, const c.fbn_problem *p, void **data):
