@@ -9,6 +9,7 @@ libc6-arm64-cross and so on), wasmtime from PyPI, or wine. docs/platforms.md tel
 from __future__ import annotations
 
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -64,11 +65,17 @@ PLATFORMS = {
 }
 
 
-def command_of(compiler: str) -> list[str]:
+def command_of(compiler: str, folder: Path) -> list[str]:
     """The command line, or a skip. zig is Python's package ziglang."""
     name, *rest = compiler.split()
     if name != "zig":
-        return [c_api.compiler(name), *rest]
+        command = [c_api.compiler(name), *rest]
+        probe = folder / "probe.c"
+        probe.write_text('#include <stdio.h>\nint main(void) { return puts("") < 0; }\n', encoding="utf-8")
+        done = subprocess.run([*command, probe, "-o", folder / "probe"], capture_output=True, text=True, check=False)
+        if done.returncode:
+            pytest.skip(f"{compiler} links no program here: {done.stderr.strip().splitlines()[-1]}")
+        return command
     if not find_spec("ziglang"):
         pytest.skip("needs ziglang (python -m pip install --group platforms)")
     return [sys.executable, "-m", "ziglang", "cc", f"--target={rest[0]}"]
@@ -93,7 +100,7 @@ def lists_of(platform: Platform) -> dict[str, Any]:
 
 def build(platform: Platform, folder: Path) -> Callable[[Path], Path]:
     """Compiles the core, and returns how a source is compiled and linked with it."""
-    command, lists = command_of(platform.compiler), lists_of(platform)
+    command, lists = command_of(platform.compiler, folder), lists_of(platform)
     flags = list(platform.flags)
     objects = c_api.build_core(command, lists, lambda source: flags, folder)
 
