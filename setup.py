@@ -192,12 +192,12 @@ def copy_files(sources, targets):
 
 
 def description():
-    """README.md with the addresses of what it links to and shows, for package indexes, which have only this file."""
+    """README.md for package indexes: its addresses of files of this project lead to this version's files."""
     version = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
     text = Path("README.md").read_text(encoding="utf-8")
-    home = "https://github.com/fastbn/fastbn"
-    text = re.sub(r"(!\[[^]]*\]\()(?!https?:|#)", rf"\g<1>{home}/raw/v{version}/", text)
-    return re.sub(r"(?<=\]\()(?!https?:|#)", f"{home}/blob/v{version}/", text)
+    for home in ("https://github.com/fastbn/fastbn/blob", "https://raw.githubusercontent.com/fastbn/fastbn"):
+        text = text.replace(f"{home}/main/", f"{home}/v{version}/")
+    return text
 
 
 extension = Extension(

@@ -12,6 +12,7 @@ import pytest
 import fastbn
 from fastbn import cli
 from fastbn.demo import report
+from fastbn.demo import run as demo_run
 
 
 def test_version():
@@ -42,7 +43,7 @@ def test_a_reader_that_stops_early_is_no_error():
 
 def test_demo_takes_its_options(monkeypatch):
     asked = []
-    monkeypatch.setattr(report, "run", lambda *arguments, **named: asked.append((*arguments, *named.values())))
+    monkeypatch.setattr(demo_run, "run", lambda *arguments, **named: asked.append((*arguments, *named.values())))
     with fastbn.use_num_threads(3):
         assert cli.main(["demo"]) == 0
         assert cli.main(["demo", "--quick", "--seeds", "4", "--output", "x.png"]) == 0
