@@ -18,8 +18,8 @@ from .problem import ACTIVATIONS, DTYPES, LAYOUTS, PASSES, RESULTS, STRIDES
 
 SHAPES = (
     f"sizes such as 32x64x56x56; or a set by name, of {', '.join(shapes.NETWORKS)} (resnet50 with one image), "
-    "dense (matrices), latency (small arrays), operation (two beyond any cache), and the usual one, targets: nine shapes "
-    "from 1x64 to 32x64x112x112, of which the project's own targets are"
+    "dense (matrices), latency (small arrays), operation (two beyond any cache), and the usual one, targets: nine "
+    "shapes from 1x64 to 32x64x112x112, of which the project's own targets are"
 )
 
 EXAMPLE = "fastbn bench --shapes 32x64x56x56 --layouts nhwc says what is fastest for that array."

@@ -41,7 +41,7 @@ def _steady(row: Row, name: str, race: Sequence[Row]) -> bool:
 
 
 def summary(rows: Sequence[Row]) -> tuple[list[str], list[Line]]:
-    """The columns, and lines of (what, number of shapes, means); a mean tells how many shapes are left without noise."""
+    """The columns, and lines of (what, number of shapes, means); a mean is of the shapes that are not noisy."""
     by_race, names = races(rows), columns(rows)
     groups: dict[str, list[Row]] = {}
     several = len({row.contestant for row in rows if row.kind == FASTBN}) > 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import doctest
 import importlib
 import json
 import math
@@ -66,31 +65,6 @@ def test_rows_survive_saving(tmp_path):
     lines = (tmp_path / "folder" / "rows.jsonl").read_text().splitlines()
     assert [json.loads(line)["kind"] for line in lines[:3]] == ["machine", "notes", "copy"]
     assert json.loads(lines[0])["schema"] == rows.SCHEMA
-
-
-FIELDS = (
-    "pass layout dtype shape threads contestant kind seconds spread samples gb_per_s bytes_moved others agrees "
-    "difference activation strides result mask residual noisy"
-)
-
-
-def test_the_schema_is_what_it_was():
-    """Another name or meaning needs another number in `rows.SCHEMA`; new fields are added here."""
-    assert rows.SCHEMA == 1
-    found = bench.run([(8, 64)], passes="FORWARD", backends=["numpy"], results="fresh", threads=1, seconds=0.001)
-    assert [row["contestant"] for row in found] == ["copy", "fastbn numpy"]
-    assert all(" ".join(row) == FIELDS for row in found)
-    assert json.loads(json.dumps(found)) == found
-    assert all(rows.from_json(row).as_json() == row for row in found)
-    ours = found[1]
-    assert (ours["pass"], ours["layout"], ours["shape"], ours["result"]) == ("forward", "nc", [8, 64], "fresh")
-    assert ours["seconds"] > 0
-    assert set(ours["others"]) == {"copy", "out="}
-
-
-def test_the_example_of_run_holds():
-    (example,) = doctest.DocTestFinder(recurse=False).find(bench.run, "run")
-    assert doctest.DocTestRunner().run(example) == (0, 8)
 
 
 def test_another_schema_is_refused(tmp_path):
@@ -192,9 +166,7 @@ def test_no_row_stands_in_for_a_noisy_one(monkeypatch):
     )  # fmt: skip
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     text = shown(report.show, rows.Run({}, found, []))
-    assert (
-        "forward: c, 1 thread, out=, 35 us. With one change: in place 1.06x, numpy 34.3x, a fresh result ~, 2 " in text
-    )
+    assert "forward: c, 1 thread, out=, 35 us. With one change: in place 1.06x, numpy 34.3x, a fresh result ~," in text
     assert "2 threads ~\n" in text
     assert "37.1x" not in text
     assert "2 of 6 rows of fastbn are too noisy to compare" in text
@@ -236,42 +208,6 @@ def test_a_run_says_beforehand_how_long_it_takes(races, seconds, text):
     assert report.beforehand(races, seconds) == text
 
 
-@pytest.mark.parametrize(
-    ("arguments", "error", "text"),
-    [
-        ({"shapes": (8, 40, 50, 30)}, TypeError, "shapes: got (8, 40, 50, 30); allowed: text such as"),
-        ({"shapes": 8}, TypeError, "shapes: got 8; allowed: text such as"),
-        ({"shapes": []}, ValueError, "shapes: got nothing; allowed: text such as"),
-        ({"shapes": "axb"}, ValueError, "shapes: got 'axb'; allowed: resnet50"),
-        ({"peers": True}, TypeError, "peers: got True; allowed: text with commas, or a sequence of text"),
-        ({"peers": "cudnn"}, ValueError, "peers: got cudnn; allowed: all"),
-        ({"passes": "sideways"}, ValueError, "passes: got sideways; allowed: all, forward"),
-        ({"passes": 1}, TypeError, "passes: got 1; allowed: text with commas"),
-        ({"dtypes": ()}, ValueError, "dtypes: got nothing; allowed: all, float32"),
-        ({"backends": [None]}, TypeError, "backends: got [None]; allowed: text with commas"),
-        ({"backends": ""}, ValueError, "backends: got nothing; allowed here: all"),
-        ({"threads": 1.5}, TypeError, "threads: got 1.5; allowed: all, or positive integers"),
-        ({"threads": True}, ValueError, "threads: got 'True'; allowed: all, or positive integers"),
-        ({"batch": "4"}, TypeError, "batch: got '4'; allowed: a positive integer"),
-        ({"seconds": "2"}, TypeError, "seconds: got '2'; allowed: a number"),
-        ({"seconds": math.inf}, ValueError, "seconds: got inf; allowed: a finite number"),
-        ({"mask": "no"}, TypeError, "mask: got 'no'; allowed: True or False"),
-        ({"progress": None}, TypeError, "progress: got None; allowed: a function"),
-        ({"shapes": "1x4x1x1", "passes": "forward"}, ValueError, "shapes: got 1x4x1x1, of which nothing is left to"),
-    ],
-)
-def test_run_names_the_argument(arguments, error, text):
-    with pytest.raises(error, match=re.escape(text)) as raised:
-        bench.run(**({"shapes": "8x64"} | arguments))
-    assert str(raised.value).startswith(text)
-
-
-def test_run_warns_of_what_does_not_run():
-    asked = {"passes": "forward", "backends": "numpy", "threads": 1, "seconds": 0.001, "activations": "silu"}
-    with pytest.warns(RuntimeWarning, match="fastbn numpy does not run: NotImplementedError: in place"):
-        assert bench.run("8x64", results="inplace", **asked) == []
-
-
 def test_verdicts_name_each_missed_cell():
     verdicts = {verdict.target: verdict for verdict in targets.verdicts(made_up_run().rows)}
     table = verdicts["ratio to a copy within the table's bounds"]
@@ -288,12 +224,10 @@ def test_a_faster_peer_is_named():
     verdicts = targets.verdicts(made_up(peer=1.0))
     verdict = next(verdict for verdict in verdicts if verdict.target == "no peer is faster")
     assert not verdict.met
-    assert (
-        "torch reused in 1 of 1 rows that are not noisy, at best 0.80x for forward 32x256x56x56 nchw"
-        in verdict.measured
-    )
+    words = "torch reused in 1 of 1 rows that are not noisy, at best 0.80x"
+    assert f"{words} for forward 32x256x56x56 nchw" in verdict.measured
     text = shown(report.show, rows.Run({}, made_up(peer=1.0), []))
-    assert "a peer is faster: torch reused in 1 of 1 rows that are not noisy, at best 0.80x" in text
+    assert f"a peer is faster: {words}" in text
     assert "a peer is faster" not in shown(report.show, rows.Run({}, made_up(peer=1.0, spread=0.5), []))
 
 
