@@ -25,8 +25,8 @@ TITLES = {"forward": "Training forward", "backward": "Backward", "infer": "Infer
 RATIOS = "Ratios are times over fastbn's in the same row: 2.00x takes twice as long. ~: too noisy to compare."
 
 FASTEST = (
-    "With one change: the time of the call that differs in that alone, over the fastest's. ≈: the difference is "
-    "within the spreads; ~: too noisy to compare."
+    "With one change: the time of the call that differs in that alone, over the fastest's. "
+    "≈: the difference is within the spreads; ~: too noisy to compare."
 )
 
 MEANS = "(7): the mean of 7 shapes alone; others are too noisy, or did not run."
