@@ -35,8 +35,8 @@ KEY = (
     "time: median of a call; ±: interquartile range over it, and ~ where that is beyond a third; GB/s: the least\n"
     "bytes the pass must move, over the time; limit: the plainest loops in C that move them (one thread, from 1 MiB);\n"
     "copy: np.copyto of x by as many threads; a peer: red where it is faster, ! where its result differs.\n"
-    "The other columns are the same call with one thing changed: in float32, unfused (without the activation), on dense\n"
-    "arrays, with out=, unmasked, with no residual."
+    "The other columns are the same call with one thing changed: in float32, unfused (without the activation), on\n"
+    "dense arrays, with out=, unmasked, with no residual."
 )
 
 
