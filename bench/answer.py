@@ -20,14 +20,16 @@ CHOICES: tuple[Callable[[Row], str], ...] = (
 
 @dataclass(frozen=True)
 class Answer:
-    """The fastest row of one pass on one array, and the best row of each other choice and of all peers.
+    """The fastest row of one pass on one array, and the rows that differ from it in one choice alone.
 
-    `words` are the choices that make the fastest row. They are empty where that is noisy: there is no answer.
+    `words` are the choices that make the fastest row. They are empty where that is noisy: there is no answer. `peer` is
+    the fastest of the peers whose results agree. Noisy rows are among these, since no other row may stand in for them.
     """
 
     fastest: Row
     words: str
     others: dict[str, Row]
+    peer: Row | None = None
 
     def over(self, other: Row) -> float:
         """The other's time over that of the fastest."""
@@ -50,26 +52,22 @@ def _question(row: Row) -> tuple[object, ...]:
 
 
 def answers(rows: Sequence[Row]) -> Iterator[Answer]:
-    """For each question for which fastbn has several answers: the best. Noisy rows are no answers."""
+    """For each question for which fastbn has several answers: the best."""
     ours = [row for row in rows if row.kind == FASTBN]
-    peers = [row for row in rows if row.kind == PEER and row.agrees and not row.noisy]
+    peers = [row for row in rows if row.kind == PEER and row.agrees]
     for question in dict.fromkeys(map(_question, ours)):
         asked = [row for row in ours if _question(row) == question]
         rivals = [row for row in peers if _question(row) == question]
         if len(asked) < 2:
             continue
-        steady = [row for row in asked if not row.noisy]
         fastest = min(asked, key=lambda row: row.seconds)
         if fastest.noisy:
             yield Answer(fastest, "", {})
             continue
         others = {}
-        for choice in CHOICES:
-            for name in dict.fromkeys(map(choice, asked)):
-                rest = [row for row in steady if choice(row) == name]
-                if rest and name != choice(fastest):
-                    others[name] = min(rest, key=lambda row: row.seconds)
-        if rivals:
-            best = min(rivals, key=lambda row: row.seconds)
-            others[best.contestant] = best
-        yield Answer(fastest, in_words(fastest, asked), others)
+        for row in asked:
+            changed = [choice(row) for choice in CHOICES if choice(row) != choice(fastest)]
+            if len(changed) == 1:
+                others[changed[0]] = row
+        peer = min(rivals, key=lambda row: row.seconds, default=None)
+        yield Answer(fastest, in_words(fastest, asked), others, peer)

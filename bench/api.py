@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from . import limit, rivals
@@ -11,16 +13,30 @@ from .rows import Run, describe_machine
 from .runner import Plan, Runner
 from .shapes import Shape
 
+MISSING = "not installed: "
+"""How the note on a peer that is not installed begins."""
+
 
 def prepared(plan: Plan, peers: Words, command: str) -> tuple[Run, Runner]:
     """A run without rows, with what is known before: the machine, and notes on what is missing."""
-    loaded = rivals.load(listed(peers))
-    notes = [f"not installed: {sentence}" for sentence in loaded.missing]
+    loaded = rivals.load(listed("--peers", peers))
+    notes = [f"{MISSING}{sentence}" for sentence in loaded.missing]
     notes += [note for rival in loaded.rivals.values() for note in rival.notes]
     notes += [note for note in (limit.missing(),) if note]
     versions = {title: rival.version for title, rival in loaded.rivals.items()}
     backends = dict.fromkeys(backend for backend, _ in plan.entrants.values())
     return Run(describe_machine(backends, versions, command), [], notes), Runner(plan, loaded.rivals)
+
+
+@contextmanager
+def _as_arguments() -> Iterator[None]:
+    """Errors name the options of the command line; here they name the arguments of `run`."""
+    try:
+        yield
+    except (TypeError, ValueError, ImportError) as error:
+        if not str(error).startswith("--"):
+            raise
+        raise type(error)(str(error).removeprefix("--")) from None
 
 
 def run(
@@ -42,7 +58,9 @@ def run(
     seconds: float = 2.0,
     progress: Callable[[str], None] = lambda race: None,
 ) -> list[dict[str, Any]]:
-    """Times every combination of the options, and returns a row for each contestant: what `fastbn bench` prints.
+    """Times every combination of the arguments, and returns a row for each contestant.
+
+    These are the rows of `fastbn bench`, which also prints tables and what is fastest, and draws pictures.
 
     Parameters
     ----------
@@ -57,14 +75,19 @@ def run(
     backends, isa : str or sequence of str
         "c", "numba", "numpy"; and instruction sets for the C backend, instead of the one that it chooses.
     threads : int, sequence of int, or None
+        Numbers of threads; "all" is 1 and as many as fastbn uses by itself.
     peers : str or sequence of str
         Other libraries to time, by the names of `fastbn bench --peers`; "all" are all that are installed.
     batch : int or None
         The batch of the networks' shapes.
     seconds : float
-        About how long each race lasts. A race is one pass of one combination, in which all contestants take turns.
+        About how long each race lasts. A race is one pass of one shape in one layout, with one dtype, activation,
+        strides, result and number of threads. All backends, peers and the copy take turns in it.
     progress : callable
         It is called with the name of each race before it starts.
+
+    Combinations that make no sense are left out: forward and backward with one value a channel, inference with a mask,
+    strides that a shape does not have, and in place on arrays that are not dense.
 
     None for `results`, `backends` or `threads` are "out", "c" and 1 for sets of shapes. If all shapes are given by
     their sizes, they are all results, all backends but the reference, and 1 and all threads.
@@ -89,18 +112,45 @@ def run(
 
     Raises
     ------
-    ValueError, ImportError
-        The message names the option, what was given and what is allowed, or the package that is missing.
+    TypeError, ValueError, ImportError
+        The message names the argument, what was given and what is allowed, or the package that is missing. It is a
+        ValueError as well if no combination is left.
 
+    Warns
+    -----
+    RuntimeWarning
+        A backend or peer does not run, or its result differs; a peer that was asked for by name is not installed.
+
+    Examples
+    --------
     >>> import fastbn.bench
     >>> rows = fastbn.bench.run("8x64", passes="infer", backends="numpy", results="out", threads=1, seconds=0.001)
     >>> [(row["contestant"], row["shape"], row["seconds"] > 0) for row in rows]
     [('copy', [8, 64], True), ('fastbn numpy', [8, 64], True)]
+
+    What is fastest for an array? Compare rows that are not noisy, of the same pass, layout and dtype:
+
+    >>> rows = fastbn.bench.run(
+    ...     "8x16x5x3", passes="forward", layouts="nchw", backends="numpy", results="out,fresh", threads=1, seconds=0.01
+    ... )
+    >>> ours = [row for row in rows if row["kind"] == "fastbn"]
+    >>> fastest = min(ours, key=lambda row: row["seconds"])
+    >>> if not fastest["noisy"]:  # else take more `seconds`, or a machine on which nothing else runs
+    ...     answer = fastest["contestant"], fastest["threads"], fastest["result"]
+    >>> over_a_copy = 1 / fastest["others"]["copy"]
     """
     chosen = Options(
         shapes=shapes, passes=passes, layouts=layouts, dtypes=dtypes, activations=activations, strides=strides,
         results=results, mask=mask, residual=residual, backends=backends, isa=isa, threads=threads, batch=batch,
         seconds=seconds,
     )  # fmt: skip
-    _, runner = prepared(plan(chosen), peers, "fastbn.bench.run")
-    return [row.as_json() for row in runner.run(progress)]
+    if not callable(progress):
+        raise TypeError(f"progress: got {progress!r}; allowed: a function of one text")
+    with _as_arguments():
+        empty, runner = prepared(plan(chosen), peers, "fastbn.bench.run")
+        rows = [row.as_json() for row in runner.run(progress)]
+        named = listed("--peers", peers) != ["all"]
+    missing = [note for note in empty.notes if named and note.startswith(MISSING)]
+    for note in [*missing, *runner.notes]:
+        warnings.warn(note, RuntimeWarning, stacklevel=2)
+    return rows

@@ -16,6 +16,12 @@ from .api import prepared
 from .options import QUICK_SHAPES, Options, budget, numbers, plan
 from .problem import ACTIVATIONS, DTYPES, LAYOUTS, PASSES, RESULTS, STRIDES
 
+SHAPES = (
+    f"sizes such as 32x64x56x56; or a set by name, of {', '.join(shapes.NETWORKS)} (resnet50 with one image), "
+    "dense (matrices), latency (small arrays), operation (two beyond any cache), and the usual one, targets: nine "
+    "shapes from 1x64 to 32x64x112x112, of which the project's own targets are"
+)
+
 EXAMPLE = "fastbn bench --shapes 32x64x56x56 --layouts nhwc says what is fastest for that array."
 
 
@@ -29,10 +35,15 @@ def _parser() -> argparse.ArgumentParser:
         parser.add_argument_group, ("what is timed", "how fastbn is called", "what it is held against")
     )
     add = what.add_argument
-    add("--shapes", metavar="LIST", help=f"of {', '.join(shapes.NAMES)}, and sizes such as 32x64x56x56 (targets)")
+    add("--shapes", metavar="LIST", help=SHAPES)
     add("--batch", type=int, metavar="N", help="the batch of the networks' shapes (32; unet3d 1)")
-    add("--passes", default=",".join(PASSES), metavar="LIST", help="%(default)s")
-    add("--layouts", default=",".join(LAYOUTS), metavar="LIST", help="%(default)s; a matrix has only one")
+    add("--passes", default=",".join(PASSES), metavar="LIST", help="all, or of %(default)s (all)")
+    add(
+        "--layouts",
+        default=",".join(LAYOUTS),
+        metavar="LIST",
+        help="all, or of %(default)s (all); a matrix has only one",
+    )
     add("--dtypes", metavar="LIST", help=f"all, or of {', '.join(DTYPES)} (float32)")
     add("--activations", metavar="LIST", help=f"all, or of {', '.join(ACTIVATIONS)} (none)")
     add("--strides", metavar="LIST", help=f"all, or of {', '.join(STRIDES)} (dense)")
@@ -47,7 +58,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--results", metavar="LIST", help=f"all, or of {', '.join(RESULTS)} (all for shapes given by sizes, else out)")
     add("--backends", metavar="LIST", help="all, or of c, numba, numpy (c and numba for shapes given by sizes, else c)")
     add("--isa", default="", metavar="LIST", help="all, or instruction sets for the c backend (the one it chooses)")
-    add("--threads", metavar="LIST", help="all, or numbers of threads (1 and all for shapes given by sizes, else 1)")
+    add(
+        "--threads",
+        metavar="LIST",
+        help="numbers, or all: 1 and as many as fastbn uses by itself (all for shapes given by sizes, else 1)",
+    )
     add = others.add_argument
     add(
         "--peers",
@@ -65,7 +80,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_rest(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("the run, and what is kept").add_argument
-    add("--seconds", type=float, metavar="S", help="about how long each race lasts (2)")
+    add(
+        "--seconds",
+        type=float,
+        metavar="S",
+        help="about how long each race lasts: a pass of a shape in one way, for all contestants (2)",
+    )
     add("--quick", action="store_true", help="a few seconds on tiny shapes, to see whether it runs")
     add(
         "--output",
@@ -120,6 +140,7 @@ def _run(given: argparse.Namespace, command: str) -> rows.Run:
     """Runs the plan. An interrupt ends the run early; the rows measured so far are kept."""
     run, runner = prepared(plan(options_of(given)), given.peers, command)
     where = report.console()
+    where.print(report.beforehand(runner.plan.races, runner.plan.budget.seconds), soft_wrap=True)
     try:
         with report.progress(where, runner.plan.races) as progress:
             run.rows.extend(runner.run(progress))

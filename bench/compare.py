@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .rows import FASTBN, Row
+from .rows import COPY, FASTBN, Key, Row
 
 LEAST = 0.03
 """A smaller difference is none, however small the spread."""
@@ -13,10 +13,11 @@ LEAST = 0.03
 
 @dataclass(frozen=True)
 class Change:
-    """A row that both runs have."""
+    """A row that both runs have, and whether one of the two, or the copy beside it, is noisy."""
 
     old: Row
     new: Row
+    noisy: bool
 
     @property
     def ratio(self) -> float:
@@ -33,7 +34,7 @@ class Change:
         """What can be said: "slower" or "faster" by more than the noise, "equal", or "noisy" for nothing."""
         if self.new == self.old:
             return "equal"
-        if self.old.noisy or self.new.noisy:
+        if self.noisy:
             return "noisy"
         least = 1 + max(self.noise, LEAST)
         return "slower" if self.ratio > least else "faster" if self.ratio < 1 / least else "equal"
@@ -41,9 +42,13 @@ class Change:
 
 def changes(old: Sequence[Row], new: Sequence[Row]) -> list[Change]:
     """The rows of fastbn that both runs have."""
-    before = {(row.key, row.contestant): row for row in old}
+    before, after = ({(row.key, row.contestant): row for row in rows} for rows in (old, new))
+
+    def noisy(key: Key, *contestants: str) -> bool:
+        return any(rows[key, one].noisy for rows in (before, after) for one in contestants if (key, one) in rows)
+
     return [
-        Change(before[row.key, row.contestant], row)
+        Change(before[row.key, row.contestant], row, noisy(row.key, row.contestant, COPY))
         for row in new
         if row.kind == FASTBN and (row.key, row.contestant) in before
     ]

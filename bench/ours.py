@@ -32,8 +32,10 @@ def entrants(backends: Sequence[str], isas: Sequence[str]) -> dict[str, tuple[st
     if list(backends) == ["all"]:
         backends = fastbn.backends()
     unknown = [backend for backend in backends if backend not in fastbn.backends()]
-    if unknown:
-        raise ValueError(f"--backends: got {', '.join(unknown)}; allowed here: all, {', '.join(fastbn.backends())}")
+    if unknown or not backends:
+        raise ValueError(
+            f"--backends: got {', '.join(unknown) or 'nothing'}; allowed here: all, {', '.join(fastbn.backends())}"
+        )
     if isas and "c" not in backends:
         raise ValueError(f"--isa: got {', '.join(isas)}; allowed with the c backend alone")
     named: dict[str, tuple[str, str | None]] = {}

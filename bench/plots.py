@@ -16,6 +16,7 @@ from .report import TITLES, duration, times
 from .rivals import CONTESTANTS
 from .rows import COPY, FASTBN, LIMIT, Row, Run, races
 from .shapes import written
+from .summary import of_fewer
 from .targets import geometric_mean, threads_in_words
 
 INK, PALE, FAINT = "#222222", "#666666", "#e3e3e3"
@@ -120,7 +121,7 @@ class _Sheet:
 
 
 class _Bar(NamedTuple):
-    """A contestant in one layout: its value, the values of the shapes, and whether all of them are noisy."""
+    """A contestant in one layout: its value, the values of `found` of its shapes, and whether all of them are noisy."""
 
     layout: str
     name: str
@@ -128,6 +129,8 @@ class _Bar(NamedTuple):
     value: float
     dots: list[float]
     noisy: bool
+    found: int
+    shapes: int
 
 
 def _first(race: Sequence[Row]) -> Row:
@@ -150,7 +153,16 @@ def _bars_of(rows: Sequence[Row], alone: bool) -> Iterator[_Bar]:
             steady = [row for row in mine if not (row.noisy or (not alone and _first(by_race[row.key]).noisy))]
             shown = [(row, _first(by_race[row.key])) for row in steady or mine]
             dots = [row.seconds if alone else row.to_copy / first.to_copy for row, first in shown]
-            yield _Bar(layout, name, contestant, geometric_mean(dots), dots, not steady)
+            yield _Bar(
+                layout,
+                name,
+                contestant,
+                geometric_mean(dots),
+                dots,
+                not steady,
+                len({row.shape for row, _ in shown}),
+                len({row.shape for row in mine}),
+            )
 
 
 def _bar_panel(ax: Any, bars: Sequence[_Bar], colours: dict[str, Any], alone: bool) -> None:
@@ -158,7 +170,7 @@ def _bar_panel(ax: Any, bars: Sequence[_Bar], colours: dict[str, Any], alone: bo
     at, previous, names = -0.6, "", {}
     for bar in bars:
         if bar.layout != previous:
-            shapes = max(len(other.dots) for other in bars if other.layout == bar.layout)
+            shapes = max(other.shapes for other in bars if other.layout == bar.layout)
             names[at + 0.5] = (
                 GROUPS[bar.layout] if alone else f"{GROUPS[bar.layout]}, {shapes} shape{'s' * (shapes != 1)}"
             )
@@ -170,6 +182,7 @@ def _bar_panel(ax: Any, bars: Sequence[_Bar], colours: dict[str, Any], alone: bo
         if not alone and len(bar.dots) > 1:
             ax.plot(bar.dots, [at] * len(bar.dots), "o", ms=2.4, color=INK, alpha=0.5, mew=0, zorder=3)
         text = f"{'~' * bar.noisy}{duration(bar.value) if alone else times(bar.value)}"
+        text += "" if alone else of_fewer(bar.found, shapes)
         weight = "bold" if bar.contestant.startswith(FASTBN) else "normal"
         ax.text(1.03, at, text, transform=across, fontsize=8, va="center", fontweight=weight)
         at += 1

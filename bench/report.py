@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from .answer import Answer, answers
+from .answer import RESULT_WORDS, Answer, answers
 from .compare import Change
 from .extras import extra
 from .rows import FASTBN, PEER, Row, Run, races
 from .shapes import written
-from .summary import columns, summary
+from .summary import columns, of_fewer, summary
 from .targets import bound, faster_peers, threads_in_words, verdicts
 
 WIDTH = 120
@@ -24,14 +25,18 @@ TITLES = {"forward": "Training forward", "backward": "Backward", "infer": "Infer
 RATIOS = "Ratios are times over fastbn's in the same row: 2.00x takes twice as long. ~: too noisy to compare."
 
 FASTEST = (
-    "Each ratio is the time of the best call with that choice over the fastest's; ≈: the spread is larger than that."
+    "With one change: the time of the call that differs in that alone, over the fastest's. "
+    "≈: the difference is within the spreads; ~: too noisy to compare."
 )
+
+MEANS = "(7): the mean of 7 shapes alone; others are too noisy, or did not run."
 
 KEY = (
     "time: median of a call; ±: interquartile range over it, and ~ where that is beyond a third; GB/s: the least\n"
     "bytes the pass must move, over the time; limit: the plainest loops in C that move them (one thread, from 1 MiB);\n"
-    "copy: np.copyto of x by as many threads; a peer: red where it is faster, ! where its result differs; float32,\n"
-    "unfused, dense, out=, unmasked, no residual: the same call without that option."
+    "copy: np.copyto of x by as many threads; a peer: red where it is faster, ! where its result differs.\n"
+    "The other columns are the same call with one thing changed: in float32, unfused (without the activation), on\n"
+    "dense arrays, with out=, unmasked, with no residual."
 )
 
 
@@ -73,10 +78,31 @@ def times(ratio: float) -> str:
     return f"{ratio:.{decimals}f}x"
 
 
+def long_duration(seconds: float) -> str:
+    """A duration in minutes and seconds, as far as they matter."""
+    minutes, rest = divmod(round(seconds), 60)
+    if not minutes:
+        return duration(seconds)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if rest else f"{minutes} min"
+
+
+def beforehand(races: int, seconds: float) -> str:
+    """A sentence on how many races there are and how long they take."""
+    if races == 1:
+        return f"One race of about {duration(seconds)}; longer where calls are slow."
+    return (
+        f"{races} races of about {duration(seconds)} each: about {long_duration(races * seconds)} in all, "
+        "longer where calls are slow."
+    )
+
+
 def _target(row: Row) -> str:
     most = bound(row)
     if most is None:
         return ""
+    if row.noisy:
+        return "[dim]~[/]"
     return f"[green]{most:g} ✓[/]" if row.to_copy <= most else f"[red]{most:g} ✗[/]"
 
 
@@ -104,18 +130,25 @@ def _grid(left: Sequence[str], right: Sequence[str]) -> Any:
     return table
 
 
+def _operation(row: Row, results: bool) -> str:
+    """What is asked of the call; where its result goes, if several places are timed."""
+    words = [row.activation, row.strides, RESULT_WORDS[row.result] if results else ""]
+    words += ["mask" * row.mask, "residual" * row.residual]
+    return ", ".join(word for word in words if word not in ("none", "dense", "")) or "plain"
+
+
 def _table(by_race: Sequence[Sequence[Row]], targets: bool) -> Any:
     rows = [row for race in by_race for row in race]
     several = len({row.contestant for row in rows if row.kind == FASTBN}) > 1
     bounded = targets and any(bound(row) is not None for row in rows)
-    varied = any(row.variant.extras for row in rows)
+    varied, results = any(row.variant.extras for row in rows), len({row.result for row in rows}) > 1
     compared = columns(rows)
     left = ["shape", "", *(["operation"] if varied else []), *(["backend"] if several else [])]
     table = _grid(left, ["time", "±", "GB/s", *(["over copy: target"] if bounded else []), *compared])
     for race in by_race:
         for row in race:
             if row.kind == FASTBN:
-                cells = [written(row.shape), row.layout, *([row.variant.extras or "-"] if varied else [])]
+                cells = [written(row.shape), row.layout, *([_operation(row, results)] if varied else [])]
                 cells += [row.contestant.removeprefix("fastbn ")] if several else []
                 cells += [duration(row.seconds), f"{'~' * row.noisy}{row.spread:.0%}", f"{row.gb_per_s:.1f}"]
                 cells += [_target(row)] if bounded else []
@@ -138,12 +171,29 @@ def _in_short(rows: Sequence[Row]) -> Any:
     names, lines = summary(rows)
     table = _grid([""], ["shapes", *names])
     for case, count, means in lines:
-        table.add_row(case, str(count), *(times(mean) if mean else "[dim]-[/]" for mean in means))
+        cells = (f"{times(mean[0])}{of_fewer(mean[1], count)}" if mean else "[dim]-[/]" for mean in means)
+        table.add_row(case, str(count), *cells)
     return table
 
 
+def _over(answer: Answer, other: Row) -> str:
+    """The other's time over the fastest's, and whether that says anything."""
+    return "~" if other.noisy else f"{'≈' * answer.even(other)}{times(answer.over(other))}"
+
+
+def _against(answer: Answer) -> Iterator[str]:
+    """Sentences on how long other calls take."""
+    others = sorted(answer.others.items(), key=lambda item: (item[1].noisy, item[1].seconds))
+    if others:
+        yield f"With one change: {', '.join(f'{name} {_over(answer, other)}' for name, other in others)}"
+    if answer.peer:
+        same = answer.peer.threads == answer.fastest.threads
+        threads = "" if same else f", {threads_in_words(answer.peer.threads)}"
+        yield f"The fastest peer: {answer.peer.contestant}{threads} {_over(answer, answer.peer)}"
+
+
 def _fastest(found: Sequence[Answer]) -> Iterator[str]:
-    """Sentences on what is fastest, and how much longer the best call of each other choice takes."""
+    """Sentences on what is fastest, and how much longer other calls take."""
     previous = ""
     for answer in found:
         row = answer.fastest
@@ -151,13 +201,8 @@ def _fastest(found: Sequence[Answer]) -> Iterator[str]:
         if here != previous:
             yield f"[bold]Fastest for {here}[/]"
         previous = here
-        others = [
-            f"{name} {'≈' * answer.even(other)}{times(answer.over(other))}"
-            for name, other in sorted(answer.others.items(), key=lambda item: item[1].seconds)
-        ]
         if answer.words:
-            rest = f". At best take: {', '.join(others)}" if others else "; all others are too noisy"
-            yield f"  {row.pass_}: [green]{answer.words}[/], {duration(row.seconds)}{rest}"
+            yield ". ".join([f"  {row.pass_}: [green]{answer.words}[/], {duration(row.seconds)}", *_against(answer)])
         else:
             yield f"  {row.pass_}: too noisy to say"
 
@@ -169,7 +214,7 @@ def show(where: Any, run: Run, targets: bool = False) -> None:
         where.print(f"[bold]{escape(key)}[/]  {escape(value)}", soft_wrap=True)
     tables = list(_tables(run.rows, targets))
     if len({row.shape for row in run.rows}) > 1:
-        tables.append(("In short: geometric means over the shapes", _in_short(run.rows)))
+        tables.append((f"In short: geometric means over the shapes. {MEANS}", _in_short(run.rows)))
     for title, table in tables:
         where.print(f"\n[bold]{title}[/]\n[dim]{RATIOS}[/]", soft_wrap=True)
         where.print(table)
@@ -193,8 +238,10 @@ def _of_noise(rows: Sequence[Row]) -> list[str]:
     noisy = sum(row.noisy for row in ours)
     if not noisy:
         return []
+    waiting = any(row.noisy and row.threads > 1 for row in ours) and "OMP_WAIT_POLICY" not in os.environ
     return [
         f"{noisy} of {len(ours)} rows of fastbn are too noisy to compare: other programs run, or --seconds is short"
+        + "; with several threads, OMP_WAIT_POLICY=passive in the environment may help" * waiting
     ]
 
 

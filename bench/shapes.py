@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 Shape = tuple[int, ...]
 
@@ -116,10 +117,21 @@ def _sizes(word: str) -> Shape:
     return tuple(map(int, sizes))
 
 
+def items(option: str, given: Any, kinds: tuple[type, ...], allowed: str) -> list[Any]:
+    """The items of text with commas or of a sequence of these kinds. Raises TypeError for anything else."""
+    found = given.split(",") if isinstance(given, str) else list(given) if isinstance(given, Iterable) else None
+    if found is None or not all(isinstance(item, kinds) for item in found):
+        raise TypeError(f"{option}: got {given!r}; allowed: {allowed}")
+    return found
+
+
 def _words(given: str | Sequence[str | Shape]) -> list[str]:
-    if isinstance(given, str):
-        return [word.strip().lower() for word in given.split(",")]
-    return [word.strip().lower() if isinstance(word, str) else written(word) for word in given]
+    allowed = 'text such as "8x64,2x3x4x5", or a sequence of text and tuples such as [(8, 64), (2, 3, 4, 5)]'
+    found = items("--shapes", given, (str, tuple, list), allowed)
+    words = [word.strip().lower() if isinstance(word, str) else written(word) for word in found]
+    if not words:
+        raise ValueError(f"--shapes: got nothing; allowed: {allowed}")
+    return words
 
 
 def names_in(given: str | Sequence[str | Shape]) -> bool:

@@ -11,7 +11,8 @@ from .targets import geometric_mean, threads_in_words
 HEAD = """# Batch norm on {processor}
 
 How many times as long as fastbn others take: geometric means over {shapes}. Above 1, fastbn is faster. "limit": the
-plainest loops in C that move the same bytes; "copy": `np.copyto` of the same array. Other processors differ.
+plainest loops in C that move the same bytes; "copy": `np.copyto` of the same array. A number in parentheses: the mean
+is of so many shapes, since others were too noisy or did not run. Other processors differ.
 
 By `{command}`, on {system}.
 
@@ -20,7 +21,10 @@ By `{command}`, on {system}.
 PASSES = {"forward": "training forward", "backward": "backward", "infer": "inference"}
 LAYOUTS = {"nchw": "channels-first", "nhwc": "channels-last", "nc": "matrices"}
 
-Line = tuple[str, int, list[float | None]]
+Mean = tuple[float, int]
+"""A geometric mean, and of how many shapes it is."""
+
+Line = tuple[str, int, list[Mean | None]]
 
 
 def columns(rows: Sequence[Row]) -> list[str]:
@@ -37,7 +41,7 @@ def _steady(row: Row, name: str, race: Sequence[Row]) -> bool:
 
 
 def summary(rows: Sequence[Row]) -> tuple[list[str], list[Line]]:
-    """The columns, and lines of (what, number of shapes, geometric means); noisy rows are left out."""
+    """The columns, and lines of (what, number of shapes, means); a mean is of the shapes that are not noisy."""
     by_race, names = races(rows), columns(rows)
     groups: dict[str, list[Row]] = {}
     several = len({row.contestant for row in rows if row.kind == FASTBN}) > 1
@@ -50,16 +54,24 @@ def summary(rows: Sequence[Row]) -> tuple[list[str], list[Line]]:
             groups.setdefault(what, []).append(row)
     lines: list[Line] = []
     for what, group in groups.items():
-        means: list[float | None] = []
+        means: list[Mean | None] = []
         for name in names:
             ratios = [row.others[name] for row in group if _steady(row, name, by_race[row.key])]
-            means.append(geometric_mean(ratios) if ratios else None)
+            means.append((geometric_mean(ratios), len(ratios)) if ratios else None)
         lines.append((what, len({row.shape for row in group}), means))
     return names, lines
 
 
-def _figure(ratio: float | None) -> str:
-    return "" if ratio is None else f"{ratio:.2f}" if ratio < 1.995 else f"{ratio:.1f}"
+def of_fewer(found: int, shapes: int) -> str:
+    """What follows a mean that is not of all shapes: of how many it is."""
+    return f" ({found})" if found < shapes else ""
+
+
+def _figure(mean: Mean | None, shapes: int) -> str:
+    if mean is None:
+        return ""
+    ratio, found = mean
+    return (f"{ratio:.2f}" if ratio < 1.995 else f"{ratio:.1f}") + of_fewer(found, shapes)
 
 
 def page(run: Run) -> str:
@@ -68,7 +80,7 @@ def page(run: Run) -> str:
     count = len({row.shape for row in run.rows})
     head = HEAD.format(shapes=f"{count} shapes" if count > 1 else "one shape", **run.machine)
     table = [["", *names], ["---"] * (len(names) + 1)]
-    table += [[what, *map(_figure, means)] for what, _, means in lines]
+    table += [[what, *(_figure(mean, shapes) for mean in means)] for what, shapes, means in lines]
     versions = [
         f"- {name}: {value}" for name, value in run.machine.items() if name not in ("processor", "system", "command")
     ]
