@@ -9,7 +9,9 @@
  * channel. A pointer to an array without elements may be NULL.
  *
  * Calls. A verb takes the problem, which says what the arrays are, and a struct of arguments, which says where they
- * are. Set the `size` of the struct to its sizeof, and then the fields that you need; a field that is zero is absent. A
+ * are. Set the `size` of the struct to its sizeof, and then the fields that you need. A pointer that may be absent is
+ * NULL then; each comment says which may. A dtype is never absent: 0 is FBN_F32, and the dtypes of the problem, of
+ * parameters, of running and of given statistics do not depend on each other. Float64 arrays need FBN_F64 in each. A
  * later version of this header may add fields at the end of a struct. `size` tells the library which of them a program
  * knows.
  *
@@ -120,30 +122,32 @@ typedef struct {
     const fbn_machine *machine;
     fbn_dtype dtype;
     fbn_activation activation;
-    double slope; /* of an activation that has one: it must be finite then, and is ignored otherwise */
+    double slope; /* of leaky_relu: finite; 0, also if it is left out, makes a relu. Others ignore it */
     int64_t outer, channels, inner;
-    int threads; /* the most that may work, 1 to FBN_MOST_THREADS; 1 runs in the calling thread without OpenMP */
+    int threads; /* the most that may work, 1 to FBN_MOST_THREADS, never 0; 1: the calling thread, without OpenMP */
 } fbn_problem;
 
-/* gamma and beta, `channels` values each, both of this dtype (any); NULL means ones and zeros. */
+/* gamma and beta, `channels` values each, both of this dtype (any; left out, it is FBN_F32). Each may be NULL, which
+ * means ones and zeros. */
 typedef struct {
     const void *gamma, *beta;
     fbn_dtype dtype;
 } fbn_parameters;
 
-/* Given statistics, `channels` values each, both of this dtype (any). */
+/* Given statistics, `channels` values each, both of this dtype (any; left out, it is FBN_F32). Both are required. */
 typedef struct {
     const void *mean, *var;
     fbn_dtype dtype;
 } fbn_statistics;
 
-/* The rows of `saved`, a float64 array (FBN_SAVED_ROWS, channels): what the backward pass needs to know about a forward
- * call. The mean is mean + mean_low. inv_std is 1/sqrt(var + eps), or 0 where var + eps is 0. */
+/* The rows of `saved`, float64 for every dtype, (FBN_SAVED_ROWS, channels): what the backward pass needs to know about
+ * a forward call. The mean is mean + mean_low. inv_std is 1/sqrt(var + eps), or 0 where var + eps is 0. */
 enum { FBN_MEAN, FBN_MEAN_LOW, FBN_VAR, FBN_INV_STD, FBN_GAMMA, FBN_BETA, FBN_SAVED_ROWS };
 
-/* Running statistics, both of this dtype (any), or both NULL. They are updated to (1 - momentum) * old + momentum *
- * batch, which is computed in float64 and rounded once. momentum is from 0 to 1. The variance of the batch is its sum
- * of squares over M - correction: PyTorch's convention is a correction of 1, that of Keras 0. */
+/* Running statistics, both of this dtype (any; left out, it is FBN_F32), or both NULL. They are updated to (1 -
+ * momentum) * old + momentum * batch, which is computed in float64 and rounded once. momentum is from 0 to 1. The
+ * variance of the batch is its sum of squares over M - correction: PyTorch's convention is a correction of 1, that of
+ * Keras 0. */
 typedef struct {
     void *mean, *var;
     fbn_dtype dtype;
@@ -159,7 +163,7 @@ typedef struct {
 /* ---- the verbs ---- */
 
 /* The bytes of workspace that any verb needs for this problem; 0 if the problem is not valid. They depend on the shape,
- * the dtype, the threads, and the machine's caches and habits. */
+ * the dtype, the threads, and the machine's caches and habits. Every verb that takes a workspace requires it. */
 size_t fbn_workspace_bytes(const fbn_problem *problem);
 
 /* Training: y = activation(xhat * gamma + beta + residual), xhat = (x - mean) / sqrt(var + eps), with the batch's own
@@ -167,17 +171,17 @@ size_t fbn_workspace_bytes(const fbn_problem *problem);
  * activation(beta + residual), and dx is 0 up to rounding. */
 typedef struct {
     size_t size;
-    const void *x, *residual;  /* (outer, channels, inner) of the problem's dtype; residual may be NULL */
+    const void *x, *residual;  /* (outer, channels, inner) of the problem's dtype; x required, residual or NULL */
     const unsigned char *mask; /* (outer, inner), or NULL */
     fbn_parameters parameters;
     double eps;
     fbn_running running; /* updated, if given */
-    void *y;             /* as large as x, and may be x */
-    double *saved;       /* (FBN_SAVED_ROWS, channels), written, for the backward pass */
+    void *y;             /* required; as large as x, and may be x */
+    double *saved;       /* required; (FBN_SAVED_ROWS, channels), written, for the backward pass */
 } fbn_forward_args;
 fbn_status fbn_forward(const fbn_problem *problem, const fbn_forward_args *args, void *workspace);
 
-/* Inference: the same with given statistics. M may be anything, 0 included. */
+/* Inference: the same with given statistics, which are required, as x and y are. M may be anything, 0 included. */
 typedef struct {
     size_t size;
     const void *x, *residual;
@@ -190,7 +194,7 @@ typedef struct {
 fbn_status fbn_infer(const fbn_problem *problem, const fbn_infer_args *args, void *workspace);
 
 /* The same with the statistics in the rows FBN_MEAN, FBN_MEAN_LOW and FBN_VAR of `saved`, which may be those of several
- * batches together. The other rows are written. */
+ * batches together. The other rows are written. x, y and saved are required. */
 typedef struct {
     size_t size;
     const void *x, *residual;
@@ -206,7 +210,8 @@ fbn_status fbn_apply(const fbn_problem *problem, const fbn_apply_args *args, voi
  * These are the bytes of a plan; 0 if the number of channels is not valid. */
 size_t fbn_plan_bytes(int64_t channels);
 
-/* Sets a plan for the kernels, the channels and the statistics dtype of a problem, whose other fields are ignored. */
+/* Sets a plan for the kernels, the channels and the statistics dtype of a problem, whose other fields are ignored. The
+ * statistics are required. */
 typedef struct {
     size_t size;
     fbn_parameters parameters;
@@ -215,7 +220,8 @@ typedef struct {
 } fbn_plan_args;
 fbn_status fbn_plan_set(const fbn_problem *problem, const fbn_plan_args *args, void *plan);
 
-/* Gives the bits of fbn_infer, for any problem with the kernels, channels and statistics dtype of the plan. */
+/* Gives the bits of fbn_infer, for any problem with the kernels, channels and statistics dtype of the plan. x and y
+ * are required, and residual may be NULL. */
 typedef struct {
     size_t size;
     const void *x, *residual;
@@ -223,7 +229,7 @@ typedef struct {
 } fbn_run_args;
 fbn_status fbn_plan_run(const fbn_problem *problem, const fbn_run_args *args, const void *plan);
 
-/* Only the moments of the batch. M must be at least 1. */
+/* Only the moments of the batch. M must be at least 1. x and moments are required, and mask may be NULL. */
 typedef struct {
     size_t size;
     const void *x;
@@ -233,7 +239,7 @@ typedef struct {
 fbn_status fbn_moments(const fbn_problem *problem, const fbn_moments_args *args, void *workspace);
 
 /* Only the sums that the gradient needs: of dz and of dz * xhat, where dz is dy times the activation's derivative. The
- * sums of several batches can be added. The fields are as in fbn_backward_args. */
+ * sums of several batches can be added. The fields are as in fbn_backward_args, and sums is required. */
 typedef struct {
     size_t size;
     const void *dy, *x, *residual;
@@ -247,18 +253,18 @@ fbn_status fbn_backward_sums(const fbn_problem *problem, const fbn_sums_args *ar
 /* The exact gradient of fbn_forward or, with `frozen`, of fbn_infer or fbn_apply. */
 typedef struct {
     size_t size;
-    const void *dy, *x, *residual; /* as large as x in fbn_forward; x and residual as they were there */
+    const void *dy, *x, *residual; /* as large as x in fbn_forward; dy and x required; x, residual as there */
     const unsigned char *mask;     /* as it was there */
-    const double *saved;           /* as the forward call left it */
-    double count;                  /* M, the values per channel that made the statistics; ignored if frozen */
+    const double *saved;           /* required; as the forward call left it */
+    double count;                  /* required; M, the values per channel of the statistics; ignored if frozen */
     int frozen;                    /* the statistics were given, and do not depend on x (fbn_infer) */
     int from_y;                    /* `x` holds y, since forward wrote y over x. The activation must be identity or
                                     * leaky_relu with a slope above 0, and no gamma so small that x is lost in y */
     const double *sums;            /* (2, channels), used instead of the call's own sums; or NULL */
-    void *dx;                      /* as large as dy, and may be dy */
+    void *dx;                      /* required; as large as dy, and may be dy */
     void *dresidual;               /* as large. Needed, and written, if there are a residual and an activation; without
                                     * an activation the residual's gradient is dy */
-    void *dgamma, *dbeta;          /* (channels,) in the statistics dtype; or NULL */
+    void *dgamma, *dbeta;          /* (channels,) in the statistics dtype: double for FBN_F64, else float; or NULL */
 } fbn_backward_args;
 fbn_status fbn_backward(const fbn_problem *problem, const fbn_backward_args *args, void *workspace);
 

@@ -49,7 +49,7 @@ fused is computed with the norm in the cases of the first two rows; in all other
 wrote it.
 
 The results of torch's layer are as accurate as torch's: in float32, no digit is correct if the mean is 1e6 times the
-deviation. watchers.py lists the unpublished names of torch that are used, and the versions in which they were tried.
+deviation.
 """
 
 from __future__ import annotations

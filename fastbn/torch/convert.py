@@ -54,11 +54,12 @@ def convert_batchnorm(
     model's own code must not be able to tell that the result is no tensor yet, and take another way then: what it runs
     may not use type(), id() or `is` on tensors, ask for the result's class, or catch an error. The forward of the norm
     and that of the module which calls both are then replaced, for these instances. Classes do not change, and the
-    model's own code runs as before: only the norm's result waits for what follows. If anything else is done with it, it
-    is computed, and nothing is fused: where the terms of the sum differ in shape, dtype or memory format, where one of
-    the modules was replaced or has got hooks, and where the forward takes another way than the one that was recorded.
-    If that way asks for the result's class, a RuntimeError says so. Nothing waits while torch.compile, torch.export,
-    torch.jit.trace, torch.fx, torch.func or a mode is at work.
+    model's own code runs as before, but a fused norm returns a placeholder. The addition or activation that was
+    recorded computes both at once; any other use computes the norm alone. Nothing is fused where the terms of the sum
+    differ in shape, dtype or memory format, where one of the modules was replaced or has got hooks, and where the
+    forward takes another way than the one that was recorded. If that way asks for the result's class, a RuntimeError
+    says so. Nothing waits while torch.compile, torch.export, torch.jit.trace, torch.fx, torch.func or a mode is at
+    work.
 
     Parameters
     ----------

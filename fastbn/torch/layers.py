@@ -75,6 +75,11 @@ class _Layer(torch.nn.Module):
         self.activation = activation
 
     def forward(self, input: Tensor, residual: Tensor | None = None, activation: Activation = None) -> Tensor:
+        """Returns y, of the input's shape, dtype and memory format.
+
+        A `residual`, of the input's shape and dtype, is added before the activation. An `activation` takes the place of
+        the layer's for this call; None is the layer's own.
+        """
         compiles = _is_compiling()
         gamma, beta, mean, var, number = self._tensors(compiles)
         training, eps = self.training and self._learns, self.eps
@@ -173,6 +178,7 @@ class _Layer(torch.nn.Module):
         )
 
     def extra_repr(self) -> str:
+        """Returns torch's description of the layer, with the activation if there is one."""
         fused = "" if self.activation is None else f", activation={self.activation!r}"
         return f"{super().extra_repr()}{fused}"
 
@@ -196,15 +202,15 @@ class BatchNorm2d(_Layer, torch.nn.BatchNorm2d):
     contiguous, channels_last or any other. Parameters of float16 and bfloat16 inputs may be float32 or of that dtype.
 
     Derivatives of any order are supported. Calls that the kernels cannot take, or that torch must record, go to torch's
-    layer: see the table in fastbn.torch's docstring. The number of threads is the smaller of torch.get_num_threads()
-    and fastbn.get_num_threads(). A small call takes as long as torch's. With its backward pass, which goes through
-    Python, it takes up to 9 microseconds longer after eval(), and up to 5 in training.
+    layer: see the table of `fastbn.torch`. The number of threads is the smaller of torch.get_num_threads() and
+    fastbn.get_num_threads(). A small call takes as long as torch's. With its backward pass, which goes through Python,
+    it takes up to 9 microseconds longer after eval(), and up to 5 in training.
 
     eps and momentum may be ints, and tensors of one value; momentum may have any sign. torch's layers allow the same.
 
     Parameters
     ----------
-    num_features, eps, momentum, affine, track_running_stats, device, dtype
+    num_features, eps, momentum, affine, track_running_stats, device, dtype, and bias where torch has it
         As torch's.
     activation : None, "relu", "relu6", "leaky_relu", "silu", "hardswish", "sigmoid" or ("leaky_relu", slope)
         Applied to the result in the same pass over memory. Tools that replace torch's layers by others, such as
