@@ -199,7 +199,7 @@ int64_t fbn_cache_bytes(int level) {
 /* By measurement: AMD's Zen 4 reads rows best in one stream, and planes in turns of 512 bytes. Others get the defaults,
  * which were best on Intel's Ice Lake. */
 static fbn_habits habits_of_processor(void) {
-    const fbn_habits usual = {0, 0, 0, 0, 0, 0}, amd = {.streams = 8, .row_streams = 1, .turn = 512, .ahead = 256};
+    const fbn_habits usual = {0, 0, 0, 0, 0, 0}, amd = {.streams = 8, .row_streams = 2, .turn = 512, .ahead = 256};
     return is_amd() ? amd : usual;
 }
 
