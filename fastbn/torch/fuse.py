@@ -23,8 +23,18 @@ from torch import fx, nn
 from ..ops import Activation
 from .layers import _Layer
 from .others import FORWARDS, activation_of, is_hooked
-from .pending import FusedForward, Part, Site, WaitingForward, activation_called, is_addition, is_in_place
-from .telling import Watch, asks
+from .pending import (
+    FusedForward,
+    Part,
+    Site,
+    WaitingForward,
+    activation_called,
+    is_addition,
+    is_in_place,
+    same_state,
+    state_of,
+)
+from .telling import Watch, asks, caught
 
 _PASSING = {"DropPath", "StochasticDepth"}
 """Layers of timm and torchvision that return their input, unless they train with a rate above 0."""
@@ -50,6 +60,9 @@ class _Record(NamedTuple):
     """Those that are still there when the forward is over, for instance in an attribute."""
     told: str | None
     """What in the code that ran could tell that a result waits, in words."""
+    changed: set[str]
+    """The norms whose mode, parameters or other attributes are not those before the forward, when they are called or
+    when it is over."""
 
     def module(self, node: fx.Node) -> nn.Module:
         """The module that a node calls."""
@@ -76,6 +89,7 @@ _OUTSIDE = "not fused: its result leaves"
 _UNSEEN = "not fused: torch.fx cannot record"
 _ASKED = "the forward asks for the class of its result, or compares it as a key"
 _KEPT = "the forward keeps its result"
+_CHANGED = "the forward changes its mode, its parameters or another of its attributes"
 
 
 def _reason(norm: Any, times: int) -> str:
@@ -138,6 +152,9 @@ class _Tracer(fx.Tracer):
         self.asked: set[fx.Node] = set()
         self.watch = Watch()
         self.proxies: list[weakref.ref[_Proxy]] = []
+        self.states: dict[nn.Module, tuple[Any, ...]] = {}
+        """The norms' states before the forward."""
+        self.changed: set[nn.Module] = set()
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         proxy = _Proxy(node, self)
@@ -155,6 +172,9 @@ class _Tracer(fx.Tracer):
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         if type(m).__name__ in _PASSING:
             self.watch.passed(m)
+        if isinstance(m, _Layer):
+            self.watch.found = self.watch.found or caught(sys._getframe(), _record.__code__)
+            self.compare(m)
         y = super().call_module(m, forward, args, kwargs)
         nodes: set[fx.Node] = set()
         fx.node.map_aggregate(
@@ -162,6 +182,11 @@ class _Tracer(fx.Tracer):
         )
         self.passages.append((self.path_of_module(m), nodes))
         return y
+
+    def compare(self, norm: nn.Module) -> None:
+        """Notes whether a norm's state is another than before the forward."""
+        if not same_state(self.states[norm], state_of(norm)):
+            self.changed.add(norm)
 
 
 def _records(owner: nn.Module) -> Iterator[_Record | str]:
@@ -189,9 +214,13 @@ def _record(owner: nn.Module, training: bool, deep: bool) -> _Record:
     parameters = inspect.signature(type(other).forward).parameters.values()
     usual = {p.name: p.default for p in parameters if isinstance(p.default, (bool, int, float, str, type(None)))}
     tracer = _Tracer(deep)
+    tracer.states = {module: state_of(module) for module in other.modules() if isinstance(module, _Layer)}
     with torch.random.fork_rng(devices=[]), tracer.watch as watch:
         graph = tracer.trace(other, usual)
-    return _Record(owner, list(graph.nodes), tracer.passages, tracer.asked, _kept(tracer), watch.found)
+    for norm in tracer.states:
+        tracer.compare(norm)
+    changed = {name for name, module in other.named_modules() if module in tracer.changed}
+    return _Record(owner, list(graph.nodes), tracer.passages, tracer.asked, _kept(tracer), watch.found, changed)
 
 
 def _kept(tracer: _Tracer) -> set[fx.Node]:
@@ -226,7 +255,7 @@ def _uses(owner: nn.Module, norms: set[nn.Module]) -> tuple[dict[nn.Module, _Use
             use = _use(record, calls[norm], taken)
             if isinstance(use, str):
                 reasons[norm] = f"not fused: {use}"
-                if use in (_ASKED, _KEPT, record.told):  # in either mode, since the result would wait in both
+                if use in (_ASKED, _KEPT, _CHANGED, record.told):  # in either mode, since the result would wait in both
                     asked.add(norm)
             elif norm not in found:
                 found[norm] = use
@@ -246,6 +275,8 @@ def _use(record: _Record, calls: list[fx.Node], taken: set[fx.Node]) -> _Use | s
         return _ASKED
     if not record.kept.isdisjoint((norm, *chain[:-1])):
         return _KEPT
+    if norm.target in record.changed:
+        return _CHANGED
     if len(chain) == 1:
         return _why(record, norm, taken)
     if record.told is not None:

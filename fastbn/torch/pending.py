@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from ..ops import Activation
 from .others import FORWARDS, has_hooks, has_hooks_for_all
-from .telling import asks, asks_for_class, innocent, telling
+from .telling import applies, asks, asks_for_class, caught, innocent, telling
 from .watchers import watched
 
 _is_compiling = torch.compiler.is_compiling
@@ -100,7 +100,28 @@ def _modes() -> tuple[bool, bool]:
     return torch.is_grad_enabled(), torch.is_inference_mode_enabled()
 
 
-_OWN = ("_norm", "_site", "_x", "_made", "_residual", "_versions", "_modes", "_value", "_spent")
+def _counted(tensors: Any) -> list[Any]:
+    return [None if tensor is None else (tensor.requires_grad, _version(tensor)) for tensor in tensors]
+
+
+def state_of(norm: Any, statistics: bool = True) -> tuple[Any, ...]:
+    """Whatever of a norm its result depends on, but for its input, as it is now; the running statistics at the end."""
+    own, parameters, buffers = vars(norm), norm._parameters.values(), norm._buffers.values()
+    named = [own.get(name) for name in ("eps", "momentum", "track_running_stats", "num_features", "activation")]
+    changing = _counted(buffers) if statistics else ()
+    return norm.training, *named, *parameters, *buffers, *_counted(parameters), *changing
+
+
+def same_state(before: tuple[Any, ...], after: tuple[Any, ...]) -> bool:
+    """Whether nothing has changed."""
+    return len(before) == len(after) and all(a is b or _same(a, b) for a, b in zip(before, after, strict=True))
+
+
+def _same(a: Any, b: Any) -> bool:
+    return type(a) is type(b) and not isinstance(a, Tensor) and bool(a == b)
+
+
+_OWN = ("_state", "_norm", "_site", "_x", "_made", "_residual", "_versions", "_modes", "_value", "_spent")
 _set = object.__setattr__
 """Sets what is a `Pending`'s own. All other attributes are its tensor's."""
 
@@ -114,6 +135,7 @@ class Pending:
     """
 
     __slots__ = (*_OWN, "__weakref__")
+    _state: tuple[Any, ...]
     _norm: Any
     _site: Site
     _x: Tensor
@@ -127,6 +149,7 @@ class Pending:
     def __init__(
         self, norm: Any, site: Site, x: Tensor, made: dict[int, Pending], residual: Tensor | None = None
     ) -> None:
+        _set(self, "_state", state_of(norm))
         _set(self, "_norm", norm)
         _set(self, "_site", site)
         _set(self, "_x", x)
@@ -140,6 +163,8 @@ class Pending:
 
     @property  # type: ignore[misc]  # isinstance, match and functools.singledispatch ask for it
     def __class__(self) -> Any:
+        if applies(sys._getframe(1)):
+            raise RuntimeError(self._unforeseen("a torch.autograd.Function applied to its result"))
         if asks_for_class(sys._getframe(1).f_code):  # to answer Tensor would mislead torch, which asks, too
             raise RuntimeError(self._unforeseen("a question of the class of its result"))
         return type(self)
@@ -167,8 +192,14 @@ class Pending:
                 f"{type(norm).__name__}: got an input or a residual that was modified by an inplace operation before "
                 "the fused addition or activation; allowed: to convert the model without fuse"
             )
-        self._made.pop(id(self), None)
         again = self._spent
+        now = state_of(norm, not (again and norm.training and norm._learns))  # its own call has changed the statistics
+        if not same_state(self._state[: len(now)], now):
+            raise RuntimeError(
+                f"{type(norm).__name__}: got another mode, parameter, statistic or attribute than when it was called, "
+                "before its result was used; allowed: to convert the model without fuse"
+            )
+        self._made.pop(id(self), None)
         _set(self, "_spent", True)
         if again and norm.training and norm._learns:  # the running statistics have had this batch
             y = functional.batch_norm(x, None, None, norm.weight, norm.bias, True, 0.0, norm.eps)
@@ -371,7 +402,7 @@ class WaitingForward:
                         waiting.settled()  # running statistics take the batches in the order of the calls
                     if watched(args[0]) or _has_torch_function(args) or not norm._ends_with_norm():
                         break
-                    if _running.telling(made) is not None:
+                    if _running.telling(made) is not None or caught(sys._getframe(1), _RUN) is not None:
                         break
                     return Pending(norm, self.site, args[0], made)
         return forward(norm, *args, **kwargs)

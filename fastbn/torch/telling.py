@@ -10,10 +10,12 @@ modules that this code names. Python's library and torch are trusted: what they 
 from __future__ import annotations
 
 import builtins
+import contextlib
 import dis
 import enum
 import functools
 import inspect
+import itertools
 import operator
 import os
 import sys
@@ -22,7 +24,7 @@ from types import CodeType, FrameType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
-from torch import fx, nn, overrides
+from torch import autograd, fx, nn, overrides
 
 _TELLING: dict[int, str] = {
     id(type): "type()",
@@ -35,12 +37,16 @@ _TELLING: dict[int, str] = {
     id(overrides.has_torch_function_unary): "has_torch_function_unary()",
     id(overrides.has_torch_function_variadic): "has_torch_function_variadic()",
     id(fx.Proxy): "torch.fx.Proxy",
+    id(contextlib.suppress): "contextlib.suppress()",
 }
 """Objects that tell, by their identities."""
 
 _STATISTICS = {"running_mean", "running_var", "num_batches_tracked", "state_dict"}
 _STATISTICS |= {"_buffers", "buffers", "named_buffers", "get_buffer"}
 """Attributes by which code could see that the running statistics have not been updated yet."""
+
+_APPLY: CodeType = autograd.Function.apply.__func__.__code__
+"""It takes what stands for a tensor for something that has no gradient, since it looks for tensors in C."""
 
 _TRUSTED = tuple(os.path.dirname(str(module.__file__)) + os.sep for module in (os, torch))
 _OURS = os.path.dirname(os.path.dirname(__file__)) + os.sep
@@ -50,6 +56,7 @@ _ENDS = (StopIteration, StopAsyncIteration, GeneratorExit)
 _CALLABLE = (FunctionType, MethodType, functools.partial)
 _PLAIN = (type, FunctionType, ModuleType, enum.Enum, enum.property)
 _trusted: dict[int, tuple[CodeType, bool]] = {}
+_catching: dict[int, tuple[CodeType, bool]] = {}
 _known: dict[int, tuple[CodeType, str | None]] = {}
 """What was found out about code, by its identity, since its hash takes long. It is kept, so that the identity stays."""
 innocent: set[int] = set()
@@ -96,6 +103,35 @@ def asks_for_class(code: CodeType) -> bool:
     return any(step.opname == "MATCH_CLASS" for step in dis.get_instructions(code))
 
 
+def applies(frame: FrameType | None) -> bool:
+    """Whether the question of a class that comes from a frame is that of a torch.autograd.Function which is applied."""
+    for _ in range(3):
+        if frame is not None:
+            if frame.f_code is _APPLY:
+                return True
+            frame = frame.f_back
+    return False
+
+
+def catches(code: CodeType) -> bool:
+    """Whether code catches errors, or runs some of its own after one, otherwise than in a with statement."""
+    found = _catching.get(id(code))
+    if found is None:
+        names = [step.opname for step in dis.get_instructions(code)] if code.co_exceptiontable else []
+        handlers = {after for name, after in itertools.pairwise(names) if name == "PUSH_EXC_INFO"}
+        found = _catching[id(code)] = code, not handlers <= {"WITH_EXCEPT_START"}
+    return found[1]
+
+
+def caught(frame: FrameType | None, until: CodeType) -> str | None:
+    """What code between a frame and that which runs `until` would catch an error of a norm, in words."""
+    while frame is not None and frame.f_code is not until:
+        if not _is_trusted(frame.f_code) and catches(frame.f_code):
+            return _words(frame.f_code, "try")
+        frame = frame.f_back
+    return None
+
+
 class _Scan:
     """Finds what could tell in code, and in what it names. Each code is looked at once."""
 
@@ -118,8 +154,8 @@ class _Scan:
 
     def _values(self, values: Iterable[Any], code: CodeType) -> str | None:
         for value in values:
-            if id(value) in _TELLING:
-                return _words(code, _TELLING[id(value)])
+            if told := _told(value):
+                return _words(code, told)
             if issubclass(type(value), _CALLABLE) and (found := self._value(value)):  # isinstance would ask a proxy
                 return found
         return None
@@ -169,12 +205,21 @@ class _Scan:
                 value = _attribute(value if known else owner, step.argval)
             else:
                 value = None
-            found = _TELLING.get(id(value))
+            found = _told(value)
             text = _words(code, found) if found else self._value(value, owner)
             if text:
                 return text
         nested = [self._code(one, names, owner) for one in code.co_consts if isinstance(one, CodeType)]
         return next(filter(None, nested), None)
+
+
+def _told(value: Any) -> str | None:
+    """How an object tells, in words; None if it does not by itself."""
+    if issubclass(type(value), type) and issubclass(value, autograd.Function):
+        return "a torch.autograd.Function"
+    if type(value) is MethodType and getattr(value.__func__, "__code__", None) is _APPLY:
+        return "a torch.autograd.Function"
+    return _TELLING.get(id(value))
 
 
 def _is_filled(cell: Any) -> bool:
@@ -217,6 +262,8 @@ class Watch:
         self.found = self.found or self._scan.module(module)
 
     def _called(self, frame: FrameType, event: str, argument: Any) -> Any:
+        if frame.f_code is _APPLY:
+            self.found = self.found or _words(frame.f_code, "a torch.autograd.Function")
         if self.found or _is_trusted(frame.f_code):
             return None
         self.found = self._scan.frame(frame)

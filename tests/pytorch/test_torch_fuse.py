@@ -111,6 +111,30 @@ def by_suppressed_error(y: Any) -> Any:
     return y
 
 
+def by_fallback(s: Any, x: Any) -> Any:
+    try:
+        y = s.bn(x)
+    except ValueError:
+        y = x
+    return torch.relu(y)
+
+
+def changing(**values: Any) -> Any:
+    """A forward that changes attributes of the norm for its call alone."""
+
+    def forward(s: Any, x: Any) -> Any:
+        before = {name: vars(s.bn)[name] for name in values}
+        vars(s.bn).update(values)
+        y = s.bn(x)
+        vars(s.bn).update(before)
+        return torch.relu(y)
+
+    return forward
+
+
+CHANGES = {"training": False, "eps": 1.0, "momentum": 0.9, "track_running_stats": False, "_parameters": {}}
+
+
 class Doubler:
     of = type
 
@@ -251,6 +275,31 @@ def test_results_that_could_be_told(which: str) -> None:
     theirs.shift = torch.ones(SHAPE, dtype=torch.float64)
     check(theirs, fused(theirs, words))
     assert not any("forward" in vars(module) for module in fused(theirs).modules())
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_norms_that_change_for_a_call(name: str) -> None:
+    """Not fused; or an error, if the forward did not do so when it was recorded."""
+    value: Any = {"weight": None, "bias": None} if name == "_parameters" else CHANGES[name]
+    theirs = randomized(Block(changing(**{name: value}))).double()
+    assert "fused with" not in str(report_of(theirs))
+    check(theirs, fused(theirs, "the forward changes its mode, its parameters or another of its attributes"))
+    ours = fused(Block(lambda s, x: torch.relu(s.bn(x))).double(), "fused with relu")
+    ours.run = changing(**{name: value})
+    with pytest.raises(RuntimeError, match="BatchNorm2d: got another mode, parameter, statistic or attribute than"):
+        ours(data(SHAPE, dtype=torch.float64))
+
+
+def test_errors_that_are_caught() -> None:
+    """A norm in a try statement must raise there."""
+    theirs = randomized(Block(by_fallback)).double()
+    ours = fused(theirs, "by_fallback uses try")
+    check(theirs, ours)
+    x = data((6, 6), dtype=torch.float64)
+    torch.testing.assert_close(ours(x), torch.relu(x))
+    later = fused(Block(lambda s, x: torch.relu(s.bn(x))).double(), "fused with relu")
+    later.run = by_fallback
+    torch.testing.assert_close(later(x), torch.relu(x))
 
 
 @pytest.mark.parametrize("which", RIGHT)
