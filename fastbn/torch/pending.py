@@ -315,6 +315,21 @@ def _each(values: Any, of: Callable[[Pending], Any]) -> Any:
     return values
 
 
+def _returned(values: Any) -> Any:
+    """The same result with tensors in the place of what waits; objects are changed in place, one level deep."""
+    if type(values) in (Pending, tuple, list, dict):
+        return _each(values, Pending.settled)
+    if issubclass(type(values), tuple) and hasattr(values, "_make"):
+        return values._make(_returned(value) for value in values)
+    if issubclass(type(values), (Tensor, nn.Module)):
+        return values
+    for own in (values if issubclass(type(values), dict) else {}, getattr(values, "__dict__", {})):
+        for name, value in list(own.items()) if issubclass(type(own), dict) else ():
+            if type(value) in (Pending, tuple, list, dict):
+                own[name] = _each(value, Pending.settled)
+    return values
+
+
 # The forwards --------------------------------------------------------------------------------------------------------
 
 
@@ -351,6 +366,12 @@ class _Running(threading.local):
 
 
 _running = _Running()
+_MODULE = nn.modules.module.__file__
+
+
+def _called(module: Any, frame: Any) -> Any:
+    """The module that is called, which is another one if it is a shallow copy, since it has the same forward then."""
+    return frame.f_locals.get("self", module) if frame.f_code.co_filename == _MODULE else module
 
 
 class FusedForward:
@@ -363,9 +384,9 @@ class FusedForward:
         self.module, self.sites, self.parts = module, sites, parts
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        module = self.module
+        module = self.module if _is_compiling() else _called(self.module, sys._getframe(1))
         forward = type(module).forward
-        if _is_compiling() or has_hooks_for_all():
+        if module is not self.module or _is_compiling() or has_hooks_for_all():
             return forward(module, *args, **kwargs)
         for parent, name, part in self.parts:
             if parent._modules.get(name) is not part or has_hooks(part):
@@ -376,7 +397,7 @@ class FusedForward:
         made: dict[int, Pending] = {}
         _running.stack.append((self.sites, made))
         try:
-            result = _each(forward(self.module, *args, **kwargs), Pending.settled)
+            result = _returned(forward(self.module, *args, **kwargs))
             for waiting in list(made.values()):
                 waiting.settled()
         finally:
@@ -394,8 +415,16 @@ class WaitingForward:
         self.norm, self.site = norm, site
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        norm, forward = self.norm, type(self.norm).forward
-        if len(args) == 1 and not kwargs and not _is_compiling() and type(args[0]) is Tensor and forward in FORWARDS:
+        norm = self.norm if _is_compiling() else _called(self.norm, sys._getframe(1))
+        forward = type(norm).forward
+        if (
+            norm is self.norm
+            and len(args) == 1
+            and not kwargs
+            and not _is_compiling()
+            and type(args[0]) is Tensor
+            and forward in FORWARDS
+        ):
             for sites, made in reversed(_running.stack):
                 if self.site in sites:
                     for waiting in [one for one in made.values() if one._norm is norm]:

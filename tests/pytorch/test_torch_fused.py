@@ -9,7 +9,9 @@ import io
 import pickle
 import threading
 import weakref
-from typing import Any
+from collections import OrderedDict
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
 from torch_cases import Residual, as_found, assert_agree, data, randomized, torch
@@ -234,6 +236,32 @@ def test_no_gradient_is_lost() -> None:
         ours(data(SHAPE, dtype=torch.float64))
     ours = fastbn.torch.convert_batchnorm(fastbn.torch.revert_batchnorm(ours), fuse=True)
     check(theirs, ours)
+
+
+def test_shallow_copies() -> None:
+    """They have the same forward as the model, and other parameters."""
+    ours = fused(randomized(nn.Sequential(nn.BatchNorm2d(6), nn.ReLU())).double(), "fused with relu")
+    x = data(SHAPE, dtype=torch.float64)
+    other, norm = copy.copy(ours), copy.copy(ours[0])
+    norm._parameters = {"weight": None, "bias": None}
+    other._modules = {"0": norm, "1": nn.Tanh()}
+    wanted = functional.batch_norm(x, None, None, training=True)
+    torch.testing.assert_close(norm(x), wanted)
+    torch.testing.assert_close(other(x), torch.tanh(wanted))
+
+
+class Named(NamedTuple):
+    y: Any
+
+
+def test_objects_that_leave() -> None:
+    """What is in them is computed, if the forward takes such a way later."""
+    ours = fused(Block(lambda s, x: torch.relu(s.bn(x))).double(), "fused with relu")
+    for made in (Named, lambda y: Named([y]), lambda y: SimpleNamespace(y=y), lambda y: OrderedDict(y=y)):
+        ours.run = lambda s, x, made=made: made(s.bn(x))
+        found = ours(data(SHAPE, dtype=torch.float64))
+        y = found["y"] if isinstance(found, dict) else found.y
+        assert type(y[0] if isinstance(y, list) else y) is torch.Tensor
 
 
 def test_inputs_that_change_are_noticed() -> None:
