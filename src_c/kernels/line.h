@@ -44,19 +44,14 @@ FBN_INLINE vec NAME(centre)(vec x, const NAME(constants) * k, NAME(parts) p) {
     return p.usual ? vadd(x, k->neg_mean) : vfma(x, k->prescale, k->neg_mean);
 }
 
-/* d * scale + shift + low. */
-FBN_INLINE vec NAME(on_line)(vec d, vec shift, vec low, const NAME(constants) * k, NAME(parts) p) {
-    return p.usual ? vline(d, k->scale, shift, low) : vadd(vfma(d, k->scale, shift), low);
-}
-
 /* z, the argument of the activation. shift_low is added last, since it matters where y is near the shift. A residual
  * may cancel the shift, so the rounding error of their sum is kept (Knuth's two-sum), unless the sum is infinite. */
 FBN_INLINE vec NAME(preactivation)(vec x, vec residual, const NAME(constants) * k, NAME(parts) p) {
     const vec d = NAME(centre)(x, k, p);
-    if (!p.has_residual) return NAME(on_line)(d, k->shift, k->shift_low, k, p);
+    if (!p.has_residual) return vline(d, k->scale, k->shift, k->shift_low);
     const vec sum = vadd(k->shift, residual), back = vsub(sum, k->shift);
     const vec lost = vadd(vsub(k->shift, vsub(sum, back)), vsub(residual, back));
-    return NAME(on_line)(d, sum, vzero_nan(vadd(lost, k->shift_low)), k, p);
+    return vline(d, k->scale, sum, vzero_nan(vadd(lost, k->shift_low)));
 }
 
 /* n <= WIDTH elements, followed by zeros. In loops, n is the constant WIDTH. */

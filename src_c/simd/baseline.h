@@ -11,8 +11,7 @@
  *   T_add, T_mul, T_sub   lane by lane
  *   T_fma(a, b, c)        a * b + c, rounded once. Here float32 is computed in float64, where the product is exact, and
  *                         float64 is rounded twice.
- *   T_line(a, b, c, low)  (a * b + c) + low, where the product is not rounded, or by far less than the sums, if
- *                         |b| is from 2^-60 to 2^60, or 0
+ *   T_line(a, b, c, low)  (a * b + c) + low, where the product is not rounded, or by far less than the sums
  *   T_muladd(a, b, c)     a * b + c, rounded once or twice, whichever is faster
  *   T_relu(a)             0 where a < 0, else a (so NaN stays)
  *   T_zero_nan(a)         0 where a is NaN, else a
@@ -238,29 +237,29 @@ FBN_INLINE f32_wide f32_wide_keep_if_positive(f32_wide z, f32_wide a) {
 FBN_INLINE f32_vec f32_fma(f32_vec a, f32_vec b, f32_vec c) {
     return f32_narrow(f32_wide_fma(f32_widen(a), f32_widen(b), f32_widen(c)));
 }
-static inline int f32_all_finite(f32_vec a) {
-    const f32_lanes finite = EACH(a - a == 0);
+/* Whether all lanes are -1. */
+static inline int f32_all(f32_lanes a) {
 #ifdef __SSE2__
     __m128 mask;
-    memcpy(&mask, &finite, sizeof mask);
+    memcpy(&mask, &a, sizeof mask);
     return _mm_movemask_ps(mask) == 15;
 #else
-    int all = 1;
-    int32_t lane[F32_WIDTH];
-    memcpy(lane, &finite, sizeof lane);
+    int32_t lane[F32_WIDTH], all = -1;
+    memcpy(lane, &a, sizeof lane);
     for (int i = 0; i < F32_WIDTH; i++) all &= lane[i];
-    return all != 0;
+    return all == -1;
 #endif
 }
 /* The 12 upper bits of a and b have an exact product (Dekker 1971), to which the rest is added last, with the low part.
- * This is faster than float64, to which SSE2 converts two values at a time. Where a product overflows, or a or b is not
- * finite, float64 is needed. */
+ * This is faster than float64, to which SSE2 converts two values at a time. Lanes need float64 where the product
+ * overflows, where something is not finite, or where b is so small that the rest would be subnormal. */
 static inline f32_vec f32_upper_bits(f32_vec a) { return f32_of_bits(f32_bits(a) & ~0xfff); }
 FBN_INLINE f32_vec f32_line(f32_vec a, f32_vec b, f32_vec c, f32_vec low) {
     const f32_vec a_upper = f32_upper_bits(a), b_upper = f32_upper_bits(b);
     const f32_vec rest = a_upper * (b - b_upper) + (a - a_upper) * b;
     const f32_vec sum = (a_upper * b_upper + c) + (rest + low);
-    return f32_all_finite(sum) ? sum : f32_fma(a, b, c) + low;
+    const f32_lanes good = EACH(sum - sum == 0) & EACH(b * b > 0x1p-120f);
+    return f32_all(good) ? sum : f32_where(good, sum, f32_fma(a, b, c) + low);
 }
 FBN_INLINE f32_vec f32_muladd(f32_vec a, f32_vec b, f32_vec c) { return a * b + c; }
 

@@ -47,10 +47,10 @@ def test_demo_takes_its_options(monkeypatch):
     with fastbn.use_num_threads(3):
         assert cli.main(["demo"]) == 0
         assert cli.main(["demo", "--quick", "--seeds", "4", "--output", "x.png"]) == 0
-    assert asked[0] == (report.FULL, "fastbn-demo.png", 3)
+    assert asked[0] == (report.FULL, "fastbn-demo.png", 3, None)
     assert asked[1][0].seeds == 4
     assert asked[1][0].rates == report.QUICK.rates
-    assert asked[1][1:] == ("x.png", 1)
+    assert asked[1][1:] == ("x.png", 1, None)
 
 
 @pytest.mark.parametrize("rest", [["--help"], ["--quick", "--", "-x"], []])
