@@ -61,7 +61,9 @@ typedef uint16_t half_lanes __attribute__((vector_size(8)));
 #define EACH(comparison) (comparison)
 #define CONVERT(a, type) __builtin_convertvector(a, type)
 static inline f32_half f32_lower(f32_vec a) { return (f32_half){a[0], a[1]}; }
-#ifdef __SSE2__ /* GCC compiles {a[2], a[3]} to four instructions */
+#ifdef __SSE2__
+#define FBN_SSE2 1
+/* GCC compiles {a[2], a[3]} to four instructions. */
 static inline f32_half f32_upper(f32_vec a) { return f32_lower(_mm_movehl_ps(a, a)); }
 #else
 static inline f32_half f32_upper(f32_vec a) { return (f32_half){a[2], a[3]}; }
@@ -191,7 +193,7 @@ static inline f32_vec f32_where(f32_lanes condition, f32_vec a, f32_vec b) {
     return f32_of_bits((condition & f32_bits(a)) | (~condition & f32_bits(b)));
 }
 FBN_INLINE f32_vec f32_where_less(f32_vec a, f32_vec b, f32_vec c, f32_vec d) { return f32_where(EACH(a < b), c, d); }
-#ifdef __SSE2__
+#ifdef FBN_SSE2
 FBN_INLINE f32_vec f32_min(f32_vec a, f32_vec b) { return _mm_min_ps(a, b); }
 FBN_INLINE f32_vec f32_max(f32_vec a, f32_vec b) { return _mm_max_ps(a, b); }
 #else
@@ -239,7 +241,7 @@ FBN_INLINE f32_vec f32_fma(f32_vec a, f32_vec b, f32_vec c) {
 }
 /* Whether all lanes are -1. */
 static inline int f32_all(f32_lanes a) {
-#ifdef __SSE2__
+#ifdef FBN_SSE2
     __m128 mask;
     memcpy(&mask, &a, sizeof mask);
     return _mm_movemask_ps(mask) == 15;
