@@ -10,12 +10,12 @@ ASKED = "<!-- the tables of bench/results -->"
 
 
 def _insert(app: Sphinx, name: str, source: list[str]) -> None:
-    """Puts the files in place of the comment, with their headings two levels lower."""
+    """Puts the files in place of the comment, with their headings one level lower."""
     if ASKED not in source[0]:
         return
     folder = Path(app.srcdir).parent / "bench" / "results"
     texts = [path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.md"))]
-    source[0] = source[0].replace(ASKED, re.sub(r"^(?=#+ )", "##", "\n\n".join(texts), flags=re.MULTILINE))
+    source[0] = source[0].replace(ASKED, re.sub(r"^(?=#+ )", "#", "\n\n".join(texts), flags=re.MULTILINE))
 
 
 def setup(app: Sphinx) -> dict[str, Any]:

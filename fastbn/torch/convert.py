@@ -66,7 +66,10 @@ def convert_batchnorm(
     model : torch.nn.Module
         The model, or a layer.
     fuse : bool
-        Whether to fuse what follows the norms.
+        Whether to fuse what follows the norms. A model of which code, functions or lists of functions are exchanged
+        after the conversion must be converted again: what comes later and takes another way by the class of a norm's
+        result (`type(y) is torch.Tensor`) is not always noticed. The same is true of containers that hold `type`, and
+        of torch.autograd.graph.saved_tensors_hooks around the activation alone.
     report : list, optional
         Gets an entry for each batch norm in the model, with the attributes `name` (of the layer in the model), `layer`
         (the class it had), `converted` (True or False) and `note` (what was done, and why not more). str(entry) is a
