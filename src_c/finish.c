@@ -7,6 +7,10 @@
 #include "job.h"
 #include "values.h"
 
+/* Values that are converted from or to another dtype, or blended, at a time. */
+enum { SOME = 64 };
+static int64_t some(int64_t n) { return n < SOME ? n : SOME; }
+
 static fbn_dtype statistics_dtype(const fbn_job *j) { return j->p->dtype == FBN_F64 ? FBN_F64 : FBN_F32; }
 
 /* ---- before a reduction ---- */
@@ -70,30 +74,25 @@ static void total(fbn_job *j, int64_t c0, int64_t c1) {
 
 /* ---- forward ---- */
 
-/* The mean and the variance of the batch, from the sums about the origin. The sum of squares about the mean replaces
- * that about the origin. */
+/* The statistics of the batch, from the sums about the origin. */
 static void set_moments(fbn_job *j, int64_t c0, int64_t c1) {
     const int64_t C = j->p->channels;
-    const double count = j->count, *origin = j->origin;
-    double *sums = fbn_first_sums(j), *squares = fbn_second_sums(j);
-    double *mean = j->saved + FBN_MEAN * C, *low = j->saved + FBN_MEAN_LOW * C, *var = j->saved + FBN_VAR * C;
+    double *saved = j->saved + c0;
     total(j, c0, c1);
-    for (int64_t c = c0; c < c1; c++) {
-        const double offset = sums[c] / count, m2 = squares[c] - sums[c] * offset;
-        mean[c] = origin[c] + offset;
-        /* What the addition rounded away (Knuth's two-sum), or 0 where the sum was infinite. */
-        const double back = mean[c] - origin[c], lost = (origin[c] - (mean[c] - back)) + (offset - back);
-        low[c] = lost == lost ? lost : 0;
-        squares[c] = m2 < 0 ? 0 : m2;
-        var[c] = squares[c] / count;
-    }
+    j->kernels->set_moments(j->origin + c0, fbn_first_sums(j) + c0, j->count, c1 - c0, fbn_second_sums(j) + c0,
+                            saved + FBN_MEAN * C, saved + FBN_MEAN_LOW * C, saved + FBN_VAR * C);
 }
 
 /* Moves a running statistic towards that of the batch, batch[c] * factor. */
 static void blend(void *running, const double *batch, double factor, const fbn_running *r, int64_t c0, int64_t c1) {
-    for (int64_t c = c0; c < c1; c++)
-        fbn_put(running, c, (1 - r->momentum) * fbn_get(running, c, r->dtype) + r->momentum * (batch[c] * factor),
-                r->dtype);
+    const double momentum = r->momentum, kept = 1 - momentum;
+    for (int64_t c = c0, n; c < c1; c += n) {
+        double values[SOME];
+        n = some(c1 - c);
+        fbn_get_all(running, c, r->dtype, n, values);
+        for (int64_t k = 0; k < n; k++) values[k] = kept * values[k] + momentum * (batch[c + k] * factor);
+        fbn_put_all(running, c, r->dtype, n, values);
+    }
 }
 
 static void update_running(const fbn_job *j, int64_t c0, int64_t c1) {
@@ -109,18 +108,13 @@ static void set_row(fbn_job *j, int row, const void *array, fbn_dtype dtype, dou
     double *to = j->saved + row * j->p->channels;
     if (!array)
         for (int64_t c = c0; c < c1; c++) to[c] = absent;
-    else
-        for (int64_t c = c0; c < c1; c++) to[c] = fbn_get(array, c, dtype);
+    else fbn_get_all(array, c0, dtype, c1 - c0, to + c0);
 }
 
 /* Fills the other rows of `saved`, which has the statistics, and the constants of the map. */
 void fbn_finish_applied(fbn_job *j, int64_t c0, int64_t c1) {
-    const double *var = j->saved + FBN_VAR * j->p->channels, eps = j->eps;
-    double *inv_std = j->saved + FBN_INV_STD * j->p->channels;
-    for (int64_t c = c0; c < c1; c++) {
-        const double inverse = 1 / sqrt(var[c] + eps);
-        inv_std[c] = var[c] + eps == 0 ? 0 : inverse;
-    }
+    const int64_t C = j->p->channels;
+    j->kernels->invert(j->saved + FBN_VAR * C + c0, j->eps, c1 - c0, j->saved + FBN_INV_STD * C + c0);
     set_row(j, FBN_GAMMA, j->parameters.gamma, j->parameters.dtype, 1, c0, c1);
     set_row(j, FBN_BETA, j->parameters.beta, j->parameters.dtype, 0, c0, c1);
     set_lines(j, c0, c1);
@@ -161,8 +155,13 @@ static void total_gradient(fbn_job *j, int64_t c0, int64_t c1) {
 /* The gradients of gamma and beta, and the constants of dx. */
 static void finish_known_sums(fbn_job *j, int64_t c0, int64_t c1) {
     const double *sums = fbn_first_sums(j), *products = fbn_second_sums(j), *inv_std = known_row(j, FBN_INV_STD);
-    for (int64_t c = c0; j->dgamma && c < c1; c++) fbn_put(j->dgamma, c, products[c] * inv_std[c], statistics_dtype(j));
-    for (int64_t c = c0; j->dbeta && c < c1; c++) fbn_put(j->dbeta, c, sums[c], statistics_dtype(j));
+    for (int64_t c = c0, n; j->dgamma && c < c1; c += n) {
+        double values[SOME];
+        n = some(c1 - c);
+        for (int64_t k = 0; k < n; k++) values[k] = products[c + k] * inv_std[c + k];
+        fbn_put_all(j->dgamma, c, statistics_dtype(j), n, values);
+    }
+    if (j->dbeta) fbn_put_all(j->dbeta, c0, statistics_dtype(j), c1 - c0, sums + c0);
     const fbn_channels known = known_at(j, c0);
     const fbn_constants constants = fbn_constants_at(j, c0);
     j->kernels->set_gradient(&known, sums + c0, products + c0, j->count, c1 - c0, &constants);

@@ -40,7 +40,7 @@ typedef struct {
 struct fbn_job {
     const fbn_problem *p;
     const fbn_operation *operation;
-    const fbn_dtype_kernels *kernels;
+    const fbn_dtype_kernels *kernels, *sums; /* `sums` has the loops of sums */
     fbn_split split;
 
     /* The large arrays. */

@@ -75,6 +75,14 @@ typedef struct {
 typedef void fbn_set_origin(const void *first, const void *middle, const void *last, int64_t n, int64_t apart,
                             double *origin);
 
+/* The statistics of n channels, from the sums of x - origin and of its square: the mean in two pieces, the variance,
+ * and in the place of the sum of squares that about the mean. */
+typedef void fbn_set_moments(const double *origin, const double *sums, double count, int64_t n, double *squares,
+                             double *mean, double *mean_low, double *var);
+
+/* inv_std = 1 / sqrt(var + eps), or 0 where that would be infinite. */
+typedef void fbn_invert(const double *var, double eps, int64_t n, double *inv_std);
+
 /* Computes the constants of y for n channels. */
 typedef void fbn_set_line(const fbn_channels *known, int64_t n, const fbn_constants *constants);
 
@@ -105,6 +113,7 @@ typedef struct {
     int usual;      /* all prescales and postscales are 1, and are not read */
     int exact;      /* there is no residual, and all shift_low are 0, and are not read */
     int frozen, stream;
+    int64_t inner; /* joined planes: the elements of one */
     fbn_walk walk;
 } fbn_operands;
 
@@ -112,10 +121,10 @@ typedef struct {
 typedef struct {
     int64_t at, n, c;      /* n elements from element `at` on, which is of channel or column c */
     int64_t period;        /* maps of columns: these recur after so many, and the constants of the first FBN_CHANNEL_PAD
-                            * are repeated behind the last, so that a vector may reach into the next period */
+                            * are repeated behind the last, so that a vector may reach into the next period. Joined
+                            * planes: columns are the elements of an image */
     int64_t rows, apart;   /* so many such stretches, `apart` elements from each other. Sums of columns add them up, and
                             * c is 0; other loops take one after another: in maps, apart is whole cache lines */
-    int64_t left;          /* joined planes of `period` elements: how many elements are of channel c */
     double *sums, *others; /* where sums are added: a value per column, or FBN_LANES lanes, those of the next stretch
                             * 2 * FBN_LANES further */
 } fbn_stretch;
@@ -145,6 +154,8 @@ typedef void fbn_fence(void);
 
 typedef struct {
     fbn_set_origin *set_origin;
+    fbn_set_moments *set_moments;
+    fbn_invert *invert;
     fbn_set_line *set_line;
     fbn_set_gradient *set_gradient;
     fbn_spread *spread;
@@ -154,9 +165,11 @@ typedef struct {
     fbn_fence *fence;
 } fbn_dtype_kernels;
 
+/* `of` and `sums` are indexed by fbn_dtype. `sums` has the loops of sums, which may be those of another instruction
+ * set: they have the same bits. */
 struct fbn_kernels {
     const char *name;
-    const fbn_dtype_kernels *of[4]; /* indexed by fbn_dtype */
+    const fbn_dtype_kernels *const *of, *const *sums;
 };
 
 #endif

@@ -49,20 +49,12 @@ int64_t fbn_believed_cache(int level, const int64_t *answers, int n) {
 /* ---- the processor ---- */
 
 #if defined(FBN_CPUID)
-/* Whether the processor's name, AuthenticAMD or HygonGenuine, ends in "cAMD" or "uine". */
-static int is_amd(void) {
-    enum { AMD = 0x444d4163, HYGON = 0x656e6975 };
-    uint32_t answer[4];
-    fbn_cpuid(0, 0, answer);
-    return answer[2] == AMD || answer[2] == HYGON;
-}
-
 /* AMD and Hygon have a cache leaf of their own. */
 static uint32_t cache_leaf(void) {
     uint32_t answer[4], last;
     fbn_cpuid(0, 0, answer);
     last = answer[0];
-    const uint32_t leaf = is_amd() ? 0x8000001Du : 4;
+    const uint32_t leaf = fbn_is_amd() ? 0x8000001Du : 4;
     if (leaf == 4) return last >= leaf ? leaf : 0;
     fbn_cpuid(0x80000000u, 0, answer);
     return answer[0] >= leaf ? leaf : 0;
@@ -79,7 +71,7 @@ static int64_t cache_of_processor(int level) {
     return 0;
 }
 #else
-static int is_amd(void) { return 0; }
+static int fbn_is_amd(void) { return 0; }
 
 static int64_t cache_of_processor(int level) {
     (void)level;
@@ -196,11 +188,10 @@ int64_t fbn_cache_bytes(int level) {
     return believed ? believed : fbn_believed_cache(level, &last, 1);
 }
 
-/* By measurement: AMD's Zen 4 reads rows best in one stream, and planes in turns of 512 bytes. Others get the defaults,
- * which were best on Intel's Ice Lake. */
+/* By measurement on AMD's Zen 4. Others get the defaults, which were chosen on Intel's Ice Lake. */
 static fbn_habits habits_of_processor(void) {
-    const fbn_habits usual = {0, 0, 0, 0, 0, 0}, amd = {.streams = 8, .row_streams = 2, .turn = 512, .ahead = 256};
-    return is_amd() ? amd : usual;
+    const fbn_habits usual = {0, 0, 0, 0, 0, 0}, amd = {.streams = 8, .row_streams = 2, .turn = 512, .ahead = 3072};
+    return fbn_is_amd() ? amd : usual;
 }
 
 fbn_machine fbn_this_machine(void) {

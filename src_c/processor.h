@@ -28,4 +28,21 @@ static inline uint32_t fbn_xgetbv(void) {
 }
 #endif
 
+#if defined(FBN_CPUID)
+/* Whether the processor's name, AuthenticAMD or HygonGenuine, ends in "cAMD" or "uine". */
+static inline int fbn_is_amd(void) {
+    enum { AMD = 0x444d4163, HYGON = 0x656e6975 };
+    uint32_t answer[4];
+    fbn_cpuid(0, 0, answer);
+    return answer[2] == AMD || answer[2] == HYGON;
+}
+
+static inline uint32_t fbn_family(void) {
+    uint32_t answer[4];
+    fbn_cpuid(1, 0, answer);
+    const uint32_t family = answer[0] >> 8 & 15, extended = answer[0] >> 20 & 255;
+    return family == 15 ? family + extended : family;
+}
+#endif
+
 #endif

@@ -37,12 +37,12 @@ static void map_units(const fbn_job *j, int64_t first, int64_t last, const fbn_p
 /* After a reduction the map goes from the end backwards, since the reduction has left the end in the cache. */
 static void map(const fbn_job *j, int64_t u0, int64_t u1, int64_t c0, int64_t c1, void *room) {
     const int64_t chunk = fbn_chunk(&j->split, c1 - c0), chunks = divide_up(u1 - u0, chunk);
-    const int one_panel = c1 - c0 <= j->split.panel;
+    const int one_panel = c1 - c0 <= j->split.map_panel;
     fbn_panel panel;
     for (int64_t k = 0; k < chunks; k++) {
         const int64_t first = u0 + (j->operation->reduce ? chunks - 1 - k : k) * chunk;
-        for (int64_t c = c0; c < c1; c += j->split.panel) {
-            if (k == 0 || !one_panel) panel = fbn_panel_to_map(j, c, smaller(c + j->split.panel, c1), room);
+        for (int64_t c = c0; c < c1; c += j->split.map_panel) {
+            if (k == 0 || !one_panel) panel = fbn_panel_to_map(j, c, smaller(c + j->split.map_panel, c1), room);
             map_units(j, first, smaller(first + chunk, u1), &panel);
         }
     }

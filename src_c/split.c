@@ -4,17 +4,19 @@
 #include "values.h"
 
 enum {
-    SEGMENT = 32768,       /* the least values of a channel in a channels-first segment; those in a cut plane's piece */
-    SEGMENT_ROWS = 128,    /* the least rows in a channels-last segment, counted after joining */
-    SEGMENTS_MOST = 64,    /* the most channels-last segments */
-    SMALL_PLANE = 512,     /* planes of fewer elements are taken as columns */
-    LEAST_JOINED = 16,     /* planes of so many elements can be joined: they are no shorter than a vector */
-    SMALL_PLANES = 64,     /* the small planes of a channel that are mapped at a time */
-    JOINED = 512,          /* shorter rows are joined to so many columns, ... */
-    JOINED_MOST = 1024,    /* ... and to whole vectors if that takes no more columns than these */
-    BLOCK_CHANNELS = 64,   /* the most channels in a channels-first block */
-    CHUNK = 1 << 18,       /* bytes of rows that are mapped at a time, on the way from the end backwards */
-    LARGE_CHUNK = 1 << 22, /* the same where memory, not a cache, is read: changes of direction are slow there */
+    SEGMENT = 32768,    /* the least values of a channel in a channels-first segment; those in a cut plane's piece */
+    SEGMENT_ROWS = 128, /* the least rows in a channels-last segment, counted after joining */
+    SEGMENTS_MOST = 64, /* the most channels-last segments */
+    SMALL_PLANE = 512,  /* planes of fewer elements are taken as columns */
+    LEAST_JOINED = 32,  /* planes of so many elements can be joined: some vectors lie within one */
+    STRETCH = 4096,     /* the elements of a unit of joined planes */
+    SMALL_PLANES = 64,  /* the small planes of a channel that are mapped at a time */
+    MAPPED_CHANNELS = 1024,    /* the most channels of rows that are mapped at a time */
+    JOINED = 512,              /* shorter rows are joined to so many columns, ... */
+    JOINED_MOST = 1024,        /* ... and to whole vectors if that takes no more columns than these */
+    BLOCK_CHANNELS = 64,       /* the most channels in a channels-first block */
+    CHUNK = 1 << 18,           /* bytes of rows that are mapped at a time, on the way from the end backwards */
+    LARGE_CHUNK = 1 << 22,     /* the same where memory, not a cache, is read: changes of direction are slow there */
     CHANNELS_TO_SHARE = 16384, /* from so many channels on, threads share what is done once per channel */
     PART_OF_CACHE = 8,         /* a result larger than this part of the shared cache is written around it */
     LONGEST_TURN = 1 << 20     /* bytes */
@@ -48,15 +50,23 @@ static int64_t panel_of(const fbn_split *s) {
 /* The bytes of a channel in all the arrays that a call reads. */
 static int64_t channel_bytes(const fbn_split *s, int arrays) { return s->outer * s->inner * s->elem * arrays; }
 
-/* Channels in a block: as many as fill a third of a core's cache, which leaves room for what is fetched ahead and for
- * the results. Fewer small planes than a panel has would be slow. */
+/* Channels in a block: as many as fill two thirds of a core's cache, or a third if they are small planes, which leaves
+ * room for what is fetched ahead and for the results. Fewer small planes than a panel has would be slow. */
 static int64_t block_of(const fbn_split *s, const fbn_machine *machine, int arrays) {
-    const int64_t room = machine->habits.block > 0 ? machine->habits.block : machine->core_cache / 3;
+    const int64_t usual = machine->core_cache / 3 * (s->columns ? 1 : 2);
+    const int64_t room = machine->habits.block > 0 ? machine->habits.block : usual;
     const int64_t fit = room / larger(channel_bytes(s, arrays), 1), panel = s->columns && !s->rows ? panel_of(s) : 1;
-    if (s->rows) return s->channels;
+    if (s->rows || s->stretches) return s->channels;
     if (s->cuts > 1) return 1;
     const int64_t most = smaller(smaller(divide_up(s->channels, s->threads), fit), BLOCK_CHANNELS);
     return smaller(larger(in_steps(in_steps(most, FBN_CHANNEL_PAD), panel), panel), larger(s->channels, 1));
+}
+
+/* The channels of rows that are mapped at a time: their constants stay in the nearest cache. Long pieces of rows are
+ * worth more where they are read from memory. */
+static int64_t map_panel_of(const fbn_split *s) {
+    if (s->channels <= (s->large ? 2 : 1) * MAPPED_CHANNELS) return s->channels;
+    return round_up(divide_up(s->channels, divide_up(s->channels, MAPPED_CHANNELS)), FBN_CHANNEL_PAD);
 }
 
 /* Going block by block saves memory traffic, but the blocks must divide well among the threads: at most two
@@ -75,13 +85,14 @@ int64_t fbn_joined(int64_t channels) { return fbn_padded(channels * repeat_of(ch
 
 static int64_t or_usual(int64_t habit, int64_t usual) { return habit ? habit : usual; }
 
-/* What is in a cache is read best without streams. A turn is a multiple of FBN_LANES elements of any dtype. */
-static fbn_walk walk_of(const fbn_habits *h, int large) {
+/* What is in a cache is read best without streams: rows are if x and the result fit into it. A turn is a multiple of
+ * FBN_LANES elements of any dtype. */
+static fbn_walk walk_of(const fbn_habits *h, int large, int beyond_cache) {
     const int64_t turn = smaller(or_usual(h->turn, 256), LONGEST_TURN);
     return (fbn_walk){.streams = large ? or_usual(h->streams, FBN_IMAGES) : 1,
-                      .row_streams = large ? smaller(or_usual(h->row_streams, 4), FBN_IMAGES) : 1,
+                      .row_streams = beyond_cache ? smaller(or_usual(h->row_streams, 4), FBN_IMAGES) : 1,
                       .turn = in_steps(larger(turn, FBN_LANES * 8), FBN_LANES * 8),
-                      .ahead = smaller(larger(or_usual(h->ahead, 512), 0), LONGEST_TURN)};
+                      .ahead = smaller(larger(or_usual(h->ahead, 1024), 0), LONGEST_TURN)};
 }
 
 /* Whether a result of so many bytes is written around the cache. That saves the read of each line that is written, but
@@ -95,16 +106,18 @@ fbn_split fbn_split_of(const fbn_problem *p, int arrays, fbn_kind kind) {
     fbn_split s = {.outer = p->outer, .channels = p->channels, .inner = p->inner};
     const int64_t values = p->outer * p->channels * p->inner;
     s.rows = p->inner == 1;
-    s.joins = kind == FBN_MAPS && p->inner >= LEAST_JOINED && p->inner < SMALL_PLANE;
-    s.columns = s.rows || (p->inner > 1 && p->inner < SMALL_PLANE && kind == FBN_REDUCES);
+    s.stretches = kind == FBN_MAPS && p->inner >= LEAST_JOINED;
+    s.columns = s.rows || (p->inner > 1 && kind != FBN_MASKED && !s.stretches && p->inner < SMALL_PLANE);
+    s.joins = s.stretches || (s.columns && !s.rows && p->inner >= LEAST_JOINED);
     s.repeat = s.rows && values >= FBN_WORTH_JOINING ? repeat_of(p->channels) : 1;
     s.real = p->dtype == FBN_F64 ? 8 : 4;
     s.elem = (int64_t)fbn_element(p->dtype);
-    s.cut = p->inner <= 2 * SEGMENT ? p->inner : SEGMENT;
-    s.cuts = s.rows ? 1 : divide_up(p->inner, larger(s.cut, 1));
-    s.units = p->outer * s.cuts;
-    s.segment = s.rows ? larger(SEGMENT_ROWS * s.repeat, divide_up(s.units, SEGMENTS_MOST))
-                       : larger(FBN_IMAGES, SEGMENT / larger(s.cut, 1));
+    s.cut = s.stretches ? STRETCH : p->inner <= 2 * SEGMENT ? p->inner : SEGMENT;
+    s.cuts = s.rows || s.stretches ? 1 : divide_up(p->inner, larger(s.cut, 1));
+    s.units = s.stretches ? divide_up(values, STRETCH) : p->outer * s.cuts;
+    s.segment = s.stretches ? larger(s.units, 1)
+                : s.rows    ? larger(SEGMENT_ROWS * s.repeat, divide_up(s.units, SEGMENTS_MOST))
+                            : larger(FBN_IMAGES, SEGMENT / larger(s.cut, 1));
     s.segments = larger(1, divide_up(s.units, s.segment));
     s.padded = fbn_padded(p->channels);
     s.joined = fbn_joined(p->channels);
@@ -112,9 +125,10 @@ fbn_split fbn_split_of(const fbn_problem *p, int arrays, fbn_kind kind) {
     s.block = block_of(&s, p->machine, arrays);
     s.by_channels = by_channels(&s, p->machine, arrays);
     s.panel = s.rows || !s.columns ? s.block : smaller(panel_of(&s), larger(p->channels, 1));
+    s.map_panel = s.rows ? map_panel_of(&s) : s.panel;
     s.shares_channels = p->channels >= CHANNELS_TO_SHARE;
     s.large = is_large(values * s.elem, p->machine);
-    s.walk = walk_of(&p->machine->habits, s.large);
+    s.walk = walk_of(&p->machine->habits, s.large, values * s.elem > p->machine->shared_cache / 2);
     return s;
 }
 
@@ -126,10 +140,12 @@ int64_t fbn_lane_doubles(const fbn_split *s) {
 
 int64_t fbn_start(const fbn_split *s, int64_t unit, int64_t c) {
     const int64_t plane = unit / s->cuts, cut = unit % s->cuts;
+    if (s->stretches) return unit * s->cut;
     return (plane * s->channels + c) * s->inner + cut * s->cut;
 }
 
 int64_t fbn_chunk(const fbn_split *s, int64_t n) {
+    if (s->stretches) return larger(s->units, 1);
     if (s->rows) return round_up(divide_up(s->large ? LARGE_CHUNK : CHUNK, n * s->elem), s->repeat);
     return s->columns ? SMALL_PLANES : FBN_IMAGES;
 }
@@ -172,6 +188,6 @@ static fbn_tile planes_at(const fbn_split *s, int64_t unit, int64_t last) {
 }
 
 fbn_tile fbn_tile_at(const fbn_split *s, int64_t unit, int64_t from, int64_t last, const unsigned char *mask) {
-    if (s->columns) return rows_at(unit, last, mask);
+    if (s->columns || s->stretches) return rows_at(unit, last, mask);
     return mask ? positions_at(s, unit, from, mask) : planes_at(s, unit, last);
 }

@@ -8,6 +8,8 @@
  * distances, which either all count towards the statistics or do not.
  *
  * Kernels get rows and small planes as columns (see kernels.h). Small planes have a span of `inner` columns a channel.
+ * Where nothing is reduced, memory is passed through from end to end: units are stretches of it, whatever planes they
+ * are of.
  * Where rows are short, `repeat` of them are joined, so that the kernels' loops are long enough.
  */
 #ifndef FBN_SPLIT_H
@@ -19,7 +21,8 @@ typedef struct {
     int64_t outer, channels, inner;
     int rows;                 /* channels-last */
     int columns;              /* kernels get columns: rows, or small planes */
-    int joins;                /* small planes of an image are mapped as one run */
+    int stretches;            /* units are stretches of memory */
+    int joins;                /* y of adjacent planes is mapped as one run */
     int64_t repeat;           /* rows that are joined */
     int64_t elem, real;       /* bytes of an element, and of a channel's constant */
     int64_t cut, cuts;        /* elements in a piece of a plane; pieces in a plane */
@@ -27,6 +30,7 @@ typedef struct {
     int64_t segments, padded; /* segments in all; channels with padding */
     int64_t joined;           /* the columns of joined rows, with padding */
     int64_t block, panel;     /* channels in a block, and in a panel */
+    int64_t map_panel;        /* channels in a panel that is mapped */
     int threads;              /* how many threads have enough work */
     int by_channels;          /* a thread does all steps on one block before it turns to the next */
     int shares_channels;      /* there are so many channels that threads share the work done once per channel */

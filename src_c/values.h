@@ -12,7 +12,6 @@ static inline size_t fbn_element(fbn_dtype dtype) { return dtype == FBN_F64 ? 8 
 double fbn_of_half(uint16_t bits, fbn_dtype dtype);
 uint16_t fbn_half_of(double value, fbn_dtype dtype);
 
-/* Inlined, so that a compiler can test the dtype once per loop. */
 static inline double fbn_get(const void *array, int64_t i, fbn_dtype dtype) {
     if (dtype == FBN_F64) return ((const double *)array)[i];
     if (dtype == FBN_F32) return ((const float *)array)[i];
@@ -23,6 +22,23 @@ static inline void fbn_put(void *array, int64_t i, double value, fbn_dtype dtype
     if (dtype == FBN_F64) ((double *)array)[i] = value;
     else if (dtype == FBN_F32) ((float *)array)[i] = (float)value;
     else ((uint16_t *)array)[i] = fbn_half_of(value, dtype);
+}
+
+/* n values from element i on. The loops of float32 are apart, so that compilers make vectors of them. */
+static inline void fbn_get_all(const void *array, int64_t i, fbn_dtype dtype, int64_t n, double *to) {
+    const float *floats = (const float *)array + (dtype == FBN_F32 ? i : 0);
+    if (dtype == FBN_F32)
+        for (int64_t k = 0; k < n; k++) to[k] = floats[k];
+    else
+        for (int64_t k = 0; k < n; k++) to[k] = fbn_get(array, i + k, dtype);
+}
+
+static inline void fbn_put_all(void *array, int64_t i, fbn_dtype dtype, int64_t n, const double *from) {
+    float *floats = (float *)array + (dtype == FBN_F32 ? i : 0);
+    if (dtype == FBN_F32)
+        for (int64_t k = 0; k < n; k++) floats[k] = (float)from[k];
+    else
+        for (int64_t k = 0; k < n; k++) fbn_put(array, i + k, from[k], dtype);
 }
 
 #endif

@@ -32,6 +32,7 @@ static fbn_operands operands_of(const fbn_job *j, const fbn_tile *t, const fbn_p
                           .usual = panel->usual,
                           .exact = panel->exact,
                           .stream = j->split.large,
+                          .inner = j->split.inner,
                           .walk = j->split.walk};
 }
 
@@ -40,18 +41,18 @@ static void sum_columns(const fbn_job *j, fbn_loop *loop, int64_t rows, fbn_oper
                         const fbn_panel *panel, double *sums, double *others) {
     const int64_t step = fbn_columns(&j->split, j->split.channels), repeat = j->split.repeat, runs = t->rows / repeat;
     const int64_t skip = runs * step * j->split.elem, rest = t->rows % repeat * j->split.channels;
-    fbn_sum_runs(loop, &o, rows, (fbn_runs){runs, step, fbn_columns(&j->split, panel->c1 - panel->c0), 0}, sums,
+    fbn_sum_runs(loop, &o, rows, (fbn_runs){runs, step, fbn_columns(&j->split, panel->c1 - panel->c0), 0, 0}, sums,
                  others);
     if (rest == 0) return;
     o.x = at(o.x, skip);
     o.dy = at(o.dy, skip);
     o.residual = at(o.residual, skip);
-    fbn_sum_runs(loop, &o, rows, (fbn_runs){1, rest, rest, 0}, sums, others);
+    fbn_sum_runs(loop, &o, rows, (fbn_runs){1, rest, rest, 0, 0}, sums, others);
 }
 
 static void reduce_moments(const fbn_job *j, const fbn_tile *t, const fbn_panel *panel, double *sums, double *others) {
     const fbn_operands o = operands_of(j, t, panel);
-    const fbn_dtype_kernels *k = j->kernels;
+    const fbn_dtype_kernels *k = j->sums;
     if (!t->counts) return;
     if (j->split.columns) sum_columns(j, k->moments_columns, FBN_ROWS, o, t, panel, sums, others);
     else fbn_sum_planes(k->moments_plane, &o, j->split.elem, planes_of(t, panel), sums);
@@ -59,19 +60,32 @@ static void reduce_moments(const fbn_job *j, const fbn_tile *t, const fbn_panel 
 
 static void reduce_gradient(const fbn_job *j, const fbn_tile *t, const fbn_panel *panel, double *sums, double *others) {
     const fbn_operands o = operands_of(j, t, panel);
-    const fbn_dtype_kernels *k = j->kernels;
+    const fbn_dtype_kernels *k = j->sums;
     if (j->split.columns) sum_columns(j, k->grad_moments_columns, FBN_GRAD_ROWS, o, t, panel, sums, others);
     else fbn_sum_planes(k->grad_moments_plane, &o, j->split.elem, planes_of(t, panel), sums);
 }
 
-/* The rows of a tile are one run, in which the columns recur. */
-static void map_by(const fbn_job *j, const fbn_tile *t, const fbn_panel *panel, fbn_loop *of_planes,
-                   fbn_loop *of_columns, const fbn_operands *o) {
-    const int64_t columns = fbn_columns(&j->split, panel->c1 - panel->c0), C = j->split.channels;
-    if (j->split.joins) fbn_map_joined(of_planes, o, j->split.elem, planes_of(t, panel));
-    else if (!j->split.columns) fbn_map_planes(of_planes, o, j->split.elem, planes_of(t, panel));
-    else if (j->split.rows) fbn_map_runs(of_columns, o, j->split.elem, (fbn_runs){1, 0, t->rows * C, columns});
-    else fbn_map_runs(of_columns, o, j->split.elem, (fbn_runs){t->rows, C * j->split.inner, columns, columns});
+/* A tile's stretches of memory, in which images recur. */
+static fbn_runs stretches_of(const fbn_split *s, const fbn_tile *t) {
+    const int64_t image = s->channels * s->inner, start = t->unit * s->cut, end = t->next_unit * s->cut;
+    const int64_t all = s->outer * image;
+    return (fbn_runs){1, 0, (end < all ? end : all) - start, image, start % image};
+}
+
+/* The rows of a tile are one run, in which the columns recur, unless they are mapped in panels. Small planes are runs
+ * of a panel's columns. */
+static fbn_runs rows_of(const fbn_split *s, const fbn_tile *t, const fbn_panel *panel) {
+    const int64_t columns = fbn_columns(s, panel->c1 - panel->c0), step = fbn_columns(s, s->channels);
+    if (s->rows && columns == step) return (fbn_runs){1, 0, t->rows * s->channels, columns, 0};
+    return (fbn_runs){t->rows, s->channels * s->inner, columns, columns, 0};
+}
+
+static void map_by(const fbn_job *j, const fbn_tile *t, const fbn_panel *panel, fbn_loop *of_planes, fbn_loop *of_runs,
+                   const fbn_operands *o) {
+    const fbn_split *s = &j->split;
+    if (s->stretches) fbn_map_runs(of_runs, o, s->elem, stretches_of(s, t));
+    else if (s->columns) fbn_map_runs(of_runs, o, s->elem, rows_of(s, t, panel));
+    else fbn_map_planes(of_planes, o, s->elem, planes_of(t, panel));
     if (o->stream) j->kernels->fence();
 }
 
@@ -79,7 +93,7 @@ static void map_affine(const fbn_job *j, const fbn_tile *t, const fbn_panel *pan
     const fbn_dtype_kernels *k = j->kernels;
     fbn_operands o = operands_of(j, t, panel);
     o.out = j->result + bytes_to(j, t, panel->c0);
-    map_by(j, t, panel, j->split.joins ? k->affine_joined : k->affine_plane, k->affine_columns, &o);
+    map_by(j, t, panel, k->affine_plane, j->split.joins ? k->affine_joined : k->affine_columns, &o);
 }
 
 /* Positions that do not count are mapped as with frozen statistics, since the statistics do not depend on them. */
@@ -152,6 +166,7 @@ static fbn_job job_of(const fbn_problem *p, const fbn_operation *operation, int 
     j.p = p;
     j.operation = operation;
     j.kernels = p->machine->kernels->of[p->dtype];
+    j.sums = p->machine->kernels->sums[p->dtype];
     j.split = fbn_split_of(p, arrays,
                            masked                                               ? FBN_MASKED
                            : operation->map == map_affine && !operation->reduce ? FBN_MAPS

@@ -67,46 +67,37 @@ void fbn_map_planes(fbn_loop *loop, const fbn_operands *o, int64_t elem, fbn_pla
     }
 }
 
-/* All channels of an image are one run. */
-void fbn_map_joined(fbn_loop *loop, const fbn_operands *o, int64_t elem, fbn_planes p) {
-    const int64_t streams = streams_of(o, o->walk.streams, p.apart * elem % LINE ? 1 : p.images),
-                  length = p.channels * p.inner;
-    const int64_t turn = turn_of(o, elem, streams, length), first = first_turn(o, elem, 0, turn);
-    for (int64_t image = 0; image < p.images; image += streams)
-        for (int64_t i = 0, n = smaller(first, length); i < length; i += n, n = smaller(turn, length - i))
-            loop(o, &(fbn_stretch){.at = image * p.apart + i,
-                                   .n = n,
-                                   .c = i / p.inner,
-                                   .period = p.inner,
-                                   .rows = smaller(streams, p.images - image),
-                                   .apart = p.apart,
-                                   .left = p.inner - i % p.inner});
-}
-
-/* Maps `streams` runs from element `start` on. */
+/* Maps the runs, which are streams. A single stream may be one run after another. */
 static void map_streams(fbn_loop *loop, const fbn_operands *o, int64_t elem, int64_t start, int64_t streams,
                         fbn_runs r) {
     const int64_t turn = turn_of(o, elem, streams, r.length), first = first_turn(o, elem, start, turn);
     for (int64_t i = 0, n = smaller(first, r.length); i < r.length; i += n, n = smaller(turn, r.length - i))
-        loop(o, &(fbn_stretch){
-                    .at = start + i, .n = n, .c = i % r.period, .period = r.period, .rows = streams, .apart = r.apart});
+        loop(o, &(fbn_stretch){.at = start + i,
+                               .n = n,
+                               .c = (r.first + i) % r.period,
+                               .period = r.period,
+                               .rows = r.count,
+                               .apart = r.apart});
 }
 
 /* A long run is mapped in parts of whole periods, as streams, and then what is left of it. */
 static void map_long_run(fbn_loop *loop, const fbn_operands *o, int64_t elem, fbn_runs r) {
+    enum { LEAST = 16384 }; /* bytes of a part */
     const int64_t periods = r.length / r.period, streams = streams_of(o, o->walk.row_streams, FBN_IMAGES);
     const int64_t part = periods / streams * r.period, left = r.length - streams * part;
-    if (streams == 1 || part * elem % LINE || periods < 8 * streams) map_streams(loop, o, elem, 0, 1, r);
+    if (streams == 1 || part * elem % LINE || part * elem < LEAST) map_streams(loop, o, elem, 0, 1, r);
     else {
-        map_streams(loop, o, elem, 0, streams, (fbn_runs){streams, part, part, r.period});
-        if (left) loop(o, &(fbn_stretch){.at = streams * part, .n = left, .period = r.period, .rows = 1});
+        map_streams(loop, o, elem, 0, streams, (fbn_runs){streams, part, part, r.period, r.first});
+        if (left) map_streams(loop, o, elem, streams * part, 1, (fbn_runs){1, 0, left, r.period, r.first});
     }
 }
 
 void fbn_map_runs(fbn_loop *loop, const fbn_operands *o, int64_t elem, fbn_runs r) {
-    const int64_t streams = streams_of(o, o->walk.row_streams, r.apart * elem % LINE ? 1 : FBN_IMAGES);
+    const int64_t streams = streams_of(o, o->walk.row_streams, FBN_IMAGES);
+    const int64_t at_once = r.apart * elem % LINE ? 1 : streams == 1 ? r.count : streams;
     if (r.count == 1) map_long_run(loop, o, elem, r);
     else
-        for (int64_t i = 0; i < r.count; i += streams)
-            map_streams(loop, o, elem, i * r.apart, smaller(streams, r.count - i), r);
+        for (int64_t i = 0; i < r.count; i += at_once)
+            map_streams(loop, o, elem, i * r.apart, smaller(at_once, streams),
+                        (fbn_runs){smaller(at_once, r.count - i), r.apart, r.length, r.period, r.first});
 }

@@ -18,17 +18,16 @@ typedef struct {
     int64_t images, apart, channels, step, inner;
 } fbn_planes;
 
-/* `count` runs of `length` contiguous elements, `apart` elements apart. The columns of a run recur after `period`
- * elements. */
+/* `count` runs of `length` contiguous elements, `apart` elements apart. Each starts with column `first`. The columns
+ * recur after `period` elements. */
 typedef struct {
-    int64_t count, apart, length, period;
+    int64_t count, apart, length, period, first;
 } fbn_runs;
 
 /* `elem` is the bytes of an element. Sums are added to `lanes`, [channels][2][FBN_LANES], or to `sums` and `others`. */
 void fbn_sum_planes(fbn_loop *loop, const fbn_operands *o, int64_t elem, fbn_planes planes, double *lanes);
 void fbn_sum_runs(fbn_loop *loop, const fbn_operands *o, int64_t rows, fbn_runs runs, double *sums, double *others);
 void fbn_map_planes(fbn_loop *loop, const fbn_operands *o, int64_t elem, fbn_planes planes);
-void fbn_map_joined(fbn_loop *loop, const fbn_operands *o, int64_t elem, fbn_planes planes);
 void fbn_map_runs(fbn_loop *loop, const fbn_operands *o, int64_t elem, fbn_runs runs);
 
 #endif

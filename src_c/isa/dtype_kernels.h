@@ -12,6 +12,8 @@
 
 static const fbn_dtype_kernels NAME(kernels) = {
     .set_origin = NAME(set_origin),
+    .set_moments = NAME_OF_REAL(set_moments),
+    .invert = NAME_OF_REAL(invert),
     .set_line = NAME_OF_REAL(set_line),
     .set_gradient = NAME_OF_REAL(set_gradient),
     .spread = NAME_OF_REAL(spread),

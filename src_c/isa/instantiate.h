@@ -28,8 +28,11 @@
 #include "dtype_kernels.h"
 #include "../dtypes/unbind.h"
 
-/* The one symbol that an instruction set exports: fbn_kernels_avx2 and so on. */
+/* All that an instruction set exports: fbn_kernels_avx2 and so on, and the tables of its dtypes. */
 extern const fbn_kernels PASTE(fbn, kernels, FBN_ISA);
-const fbn_kernels PASTE(fbn, kernels, FBN_ISA) = {STRING(FBN_ISA),
-                                                  {&PASTE(kernels, f32, FBN_ISA), &PASTE(kernels, f64, FBN_ISA),
-                                                   &PASTE(kernels, f16, FBN_ISA), &PASTE(kernels, bf16, FBN_ISA)}};
+extern const fbn_dtype_kernels *const PASTE(fbn, dtypes, FBN_ISA)[];
+const fbn_dtype_kernels *const PASTE(fbn, dtypes,
+                                     FBN_ISA)[] = {&PASTE(kernels, f32, FBN_ISA), &PASTE(kernels, f64, FBN_ISA),
+                                                   &PASTE(kernels, f16, FBN_ISA), &PASTE(kernels, bf16, FBN_ISA)};
+const fbn_kernels PASTE(fbn, kernels, FBN_ISA) = {STRING(FBN_ISA), PASTE(fbn, dtypes, FBN_ISA),
+                                                  PASTE(fbn, dtypes, FBN_ISA)};

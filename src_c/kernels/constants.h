@@ -4,6 +4,28 @@
  * range, powers of two that cancel each other keep intermediate results within the range.
  */
 
+/* No two arrays overlap, which compilers must know to make vectors of a loop. */
+static void NAME(set_moments)(const double *restrict origin, const double *restrict sums, double count, int64_t n,
+                              double *restrict squares, double *restrict mean, double *restrict mean_low,
+                              double *restrict var) {
+    for (int64_t c = 0; c < n; c++) {
+        const double offset = sums[c] / count, m2 = squares[c] - sums[c] * offset, middle = origin[c] + offset;
+        /* What the addition rounded away (Knuth's two-sum), or 0 where the sum was infinite. */
+        const double back = middle - origin[c], lost = (origin[c] - (middle - back)) + (offset - back);
+        mean[c] = middle;
+        mean_low[c] = lost == lost ? lost : 0;
+        squares[c] = m2 < 0 ? 0 : m2;
+        var[c] = squares[c] / count;
+    }
+}
+
+static void NAME(invert)(const double *restrict var, double eps, int64_t n, double *restrict inv_std) {
+    for (int64_t c = 0; c < n; c++) {
+        const double inverse = 1 / sqrt(var[c] + eps);
+        inv_std[c] = var[c] + eps == 0 ? 0 : inverse;
+    }
+}
+
 /* Exponents within +-USUAL need no powers of two. No exponent may exceed +-MOST. */
 enum { NAME(MOST) = sizeof(real) == 8 ? 1016 : 120, NAME(USUAL) = sizeof(real) == 8 ? 500 : 60 };
 
@@ -113,14 +135,19 @@ static void NAME(spread)(const void *from_, int64_t n, int64_t times, void *to_)
 static double NAME(fold)(const double *values, int64_t n) {
     enum { STEP = FBN_LANES / F64_WIDTH };
     f64_vec sums[STEP];
-    double lanes[FBN_LANES];
+    double lanes[F64_WIDTH];
     int64_t i = 0;
     for (int j = 0; j < STEP; j++) sums[j] = f64_set(0);
     for (; i + FBN_LANES <= n; i += FBN_LANES)
         for (int j = 0; j < STEP; j++) sums[j] = f64_add(sums[j], f64_load(values + i + j * F64_WIDTH));
-    for (int j = 0; j < STEP; j++) f64_store(lanes + j * F64_WIDTH, sums[j]);
-    for (int k = 0; i + k < n; k++) lanes[k] += values[i + k];
-    for (int half = FBN_LANES / 2; half; half /= 2)
+    for (int j = 0; j < STEP && i < n; j++, i += F64_WIDTH) {
+        const int64_t left = n - i < F64_WIDTH ? n - i : F64_WIDTH;
+        sums[j] = f64_add(sums[j], f64_load_n(values + i, left, f64_set(0)));
+    }
+    for (int half = STEP / 2; half; half /= 2)
+        for (int j = 0; j < half; j++) sums[j] = f64_add(sums[j], sums[j + half]);
+    f64_store(lanes, sums[0]);
+    for (int half = F64_WIDTH / 2; half; half /= 2)
         for (int k = 0; k < half; k++) lanes[k] += lanes[k + half];
     return lanes[0];
 }

@@ -109,38 +109,40 @@ FBN_INLINE void NAME(map_plane)(const fbn_operands *o, const fbn_stretch *s, NAM
     }
 }
 
-/* Maps a part of adjacent planes of `period` elements each, at least WIDTH, from element i on, of which the first
- * `left` are of channel c. A vector that reaches into the next plane is computed for either channel, so that whole
- * vectors are written. */
-FBN_INLINE void NAME(map_joined_row)(const fbn_operands *o, const fbn_stretch *s, int64_t i, NAME(parts) p) {
-    const int64_t end = i + s->n, start = i + NAME(least)(NAME(misaligned)(o, i), s->n);
-    int64_t c = s->c, left = s->left;
+/* Maps adjacent planes, from element i on, which is of channel c, as are the next left - 1. Planes have at least WIDTH
+ * elements. A vector that reaches into the next plane is computed for either channel, so that whole vectors are
+ * written. */
+FBN_INLINE void NAME(map_joined_row)(const fbn_operands *o, int64_t i, int64_t n, int64_t c, int64_t left,
+                                     int64_t channels, NAME(parts) p) {
+    const int64_t end = i + n, start = i + NAME(least)(NAME(misaligned)(o, i), n);
     while (i < end) {
         const NAME(constants) k = NAME(constants_at)(o, c, 0, p);
+        const int64_t after = c + 1 < channels ? c + 1 : 0;
         const int64_t stop = NAME(least)(i + left, end), whole = i < start ? 0 : (stop - i) / WIDTH * WIDTH;
-        for (int64_t n = 0; n < whole; n += WIDTH) NAME(affine_n)(o, i + n, WIDTH, &k, p);
+        for (int64_t m = 0; m < whole; m += WIDTH) NAME(affine_n)(o, i + m, WIDTH, &k, p);
         i += whole;
         left -= whole;
         if (0 < left && left < WIDTH && i >= start && i + WIDTH <= end) {
-            const NAME(constants) next = NAME(constants_at)(o, c + 1, 0, p);
+            const NAME(constants) next = NAME(constants_at)(o, after, 0, p);
             const vec first = NAME(affine_of)(o, i, WIDTH, &k, p), second = NAME(affine_of)(o, i, WIDTH, &next, p);
             NAME(put)((elem *)o->out + i, vjoin(first, second, left), WIDTH, o->stream);
             i += WIDTH;
             left -= WIDTH;
         } else if (i < stop) {
-            const int64_t n = (i < start ? NAME(least)(stop, start) : stop) - i;
-            NAME(map_part)(o, i, n, c, 0, 0);
-            i += n;
-            left -= n;
+            const int64_t part = (i < start ? NAME(least)(stop, start) : stop) - i;
+            NAME(map_part)(o, i, part, c, 0, 0);
+            i += part;
+            left -= part;
         }
-        if (left <= 0) left += s->period, c++;
+        if (left <= 0) left += o->inner, c = after;
     }
 }
 FBN_INLINE void NAME(map_joined)(const fbn_operands *o, const fbn_stretch *s, NAME(parts) p) {
     const fbn_operands own = *o; /* see map_columns */
     const fbn_stretch stretch = *s;
+    const int64_t inner = own.inner, c = stretch.c / inner, left = inner - stretch.c % inner;
     for (int64_t row = 0; row < stretch.rows; row++)
-        NAME(map_joined_row)(&own, &stretch, stretch.at + row * stretch.apart, p);
+        NAME(map_joined_row)(&own, stretch.at + row * stretch.apart, stretch.n, c, left, stretch.period / inner, p);
 }
 
 /* ---- which loop serves a call ---- */

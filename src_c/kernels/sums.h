@@ -53,9 +53,9 @@ FBN_INLINE void NAME(grad_moments_n)(const fbn_operands *o, int64_t i, int64_t n
                                      wide origin, NAME(parts) p, wide *sum, wide *other) {
     const elem *dy = (const elem *)o->dy + i, *x = (const elem *)o->x + i;
     const elem *residual = p.has_residual ? (const elem *)o->residual + i : x;
-    const vec dz = NAME(dz_at)(dy, x, residual, n, k, p);
-    const int plain = n == WIDTH && !(p.activation & FBN_FROM_Y);
-    wide g = widen(dz), d = wsub(plain ? wload(x) : widen(NAME(x_at)(x, residual, n, k, p)), origin);
+    const int plain = n == WIDTH && !(p.activation & FBN_FROM_Y), given_dz = plain && p.activation == FBN_IDENTITY;
+    wide g = given_dz ? wload(dy) : widen(NAME(dz_at)(dy, x, residual, n, k, p));
+    wide d = wsub(plain ? wload(x) : widen(NAME(x_at)(x, residual, n, k, p)), origin);
     if (n < WIDTH) { /* where x is filled up with 0, the derivative may have no value, and the mean may be infinite */
         const wide given = widen(vjoin(vset(1), vset(0), n));
         g = wkeep_if_positive(given, g);
@@ -110,19 +110,31 @@ FBN_INLINE void NAME(sum_plane)(const fbn_operands *o, const fbn_stretch *s, NAM
     }
 }
 
-/* Adds n <= WIDTH columns from column c on, of `rows` rows. */
-FBN_INLINE void NAME(sum_vector)(const fbn_operands *o, const fbn_stretch *s, int64_t c, int64_t n, vec fill,
-                                 int64_t rows, NAME(parts) p, int backward) {
-    const NAME(constants) k = NAME(constants_at)(o, c, 1, p);
-    const wide origin = wget(o->origin + c);
-    wide sum = wget(s->sums + c), other = wget(s->others + c);
-    for (int64_t r = 0, i = s->at + c; r < rows; r++, i += s->apart) {
-        prefetch((const char *)((const elem *)o->x + i) + o->walk.ahead);
-        if (backward) prefetch((const char *)((const elem *)o->dy + i) + o->walk.ahead);
-        NAME(sum_n)(o, i, n, &k, origin, fill, p, backward, &sum, &other);
+/* Adds the columns of one or two vectors from column c on, of `rows` rows. A single vector may be a part of one, with n
+ * columns. Two have twice as many sums that do not wait for each other. */
+FBN_INLINE void NAME(sum_vectors)(const fbn_operands *o, const fbn_stretch *s, int64_t c, int vectors, int64_t n,
+                                  vec fill, int64_t rows, NAME(parts) p, int backward) {
+    enum { LINE = 64 };
+    wide origin[2], sum[2], other[2];
+    NAME(constants) k[2];
+    for (int j = 0; j < vectors; j++) {
+        k[j] = NAME(constants_at)(o, c + j * WIDTH, 1, p);
+        origin[j] = wget(o->origin + c + j * WIDTH);
+        sum[j] = wget(s->sums + c + j * WIDTH);
+        other[j] = wget(s->others + c + j * WIDTH);
     }
-    wput(s->sums + c, sum);
-    wput(s->others + c, other);
+    for (int64_t r = 0, i = s->at + c; r < rows; r++, i += s->apart) {
+        for (int64_t b = o->walk.ahead; b < o->walk.ahead + vectors * WIDTH * (int)sizeof(elem); b += LINE) {
+            prefetch((const char *)((const elem *)o->x + i) + b);
+            if (backward) prefetch((const char *)((const elem *)o->dy + i) + b);
+        }
+        for (int j = 0; j < vectors; j++)
+            NAME(sum_n)(o, i + j * WIDTH, n, &k[j], origin[j], fill, p, backward, &sum[j], &other[j]);
+    }
+    for (int j = 0; j < vectors; j++) {
+        wput(s->sums + c + j * WIDTH, sum[j]);
+        wput(s->others + c + j * WIDTH, other[j]);
+    }
 }
 
 /* Adds the columns from column c on. One function serves every call. Parts of vectors are filled up with the origins,
@@ -131,12 +143,12 @@ FBN_APART void NAME(moments_rest)(const fbn_operands *o, const fbn_stretch *s, i
     for (; c < s->n; c += WIDTH) {
         real origins[WIDTH];
         for (int k = 0; k < WIDTH; k++) origins[k] = (real)o->origin[c + k];
-        NAME(sum_vector)(o, s, c, NAME(least)(s->n - c, WIDTH), vget(origins), s->rows, NAME(any_parts)(o), 0);
+        NAME(sum_vectors)(o, s, c, 1, NAME(least)(s->n - c, WIDTH), vget(origins), s->rows, NAME(any_parts)(o), 0);
     }
 }
 FBN_APART void NAME(grad_moments_rest)(const fbn_operands *o, const fbn_stretch *s, int64_t c) {
     for (; c < s->n; c += WIDTH)
-        NAME(sum_vector)(o, s, c, NAME(least)(s->n - c, WIDTH), vset(0), s->rows, NAME(any_parts)(o), 1);
+        NAME(sum_vectors)(o, s, c, 1, NAME(least)(s->n - c, WIDTH), vset(0), s->rows, NAME(any_parts)(o), 1);
 }
 
 /* Adds the columns of some rows. */
@@ -145,9 +157,13 @@ FBN_INLINE void NAME(sum_columns)(const fbn_operands *o, const fbn_stretch *s, N
     const fbn_stretch stretch = *s;
     const int rows = backward ? FBN_GRAD_ROWS : FBN_ROWS;
     int64_t c = 0;
-    if (stretch.rows == rows)
+    const int both = WIDTH < FBN_LANES && p.activation == FBN_IDENTITY; /* others need too many registers */
+    if (stretch.rows == rows) {
+        for (; both && c + 2 * WIDTH <= stretch.n; c += 2 * WIDTH)
+            NAME(sum_vectors)(&own, &stretch, c, 2, WIDTH, vset(0), rows, p, backward);
         for (; c + WIDTH <= stretch.n; c += WIDTH)
-            NAME(sum_vector)(&own, &stretch, c, WIDTH, vset(0), rows, p, backward);
+            NAME(sum_vectors)(&own, &stretch, c, 1, WIDTH, vset(0), rows, p, backward);
+    }
     if (c == stretch.n) return;
     if (backward) NAME(grad_moments_rest)(o, s, c);
     else NAME(moments_rest)(o, s, c);

@@ -6,7 +6,8 @@
 
 /* Nothing of these is called: all that is asked here is refused before. */
 static const fbn_dtype_kernels none;
-static const fbn_kernels tables = {"none", {&none, &none, &none, &none}};
+static const fbn_dtype_kernels *const dtypes[] = {&none, &none, &none, &none};
+static const fbn_kernels tables = {"none", dtypes, dtypes};
 
 const fbn_kernels *fbn_kernels_at(int index) { return index ? NULL : &tables; }
 

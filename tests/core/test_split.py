@@ -15,7 +15,7 @@ SRC_C = cases.CHECKOUT / "src_c"
 pytestmark = pytest.mark.skipif(not SRC_C.is_dir(), reason="src_c is not beside the tests: no checkout")
 
 
-INTS = ("rows", "columns", "joins", "threads", "by_channels", "shares_channels", "large")
+INTS = ("rows", "columns", "stretches", "joins", "threads", "by_channels", "shares_channels", "large")
 MAPS, REDUCES, MASKED = range(3)
 
 
@@ -30,6 +30,7 @@ class Split(ct.Structure):
             "inner",
             "rows",
             "columns",
+            "stretches",
             "joins",
             "repeat",
             "elem",
@@ -43,6 +44,7 @@ class Split(ct.Structure):
             "joined",
             "block",
             "panel",
+            "map_panel",
             "threads",
             "by_channels",
             "shares_channels",
@@ -165,7 +167,9 @@ def test_tiles_cover_each_value_once(split_c: ct.CDLL, shape: tuple[int, int, in
     for tile in tiles(split_c, split, mask):
         for c in (0, channels - 1) if channels > 1 else (0,):
             start = split_c.fbn_start(ct.byref(split), tile.unit, c) + tile.start
-            if split.columns:
+            if split.stretches:
+                where = start + np.arange(min(tile.rows * split.cut, seen.size - start)) if c == 0 else np.empty(0, int)
+            elif split.columns:
                 where = (start + np.arange(tile.rows)[:, None] * channels * inner + np.arange(inner)).ravel()
             else:
                 where = (start + np.arange(tile.images)[:, None] * tile.apart + np.arange(tile.inner)).ravel()
