@@ -125,9 +125,9 @@ fbn_split fbn_split_of(const fbn_problem *p, int arrays, fbn_kind kind) {
     s.block = block_of(&s, p->machine, arrays);
     s.by_channels = by_channels(&s, p->machine, arrays);
     s.panel = s.rows || !s.columns ? s.block : smaller(panel_of(&s), larger(p->channels, 1));
+    s.large = is_large(values * s.elem, p->machine);
     s.map_panel = s.rows ? map_panel_of(&s) : s.panel;
     s.shares_channels = p->channels >= CHANNELS_TO_SHARE;
-    s.large = is_large(values * s.elem, p->machine);
     s.walk = walk_of(&p->machine->habits, s.large, values * s.elem > p->machine->shared_cache / 2);
     return s;
 }
