@@ -171,6 +171,8 @@ static fbn_job job_of(const fbn_problem *p, const fbn_operation *operation, int 
                            masked                                               ? FBN_MASKED
                            : operation->map == map_affine && !operation->reduce ? FBN_MAPS
                                                                                 : FBN_REDUCES);
+    /* Joined planes need no constants of their own for each column, so a panel may be as large as a block. */
+    if (j.split.joins && operation->map == map_affine) j.split.map_panel = j.split.block;
     j.activation = (int)p->activation;
     j.result = out;
     const int64_t values = ALIGNMENT / j.split.real, elem = j.split.elem;
