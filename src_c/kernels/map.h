@@ -139,10 +139,9 @@ FBN_INLINE void NAME(map_joined_row)(const fbn_operands *o, int64_t i, int64_t n
 }
 FBN_INLINE void NAME(map_joined)(const fbn_operands *o, const fbn_stretch *s, NAME(parts) p) {
     const fbn_operands own = *o; /* see map_columns */
-    const fbn_stretch part = *s;
-    const int64_t inner = own.inner, c = part.c / inner, left = inner - part.c % inner;
-    for (int64_t row = 0; row < part.rows; row++)
-        NAME(map_joined_row)(&own, part.at + row * part.apart, part.n, c, left, part.period / inner, p);
+    const int64_t inner = own.inner, c = s->c / inner, left = inner - s->c % inner;
+    const int64_t at = s->at, n = s->n, rows = s->rows, apart = s->apart, channels = s->period / inner;
+    for (int64_t row = 0; row < rows; row++) NAME(map_joined_row)(&own, at + row * apart, n, c, left, channels, p);
 }
 
 /* ---- which loop serves a call ---- */
