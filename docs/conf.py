@@ -55,6 +55,7 @@ html_static_path = ["_static"]
 html_css_files = ["fastbn.css"]
 html_sidebars = {page: [] for page in ("index", "install", "tutorial", "troubleshooting")}
 html_copy_source = False
+html_domain_indices = False  # the list of modules would repeat the reference's
 html_show_sourcelink = False
 html_theme_options = {
     "github_url": "https://github.com/fastbn/fastbn",
@@ -98,7 +99,13 @@ def _name_what_follows(app: Sphinx, what: str, name: str, obj: Any, options: Any
     lines[:] = found
 
 
+def _skip_fields(app: Sphinx, what: str, name: str, obj: Any, skip: bool, options: Any) -> bool | None:
+    """Leaves out the fields of named tuples, which the section "Attributes" describes: each is an alias for a number."""
+    return True if (getattr(obj, "__doc__", None) or "").startswith("Alias for field number") else None
+
+
 def setup(app: Sphinx) -> None:
     """Connects what the extensions above do not do."""
     app.connect("autodoc-process-docstring", _name_what_follows, priority=400)
     app.connect("autodoc-process-docstring", _take_bars_literally)
+    app.connect("autodoc-skip-member", _skip_fields)

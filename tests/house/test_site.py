@@ -103,7 +103,7 @@ def test_extras_exist(path: Path) -> None:
         assert set(names.split(",")) <= set(project["optional-dependencies"]), names
 
 
-@pytest.mark.parametrize("name", ["fastbn", "dask", "mpi", "numba", "onnx", "torch"])
+@pytest.mark.parametrize("name", ["fastbn", "bench", "dask", "mpi", "numba", "onnx", "torch"])
 def test_public_names_are_in_the_reference(name: str) -> None:
     try:
         module = importlib.import_module("fastbn" if name == "fastbn" else f"fastbn.{name}")
