@@ -28,6 +28,12 @@ extensions = [
     "measurements",
 ]
 exclude_patterns = ["_build"]
+
+# A name that is not there fails the build; but an argument may have the name of something else.
+nitpicky = True
+nitpick_ignore = [("c:identifier", "size_t"), ("c:identifier", "int64_t"), ("py:obj", "fastbn.bench.rows.SCHEMA")]
+nitpick_ignore_regex = [("py:obj", "[a-z_]+")]
+
 templates_path = ["_templates"]
 
 # Docstrings: names in single backticks are links where Sphinx knows them, as in NumPy's.
@@ -35,6 +41,7 @@ default_role = "autolink"
 autodoc_mock_imports = ["mpi4py"]  # which cannot be imported without an MPI library
 autodoc_typehints = "none"  # the sections "Parameters" say more
 autodoc_member_order = "bysource"
+toc_object_entries_show_parents = "hide"
 autosummary_ignore_module_all = False
 numpydoc_show_class_members = False  # the template lists them
 python_maximum_signature_line_length = 90
@@ -100,7 +107,7 @@ def _name_what_follows(app: Sphinx, what: str, name: str, obj: Any, options: Any
 
 
 def _skip_fields(app: Sphinx, what: str, name: str, obj: Any, skip: bool, options: Any) -> bool | None:
-    """Leaves out the fields of named tuples, which the section "Attributes" describes: each is an alias for a number."""
+    """Leaves out the fields of named tuples: the section "Attributes" describes them."""
     return True if (getattr(obj, "__doc__", None) or "").startswith("Alias for field number") else None
 
 

@@ -2,7 +2,7 @@
 
 `infer`, `forward` and `backward` may be called in nopython mode, in loops and by several threads (nogil=True, prange),
 and also from plain Python. They take C-contiguous arrays of float32 and float64 (Numba has no 16-bit floats on CPUs).
-Results are those of the functions of `fastbn`, bit for bit, with these differences:
+Results are those of fastbn's own functions, bit for bit, with these differences:
 
 - Parameters and statistics have the statistics dtype: float64 for float64, and float32 for float32.
 - `threads=` is how many threads one call may use, by default 1. `fastbn.set_num_threads` has no effect on it.

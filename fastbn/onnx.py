@@ -140,11 +140,11 @@ Scope = ChainMap[str, Any]
 def load_norms(model: onnx.ModelProto | str | os.PathLike[str]) -> dict[str, BatchNorm]:
     """The batch norms of an ONNX model, as layers with its parameters and statistics.
 
-    Each BatchNormalization of opset 6 or later becomes a `BatchNorm`, also in the branches and loops of the model and
-    in its functions, which are inlined first. A layer gives what the node gives: it starts in training mode if the node
-    trains, which takes 2 values per channel, and otherwise as after `eval()`. The arrays are copies, in the dtypes that
-    the model has them in, and epsilon and momentum are the model's float32 numbers. In training the running variance is
-    biased, as in ONNX.
+    Each BatchNormalization of opset 6 or later becomes a `fastbn.BatchNorm`, also in the branches and loops of the
+    model and in its functions, which are inlined first. A layer gives what the node gives: it starts in training mode
+    if the node trains, which takes 2 values per channel, and otherwise as after `eval()`. The arrays are copies, in the
+    dtypes that the model has them in, and epsilon and momentum are the model's float32 numbers. In training the running
+    variance is biased, as in ONNX.
 
     Parameters
     ----------
