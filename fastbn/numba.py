@@ -228,7 +228,8 @@ def infer(
     >>> @numba.njit
     ... def relu_of_norm(x, mean, var):
     ...     return fastbn.numba.infer(x, None, None, mean, var, eps=0.0, activation="relu")
-    >>> relu_of_norm(np.array([[1.0, 10.0], [3.0, 30.0]]), np.array([2.0, 20.0]), np.array([1.0, 100.0]))
+    >>> mean, var = np.array([2.0, 20.0]), np.array([1.0, 100.0])
+    >>> relu_of_norm(np.array([[1.0, 10.0], [3.0, 30.0]]), mean, var)
     array([[0., 0.],
            [1., 1.]])
     """

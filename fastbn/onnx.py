@@ -57,13 +57,16 @@ class BatchNormalization(OpRun):
     >>> import onnx.parser, onnx.reference
     >>> import fastbn.onnx
     >>> model = onnx.parser.parse_model('''<ir_version: 10, opset_import: ["": 15]>
-    ...     net (float[N, 2] x, float[2] scale, float[2] b, float[2] mean, float[2] var) => (float[N, 2] y) {
+    ...     net (float[N, 2] x, float[2] scale, float[2] b, float[2] mean, float[2] var)
+    ...     => (float[N, 2] y) {
     ...         y = BatchNormalization <epsilon = 0.0> (x, scale, b, mean, var)
     ...     }''')
-    >>> evaluator = onnx.reference.ReferenceEvaluator(model, new_ops=[fastbn.onnx.BatchNormalization])
+    >>> ops = [fastbn.onnx.BatchNormalization]
+    >>> evaluator = onnx.reference.ReferenceEvaluator(model, new_ops=ops)
     >>> one = np.ones(2, np.float32)
     >>> x = np.array([[1, 2], [3, 4]], np.float32)
-    >>> evaluator.run(None, {"x": x, "scale": one, "b": 0 * one, "mean": 2 * one, "var": one})[0].tolist()
+    >>> inputs = {"x": x, "scale": one, "b": 0 * one, "mean": 2 * one, "var": one}
+    >>> evaluator.run(None, inputs)[0].tolist()
     [[-1.0, 0.0], [1.0, 2.0]]
     """
 
