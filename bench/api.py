@@ -124,18 +124,21 @@ def run(
     Examples
     --------
     >>> import fastbn.bench
-    >>> rows = fastbn.bench.run("8x64", passes="infer", backends="numpy", results="out", threads=1, seconds=0.001)
+    >>> rows = fastbn.bench.run(
+    ...     "8x64", passes="infer", backends="numpy", results="out", threads=1, seconds=0.001
+    ... )
     >>> [(row["contestant"], row["shape"], row["seconds"] > 0) for row in rows]
     [('copy', [8, 64], True), ('fastbn numpy', [8, 64], True)]
 
     What is fastest for an array? Compare rows that are not noisy, of the same pass, layout and dtype:
 
     >>> rows = fastbn.bench.run(
-    ...     "8x16x5x3", passes="forward", layouts="nchw", backends="numpy", results="out,fresh", threads=1, seconds=0.01
+    ...     "8x16x5x3", passes="forward", layouts="nchw", backends="numpy", results="out,fresh",
+    ...     threads=1, seconds=0.01,
     ... )
     >>> ours = [row for row in rows if row["kind"] == "fastbn"]
     >>> fastest = min(ours, key=lambda row: row["seconds"])
-    >>> if not fastest["noisy"]:  # else take more `seconds`, or a machine on which nothing else runs
+    >>> if not fastest["noisy"]:  # else take more `seconds`, or an idle machine
     ...     answer = fastest["contestant"], fastest["threads"], fastest["result"]
     >>> over_a_copy = 1 / fastest["others"]["copy"]
     """

@@ -28,6 +28,12 @@ extensions = [
     "measurements",
 ]
 exclude_patterns = ["_build"]
+
+# A name that is not there fails the build; but an argument may have the name of something else.
+nitpicky = True
+nitpick_ignore = [("c:identifier", "size_t"), ("c:identifier", "int64_t"), ("py:obj", "fastbn.bench.rows.SCHEMA")]
+nitpick_ignore_regex = [("py:obj", "[a-z_]+")]
+
 templates_path = ["_templates"]
 
 # Docstrings: names in single backticks are links where Sphinx knows them, as in NumPy's.
@@ -35,6 +41,7 @@ default_role = "autolink"
 autodoc_mock_imports = ["mpi4py"]  # which cannot be imported without an MPI library
 autodoc_typehints = "none"  # the sections "Parameters" say more
 autodoc_member_order = "bysource"
+toc_object_entries_show_parents = "hide"
 autosummary_ignore_module_all = False
 numpydoc_show_class_members = False  # the template lists them
 python_maximum_signature_line_length = 90
@@ -55,6 +62,7 @@ html_static_path = ["_static"]
 html_css_files = ["fastbn.css"]
 html_sidebars = {page: [] for page in ("index", "install", "tutorial", "troubleshooting")}
 html_copy_source = False
+html_domain_indices = False  # the list of modules would repeat the reference's
 html_show_sourcelink = False
 html_theme_options = {
     "github_url": "https://github.com/fastbn/fastbn",
@@ -98,7 +106,13 @@ def _name_what_follows(app: Sphinx, what: str, name: str, obj: Any, options: Any
     lines[:] = found
 
 
+def _skip_fields(app: Sphinx, what: str, name: str, obj: Any, skip: bool, options: Any) -> bool | None:
+    """Leaves out the fields of named tuples: the section "Attributes" describes them."""
+    return True if (getattr(obj, "__doc__", None) or "").startswith("Alias for field number") else None
+
+
 def setup(app: Sphinx) -> None:
     """Connects what the extensions above do not do."""
     app.connect("autodoc-process-docstring", _name_what_follows, priority=400)
     app.connect("autodoc-process-docstring", _take_bars_literally)
+    app.connect("autodoc-skip-member", _skip_fields)

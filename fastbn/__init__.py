@@ -7,7 +7,8 @@
 - What runs: `backends`, `set_backend`, `use_backend`, `get_num_threads`, `set_num_threads`, `use_num_threads`;
   `show_config` prints what was chosen, `test` tries the installation, `tune` measures how this machine's memory is used
   best; `get_include`, `get_library` are for compilers.
-- Modules that need a further package: fastbn.torch, fastbn.numba and fastbn.onnx.
+- Modules that need a further package: fastbn.torch, fastbn.onnx, fastbn.numba, fastbn.mpi, fastbn.dask and
+  fastbn.bench.
 
 `help` of each name has its arguments, errors and an example. The environment variables FASTBN_BACKEND, FASTBN_ISA,
 FASTBN_NUM_THREADS and FASTBN_CACHE_DIR choose the backend, the instruction set, the number of threads, and where

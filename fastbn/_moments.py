@@ -38,9 +38,9 @@ class _Summed:
 
     __slots__ = ("_count", "_dtype", "_rows")
 
-    NAME: ClassVar[str]
+    _NAME: ClassVar[str]
     """The name of the argument that takes such an object."""
-    ROWS: ClassVar[int]
+    _ROWS: ClassVar[int]
 
     _count: int
     _dtype: DType
@@ -55,7 +55,7 @@ class _Summed:
     def _check(self) -> Self:
         """Returns self, or raises if the contents are not valid: a pickle or an assignment may have changed them."""
         count, dtype, rows = (getattr(self, name, None) for name in ("_count", "_dtype", "_rows"))
-        check_parts.contents(self.NAME, count, dtype, rows, self.ROWS)
+        check_parts.contents(self._NAME, count, dtype, rows, self._ROWS)
         return self
 
     def __getstate__(self) -> object:
@@ -108,7 +108,7 @@ class _Summed:
 
         Raises ValueError for a count above 2**53, which float64 cannot hold.
         """
-        check_parts.counts_in_a_float(self.NAME, self._check()._count)
+        check_parts.counts_in_a_float(self._NAME, self._check()._count)
         return np.concatenate(([float(self._count)], self._rows.reshape(-1)))
 
     @classmethod
@@ -122,7 +122,7 @@ class _Summed:
         >>> fastbn.Moments.from_buffer(m.to_buffer(), m.dtype) == m
         True
         """
-        count, rows = check_parts.buffer(buffer, cls.ROWS)
+        count, rows = check_parts.buffer(buffer, cls._ROWS)
         self = cls._of(count, rows, check_parts.statistics("dtype", dtype))
         self._check_values()
         return self
@@ -176,7 +176,7 @@ class Moments(_Summed):
 
     __slots__ = ()
 
-    NAME, ROWS = "moments", 3
+    _NAME, _ROWS = "moments", 3
 
     def __init__(
         self,
@@ -273,7 +273,7 @@ class Sums(_Summed):
 
     __slots__ = ()
 
-    NAME, ROWS = "sums", 2
+    _NAME, _ROWS = "sums", 2
 
     def __init__(self, count: int, sum_dy: Array, sum_dy_xhat: Array) -> None:
         self._count = checks.natural("count", count)

@@ -65,7 +65,8 @@ def moments(array: da.Array, *, axis: int = 1, mask: da.Array | np.ndarray | Non
         computed raises in compute(): a mask of another size, or another dtype than the array claims to have.
 
     >>> import dask.array, numpy as np, fastbn.dask
-    >>> x = dask.array.from_array(np.array([[1.0, 10.0], [2.0, 20.0], [6.0, 30.0]]), chunks=(2, 1))
+    >>> x = np.array([[1.0, 10.0], [2.0, 20.0], [6.0, 30.0]])
+    >>> x = dask.array.from_array(x, chunks=(2, 1))
     >>> fastbn.dask.moments(x).compute()
     Moments(count=3, mean=[ 3., 20.], m2=[ 14., 200.])
     """

@@ -47,7 +47,8 @@ class InferencePlan:
         The message names the argument, what was given and what is allowed.
 
     >>> import numpy as np, fastbn
-    >>> plan = fastbn.InferencePlan(None, None, np.array([2.0, 20.0]), np.array([1.0, 100.0]), eps=0.0)
+    >>> mean, var = np.array([2.0, 20.0]), np.array([1.0, 100.0])
+    >>> plan = fastbn.InferencePlan(None, None, mean, var, eps=0.0)
     >>> x = np.array([[1.0, 10.0], [3.0, 30.0]])
     >>> y = np.empty_like(x)
     >>> plan(x, out=y) is y
@@ -197,9 +198,10 @@ class FoldWarning(RuntimeWarning):
     """Names the channels whose accuracy `fold` could not keep, and why.
 
     >>> import numpy as np, fastbn, warnings
+    >>> weight, mean, var = np.ones((2, 3)), np.zeros(2), np.array([1.0, 1e-12])
     >>> with warnings.catch_warnings(record=True) as caught:
     ...     warnings.simplefilter("always")
-    ...     w, b = fastbn.fold(np.ones((2, 3)), None, None, None, np.zeros(2), np.array([1.0, 1e-12]))
+    ...     w, b = fastbn.fold(weight, None, None, None, mean, var)
     >>> caught[0].category is fastbn.FoldWarning
     True
     >>> print(caught[0].message)
@@ -267,7 +269,7 @@ def fold(
 
     >>> import numpy as np, fastbn
     >>> weight, x = np.array([[1.0, 2.0], [3.0, 4.0]]), np.array([[5.0, 6.0]])
-    >>> norm = (np.array([2.0, 1.0]), np.array([0.0, 1.0]), np.array([7.0, 8.0]), np.array([4.0, 1.0]))
+    >>> norm = np.array([[2.0, 1.0], [0.0, 1.0], [7.0, 8.0], [4.0, 1.0]])  # gamma, beta, mean, variance
     >>> w, b = fastbn.fold(weight, None, *norm)
     >>> bool(np.allclose(x @ w.T + b, fastbn.infer(x @ weight.T, *norm)))
     True

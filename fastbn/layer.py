@@ -365,7 +365,7 @@ class BatchNorm:
         shape or kind, if a value is too large for the layer's dtype, or if an array of the layer is read-only.
 
         >>> import numpy as np, fastbn
-        >>> network = {"bn.weight": np.full(3, 2.0), "bn.bias": np.zeros(3), "linear.weight": np.ones((3, 3))}
+        >>> network = {"bn.weight": np.full(3, 2.0), "bn.bias": np.zeros(3), "linear.weight": np.eye(3)}
         >>> bn = fastbn.BatchNorm(3, track_running_stats=False)
         >>> bn.load_state_dict(network, prefix="bn.")
         >>> bn.weight

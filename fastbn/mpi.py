@@ -179,7 +179,8 @@ def backward(
 
     >>> import numpy as np, fastbn.mpi
     >>> from mpi4py import MPI
-    >>> y, cache = fastbn.mpi.forward(np.array([[1.0], [3.0]]), None, np.zeros(1), comm=MPI.COMM_WORLD)
+    >>> x, beta = np.array([[1.0], [3.0]]), np.zeros(1)
+    >>> y, cache = fastbn.mpi.forward(x, None, beta, comm=MPI.COMM_WORLD)
     >>> dx, dgamma, dbeta = fastbn.mpi.backward(np.ones((2, 1)), cache, comm=MPI.COMM_WORLD)
     >>> bool(dbeta[0] == 2 * MPI.COMM_WORLD.size)
     True

@@ -57,13 +57,16 @@ class BatchNormalization(OpRun):
     >>> import onnx.parser, onnx.reference
     >>> import fastbn.onnx
     >>> model = onnx.parser.parse_model('''<ir_version: 10, opset_import: ["": 15]>
-    ...     net (float[N, 2] x, float[2] scale, float[2] b, float[2] mean, float[2] var) => (float[N, 2] y) {
+    ...     net (float[N, 2] x, float[2] scale, float[2] b, float[2] mean, float[2] var)
+    ...     => (float[N, 2] y) {
     ...         y = BatchNormalization <epsilon = 0.0> (x, scale, b, mean, var)
     ...     }''')
-    >>> evaluator = onnx.reference.ReferenceEvaluator(model, new_ops=[fastbn.onnx.BatchNormalization])
+    >>> ops = [fastbn.onnx.BatchNormalization]
+    >>> evaluator = onnx.reference.ReferenceEvaluator(model, new_ops=ops)
     >>> one = np.ones(2, np.float32)
     >>> x = np.array([[1, 2], [3, 4]], np.float32)
-    >>> evaluator.run(None, {"x": x, "scale": one, "b": 0 * one, "mean": 2 * one, "var": one})[0].tolist()
+    >>> inputs = {"x": x, "scale": one, "b": 0 * one, "mean": 2 * one, "var": one}
+    >>> evaluator.run(None, inputs)[0].tolist()
     [[-1.0, 0.0], [1.0, 2.0]]
     """
 
@@ -140,11 +143,11 @@ Scope = ChainMap[str, Any]
 def load_norms(model: onnx.ModelProto | str | os.PathLike[str]) -> dict[str, BatchNorm]:
     """The batch norms of an ONNX model, as layers with its parameters and statistics.
 
-    Each BatchNormalization of opset 6 or later becomes a `BatchNorm`, also in the branches and loops of the model and
-    in its functions, which are inlined first. A layer gives what the node gives: it starts in training mode if the node
-    trains, which takes 2 values per channel, and otherwise as after `eval()`. The arrays are copies, in the dtypes that
-    the model has them in, and epsilon and momentum are the model's float32 numbers. In training the running variance is
-    biased, as in ONNX.
+    Each BatchNormalization of opset 6 or later becomes a `fastbn.BatchNorm`, also in the branches and loops of the
+    model and in its functions, which are inlined first. A layer gives what the node gives: it starts in training mode
+    if the node trains, which takes 2 values per channel, and otherwise as after `eval()`. The arrays are copies, in the
+    dtypes that the model has them in, and epsilon and momentum are the model's float32 numbers. In training the running
+    variance is biased, as in ONNX.
 
     Parameters
     ----------

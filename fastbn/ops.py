@@ -334,12 +334,12 @@ def backward_sums(dy: Array, cache: Cache, *, backend: str | None = None) -> Sum
 
     >>> import numpy as np, fastbn
     >>> x, dy = np.array([[1.0], [2.0], [6.0]]), np.array([[1.0], [0.0], [0.0]])
-    >>> parts = [(x[:1], dy[:1]), (x[1:], dy[1:])]
-    >>> m = sum(fastbn.moments(part) for part, _ in parts)
-    >>> caches = [fastbn.forward(part, moments=m).cache for part, _ in parts]
-    >>> sums = sum(fastbn.backward_sums(part, cache) for (_, part), cache in zip(parts, caches))
-    >>> dx = np.concatenate([fastbn.backward(part, cache, sums=sums).dx for (_, part), cache in zip(parts, caches)])
-    >>> bool(np.allclose(dx, fastbn.backward(dy, fastbn.forward(x).cache).dx))
+    >>> xs, dys = (x[:1], x[1:]), (dy[:1], dy[1:])
+    >>> m = sum(fastbn.moments(part) for part in xs)
+    >>> caches = [fastbn.forward(part, moments=m).cache for part in xs]
+    >>> sums = sum(map(fastbn.backward_sums, dys, caches))
+    >>> dxs = [fastbn.backward(part, cache, sums=sums).dx for part, cache in zip(dys, caches)]
+    >>> bool(np.allclose(np.concatenate(dxs), fastbn.backward(dy, fastbn.forward(x).cache).dx))
     True
     """
     chosen = select(backend)

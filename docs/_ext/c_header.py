@@ -15,8 +15,8 @@ from sphinx.util.docutils import SphinxDirective
 COMMENT = re.compile(r"/\*(.*?)\*/\n?", re.DOTALL)
 FUNCTION = re.compile(r"^(?!typedef)([\w *]+?\bfbn_\w+\([^)]*\));", re.MULTILINE)
 TYPE = re.compile(r"^typedef [^;{]*?(?:\{.*?\})?\s*(\w+);", re.MULTILINE | re.DOTALL)
-MACRO = re.compile(r"^#define (FBN_\w+)", re.MULTILINE)
-ENUMERATORS = re.compile(r"^enum \{(.*?)\};", re.MULTILINE | re.DOTALL)
+MACRO = re.compile(r"^#define (FBN_\w+).*", re.MULTILINE)
+ENUMERATORS = re.compile(r"^enum \{(.*?)\};", re.MULTILINE | re.DOTALL)  # without a name
 
 
 class Paragraph(NamedTuple):
@@ -58,8 +58,9 @@ def _linked(text: str) -> str:
     return re.sub(r"(?<![`\w])(FBN_[A-Z0-9_]+)\b", r"``\1``", text)
 
 
-def _object(kind: str, signature: str, body: list[str]) -> list[str]:
-    return [f".. c:{kind}:: {' '.join(signature.split())}", "", *(f"   {line}" for line in body), ""]
+def _object(kind: str, signatures: list[str], body: list[str]) -> list[str]:
+    first, *others = [" ".join(signature.split()) for signature in signatures]
+    return [f".. c:{kind}:: {first}", *(f"   {line}" for line in [*others, "", *body]), ""]
 
 
 def _code(code: str) -> list[str]:
@@ -69,21 +70,17 @@ def _code(code: str) -> list[str]:
 def _described(paragraph: Paragraph) -> list[str]:
     """The objects that a paragraph declares. The first has the prose: a function, if there is one."""
     prose, code = _prose(paragraph.comment), paragraph.code
-    functions = [("function", found[1], list[str]()) for found in FUNCTION.finditer(code)]
-    types = [("type", found[1], _code(found[0])) for found in TYPE.finditer(code)]
-    macros = [("macro", found[1], list[str]()) for found in MACRO.finditer(code)]
-    objects = [*functions, *types, *macros]
-    if not objects:
-        names = [found for block in ENUMERATORS.findall(code) for found in re.findall(r"FBN_\w+", block)]
-        objects = [("macro", name, list[str]()) for name in names]
-    if not functions and not types and code:
-        prose = [*prose, *_code(code)]
+    functions = [("function", [found[1]], list[str]()) for found in FUNCTION.finditer(code)]
+    types = [("type", [found[1]], _code(found[0])) for found in TYPE.finditer(code)]
+    macros = [("macro", [found[1]], _code(found[0])) for found in MACRO.finditer(code)]
+    enumerators = [("macro", re.findall(r"FBN_\w+", found[1]), _code(found[0])) for found in ENUMERATORS.finditer(code)]
+    objects = [*functions, *types, *macros, *enumerators]
     if not objects:
         return prose
-    (kind, signature, body), *others = objects
-    lines = _object(kind, signature, [*prose, *body])
-    for kind, signature, body in others:
-        lines += _object(kind, signature, body)
+    lines: list[str] = []
+    for kind, signatures, body in objects:
+        lines += _object(kind, signatures, [*prose, *body])
+        prose = []
     return lines
 
 

@@ -212,7 +212,8 @@ class Gradients(_Gradients):
 
     >>> import numpy as np, fastbn
     >>> x = np.array([[1.0], [3.0]])
-    >>> gradients = fastbn.backward(np.ones((2, 1)), fastbn.forward(x, None, np.zeros(1), residual=x).cache)
+    >>> y, cache = fastbn.forward(x, None, np.zeros(1), residual=x)
+    >>> gradients = fastbn.backward(np.ones((2, 1)), cache)
     >>> dx, dgamma, dbeta = gradients
     >>> dbeta.tolist(), gradients.dresidual.tolist()
     ([2.0], [[1.0], [1.0]])

@@ -145,6 +145,18 @@ def test_parameters_are_documented(name: str) -> None:
         assert re.search(r"\b(Raises|errors)\b", documentation), documentation
 
 
+@pytest.mark.parametrize("name", ["forward", "backward", "infer"])
+def test_functions_for_jitted_code_are_documented(name: str) -> None:
+    """They do not send the reader to the functions of `fastbn`, whose arguments differ."""
+    public = getattr(imported("fastbn.numba"), name)
+    documentation = inspect.getdoc(public) or ""
+    assert {
+        name for name in inspect.signature(public).parameters if not re.search(rf"\b{name}\b", documentation)
+    } == set()
+    assert re.search(r"^Raises$", documentation, flags=re.MULTILINE)
+    assert re.search(r"^>>> .*\bfastbn\.numba\b", documentation, flags=re.MULTILINE)
+
+
 NEVER_RAISE = {"Forward", "Gradients"}
 """What only fastbn makes."""
 

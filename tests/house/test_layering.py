@@ -42,7 +42,7 @@ FLOORS = (
     {"call.check_parts"},
     {"_moments"},
     {"_backends.jit"},
-    {"_backends.numba_loops"},
+    {"_backends.jit_calls", "_backends.numba_loops"},
     {"_backends.c", "_backends.c.bridge", "_backends.numba_backend", "_backends.numpy_backend"},
     {"config.info", "config.embed", "numba"},
     {"call.results"},

@@ -80,6 +80,14 @@ def test_examples_on_pages_run(path: Path) -> None:
     assert "```python" not in path.read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relative_to(DOCS).as_posix())
+def test_pictures_say_what_they_show(path: Path) -> None:
+    """In words, for readers who do not see them."""
+    text = path.read_text(encoding="utf-8")
+    assert "![]" not in text
+    assert text.count("figure.show()") == len(re.findall(r"^    alt: ", text, flags=re.MULTILINE))
+
+
 def helped(command: str) -> str:
     """What a command's --help prints."""
     printed = io.StringIO()
@@ -103,7 +111,7 @@ def test_extras_exist(path: Path) -> None:
         assert set(names.split(",")) <= set(project["optional-dependencies"]), names
 
 
-@pytest.mark.parametrize("name", ["fastbn", "dask", "mpi", "numba", "onnx", "torch"])
+@pytest.mark.parametrize("name", ["fastbn", "bench", "dask", "mpi", "numba", "onnx", "torch"])
 def test_public_names_are_in_the_reference(name: str) -> None:
     try:
         module = importlib.import_module("fastbn" if name == "fastbn" else f"fastbn.{name}")
