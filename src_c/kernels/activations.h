@@ -57,16 +57,29 @@ FBN_INLINE vec NAME(pointwise)(vec z, vec dy, real slope, int activation, int de
     }
 }
 
-/* Not inlined: a call costs little compared with its work, and the loops need not be compiled for each activation. */
+/* Whether an activation's code is so short that a call would take longer than the work. A loop for any activation asks
+ * for each vector which one it is, and need not be compiled for each of them. */
+FBN_INLINE int NAME(is_quick)(int which) {
+    return which == FBN_RELU || which == FBN_RELU6 || which == FBN_LEAKY_RELU || which == FBN_HARDSWISH;
+}
+
+/* Not inlined: a call costs little compared with the work of the others. */
 FBN_APART vec NAME(other)(vec z, real slope, int activation) { return NAME(pointwise)(z, z, slope, activation, 0); }
 FBN_APART vec NAME(other_gradient)(vec dy, vec z, real slope, int activation) {
     return NAME(pointwise)(z, dy, slope, activation, 1);
 }
 
+FBN_INLINE vec NAME(quick)(vec z, vec dy, real slope, int which, int derives) {
+    if (which == FBN_RELU) return NAME(pointwise)(z, dy, 0, FBN_RELU, derives);
+    if (which == FBN_RELU6) return NAME(pointwise)(z, dy, 0, FBN_RELU6, derives);
+    if (which == FBN_LEAKY_RELU) return NAME(pointwise)(z, dy, slope, FBN_LEAKY_RELU, derives);
+    return NAME(pointwise)(z, dy, 0, FBN_HARDSWISH, derives);
+}
+
 FBN_INLINE vec NAME(activate)(vec z, real slope, int activation) {
     const int which = activation & FBN_WHICH;
     if (which == FBN_IDENTITY) return z;
-    if (which == FBN_RELU) return NAME(pointwise)(z, z, 0, FBN_RELU, 0);
+    if (NAME(is_quick)(which)) return NAME(quick)(z, z, slope, which, 0);
     if (activation == FBN_SILU || activation == FBN_SIGMOID) return NAME(pointwise)(z, z, 0, activation, 0);
     return NAME(other)(z, slope, which);
 }
@@ -75,7 +88,7 @@ FBN_INLINE vec NAME(activate)(vec z, real slope, int activation) {
 FBN_INLINE vec NAME(activation_gradient)(vec dy, vec z, real slope, int activation) {
     const int which = activation & FBN_WHICH;
     if (which == FBN_IDENTITY) return dy;
-    if (which == FBN_RELU) return NAME(pointwise)(z, dy, 0, FBN_RELU, 1);
+    if (NAME(is_quick)(which)) return NAME(quick)(z, dy, slope, which, 1);
     if (activation == FBN_SILU || activation == FBN_SIGMOID) return NAME(pointwise)(z, dy, 0, activation, 1);
     return NAME(other_gradient)(dy, z, slope, which);
 }

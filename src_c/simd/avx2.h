@@ -187,7 +187,10 @@ FBN_INLINE f32_vec f16_load_n(const uint16_t *p, int64_t n, f32_vec fill) {
 FBN_INLINE void f16_store(uint16_t *p, f32_vec a) { half_store(p, f16_round(a)); }
 FBN_INLINE void f16_store_n(uint16_t *p, f32_vec a, int64_t n) { half_store_n(p, f16_round(a), n); }
 FBN_INLINE void f16_stream(uint16_t *p, f32_vec a) { half_stream(p, f16_round(a)); }
-FBN_INLINE f32_wide f16_wide_load(const uint16_t *p) { return f32_widen(f16_load(p)); }
+FBN_INLINE __m128i four_halves(const uint16_t *p) { return _mm_loadl_epi64((const __m128i *)p); }
+FBN_INLINE f32_wide f16_wide_load(const uint16_t *p) {
+    return (f32_wide){_mm256_cvtps_pd(_mm_cvtph_ps(four_halves(p))), _mm256_cvtps_pd(_mm_cvtph_ps(four_halves(p + 4)))};
+}
 
 /* bfloat16 */
 FBN_INLINE f32_vec bf16_exact(__m128i a) {
@@ -212,7 +215,12 @@ FBN_INLINE f32_vec bf16_load_n(const uint16_t *p, int64_t n, f32_vec fill) {
 FBN_INLINE void bf16_store(uint16_t *p, f32_vec a) { half_store(p, bf16_round(a)); }
 FBN_INLINE void bf16_store_n(uint16_t *p, f32_vec a, int64_t n) { half_store_n(p, bf16_round(a), n); }
 FBN_INLINE void bf16_stream(uint16_t *p, f32_vec a) { half_stream(p, bf16_round(a)); }
-FBN_INLINE f32_wide bf16_wide_load(const uint16_t *p) { return f32_widen(bf16_load(p)); }
+FBN_INLINE __m256d bf16_widen(__m128i halves) {
+    return _mm256_cvtps_pd(_mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(halves), 16)));
+}
+FBN_INLINE f32_wide bf16_wide_load(const uint16_t *p) {
+    return (f32_wide){bf16_widen(four_halves(p)), bf16_widen(four_halves(p + 4))};
+}
 
 FBN_INLINE void prefetch(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T1); }
 FBN_INLINE void stream_fence(void) { _mm_sfence(); }
