@@ -191,7 +191,7 @@ FBN_INLINE void bf16_stream(uint16_t *p, f32_vec a) { bf16_store(p, a); }
 FBN_INLINE f32_wide bf16_wide_load(const uint16_t *p) { return f32_widen(bf16_load(p)); }
 
 #if defined(_MSC_VER) && !defined(__clang__)
-FBN_INLINE void prefetch(const void *p) { __prefetch(p); } /* of intrin.h */
+FBN_INLINE void prefetch(const void *p) { __prefetch(p); }
 #else
 FBN_INLINE void prefetch(const void *p) { __builtin_prefetch(p); }
 #endif
