@@ -88,8 +88,9 @@ def recalibrate(layers: Iterable[BatchNorm], batches: Iterable[Batch], forward: 
 
     Calls forward(batch) for each batch, with the layers in training mode, and merges the moments of all their calls,
     so the variance includes that between batches. It is the sum of squares over M - correction, for the layer's
-    correction and M values per channel in all. Nothing else about the layers changes: neither their mode and
-    num_batches_tracked nor what a pending `backward` needs.
+    correction and M values per channel in all. The statistics are exact for these values, which are those that the
+    model computes in training mode: behind another norm, they depend on how the data is cut into batches. Nothing else
+    about the layers changes: neither their mode and num_batches_tracked nor what a pending `backward` needs.
 
     Parameters
     ----------
