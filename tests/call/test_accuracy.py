@@ -43,7 +43,7 @@ class Problem(NamedTuple):
     eps: float = 1e-5
 
 
-M, C = 400, 500
+M, C = 400, 300
 """Values and channels of the problems below. Many channels, so that many pairs of mean and spread occur."""
 
 
