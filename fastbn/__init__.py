@@ -73,13 +73,15 @@ for _public in (BatchNorm, Cache, FoldWarning, Forward, Gradients, InferencePlan
 
 
 def test() -> bool:
-    """Tests the installed fastbn on this machine, with NumPy alone, and prints what it finds. Takes a few seconds.
+    """Tests the installed fastbn on this machine, with NumPy alone, and prints what it finds.
+
+    Takes a few seconds, and about ten more the first time if Numba is installed, since it compiles.
 
     For each backend: are y, the gradients and the running statistics within what fastbn promises of the formulas in
     long double, and do the bits not depend on the number of threads? For the C backend: do the instruction sets that
     run here give the same bits, except for the baseline, and are the header and the library for compilers there? Then
     parts of batches, layers, plans and the refusal of bad input. While the instruction sets take turns, calls in other
-    threads use them, too. The first time, Numba compiles, which takes longer.
+    threads use them, too.
 
     Returns
     -------

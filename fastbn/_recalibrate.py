@@ -84,12 +84,13 @@ def _split(batches: Any, dask: Any) -> Iterator[Any]:
 
 
 def recalibrate(layers: Iterable[BatchNorm], batches: Iterable[Batch], forward: Callable[[Batch], object]) -> None:
-    """Sets running statistics to the exact ones of all values that the layers get, instead of to a moving average.
+    """Sets running statistics to those of all the values that each layer gets, instead of to a moving average.
 
     Calls forward(batch) for each batch, with the layers in training mode, and merges the moments of all their calls,
     so the variance includes that between batches. It is the sum of squares over M - correction, for the layer's
-    correction and M values per channel in all. Nothing else about the layers changes: neither their mode and
-    num_batches_tracked nor what a pending `backward` needs.
+    correction and M values per channel in all. The statistics are exact for these values, which are those that the
+    model computes in training mode: behind another norm, they depend on how the data is cut into batches. Nothing else
+    about the layers changes: neither their mode and num_batches_tracked nor what a pending `backward` needs.
 
     Parameters
     ----------

@@ -26,18 +26,34 @@ static void NAME(invert)(const double *restrict var, double eps, int64_t n, doub
     }
 }
 
-/* Exponents within +-USUAL need no powers of two. No exponent may exceed +-MOST. */
-enum { NAME(MOST) = sizeof(real) == 8 ? 1016 : 120, NAME(USUAL) = sizeof(real) == 8 ? 500 : 60 };
+/* Exponents within +-USUAL need no powers of two. No exponent may exceed +-MOST. x - mean overflows for no finite x if
+ * the exponent of the mean is less than LARGE. */
+enum {
+    NAME(MOST) = sizeof(real) == 8 ? 1016 : 120,
+    NAME(USUAL) = sizeof(real) == 8 ? 500 : 60,
+    NAME(LARGE) = sizeof(real) == 8 ? 960 : 100
+};
 
 static int NAME(exponent_of)(double v) { return v == 0 || !isfinite(v) ? 0 : ilogb(v); }
 
 static int NAME(between)(int e, int low, int high) { return e < low ? low : e > high ? high : e; }
+
+/* The largest exponent of prescale with which x - mean overflows, for a finite x, only where y does, too: with the
+ * statistics of other values, x may be any number of standard deviations from the mean. A spread beyond that of a
+ * variance of this type is one of x itself, which is then near the mean. The gradient needs it (on_x has the rest). */
+static int NAME(largest_prescale)(double mean, int spread, double gain) {
+    const int any_x = NAME(exponent_of)(mean) < NAME(LARGE) ? 0 : -1, as_y = NAME(exponent_of)(gain) - 2;
+    if (gain == 0) return any_x;
+    if (spread > NAME(MOST) * 2 / 3) return NAME(MOST);
+    return any_x > as_y ? any_x : as_y;
+}
 
 /* The exponent e of prescale. For an unusual spread, it scales x - mean to about 1. It also keeps scale = gain / 2^e
  * and the scaled mean within the range. */
 static int NAME(prescale_exponent)(double mean, double inv_std, double gain) {
     const int most = NAME(MOST), spread = NAME(exponent_of)(inv_std), steep = NAME(exponent_of)(gain);
     int e = spread >= -NAME(USUAL) && spread <= NAME(USUAL) ? 0 : spread;
+    e = NAME(between)(e, -most, NAME(largest_prescale)(mean, spread, gain));
     if (gain != 0) e = NAME(between)(e, steep - most, steep + most);
     if (mean != 0) e = NAME(between)(e, -most, most - NAME(exponent_of)(mean));
     return NAME(between)(e, -most, most);

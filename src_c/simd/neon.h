@@ -3,6 +3,9 @@
 #define FBN_SIMD_H
 
 #include <arm_neon.h>
+#if defined(_MSC_VER) && !defined(__clang__)
+#include <intrin.h>
+#endif
 
 #include "../kernels.h"
 
@@ -187,7 +190,11 @@ FBN_INLINE void bf16_store_n(uint16_t *p, f32_vec a, int64_t n) { half_store_n(p
 FBN_INLINE void bf16_stream(uint16_t *p, f32_vec a) { bf16_store(p, a); }
 FBN_INLINE f32_wide bf16_wide_load(const uint16_t *p) { return f32_widen(bf16_load(p)); }
 
+#if defined(_MSC_VER) && !defined(__clang__)
+FBN_INLINE void prefetch(const void *p) { __prefetch(p); }
+#else
 FBN_INLINE void prefetch(const void *p) { __builtin_prefetch(p); }
+#endif
 FBN_INLINE void stream_fence(void) {}
 
 #endif

@@ -118,9 +118,9 @@ def test_halves_are_not_cast(kernel: cases.Kernel, half: str, place: str) -> Non
         assert peak(lambda cache=cache: fastbn.backward(c.dy, cache, out=out)) < WORKSPACE + results
 
 
-LARGER = (8, 16, 400, 400)
+LARGER = (8, 16, 260, 260)
 SCRATCH = 16 << 20
-"""Bytes that pieces of strided arrays may take; x of LARGER has four times that in float32."""
+"""Bytes that pieces of strided arrays may take; x of LARGER has twice that in float32."""
 STRIDED: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "cropped": lambda a: np.concatenate((a, a[..., :1]), axis=-1)[..., 1:],
     "reversed": lambda a: a[:, ::-1, ::-1],
@@ -135,7 +135,7 @@ def test_strided_arrays_are_not_copied_whole(any_backend: cases.Kernel, kind: st
     x = STRIDED[kind](np.zeros(LARGER, np.float32))
     out = np.zeros(LARGER, np.float32)
     one = np.ones(LARGER[1], np.float32)
-    assert x.nbytes > 4 * SCRATCH > 0
+    assert x.nbytes > 2 * SCRATCH > 0
     peaks = {
         "moments": peak(lambda: fastbn.moments(x), warm=False),
         "forward": peak(lambda: fastbn.forward(x, one, one, activation="relu", out=out), warm=False),

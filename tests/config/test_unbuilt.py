@@ -39,9 +39,13 @@ def run(folder: Path, script: str, *options: str, **environment: str) -> subproc
 
 
 @pytest.mark.parametrize(
-    "script", ["import fastbn", "import fastbn.inference", "from fastbn._backends import numpy_backend"]
+    ("script", "backend"),
+    [
+        *(("import fastbn", backend) for backend in (None, "", "c", "cuda")),
+        ("import fastbn.inference", None),
+        ("from fastbn._backends import numpy_backend", None),
+    ],
 )
-@pytest.mark.parametrize("backend", [None, "", "c", "cuda"])
 def test_import_says_what_happened(unbuilt: Path, script: str, backend: str | None) -> None:
     """Also where fastbn is installed, which this folder hides."""
     done = run(unbuilt, script, **({} if backend is None else {"FASTBN_BACKEND": backend}))
