@@ -132,9 +132,14 @@ static size_t bytes_of(int64_t doubles, size_t more) {
 
 size_t fbn_workspace_bytes(const fbn_problem *p) {
     if (fbn_check_problem(p)) return 0;
-    const fbn_split s = fbn_split_of(p, 1, FBN_REDUCES), masked = fbn_split_of(p, 1, FBN_MASKED);
-    const int64_t doubles = doubles_of(&s), more = doubles_of(&masked);
-    return bytes_of(doubles > more ? doubles : more, ALIGNMENT);
+    const fbn_split s = fbn_split_of(p, 1, FBN_REDUCES);
+    int64_t doubles = doubles_of(&s);
+    if (!s.rows) { /* a mask makes no difference to rows */
+        const fbn_split masked = fbn_split_of(p, 1, FBN_MASKED);
+        const int64_t more = doubles_of(&masked);
+        doubles = doubles > more ? doubles : more;
+    }
+    return bytes_of(doubles, ALIGNMENT);
 }
 
 /* Whether a valid call has a workspace whose size a size_t can hold: one of 64 bits always can. */

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._backends import SAVED_ROWS, select
+from .._backends import SAVED_ROWS
 from ..call.activations import as_given, name_and_slope
 from ..ops import Activation
 from . import formulas
@@ -20,7 +20,6 @@ from .tensors import (
     STATISTICS,
     Place,
     arranged,
-    bridge,
     bridged,
     cast,
     check_saved,
@@ -52,13 +51,11 @@ class Normalization(torch.autograd.Function):
         beta: Tensor | None,
         rest: tuple[Any, ...],
     ) -> Tensor:
-        y = None if bridged is None else bridged.forward(ctx, x, residual, gamma, beta, rest)
-        return _forward(ctx, x, residual, gamma, beta, *rest) if y is None else y
+        return _forward(ctx, x, residual, gamma, beta, *rest)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        found = bridged.backward(ctx, dy) if bridged is not None and select(None) is bridge else None
-        return _backward(ctx, dy) if found is None else found
+        return _backward(ctx, dy)
 
 
 def _forward(
@@ -130,6 +127,11 @@ def check_unchanged(gamma: Tensor | None, beta: Tensor | None, of_gamma: int, of
 
 apply = super(torch.autograd.Function, Normalization).apply
 """Normalization.apply without torch's checks for torch.func, which is never at work here. It takes half the time."""
+
+if bridged is not None:  # autograd then calls the bridge, without a call of a Python function in between
+    bridged.apply = apply
+    for _name, _method in zip(("forward", "backward"), bridged.node(_forward, _backward), strict=True):
+        setattr(Normalization, _name, staticmethod(_method))
 
 # Autograd calls this method. The original looks for a vjp, and for gradients in a list, at each call.
 Normalization._backward_cls.apply = Normalization.backward

@@ -21,7 +21,7 @@ from ..call.results import Cache, Parts
 from ..config.thread_count import use_num_threads
 from ..ops import Activation, backward, backward_sums, forward, infer, moments
 from .formulas import Gradients, blend
-from .watchers import OF_GRADIENTS
+from .watchers import WATCHERS
 
 bridge: Any
 try:
@@ -88,15 +88,6 @@ def _empty_like(x: Tensor) -> Tensor:
 def _threads() -> int:
     """The smaller of torch's and fastbn's numbers of threads."""
     return min(torch.get_num_threads(), get_num_threads())
-
-
-bridged: Any = None
-"""The bridge's functions for plain tensors, if this version of torch has DLPack's exchange API."""
-if bridge is not None and hasattr(Tensor, "__dlpack_c_exchange_api__"):
-    _exchange = Tensor.__dlpack_c_exchange_api__
-    bridged = bridge.Tensors(
-        _PLAIN, _exchange, torch.empty_like, _empty_like, _threads, OF_GRADIENTS, torch.autograd.forward_ad
-    )
 
 
 # By addresses --------------------------------------------------------------------------------------------------------
@@ -248,6 +239,25 @@ def count(number: Tensor) -> None:
         _increment_version(number)
     else:
         number.add_(1)
+
+
+bridged: Any = None
+"""The bridge's functions for plain tensors, if this version of torch has DLPack's exchange API."""
+if bridge is not None and hasattr(Tensor, "__dlpack_c_exchange_api__"):
+    bridged = bridge.Tensors(
+        Tensor,
+        Parameter,
+        select=select,
+        backend=bridge,
+        empty_like=torch.empty_like,
+        large_like=_empty_like,
+        threads=_threads,
+        count=count,
+        watchers=WATCHERS,
+        forward_ad=torch.autograd.forward_ad,
+        has_modes=torch.overrides.has_torch_function,
+        is_grad_enabled=torch.is_grad_enabled,
+    )
 
 
 # By arrays -----------------------------------------------------------------------------------------------------------

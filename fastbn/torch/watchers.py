@@ -2,7 +2,7 @@
 
 Names that torch does not publish are used here, in autograd.py and in layers.py, since no public name tells the same:
 
-- torch._C._are_functorch_transforms_active, torch._C._len_torch_dispatch_stack (below);
+- torch._C._are_functorch_transforms_active, torch._C._len_torch_dispatch_stack, torch._C._is_tracing (below);
 - torch.autograd.forward_ad._current_level (below, and in memory.pxi of the C backend), which is quick, while
   torch.compile cannot trace unpack_dual;
 - torch._disable_dynamo, which is torch.compiler.disable without the import of torch._dynamo (sync.py);
@@ -21,11 +21,11 @@ from torch.autograd import forward_ad
 
 _modes = torch._C._len_torch_dispatch_stack
 _are_transforms_active = torch._C._are_functorch_transforms_active
-_is_tracing = torch.jit.is_tracing
+_is_tracing = torch._C._is_tracing  # torch.jit.is_tracing takes twice as long
 _unpack_dual = forward_ad.unpack_dual
 
-OF_GRADIENTS = torch.is_grad_enabled, _modes, _are_transforms_active, _is_tracing
-"""One of these is true in a backward pass that is recorded or transformed, except by forward-mode AD."""
+WATCHERS = _modes, _are_transforms_active, _is_tracing
+"""One of these is true where the operators of this thread are recorded or transformed, except by forward-mode AD."""
 
 
 def transformed() -> bool:

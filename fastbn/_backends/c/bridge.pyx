@@ -2,6 +2,7 @@
 """The bridge to the C core: arrays become pointers, the GIL is released, and one C function is called."""
 
 from cpython.float cimport PyFloat_AS_DOUBLE, PyFloat_CheckExact
+from cpython.object cimport PyObject_GenericGetAttr
 from cpython.pycapsule cimport PyCapsule_GetPointer
 from libc.math cimport isfinite
 from libc.stddef cimport size_t

@@ -188,24 +188,41 @@ cdef class Place:
 
 
 cdef class Tensors:
-    """Calls on plain tensors: of these classes, in the CPU's memory, aligned, and not negated lazily.
+    """Calls on plain tensors: of these two classes, in the CPU's memory, aligned, and not negated lazily.
 
     Data is dense and in one memory order, which is contiguous or has the channels last. Values per channel are
-    contiguous and may have any dtype. `exchange` is the classes' __dlpack_c_exchange_api__. empty_like(tensor) makes a
-    tensor like the given one, and large_like one of HUGE bytes or more. threads() gives the number of threads. A
-    gradient is watched if one of watchers() is true, or a level of forward_ad, torch's module, is entered.
+    contiguous and may have any dtype. select(None) is `backend` where calls use this one. empty_like(tensor) makes a tensor like the given one, and large_like one of HUGE bytes
+    or more. threads() gives the number of threads. count(tensor) adds one to it. Calls are watched if one of watchers()
+    is true, or a level of forward_ad, torch's module, is entered. has_modes((tensor,)) is whether functions of torch
+    are overridden. `apply` calls the Function whose forward and backward are those of `node`.
     """
 
-    cdef object classes, empty_like, large_like, threads, forward_ad
+    cdef object tensor, parameter, is_negated, select, backend, empty_like, large_like, threads, count, forward_ad
+    cdef object has_modes, is_grad_enabled
+    cdef public object apply
     cdef tuple watchers
     cdef const fbn_exchange *exchange
 
-    def __init__(self, classes, exchange, empty_like, large_like, threads, tuple watchers, forward_ad):
-        self.classes, self.empty_like, self.large_like = classes, empty_like, large_like
-        self.threads, self.watchers, self.forward_ad = threads, watchers, forward_ad
-        self.exchange = <const fbn_exchange *> PyCapsule_GetPointer(exchange, "dlpack_exchange_api")
+    def __init__(
+        self, tensor, parameter, *, select, backend, empty_like, large_like, threads, count, tuple watchers, forward_ad,
+        has_modes, is_grad_enabled,
+    ):
+        self.tensor, self.parameter, self.is_negated = tensor, parameter, tensor.is_neg
+        self.select, self.backend, self.empty_like, self.large_like = select, backend, empty_like, large_like
+        self.threads, self.count, self.watchers, self.forward_ad = threads, count, watchers, forward_ad
+        self.has_modes, self.is_grad_enabled = has_modes, is_grad_enabled
+        self.exchange = <const fbn_exchange *> PyCapsule_GetPointer(
+            tensor.__dlpack_c_exchange_api__, "dlpack_exchange_api"
+        )
         if self.exchange.major != 1 or self.exchange.look == NULL:  # another layout of the struct
             self.exchange = NULL
+
+    cdef bint is_others(self) except -1:
+        """Whether another backend is used here, or the calls are watched."""
+        for watches in self.watchers:
+            if watches():
+                return True
+        return <int> self.forward_ad._current_level >= 0 or self.select(None) is not self.backend
 
     cdef bint look(self, object value, fbn_tensor *t, bint is_new=False) except -1:
         """Fills t for a plain tensor of any strides, or sets t.data to NULL for None; False for others.
@@ -215,7 +232,9 @@ cdef class Tensors:
         t.data = NULL
         if value is None:
             return True
-        if self.exchange == NULL or type(value) not in self.classes or not is_new and value.is_neg():
+        if self.exchange == NULL or not (type(value) is self.tensor or type(value) is self.parameter):
+            return False
+        if not is_new and self.is_negated(value):
             return False
         try:
             self.exchange.look(<void *> value, t)
@@ -259,7 +278,7 @@ cdef class Tensors:
             dtype[0] = <c.fbn_dtype> dtype_of_tensor(&t)
         return is_per_channel(&s, channels, dtype[0]) and is_per_channel(&t, channels, dtype[0])
 
-    def place(self, x, residual, gamma, beta, mean, var, channels, bint batch):
+    cpdef Place place(self, x, residual, gamma, beta, mean, var, channels, bint batch):
         """Returns a Place for `normalize`, or None. Batch statistics need two values per channel."""
         cdef fbn_tensor t
         cdef Place found = Place.__new__(Place)
@@ -311,8 +330,62 @@ cdef class Tensors:
         normalize(call, training, momentum, 1, saved)
         return y, saved
 
-    def forward(self, ctx, x not None, residual, gamma, beta, tuple rest):
-        """Does the work of Normalization.forward, and returns y; or does nothing, and returns None."""
+    def call(self, layer, x, residual, activation):
+        """What `forward` of a layer returns, for a plain call in eager code; or None, with nothing done, for others.
+
+        Only what is usual is known here: parameters and buffers in their places, numbers that are floats.
+        """
+        cdef dict parameters = attribute(layer, "_parameters"), buffers = attribute(layer, "_buffers")
+        cdef bint training = attribute(layer, "training") and attribute(layer, "_learns"), tracks, batch
+        eps, momentum = attribute(layer, "eps"), attribute(layer, "momentum")
+        try:
+            gamma, beta, number = parameters["weight"], parameters["bias"], buffers["num_batches_tracked"]
+            mean, var = buffers["running_mean"], buffers["running_var"]
+        except KeyError:
+            return None
+        tracks, batch = training and attribute(layer, "track_running_stats"), training or mean is None
+        if not (is_number(eps, 5e-324, 1e300) and is_number(momentum, 0, 1)) or (mean is None) != (var is None):
+            return None
+        if training and not tracks and mean is not None or requires_gradient(mean) or requires_gradient(var):
+            return None
+        if activation is None:
+            activation = attribute(layer, "activation")
+        elif type(activation) is not str or activation not in ACTIVATIONS:
+            return None
+        if self.is_others() or self.has_modes((x,)):
+            return None
+        where = self.place(x, residual, gamma, beta, mean, var, attribute(layer, "num_features"), batch)
+        if where is None:
+            return None
+        layer._check_input_dim(x)
+        differentiable = self.is_grad_enabled() and (
+            requires_gradient(x) or requires_gradient(gamma) or requires_gradient(beta) or requires_gradient(residual)
+        )
+        found = None
+        if not differentiable:
+            found = self.normalize(where, x, momentum, eps, activation, batch, False)
+            if found is None:
+                return None
+        if tracks and number is not None:  # before the call, which checkpointing may leave early
+            self.count(number)
+        if differentiable:
+            return self.apply(x, residual, gamma, beta, (where, mean, var, batch, momentum, eps, activation))
+        return found[0]
+
+    def node(self, forward, backward):
+        """The two methods of a Function: for plain calls, and by these functions for others."""
+        def plain_forward(ctx, x, residual, gamma, beta, tuple rest):
+            y = self.forward(ctx, x, residual, gamma, beta, rest)
+            return forward(ctx, x, residual, gamma, beta, *rest) if y is None else y
+
+        def plain_backward(ctx, dy):
+            found = self.backward(ctx, dy)
+            return backward(ctx, dy) if found is None else found
+
+        return plain_forward, plain_backward
+
+    cdef object forward(self, object ctx, object x, object residual, object gamma, object beta, tuple rest):
+        """Does the work of the Function's forward, and returns y; or does nothing, and returns None."""
         where, _, _, training, momentum, eps, activation = rest
         if type(where) is not Place:
             return None
@@ -330,13 +403,10 @@ cdef class Tensors:
             ctx.save_for_backward(x, residual)
         return found[0]
 
-    def backward(self, ctx, dy):
-        """Does the work of Normalization.backward for a gradient that nobody watches, or returns None."""
+    cdef tuple backward(self, object ctx, object dy):
+        """Does the work of the Function's backward for a gradient that nobody watches, or returns None."""
         cdef tuple tensors
-        for watches in self.watchers:
-            if watches():
-                return None
-        if <int> self.forward_ad._current_level >= 0:
+        if self.is_grad_enabled() or self.is_others():
             return None
         tensors = ctx.saved_tensors
         saved, gamma, beta, training, activation, _, _ = ctx.kept
@@ -392,6 +462,15 @@ cdef class Tensors:
         if for_beta is not None:
             put_all(&of_beta, a.dbeta, &p)
         return dx, (dresidual if activates else dy) if for_residual else None, dgamma, dbeta, None
+
+
+cdef object attribute(object layer, object name):
+    """An attribute of a module, without its slow __getattr__."""
+    return PyObject_GenericGetAttr(layer, name)
+
+
+cdef bint requires_gradient(object tensor) except -1:
+    return tensor is not None and tensor.requires_grad
 
 
 cdef object room_for(object tensor, const fbn_tensor *t, const c.fbn_problem *p, void **data):
