@@ -74,7 +74,7 @@ def _forward(
 ) -> Tensor:
     """Normalization.forward for tensors of any kind."""
     y, saved = normalize(where, x, residual, gamma, beta, mean, var, training, momentum, eps, activation)
-    ctx.kept = saved, gamma, beta, training, activation, eps, (version_of(gamma), version_of(beta))
+    ctx.kept = saved, gamma, beta, training, activation, eps, version_of(gamma), version_of(beta)
     ctx.save_for_backward(*((x,) if residual is None else (x, residual)))
     return y
 
@@ -87,7 +87,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     other = arranged(dy, x)
     if other is not dy:
         return Normalization.backward(ctx, other)
-    saved, gamma, beta, training, activation, _, _ = ctx.kept
+    saved, gamma, beta, training, activation, _, _, _ = ctx.kept
     where = place_of_gradient(dy, x, residual)
     if where is None:
         return _recorded(ctx, dy)
@@ -98,7 +98,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 def _recorded(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     """Normalization.backward by torch's operators, which may be differentiated, batched or recorded."""
     x, residual = (*ctx.saved_tensors, None)[:2]
-    saved, gamma, beta, training, activation, eps, versions = ctx.kept
+    saved, gamma, beta, training, activation, eps, *versions = ctx.kept
     check_saved(dy, x, residual)
     check_unchanged(gamma, None if activation is None else beta, *versions)
     rows = torch.from_numpy(saved)

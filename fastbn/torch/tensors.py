@@ -18,6 +18,7 @@ from .._backends import get_num_threads, select
 from .._moments import Moments, Sums
 from ..call.record import USUAL, Options
 from ..call.results import Cache, Parts
+from ..config import environment
 from ..config.thread_count import use_num_threads
 from ..ops import Activation, backward, backward_sums, forward, infer, moments
 from .formulas import Gradients, blend
@@ -249,6 +250,7 @@ if bridge is not None and hasattr(Tensor, "__dlpack_c_exchange_api__"):
         Parameter,
         select=select,
         backend=bridge,
+        environment=environment,
         empty_like=torch.empty_like,
         large_like=_empty_like,
         threads=_threads,

@@ -118,10 +118,9 @@ cdef extern from *:
         unsigned int major
         int (*look)(void *object, fbn_tensor *tensor) except -1
 
-# The bounds _LOW (an address), _HUGE (bytes) and _SMALL (values) of fastbn/torch/tensors.py, which explains them.
+# The bounds _LOW (an address) and _HUGE (bytes) of fastbn/torch/tensors.py, which explains them.
 cdef size_t LOW = 4294967296
 cdef int64_t HUGE = 4194304
-cdef int64_t LITTLE = 16384
 
 cdef enum:  # DLPack's numbers
     CPU = 1
@@ -185,30 +184,33 @@ cdef class Place:
 
     cdef Call call
     cdef bint last
+    cdef cnp.ndarray saved
 
 
 cdef class Tensors:
     """Calls on plain tensors: of these two classes, in the CPU's memory, aligned, and not negated lazily.
 
     Data is dense and in one memory order, which is contiguous or has the channels last. Values per channel are
-    contiguous and may have any dtype. select(None) is `backend` where calls use this one. empty_like(tensor) makes a tensor like the given one, and large_like one of HUGE bytes
+    contiguous and may have any dtype. select(None) is `backend` where calls use this one; it depends on `environment`,
+    which is the module. empty_like(tensor) makes a tensor like the given one, and large_like one of HUGE bytes
     or more. threads() gives the number of threads. count(tensor) adds one to it. Calls are watched if one of watchers()
     is true, or a level of forward_ad, torch's module, is entered. has_modes((tensor,)) is whether functions of torch
     are overridden. `apply` calls the Function whose forward and backward are those of `node`.
     """
 
-    cdef object tensor, parameter, is_negated, select, backend, empty_like, large_like, threads, count, forward_ad
+    cdef object tensor, parameter, is_negated, select, backend, environment, is_usual, empty_like, large_like, threads, count, forward_ad
     cdef object has_modes, is_grad_enabled
     cdef public object apply
     cdef tuple watchers
     cdef const fbn_exchange *exchange
 
     def __init__(
-        self, tensor, parameter, *, select, backend, empty_like, large_like, threads, count, tuple watchers, forward_ad,
-        has_modes, is_grad_enabled,
+        self, tensor, parameter, *, select, backend, environment, empty_like, large_like, threads, count,
+        tuple watchers, forward_ad, has_modes, is_grad_enabled,
     ):
         self.tensor, self.parameter, self.is_negated = tensor, parameter, tensor.is_neg
-        self.select, self.backend, self.empty_like, self.large_like = select, backend, empty_like, large_like
+        self.select, self.backend, self.environment, self.is_usual = select, backend, environment, None
+        self.empty_like, self.large_like = empty_like, large_like
         self.threads, self.count, self.watchers, self.forward_ad = threads, count, watchers, forward_ad
         self.has_modes, self.is_grad_enabled = has_modes, is_grad_enabled
         self.exchange = <const fbn_exchange *> PyCapsule_GetPointer(
@@ -217,12 +219,20 @@ cdef class Tensors:
         if self.exchange.major != 1 or self.exchange.look == NULL:  # another layout of the struct
             self.exchange = NULL
 
-    cdef bint is_others(self) except -1:
-        """Whether another backend is used here, or the calls are watched."""
+    cdef bint is_chosen(self) except -1:
+        """Whether calls use this backend. If nobody has chosen one, that does not change once it is known."""
+        name = get_value(self.environment.chosen_here) or self.environment.chosen
+        if name is not None:
+            return name == "c"
+        if self.is_usual is None:
+            self.is_usual = self.select(None) is self.backend
+        return self.is_usual
+
+    cdef bint is_watched(self) except -1:
         for watches in self.watchers:
             if watches():
                 return True
-        return <int> self.forward_ad._current_level >= 0 or self.select(None) is not self.backend
+        return <int> self.forward_ad._current_level >= 0
 
     cdef bint look(self, object value, fbn_tensor *t, bint is_new=False) except -1:
         """Fills t for a plain tensor of any strides, or sets t.data to NULL for None; False for others.
@@ -306,16 +316,20 @@ cdef class Tensors:
         """A new tensor like x, which has so many bytes."""
         return self.empty_like(x) if size < HUGE else self.large_like(x)
 
-    cpdef tuple normalize(
-        self, Place where, x, double momentum, double eps, activation, bint training, bint keeps
-    ):
+    def normalize(self, Place where, x, double momentum, double eps, activation, bint training, bint keeps):
         """Returns y and the rows `saved`, which are None in inference without `keeps`; or None for other calls.
 
         `where` is the place of x and of the other tensors, and `training` what `place` was told.
         """
+        y = self.normalized(where, x, momentum, eps, activation, training, keeps)
+        return None if y is None else (y, where.saved)
+
+    cdef object normalized(
+        self, Place where, object x, double momentum, double eps, object activation, bint training, bint keeps
+    ):
+        """The same, with the rows in where.saved."""
         cdef Call *call = &where.call
         cdef fbn_tensor t
-        cdef cnp.ndarray saved = None
         if not (0 <= momentum <= 1 and 0 <= eps < 1e300) or call.statistics != (call.var != NULL):
             return None
         if not (are_apart(call) if training else call.statistics) or not set_activation(&call.problem, activation):
@@ -326,9 +340,9 @@ cdef class Tensors:
         call.eps, call.problem.machine = eps, machine
         set_threads(&call.problem, self.threads)
         if training or keeps:
-            saved = empty(c.FBN_SAVED_ROWS, call.problem.channels, cnp.NPY_FLOAT64)
-        normalize(call, training, momentum, 1, saved)
-        return y, saved
+            where.saved = empty(c.FBN_SAVED_ROWS, call.problem.channels, cnp.NPY_FLOAT64)
+        normalize(call, training, momentum, 1, where.saved)
+        return y
 
     def call(self, layer, x, residual, activation):
         """What `forward` of a layer returns, for a plain call in eager code; or None, with nothing done, for others.
@@ -352,7 +366,7 @@ cdef class Tensors:
             activation = attribute(layer, "activation")
         elif type(activation) is not str or activation not in ACTIVATIONS:
             return None
-        if self.is_others() or self.has_modes((x,)):
+        if not self.is_chosen() or self.is_watched() or self.has_modes((x,)):
             return None
         where = self.place(x, residual, gamma, beta, mean, var, attribute(layer, "num_features"), batch)
         if where is None:
@@ -361,16 +375,14 @@ cdef class Tensors:
         differentiable = self.is_grad_enabled() and (
             requires_gradient(x) or requires_gradient(gamma) or requires_gradient(beta) or requires_gradient(residual)
         )
-        found = None
-        if not differentiable:
-            found = self.normalize(where, x, momentum, eps, activation, batch, False)
-            if found is None:
-                return None
-        if tracks and number is not None:  # before the call, which checkpointing may leave early
+        y = None if differentiable else self.normalized(where, x, momentum, eps, activation, batch, False)
+        if y is None and not differentiable:
+            return None
+        if tracks and number is not None:  # before the call of `apply`, which checkpointing may leave early
             self.count(number)
         if differentiable:
-            return self.apply(x, residual, gamma, beta, (where, mean, var, batch, momentum, eps, activation))
-        return found[0]
+            y = self.apply(x, residual, gamma, beta, (where, mean, var, batch, momentum, eps, activation))
+        return y
 
     def node(self, forward, backward):
         """The two methods of a Function: for plain calls, and by these functions for others."""
@@ -386,30 +398,27 @@ cdef class Tensors:
 
     cdef object forward(self, object ctx, object x, object residual, object gamma, object beta, tuple rest):
         """Does the work of the Function's forward, and returns y; or does nothing, and returns None."""
-        where, _, _, training, momentum, eps, activation = rest
-        if type(where) is not Place:
+        cdef Place where
+        if type(rest[0]) is not Place:
             return None
+        where, _, _, training, momentum, eps, activation = rest
         try:
-            versions = 0 if gamma is None else gamma._version, 0 if beta is None else beta._version
+            of_gamma, of_beta = 0 if gamma is None else gamma._version, 0 if beta is None else beta._version
         except RuntimeError:  # of inference tensors
             return None
-        found = self.normalize(where, x, momentum, eps, activation, training, True)
-        if found is None:
-            return None
-        ctx.kept = found[1], gamma, beta, training, activation, eps, versions
-        if residual is None:
-            ctx.save_for_backward(x)
-        else:
-            ctx.save_for_backward(x, residual)
-        return found[0]
+        y = self.normalized(where, x, momentum, eps, activation, training, True)
+        if y is not None:
+            ctx.kept = where.saved, gamma, beta, training, activation, eps, of_gamma, of_beta
+            ctx.to_save = (x,) if residual is None else (x, residual)
+        return y
 
     cdef tuple backward(self, object ctx, object dy):
         """Does the work of the Function's backward for a gradient that nobody watches, or returns None."""
         cdef tuple tensors
-        if self.is_grad_enabled() or self.is_others():
+        if self.is_grad_enabled() or self.is_watched() or not self.is_chosen():
             return None
         tensors = ctx.saved_tensors
-        saved, gamma, beta, training, activation, _, _ = ctx.kept
+        saved, gamma, beta, training, activation, _, _, _ = ctx.kept
         residual = tensors[1] if len(tensors) == 2 else None
         return self.differentiate(
             dy, tensors[0], residual, gamma, beta, saved, training, activation, ctx.needs_input_grad
@@ -435,19 +444,18 @@ cdef class Tensors:
         cdef fbn_tensor t, of_gamma, of_beta
         cdef int64_t size
         cdef bint last, for_x = wanted[0], for_residual = wanted[1], activates = activation is not None
+        cdef bint maps = for_x or for_residual and activates
         if not (self.look_at_x(x, &t, &p, &last) and set_activation(&p, activation) and is_saved(saved, p.channels)):
             return None
-        if training and p.outer * p.inner < 2 or values_of(&p) > LITTLE and not (for_x or for_residual and activates):
+        if training and p.outer * p.inner < 2:
             return None
         if not self.take(dy, &t, last, &a.dy) or not self.take(residual, &t, last, &a.residual) or a.dy == NULL:
             return None
         a.x, size = t.data, values_of(&p) * element(p.dtype)
-        dx, unwanted = (self.new(x, size), None) if for_x else (None, empty(0, size, cnp.NPY_UINT8))
-        dresidual = self.new(x, size) if residual is not None and activates else None
+        dx = self.new(x, size) if maps else None
+        dresidual = self.new(x, size) if maps and activates and residual is not None else None
         if not (self.take(dx, &t, last, &a.dx, True) and self.take(dresidual, &t, last, &a.dresidual, True)):
             return None
-        if unwanted is not None:
-            a.dx = cnp.PyArray_DATA(<cnp.ndarray> unwanted)
         dgamma = self.new_per_channel(gamma, p.channels, &of_gamma) if wanted[2] else None
         dbeta = self.new_per_channel(beta, p.channels, &of_beta) if wanted[3] else None
         if (wanted[2] and of_gamma.data == NULL) or (wanted[3] and of_beta.data == NULL):
@@ -456,12 +464,15 @@ cdef class Tensors:
         set_threads(&p, self.threads)
         for_gamma = room_for(dgamma, &of_gamma, &p, &a.dgamma)
         for_beta = room_for(dbeta, &of_beta, &p, &a.dbeta)
-        differentiate(&p, &a, saved, not training)
+        if maps:
+            differentiate(&p, &a, saved, not training)
+        else:
+            sum_up(&p, &a, saved)
         if for_gamma is not None:
             put_all(&of_gamma, a.dgamma, &p)
         if for_beta is not None:
             put_all(&of_beta, a.dbeta, &p)
-        return dx, (dresidual if activates else dy) if for_residual else None, dgamma, dbeta, None
+        return dx if for_x else None, (dresidual if activates else dy) if for_residual else None, dgamma, dbeta, None
 
 
 cdef object attribute(object layer, object name):
@@ -471,6 +482,23 @@ cdef object attribute(object layer, object name):
 
 cdef bint requires_gradient(object tensor) except -1:
     return tensor is not None and tensor.requires_grad
+
+
+cdef int sum_up(const c.fbn_problem *p, const c.fbn_backward_args *a, cnp.ndarray saved) except -1:
+    """Computes dgamma and dbeta alone."""
+    cdef c.fbn_sums_args s = NO_SUMS
+    cdef cnp.ndarray sums = empty(2, p.channels, cnp.NPY_FLOAT64)
+    cdef const double *rows = <const double *> cnp.PyArray_DATA(sums)
+    cdef int64_t i
+    s.dy, s.x, s.residual = a.dy, a.x, a.residual
+    s.saved, s.sums = <double *> cnp.PyArray_DATA(saved), <double *> cnp.PyArray_DATA(sums)
+    run(p, &s)
+    for i in range(p.channels):
+        if a.dgamma != NULL:
+            put(a.dgamma, i, rows[p.channels + i], statistics_dtype(p))
+        if a.dbeta != NULL:
+            put(a.dbeta, i, rows[i], statistics_dtype(p))
+    return 0
 
 
 cdef object room_for(object tensor, const fbn_tensor *t, const c.fbn_problem *p, void **data):
