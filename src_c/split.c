@@ -96,7 +96,7 @@ fbn_split fbn_split_of(const fbn_problem *p, int arrays, fbn_kind kind) {
     const int64_t values = p->outer * p->channels * p->inner;
     s.rows = p->inner == 1;
     s.joins = kind == FBN_MAPS && p->inner >= LEAST_JOINED && p->inner < SMALL_PLANE;
-    s.columns = s.rows || (p->inner > 1 && p->inner < SMALL_PLANE && kind == FBN_REDUCES);
+    s.columns = s.rows || (p->inner > 1 && p->inner < SMALL_PLANE && kind != FBN_MASKED && !s.joins);
     s.repeat = s.rows && values >= FBN_WORTH_JOINING ? repeat_of(p->channels) : 1;
     s.real = p->dtype == FBN_F64 ? 8 : 4;
     s.elem = (int64_t)fbn_element(p->dtype);

@@ -113,14 +113,19 @@ static void NAME(spread)(const void *from_, int64_t n, int64_t times, void *to_)
 static double NAME(fold)(const double *values, int64_t n) {
     enum { STEP = FBN_LANES / F64_WIDTH };
     f64_vec sums[STEP];
-    double lanes[FBN_LANES];
+    double lanes[F64_WIDTH];
     int64_t i = 0;
     for (int j = 0; j < STEP; j++) sums[j] = f64_set(0);
     for (; i + FBN_LANES <= n; i += FBN_LANES)
         for (int j = 0; j < STEP; j++) sums[j] = f64_add(sums[j], f64_load(values + i + j * F64_WIDTH));
-    for (int j = 0; j < STEP; j++) f64_store(lanes + j * F64_WIDTH, sums[j]);
-    for (int k = 0; i + k < n; k++) lanes[k] += values[i + k];
-    for (int half = FBN_LANES / 2; half; half /= 2)
+    for (int j = 0; j < STEP && i < n; j++, i += F64_WIDTH) {
+        const int64_t left = n - i < F64_WIDTH ? n - i : F64_WIDTH;
+        sums[j] = f64_add(sums[j], f64_load_n(values + i, left, f64_set(0)));
+    }
+    for (int half = STEP / 2; half; half /= 2)
+        for (int j = 0; j < half; j++) sums[j] = f64_add(sums[j], sums[j + half]);
+    f64_store(lanes, sums[0]);
+    for (int half = F64_WIDTH / 2; half; half /= 2)
         for (int k = 0; k < half; k++) lanes[k] += lanes[k + half];
     return lanes[0];
 }
