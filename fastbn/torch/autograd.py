@@ -36,43 +36,11 @@ _is_grad_enabled = torch.is_grad_enabled
 # In eager code -------------------------------------------------------------------------------------------------------
 
 
-class Normalization(torch.autograd.Function):
-    """`normalize` with its gradient. All arguments without a gradient are in one tuple, since each argument costs time.
-
-    gamma and beta are not saved for the backward pass, since they may change before one that does not read them.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        residual: Tensor | None,
-        gamma: Tensor | None,
-        beta: Tensor | None,
-        rest: tuple[Any, ...],
-    ) -> Tensor:
-        return _forward(ctx, x, residual, gamma, beta, *rest)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return _backward(ctx, dy)
-
-
 def _forward(
-    ctx: Any,
-    x: Tensor,
-    residual: Tensor | None,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    where: Place,
-    mean: Tensor | None,
-    var: Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-    activation: Activation,
+    ctx: Any, x: Tensor, residual: Tensor | None, gamma: Tensor | None, beta: Tensor | None, rest: tuple[Any, ...]
 ) -> Tensor:
     """Normalization.forward for tensors of any kind."""
+    where, mean, var, training, momentum, eps, activation = rest
     y, saved = normalize(where, x, residual, gamma, beta, mean, var, training, momentum, eps, activation)
     ctx.kept = saved, gamma, beta, training, activation, eps, version_of(gamma), version_of(beta)
     ctx.save_for_backward(*((x,) if residual is None else (x, residual)))
@@ -125,13 +93,22 @@ def check_unchanged(gamma: Tensor | None, beta: Tensor | None, of_gamma: int, of
             )
 
 
+_methods = (_forward, _backward) if bridged is None else bridged.node(_forward, _backward)
+
+
+class Normalization(torch.autograd.Function):
+    """`normalize` with its gradient. All arguments without a gradient are in one tuple, since each argument costs time.
+
+    gamma and beta are not saved for the backward pass, since they may change before one that does not read them.
+    """
+
+    forward, backward = map(staticmethod, _methods)
+
+
 apply = super(torch.autograd.Function, Normalization).apply
 """Normalization.apply without torch's checks for torch.func, which is never at work here. It takes half the time."""
-
-if bridged is not None:  # autograd then calls the bridge, without a call of a Python function in between
+if bridged is not None:
     bridged.apply = apply
-    for _name, _method in zip(("forward", "backward"), bridged.node(_forward, _backward), strict=True):
-        setattr(Normalization, _name, staticmethod(_method))
 
 # Autograd calls this method. The original looks for a vjp, and for gradients in a list, at each call.
 Normalization._backward_cls.apply = Normalization.backward

@@ -312,9 +312,9 @@ cdef class Tensors:
         call.statistics = call.mean != NULL
         return found
 
-    cdef object new(self, object x, int64_t size):
-        """A new tensor like x, which has so many bytes."""
-        return self.empty_like(x) if size < HUGE else self.large_like(x)
+    cdef object new(self, object x, const c.fbn_problem *p):
+        """A new tensor like x, which is that of the problem."""
+        return self.empty_like(x) if values_of(p) * <int64_t> element(p.dtype) < HUGE else self.large_like(x)
 
     def normalize(self, Place where, x, double momentum, double eps, activation, bint training, bint keeps):
         """Returns y and the rows `saved`, which are None in inference without `keeps`; or None for other calls.
@@ -334,7 +334,7 @@ cdef class Tensors:
             return None
         if not (are_apart(call) if training else call.statistics) or not set_activation(&call.problem, activation):
             return None
-        y = self.new(x, call.bytes)
+        y = self.new(x, &call.problem)
         if not (self.look(x, &t, True) and self.take(y, &t, where.last, &call.y, True)):
             return None
         call.eps, call.problem.machine = eps, machine
@@ -385,10 +385,10 @@ cdef class Tensors:
         return y
 
     def node(self, forward, backward):
-        """The two methods of a Function: for plain calls, and by these functions for others."""
+        """The forward and backward of a Function; these functions do their work in calls that are not plain."""
         def plain_forward(ctx, x, residual, gamma, beta, tuple rest):
             y = self.forward(ctx, x, residual, gamma, beta, rest)
-            return forward(ctx, x, residual, gamma, beta, *rest) if y is None else y
+            return forward(ctx, x, residual, gamma, beta, rest) if y is None else y
 
         def plain_backward(ctx, dy):
             found = self.backward(ctx, dy)
@@ -427,7 +427,7 @@ cdef class Tensors:
     cdef object new_per_channel(self, object like, int64_t channels, fbn_tensor *t):
         """A new tensor like one of a value per channel, and what it is; t.data is NULL if it is not plain."""
         made = self.empty_like(like)
-        if not self.look(made, t, True) or not is_per_channel(t, channels, <c.fbn_dtype> dtype_of_tensor(t)):
+        if not (self.look(made, t, True) and is_per_channel(t, channels, <c.fbn_dtype> dtype_of_tensor(t))):
             t.data = NULL
         return made
 
@@ -442,18 +442,17 @@ cdef class Tensors:
         cdef c.fbn_problem p = NO_PROBLEM
         cdef c.fbn_backward_args a = NO_BACKWARD
         cdef fbn_tensor t, of_gamma, of_beta
-        cdef int64_t size
         cdef bint last, for_x = wanted[0], for_residual = wanted[1], activates = activation is not None
         cdef bint maps = for_x or for_residual and activates
         if not (self.look_at_x(x, &t, &p, &last) and set_activation(&p, activation) and is_saved(saved, p.channels)):
             return None
-        if training and p.outer * p.inner < 2:
+        if training and p.outer * p.inner < 2 or not self.take(dy, &t, last, &a.dy) or a.dy == NULL:
             return None
-        if not self.take(dy, &t, last, &a.dy) or not self.take(residual, &t, last, &a.residual) or a.dy == NULL:
+        if not self.take(residual, &t, last, &a.residual):
             return None
-        a.x, size = t.data, values_of(&p) * element(p.dtype)
-        dx = self.new(x, size) if maps else None
-        dresidual = self.new(x, size) if maps and activates and residual is not None else None
+        a.x = t.data
+        dx = self.new(x, &p) if maps else None
+        dresidual = self.new(x, &p) if maps and activates and residual is not None else None
         if not (self.take(dx, &t, last, &a.dx, True) and self.take(dresidual, &t, last, &a.dresidual, True)):
             return None
         dgamma = self.new_per_channel(gamma, p.channels, &of_gamma) if wanted[2] else None
@@ -490,8 +489,8 @@ cdef int sum_up(const c.fbn_problem *p, const c.fbn_backward_args *a, cnp.ndarra
     cdef cnp.ndarray sums = empty(2, p.channels, cnp.NPY_FLOAT64)
     cdef const double *rows = <const double *> cnp.PyArray_DATA(sums)
     cdef int64_t i
-    s.dy, s.x, s.residual = a.dy, a.x, a.residual
-    s.saved, s.sums = <double *> cnp.PyArray_DATA(saved), <double *> cnp.PyArray_DATA(sums)
+    s.dy, s.x, s.residual, s.saved = a.dy, a.x, a.residual, <double *> cnp.PyArray_DATA(saved)
+    s.sums = <double *> rows
     run(p, &s)
     for i in range(p.channels):
         if a.dgamma != NULL:
