@@ -62,6 +62,13 @@ _NUMBERS = {
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 """The channels-last memory format for each number of axes."""
 
+AXES = {
+    torch.nn.BatchNorm1d._check_input_dim: (2, 3),
+    torch.nn.BatchNorm2d._check_input_dim: (4,),
+    torch.nn.BatchNorm3d._check_input_dim: (5,),
+}
+"""The numbers of axes that torch's checks allow. A call of a check would take longer."""
+
 _LOW = 1 << 32
 """Memory is hardly ever at a lower address. A tensor whose storage was freed is: its address is its offset."""
 
@@ -250,13 +257,14 @@ if bridge is not None and hasattr(Tensor, "__dlpack_c_exchange_api__"):
         Parameter,
         select=select,
         backend=bridge,
-        environment=environment,
+        environment=vars(environment),
         empty_like=torch.empty_like,
         large_like=_empty_like,
         threads=_threads,
         count=count,
+        axes=AXES,
         watchers=WATCHERS,
-        forward_ad=torch.autograd.forward_ad,
+        forward_ad=vars(torch.autograd.forward_ad),
         has_modes=torch.overrides.has_torch_function,
         is_grad_enabled=torch.is_grad_enabled,
     )

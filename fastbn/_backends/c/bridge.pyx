@@ -3,6 +3,7 @@
 
 from cpython.contextvars cimport get_value
 from cpython.float cimport PyFloat_AS_DOUBLE, PyFloat_CheckExact
+from cpython.method cimport PyMethod_Check, PyMethod_GET_FUNCTION
 from cpython.object cimport PyObject_GenericGetAttr
 from cpython.pycapsule cimport PyCapsule_GetPointer
 from libc.math cimport isfinite
@@ -416,5 +417,6 @@ def describe():
 
 include "express.pxi"
 include "memory.pxi"
+include "tensors.pxi"
 include "plan.pxi"
 include "flat.pxi"
