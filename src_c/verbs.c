@@ -167,8 +167,7 @@ static fbn_job job_of(const fbn_problem *p, const fbn_operation *operation, int 
     const int64_t lead = j.split.rows ? (int64_t)((uintptr_t)out / (uintptr_t)elem % (uintptr_t)values) : 0;
     const int64_t joined = operation == &PLAN_RUN ? fbn_joined(p->channels) : j.split.joined;
     double *next = (double *)(((uintptr_t)workspace + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);
-    for (int i = 0; i < FBN_CONSTANTS; i++, next += joined)
-        j.constants.of[i] = (char *)next + lead * j.split.real;
+    for (int i = 0; i < FBN_CONSTANTS; i++, next += joined) j.constants.of[i] = (char *)next + lead * j.split.real;
     j.saved = next;
     j.known = j.saved;
     j.origin = next + FBN_SAVED_ROWS * j.split.padded;

@@ -265,7 +265,7 @@ if bridge is not None and hasattr(Tensor, "__dlpack_c_exchange_api__"):
         axes=AXES,
         watchers=WATCHERS,
         forward_ad=vars(torch.autograd.forward_ad),
-        has_modes=torch.overrides.has_torch_function,
+        has_modes=torch.overrides.has_torch_function_unary,
         is_grad_enabled=torch.is_grad_enabled,
     )
 

@@ -392,6 +392,16 @@ def test_gradients_without_that_of_the_input(
         assert torch.equal(one, other)
 
 
+def test_the_numbers_of_axes_that_torch_allows() -> None:
+    for check, allowed in tensors.AXES.items():
+        for axes in range(8):
+            if axes in allowed:
+                check(None, torch.zeros((1,) * axes))
+            else:
+                with pytest.raises(ValueError, match="expected"):
+                    check(None, torch.zeros((1,) * axes))
+
+
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 def test_what_a_subclass_says_counts(training: bool) -> None:
     """Its properties and its checks, also in calls that the bridge takes whole."""

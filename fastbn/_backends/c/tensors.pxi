@@ -106,7 +106,7 @@ cdef class Tensors:
     depends on, a module's names. empty_like(tensor) makes a tensor like the given one, and large_like one of HUGE bytes
     or more. threads() gives the number of threads. count(tensor) adds one to it. `axes` are the numbers of axes that
     functions which check an input let pass. Calls are watched if one of watchers() is true, or a level of forward_ad,
-    a module's names, is entered. has_modes((tensor,)) is whether functions of torch are overridden. `apply` calls the
+    a module's names, is entered. has_modes(tensor) is whether functions of torch are overridden. `apply` calls the
     Function whose forward and backward are those of `node`.
     """
 
@@ -279,7 +279,7 @@ cdef class Tensors:
             activation = attribute(layer, "activation")
         elif type(activation) is not str or activation not in ACTIVATIONS:
             return None
-        if not self.is_chosen() or self.is_watched() or self.has_modes((x,)):
+        if not self.is_chosen() or self.is_watched() or self.has_modes(x):
             return None
         where = self.place(x, residual, gamma, beta, mean, var, attribute(layer, "num_features"), batch)
         if where is None:
