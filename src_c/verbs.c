@@ -149,7 +149,7 @@ static fbn_status if_fits(const fbn_problem *p, fbn_status status) {
 
 /* `out` is what the map will write; NULL where there is no map, or where calls share the constants. A map of rows
  * follows the alignment of `out`. The constants get the same alignment, so that those of a vector lie in one cache
- * line. */
+ * line. A plan has room for those of joined rows, whether or not a run joins rows. */
 static fbn_job job_of(const fbn_problem *p, const fbn_operation *operation, int arrays, int masked, void *out,
                       void *workspace) {
     fbn_job j;

@@ -208,8 +208,8 @@ class BatchNorm2d(_Layer, torch.nn.BatchNorm2d):
 
     Derivatives of any order are supported. Calls that the kernels cannot take, or that torch must record, go to torch's
     layer: see the table of `fastbn.torch`. The number of threads is the smaller of torch.get_num_threads() and
-    fastbn.get_num_threads(). A small call takes as long as torch's. With its backward pass, which goes through Python,
-    it takes up to 9 microseconds longer after eval(), and up to 5 in training.
+    fastbn.get_num_threads(). A small call takes no longer than torch's. With its backward pass, which goes through
+    Python, it takes up to 5 microseconds longer.
 
     eps and momentum may be ints, and tensors of one value; momentum may have any sign. torch's layers allow the same.
 
