@@ -90,7 +90,7 @@ typedef void fbn_set_line(const fbn_channels *known, int64_t n, const fbn_consta
 typedef void fbn_set_gradient(const fbn_channels *known, const double *sums, const double *products, double count,
                               int64_t n, const fbn_constants *constants);
 
-/* Writes each of n constants `times` times. */
+/* Writes each of n constants `times` times, and may write FBN_CHANNEL_PAD values more. */
 typedef void fbn_spread(const void *from, int64_t n, int64_t times, void *to);
 
 /* The sum of n numbers, which does not depend on the instruction set. */

@@ -120,7 +120,7 @@ fbn_split fbn_split_of(const fbn_problem *p, int arrays, fbn_kind kind) {
                             : larger(FBN_IMAGES, SEGMENT / larger(s.cut, 1));
     s.segments = larger(1, divide_up(s.units, s.segment));
     s.padded = fbn_padded(p->channels);
-    s.joined = fbn_joined(p->channels);
+    s.joined = fbn_padded(p->channels * s.repeat);
     s.threads = (int)larger(1, smaller(p->threads, values / FBN_WORK_PER_THREAD));
     s.block = block_of(&s, p->machine, arrays);
     s.by_channels = by_channels(&s, p->machine, arrays);

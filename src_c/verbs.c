@@ -147,9 +147,14 @@ static size_t bytes_of(int64_t doubles, size_t more) {
 
 size_t fbn_workspace_bytes(const fbn_problem *p) {
     if (fbn_check_problem(p)) return 0;
-    const fbn_split s = fbn_split_of(p, 1, FBN_REDUCES), masked = fbn_split_of(p, 1, FBN_MASKED);
-    const int64_t doubles = doubles_of(&s), more = doubles_of(&masked);
-    return bytes_of(doubles > more ? doubles : more, ALIGNMENT);
+    const fbn_split s = fbn_split_of(p, 1, FBN_REDUCES);
+    int64_t doubles = doubles_of(&s);
+    if (!s.rows) { /* a mask makes no difference to rows */
+        const fbn_split masked = fbn_split_of(p, 1, FBN_MASKED);
+        const int64_t more = doubles_of(&masked);
+        doubles = doubles > more ? doubles : more;
+    }
+    return bytes_of(doubles, ALIGNMENT);
 }
 
 /* Whether a valid call has a workspace whose size a size_t can hold: one of 64 bits always can. */
@@ -159,7 +164,7 @@ static fbn_status if_fits(const fbn_problem *p, fbn_status status) {
 
 /* `out` is what the map will write; NULL where there is no map, or where calls share the constants. A map of rows
  * follows the alignment of `out`. The constants get the same alignment, so that those of a vector lie in one cache
- * line. */
+ * line. A plan has room for those of joined rows, whether or not a run joins rows. */
 static fbn_job job_of(const fbn_problem *p, const fbn_operation *operation, int arrays, int masked, void *out,
                       void *workspace) {
     fbn_job j;
@@ -178,9 +183,9 @@ static fbn_job job_of(const fbn_problem *p, const fbn_operation *operation, int 
     j.result = out;
     const int64_t values = ALIGNMENT / j.split.real, elem = j.split.elem;
     const int64_t lead = j.split.rows ? (int64_t)((uintptr_t)out / (uintptr_t)elem % (uintptr_t)values) : 0;
+    const int64_t joined = operation == &PLAN_RUN ? fbn_joined(p->channels) : j.split.joined;
     double *next = (double *)(((uintptr_t)workspace + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);
-    for (int i = 0; i < FBN_CONSTANTS; i++, next += j.split.joined)
-        j.constants.of[i] = (char *)next + lead * j.split.real;
+    for (int i = 0; i < FBN_CONSTANTS; i++, next += joined) j.constants.of[i] = (char *)next + lead * j.split.real;
     j.saved = next;
     j.known = j.saved;
     j.origin = next + FBN_SAVED_ROWS * j.split.padded;

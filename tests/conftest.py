@@ -125,6 +125,6 @@ def settings() -> Iterator[None]:
     """Puts the process's backend and thread count back."""
     from fastbn.config import environment, thread_count
 
-    before = environment._backend, thread_count._threads
+    before = environment.chosen, thread_count._threads
     yield
-    environment._backend, thread_count._threads = before
+    environment.chosen, thread_count._threads = before

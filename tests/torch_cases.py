@@ -13,6 +13,7 @@ with warnings.catch_warnings():  # torch's own import may warn
     torch = pytest.importorskip("torch")
     pytest.importorskip("ml_dtypes")
     import fastbn.torch
+    from fastbn.torch import autograd, layers, tensors
 
 SHAPES = {1: (6, 5, 7), 2: (4, 5, 6, 3), 3: (3, 5, 2, 4, 3)}
 FORMATS = {
@@ -41,6 +42,15 @@ def as_found() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
+
+
+def without_bridge(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on calls run as in a version of torch that lacks DLPack's exchange API."""
+    for module in (layers, tensors):
+        monkeypatch.setattr(module, "bridged", None)
+    monkeypatch.setattr(autograd.Normalization, "forward", staticmethod(autograd._forward))
+    monkeypatch.setattr(autograd.Normalization, "backward", staticmethod(autograd._backward))
+    monkeypatch.setattr(autograd.Normalization._backward_cls, "apply", autograd._backward)
 
 
 def randomized(layer: Any) -> Any:

@@ -167,11 +167,10 @@ def get_num_threads() -> int:
 
 def select(name: str | None) -> Backend:
     """The backend of this name, or the default if it is None."""
-    chosen = get_backend() if name is None else name
     try:
-        return _loaded[chosen]
+        return _loaded[(environment.backend_name() or _best()) if name is None else name]
     except (KeyError, TypeError):
-        return _named(chosen)
+        return _named(get_backend() if name is None else name)
 
 
 def _named(name: str) -> Backend:

@@ -19,8 +19,8 @@ ISAS = ("baseline", "avx2", "avx512", "neon")
 TUNING = ("on", "off")
 """Whether habits that were measured here (fastbn.tune) are used."""
 
-_backend: str | None = None
-_backend_here: ContextVar[str | None] = ContextVar("fastbn_backend", default=None)
+chosen: str | None = None
+chosen_here: ContextVar[str | None] = ContextVar("fastbn_backend", default=None)
 
 
 @cache
@@ -46,20 +46,20 @@ def environment_tuning() -> str | None:
 
 def backend_name() -> str | None:
     """The backend that the context, the process or the environment asks for, in this order; None if none does."""
-    return _backend_here.get() or _backend or environment_backend()
+    return chosen_here.get() or chosen or environment_backend()
 
 
 def set_backend_name(name: str) -> None:
     """Sets the process default."""
-    global _backend
-    _backend = name
+    global chosen
+    chosen = name
 
 
 @contextmanager
 def backend_here(name: str) -> Iterator[None]:
     """Asks for a backend within the `with` block, in this thread or task only."""
-    token = _backend_here.set(name)
+    token = chosen_here.set(name)
     try:
         yield
     finally:
-        _backend_here.reset(token)
+        chosen_here.reset(token)

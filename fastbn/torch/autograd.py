@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._backends import SAVED_ROWS, select
+from .._backends import SAVED_ROWS
 from ..call.activations import as_given, name_and_slope
 from ..ops import Activation
 from . import formulas
@@ -20,7 +20,6 @@ from .tensors import (
     STATISTICS,
     Place,
     arranged,
-    bridge,
     bridged,
     cast,
     check_saved,
@@ -37,47 +36,13 @@ _is_grad_enabled = torch.is_grad_enabled
 # In eager code -------------------------------------------------------------------------------------------------------
 
 
-class Normalization(torch.autograd.Function):
-    """`normalize` with its gradient. All arguments without a gradient are in one tuple, since each argument costs time.
-
-    gamma and beta are not saved for the backward pass, since they may change before one that does not read them.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        residual: Tensor | None,
-        gamma: Tensor | None,
-        beta: Tensor | None,
-        rest: tuple[Any, ...],
-    ) -> Tensor:
-        y = None if bridged is None else bridged.forward(ctx, x, residual, gamma, beta, rest)
-        return _forward(ctx, x, residual, gamma, beta, *rest) if y is None else y
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        found = bridged.backward(ctx, dy) if bridged is not None and select(None) is bridge else None
-        return _backward(ctx, dy) if found is None else found
-
-
 def _forward(
-    ctx: Any,
-    x: Tensor,
-    residual: Tensor | None,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    where: Place,
-    mean: Tensor | None,
-    var: Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-    activation: Activation,
+    ctx: Any, x: Tensor, residual: Tensor | None, gamma: Tensor | None, beta: Tensor | None, rest: tuple[Any, ...]
 ) -> Tensor:
     """Normalization.forward for tensors of any kind."""
+    where, mean, var, training, momentum, eps, activation = rest
     y, saved = normalize(where, x, residual, gamma, beta, mean, var, training, momentum, eps, activation)
-    ctx.kept = saved, gamma, beta, training, activation, eps, (version_of(gamma), version_of(beta))
+    ctx.kept = saved, gamma, beta, training, activation, eps, version_of(gamma), version_of(beta)
     ctx.save_for_backward(*((x,) if residual is None else (x, residual)))
     return y
 
@@ -90,7 +55,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     other = arranged(dy, x)
     if other is not dy:
         return Normalization.backward(ctx, other)
-    saved, gamma, beta, training, activation, _, _ = ctx.kept
+    saved, gamma, beta, training, activation, _, _, _ = ctx.kept
     where = place_of_gradient(dy, x, residual)
     if where is None:
         return _recorded(ctx, dy)
@@ -101,7 +66,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 def _recorded(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     """Normalization.backward by torch's operators, which may be differentiated, batched or recorded."""
     x, residual = (*ctx.saved_tensors, None)[:2]
-    saved, gamma, beta, training, activation, eps, versions = ctx.kept
+    saved, gamma, beta, training, activation, eps, *versions = ctx.kept
     check_saved(dy, x, residual)
     check_unchanged(gamma, None if activation is None else beta, *versions)
     rows = torch.from_numpy(saved)
@@ -128,8 +93,22 @@ def check_unchanged(gamma: Tensor | None, beta: Tensor | None, of_gamma: int, of
             )
 
 
+_methods = (_forward, _backward) if bridged is None else bridged.node(_forward, _backward)
+
+
+class Normalization(torch.autograd.Function):
+    """`normalize` with its gradient. All arguments without a gradient are in one tuple, since each argument costs time.
+
+    gamma and beta are not saved for the backward pass, since they may change before one that does not read them.
+    """
+
+    forward, backward = map(staticmethod, _methods)
+
+
 apply = super(torch.autograd.Function, Normalization).apply
 """Normalization.apply without torch's checks for torch.func, which is never at work here. It takes half the time."""
+if bridged is not None:
+    bridged.apply = apply
 
 # Autograd calls this method. The original looks for a vjp, and for gradients in a list, at each call.
 Normalization._backward_cls.apply = Normalization.backward

@@ -18,10 +18,11 @@ from .._backends import get_num_threads, select
 from .._moments import Moments, Sums
 from ..call.record import USUAL, Options
 from ..call.results import Cache, Parts
+from ..config import environment
 from ..config.thread_count import use_num_threads
 from ..ops import Activation, backward, backward_sums, forward, infer, moments
 from .formulas import Gradients, blend
-from .watchers import OF_GRADIENTS
+from .watchers import WATCHERS
 
 bridge: Any
 try:
@@ -61,6 +62,13 @@ _NUMBERS = {
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 """The channels-last memory format for each number of axes."""
 
+AXES = {
+    torch.nn.BatchNorm1d._check_input_dim: (2, 3),
+    torch.nn.BatchNorm2d._check_input_dim: (4,),
+    torch.nn.BatchNorm3d._check_input_dim: (5,),
+}
+"""The numbers of axes that torch's checks allow. A call of a check would take longer."""
+
 _LOW = 1 << 32
 """Memory is hardly ever at a lower address. A tensor whose storage was freed is: its address is its offset."""
 
@@ -88,15 +96,6 @@ def _empty_like(x: Tensor) -> Tensor:
 def _threads() -> int:
     """The smaller of torch's and fastbn's numbers of threads."""
     return min(torch.get_num_threads(), get_num_threads())
-
-
-bridged: Any = None
-"""The bridge's functions for plain tensors, if this version of torch has DLPack's exchange API."""
-if bridge is not None and hasattr(Tensor, "__dlpack_c_exchange_api__"):
-    _exchange = Tensor.__dlpack_c_exchange_api__
-    bridged = bridge.Tensors(
-        _PLAIN, _exchange, torch.empty_like, _empty_like, _threads, OF_GRADIENTS, torch.autograd.forward_ad
-    )
 
 
 # By addresses --------------------------------------------------------------------------------------------------------
@@ -248,6 +247,27 @@ def count(number: Tensor) -> None:
         _increment_version(number)
     else:
         number.add_(1)
+
+
+bridged: Any = None
+"""The bridge's functions for plain tensors, if this version of torch has DLPack's exchange API."""
+if bridge is not None and hasattr(Tensor, "__dlpack_c_exchange_api__"):
+    bridged = bridge.Tensors(
+        Tensor,
+        Parameter,
+        select=select,
+        backend=bridge,
+        environment=vars(environment),
+        empty_like=torch.empty_like,
+        large_like=_empty_like,
+        threads=_threads,
+        count=count,
+        axes=AXES,
+        watchers=WATCHERS,
+        forward_ad=vars(torch.autograd.forward_ad),
+        has_modes=torch.overrides.has_torch_function_unary,
+        is_grad_enabled=torch.is_grad_enabled,
+    )
 
 
 # By arrays -----------------------------------------------------------------------------------------------------------

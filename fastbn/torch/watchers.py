@@ -1,13 +1,17 @@
 """Who else observes a call? The kernels cannot serve calls that are traced or transformed; torch's operators can.
 
-Names that torch does not publish are used here, in autograd.py and in layers.py, since no public name tells the same:
+Names that torch does not publish are used here, in autograd.py, layers.py and tensors.py, since no public name tells
+the same:
 
-- torch._C._are_functorch_transforms_active, torch._C._len_torch_dispatch_stack (below);
-- torch.autograd.forward_ad._current_level (below, and in memory.pxi of the C backend), which is quick, while
+- torch._C._are_functorch_transforms_active, torch._C._len_torch_dispatch_stack, torch._C._is_tracing (below);
+- torch.autograd.forward_ad._current_level (below, and in tensors.pxi of the C backend), which is quick, while
   torch.compile cannot trace unpack_dual;
 - torch._disable_dynamo, which is torch.compiler.disable without the import of torch._dynamo (sync.py);
-- the _backward_cls of a torch.autograd.Function, whose method `apply` is called by autograd (autograd.py);
-- torch.nn.modules.batchnorm._BatchNorm._check_input_dim, with which torch's layers refuse an input (layers.py);
+- the _backward_cls of a torch.autograd.Function, whose method `apply` is called by autograd (autograd.py), and the
+  `to_save` of its context, which save_for_backward sets (tensors.pxi);
+- torch.overrides.has_torch_function_unary, which is has_torch_function of one tensor, but quicker (tensors.py);
+- torch.nn.modules.batchnorm._BatchNorm._check_input_dim, with which torch's layers refuse an input (layers.py,
+  tensors.py);
 - the dictionaries of hooks, of a module and of torch.nn.modules.module (others.py).
 
 They were tried with torch 2.7.1, 2.13.0 and 2.14.1.
@@ -21,11 +25,11 @@ from torch.autograd import forward_ad
 
 _modes = torch._C._len_torch_dispatch_stack
 _are_transforms_active = torch._C._are_functorch_transforms_active
-_is_tracing = torch.jit.is_tracing
+_is_tracing = torch._C._is_tracing  # torch.jit.is_tracing takes twice as long
 _unpack_dual = forward_ad.unpack_dual
 
-OF_GRADIENTS = torch.is_grad_enabled, _modes, _are_transforms_active, _is_tracing
-"""One of these is true in a backward pass that is recorded or transformed, except by forward-mode AD."""
+WATCHERS = _modes, _are_transforms_active, _is_tracing
+"""One of these is true where the operators of this thread are recorded or transformed, except by forward-mode AD."""
 
 
 def transformed() -> bool:

@@ -139,12 +139,12 @@ static void NAME(set_gradient)(const fbn_channels *k, const double *sums, const 
     }
 }
 
-/* Writes each of n constants `times` times, for the columns of small planes. */
+/* For the columns of small planes. Whole vectors are written, whose ends the next channel overwrites. */
 static void NAME(spread)(const void *from_, int64_t n, int64_t times, void *to_) {
     const real *from = from_;
     real *to = to_;
     for (int64_t c = 0; c < n; c++, to += times)
-        for (int64_t i = 0; i < times; i++) to[i] = from[c];
+        for (int64_t i = 0; i < times; i += WIDTH) vstore(to + i, vset(from[c]));
 }
 
 /* The sum of n float64 numbers, always added in this order: element i to lane i % FBN_LANES, and then these. */

@@ -26,11 +26,12 @@ from torch_cases import (
     pair,
     randomized,
     torch,
+    without_bridge,
 )
 
 import fastbn
 import fastbn.torch
-from fastbn.torch import autograd, tensors
+from fastbn.torch import tensors
 
 __all__ = ["as_found"]
 prune = importlib.import_module("torch.nn.utils.prune")
@@ -270,8 +271,7 @@ def test_shapes_whose_format_is_ambiguous(shape: tuple[int, ...], channels: int)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_nothing_is_copied(any_backend: cases.Kernel, place: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels get the tensors' own memory, of either size class, also where torch lacks DLPack's exchange API."""
-    for module in (autograd, tensors):
-        monkeypatch.setattr(module, "bridged", None)
+    without_bridge(monkeypatch)
     fastbn.moments(np.ones((2, 1), bfloat16))  # the C backend knows NumPy's number of bfloat16 from the first array
     seen: list[int] = []
 
@@ -361,12 +361,66 @@ def test_the_short_way_gives_the_bits_of_the_long_one(
     layer = randomized(fastbn.torch.BatchNorm2d(5, activation=activation)).to(of_parameters).train(training)
     x, dy = data(SHAPES[2], place, dtype), data(SHAPES[2], place, dtype)
     found = called(copy.deepcopy(layer), x, dy)
-    for module in (autograd, tensors):
-        monkeypatch.setattr(module, "bridged", None)
+    without_bridge(monkeypatch)
     wanted = called(layer, x, dy)
     assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():
         assert torch.equal(found[name], tensor), name
+
+
+@by_the_bridge
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+@pytest.mark.parametrize("wanted", [("weight",), ("bias",), ("weight", "bias"), ("residual",)], ids=str)
+def test_gradients_without_that_of_the_input(
+    wanted: tuple[str, ...], dtype: str, training: bool, activation: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the parameters alone, which needs no map, and of the residual alone: the bits of the long way."""
+    layer = randomized(fastbn.torch.BatchNorm2d(5, activation=activation)).to(getattr(torch, dtype)).train(training)
+    x, residual, dy = (data(SHAPES[2], "contiguous", getattr(torch, dtype)) for _ in range(3))
+    named = {**dict(layer.named_parameters()), "residual": residual}
+    for name, tensor in named.items():
+        tensor.requires_grad_(name in wanted)
+
+    def gradients() -> tuple[Any, ...]:
+        return torch.autograd.grad(layer(x, residual), [named[name] for name in wanted], dy)
+
+    found = gradients()
+    without_bridge(monkeypatch)
+    for one, other in zip(found, gradients(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_the_numbers_of_axes_that_torch_allows() -> None:
+    for check, allowed in tensors.AXES.items():
+        for axes in range(8):
+            if axes in allowed:
+                check(None, torch.zeros((1,) * axes))
+            else:
+                with pytest.raises(ValueError, match="expected"):
+                    check(None, torch.zeros((1,) * axes))
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+def test_what_a_subclass_says_counts(training: bool) -> None:
+    """Its properties and its checks, also in calls that the bridge takes whole."""
+
+    class Steady(fastbn.torch.BatchNorm1d):
+        momentum = property(lambda self: 0.5, lambda self, value: None)
+        eps = property(lambda self: 1.0, lambda self, value: None)
+
+        def _check_input_dim(self, input: Any) -> None:
+            if input.shape[0] == 7:
+                raise ValueError("seven")
+
+    ours, theirs = Steady(3).train(training), torch.nn.BatchNorm1d(3, momentum=0.5, eps=1.0).train(training)
+    x = torch.randn(5, 3)
+    assert_agree({"y": ours(x), **ours.state_dict()}, {"y": theirs(x), **theirs.state_dict()}, 1e-6)
+    before = copy.deepcopy(ours.state_dict())
+    with pytest.raises(ValueError, match="seven"):
+        ours(torch.randn(7, 3))
+    assert_agree(ours.state_dict(), before, 0)
 
 
 def test_large_results_are_tensors_like_others() -> None:

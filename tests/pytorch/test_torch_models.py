@@ -11,7 +11,7 @@ from typing import Any
 import cases
 import numpy as np
 import pytest
-from torch_cases import FORMATS, SHAPES, as_found, assert_agree, data, network, pair, torch
+from torch_cases import FORMATS, SHAPES, as_found, assert_agree, data, network, pair, torch, without_bridge
 
 import fastbn
 import fastbn.torch
@@ -219,7 +219,7 @@ def test_threads_are_the_fewer(any_backend: cases.Kernel, monkeypatch: pytest.Mo
         backend = importlib.import_module("fastbn._backends.c.bridge")
         express = backend.forward_at
         monkeypatch.setattr(backend, "forward_at", lambda *args: [seen.append(args[-1]()), express(*args)][1])
-        monkeypatch.setattr(tensors, "bridged", None)
+        without_bridge(monkeypatch)
     forward = tensors.forward
 
     def watching(*args: Any, **options: Any) -> Any:

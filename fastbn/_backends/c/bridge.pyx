@@ -1,7 +1,10 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, freethreading_compatible=True
 """The bridge to the C core: arrays become pointers, the GIL is released, and one C function is called."""
 
+from cpython.contextvars cimport get_value
 from cpython.float cimport PyFloat_AS_DOUBLE, PyFloat_CheckExact
+from cpython.method cimport PyMethod_Check, PyMethod_GET_FUNCTION
+from cpython.object cimport PyObject_GenericGetAttr
 from cpython.pycapsule cimport PyCapsule_GetPointer
 from libc.math cimport isfinite
 from libc.stddef cimport size_t
@@ -414,5 +417,6 @@ def describe():
 
 include "express.pxi"
 include "memory.pxi"
+include "tensors.pxi"
 include "plan.pxi"
 include "flat.pxi"
