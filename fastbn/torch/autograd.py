@@ -54,7 +54,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, residual = (*ctx.saved_tensors, None)[:2]
     other = arranged(dy, x)
     if other is not dy:
-        return Normalization.backward(ctx, other)
+        return _node_backward(ctx, other)
     saved, gamma, beta, training, activation, _, _, _ = ctx.kept
     where = place_of_gradient(dy, x, residual)
     if where is None:
@@ -93,7 +93,7 @@ def check_unchanged(gamma: Tensor | None, beta: Tensor | None, of_gamma: int, of
             )
 
 
-_methods = (_forward, _backward) if bridged is None else bridged.node(_forward, _backward)
+_node_forward, _node_backward = (_forward, _backward) if bridged is None else bridged.node(_forward, _backward)
 
 
 class Normalization(torch.autograd.Function):
@@ -102,7 +102,8 @@ class Normalization(torch.autograd.Function):
     gamma and beta are not saved for the backward pass, since they may change before one that does not read them.
     """
 
-    forward, backward = map(staticmethod, _methods)
+    forward = staticmethod(_node_forward)
+    backward = staticmethod(_backward)  # which torch.compile traces with compiled autograd
 
 
 apply = super(torch.autograd.Function, Normalization).apply
@@ -111,7 +112,7 @@ if bridged is not None:
     bridged.apply = apply
 
 # Autograd calls this method. The original looks for a vjp, and for gradients in a list, at each call.
-Normalization._backward_cls.apply = Normalization.backward
+Normalization._backward_cls.apply = _node_backward
 
 
 def in_dtypes(found: Gradients, gamma: Any, beta: Any) -> tuple[Tensor | None, ...]:
