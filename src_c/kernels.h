@@ -125,6 +125,7 @@ typedef struct {
                             * planes: columns are the elements of an image */
     int64_t rows, apart;   /* so many such stretches, `apart` elements from each other. Sums of columns add them up, and
                             * c is 0; other loops take one after another: in maps, apart is whole cache lines */
+    int64_t ahead;         /* maps of columns: they fetch what they read so many bytes ahead; 0: the processor does */
     double *sums, *others; /* where sums are added: a value per column, or FBN_LANES lanes, those of the next stretch
                             * 2 * FBN_LANES further */
 } fbn_stretch;

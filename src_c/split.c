@@ -62,10 +62,9 @@ static int64_t block_of(const fbn_split *s, const fbn_machine *machine, int arra
     return smaller(larger(in_steps(in_steps(most, FBN_CHANNEL_PAD), panel), panel), larger(s->channels, 1));
 }
 
-/* The channels of rows that are mapped at a time: their constants stay in the nearest cache. Long pieces of rows are
- * worth more where they are read from memory. */
+/* The channels of rows that are mapped at a time: their constants stay in the nearest cache. */
 static int64_t map_panel_of(const fbn_split *s) {
-    if (s->channels <= (s->large ? 2 : 1) * MAPPED_CHANNELS) return s->channels;
+    if (s->channels <= MAPPED_CHANNELS) return s->channels;
     return round_up(divide_up(s->channels, divide_up(s->channels, MAPPED_CHANNELS)), FBN_CHANNEL_PAD);
 }
 

@@ -69,7 +69,7 @@ void fbn_map_planes(fbn_loop *loop, const fbn_operands *o, int64_t elem, fbn_pla
 
 /* Maps the runs, which are streams. A single stream may be one run after another. */
 static void map_streams(fbn_loop *loop, const fbn_operands *o, int64_t elem, int64_t start, int64_t streams,
-                        fbn_runs r) {
+                        int64_t ahead, fbn_runs r) {
     const int64_t turn = turn_of(o, elem, streams, r.length), first = first_turn(o, elem, start, turn);
     for (int64_t i = 0, n = smaller(first, r.length); i < r.length; i += n, n = smaller(turn, r.length - i))
         loop(o, &(fbn_stretch){.at = start + i,
@@ -77,7 +77,8 @@ static void map_streams(fbn_loop *loop, const fbn_operands *o, int64_t elem, int
                                .c = (r.first + i) % r.period,
                                .period = r.period,
                                .rows = r.count,
-                               .apart = r.apart});
+                               .apart = r.apart,
+                               .ahead = ahead});
 }
 
 /* A long run is mapped in parts of whole periods, as streams, and then what is left of it. */
@@ -85,19 +86,22 @@ static void map_long_run(fbn_loop *loop, const fbn_operands *o, int64_t elem, fb
     enum { LEAST = 16384 }; /* bytes of a part */
     const int64_t periods = r.length / r.period, streams = streams_of(o, o->walk.row_streams, FBN_IMAGES);
     const int64_t part = periods / streams * r.period, left = r.length - streams * part;
-    if (streams == 1 || part * elem % LINE || part * elem < LEAST) map_streams(loop, o, elem, 0, 1, r);
+    if (streams == 1 || part * elem % LINE || part * elem < LEAST) map_streams(loop, o, elem, 0, 1, 0, r);
     else {
-        map_streams(loop, o, elem, 0, streams, (fbn_runs){streams, part, part, r.period, r.first});
-        if (left) map_streams(loop, o, elem, streams * part, 1, (fbn_runs){1, 0, left, r.period, r.first});
+        map_streams(loop, o, elem, 0, streams, 0, (fbn_runs){streams, part, part, r.period, r.first});
+        if (left) map_streams(loop, o, elem, streams * part, 1, 0, (fbn_runs){1, 0, left, r.period, r.first});
     }
 }
 
+/* Runs that are apart are pieces of rows. The processor fetches ahead within a piece; what comes next is fetched here.
+ */
 void fbn_map_runs(fbn_loop *loop, const fbn_operands *o, int64_t elem, fbn_runs r) {
     const int64_t streams = streams_of(o, o->walk.row_streams, FBN_IMAGES);
     const int64_t at_once = r.apart * elem % LINE ? 1 : streams == 1 ? r.count : streams;
+    const int64_t ahead = (streams == 1 ? 1 : at_once) * r.apart * elem;
     if (r.count == 1) map_long_run(loop, o, elem, r);
     else
         for (int64_t i = 0; i < r.count; i += at_once)
-            map_streams(loop, o, elem, i * r.apart, smaller(at_once, streams),
+            map_streams(loop, o, elem, i * r.apart, smaller(at_once, streams), ahead,
                         (fbn_runs){smaller(at_once, r.count - i), r.apart, r.length, r.period, r.first});
 }

@@ -75,7 +75,7 @@ FBN_INLINE int64_t NAME(onward)(int64_t c, int64_t n, int64_t period) {
 /* Maps columns, from column c on. */
 FBN_INLINE void NAME(map_columns)(const fbn_operands *o, const fbn_stretch *s, NAME(parts) p, int backward) {
     const fbn_operands own = *o; /* no store can change it, so the loop need not read it again */
-    const int64_t period = s->period, head = NAME(least)(NAME(misaligned)(o, s->at), s->n);
+    const int64_t period = s->period, ahead = s->ahead, head = NAME(least)(NAME(misaligned)(o, s->at), s->n);
     for (int64_t row = 0; row < s->rows; row++) {
         const int64_t at = s->at + row * s->apart, end = at + s->n;
         NAME(map_part)(o, at, head, s->c, 1, backward);
@@ -85,6 +85,8 @@ FBN_INLINE void NAME(map_columns)(const fbn_operands *o, const fbn_stretch *s, N
             const int64_t whole = NAME(least)((end - i) / WIDTH * WIDTH, recur);
             for (int64_t k = 0; k < whole; k += WIDTH) {
                 const NAME(constants) constants = NAME(constants_at)(&own, c + k, 1, p);
+                if (ahead) prefetch((const char *)((const elem *)own.x + i + k) + ahead);
+                if (ahead && backward) prefetch((const char *)((const elem *)own.dy + i + k) + ahead);
                 NAME(map_n)(&own, i + k, WIDTH, &constants, p, backward);
             }
             i += whole;
