@@ -1,0 +1,95 @@
+"""Where is the source of a function's code, and which calls there are which instructions?"""
+
+from __future__ import annotations
+
+import ast
+import dis
+import functools
+import itertools
+import linecache
+import warnings
+from collections.abc import Iterator
+from types import CodeType, FunctionType
+from typing import Any
+
+Function = ast.FunctionDef | ast.Lambda
+Place = tuple[int, int, int]
+"""A call in code: the identity of the code, and where the call ends in the source, where no other call does."""
+
+_CALLS = {"CALL", "CALL_KW", "CALL_FUNCTION_EX"}
+_AROUND = {"RESUME", "MAKE_CELL", "COPY_FREE_VARS", "RETURN_VALUE"}
+"""Instructions whose place may be that of a function, not of what is in it."""
+
+
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    yield code
+    for one in code.co_consts:
+        if isinstance(one, CodeType):
+            yield from _codes(one)
+
+
+@functools.lru_cache(maxsize=128)
+def _parsed(source: str) -> tuple[list[Function], list[CodeType]]:
+    """The functions in a source, and the code that they are compiled to."""
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            tree = ast.parse(source)
+            codes = list(_codes(compile(tree, "", "exec", dont_inherit=True)))
+    except (SyntaxError, ValueError, RecursionError):
+        return [], []
+    return [node for node in ast.walk(tree) if isinstance(node, Function)], codes
+
+
+def function_of(function: FunctionType) -> Function | None:
+    """The definition of a function, if it is at hand and compiles to the function's code."""
+    code = function.__code__
+    nodes, codes = _parsed("".join(linecache.getlines(code.co_filename, function.__globals__)))
+    positions = list(code.co_positions())
+    if not any(code == one and positions == list(one.co_positions()) for one in codes):
+        return None
+    spans = [step.positions for step in dis.get_instructions(code) if step.opname not in _AROUND]
+    found: Any = [span for span in spans if span is not None and None not in span]
+    start = min(((span[0], span[2]) for span in found), default=None)
+    end = max(((span[1], span[3]) for span in found), default=None)
+    if start is None or end is None:
+        return None
+    around = [(*span, node) for node in nodes for span in [_span(node)] if span[0] <= start and end <= span[1]]
+    return max(around, key=lambda one: one[0])[2] if around else None  # the innermost starts last
+
+
+def _span(node: Any) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Where the body of a function starts and ends."""
+    body = node.body if isinstance(node.body, list) else [node.body]
+    return (body[0].lineno, body[0].col_offset), (body[-1].end_lineno, body[-1].end_col_offset)
+
+
+def calls_of(code: CodeType) -> dict[tuple[int, int], Place]:
+    """The calls in code, by the identity of the code and the offsets at which a frame may be while a call runs."""
+    steps: list[Any] = list(dis.get_instructions(code))
+    ends = [*(step.offset for step in steps[1:]), len(code.co_code)]
+    calls = [(step, end) for step, end in zip(steps, ends, strict=True) if step.opname in _CALLS]
+    starts: dict[Any, set[Any]] = {}
+    for step, _ in calls:
+        starts.setdefault(step.positions[1::2], set()).add(step.positions[::2])
+    return {
+        (id(code), offset): (id(code), *step.positions[1::2])
+        for step, end in calls
+        if None not in step.positions and len(starts[step.positions[1::2]]) == 1
+        for offset in range(step.offset, end, 2)
+    }
+
+
+def place_of(code: CodeType, call: ast.Call) -> Place:
+    """The place of a call in code."""
+    return id(code), call.end_lineno or 0, call.end_col_offset or 0
+
+
+def stored(body: list[ast.stmt]) -> set[str]:
+    """The names that statements assign to."""
+    nodes = itertools.chain.from_iterable(map(ast.walk, body))
+    return {node.id for node in nodes if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)}
+
+
+def contains(body: list[ast.stmt], *kinds: type[ast.AST]) -> bool:
+    """Whether there are nodes of these kinds in statements."""
+    return any(isinstance(node, kinds) for statement in body for node in ast.walk(statement))
