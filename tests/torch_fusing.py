@@ -49,6 +49,11 @@ def in_place(norm: Any, x: Any) -> Any:
     return out
 
 
+def doubly(s: Any, x: Any) -> Any:
+    y = s.bn(x) + x
+    return y * s.act(y.clone())
+
+
 FUSED = {
     "module": (lambda s, x: s.act(s.bn(s.conv(x))), "relu"),
     "torch.relu": (lambda s, x: torch.relu(s.bn(s.conv(x))), "relu"),
@@ -71,7 +76,7 @@ FUSED = {
     "in place": (lambda s, x: s.act(in_place(s.bn(s.conv(x)), x)), "the addition and relu"),
     "operator": (lambda s, x: s.act(operator.iadd(s.bn(s.conv(x)), x)), "the addition and relu"),
     "around": (lambda s, x: s.act(s.bn(s.conv(x)) + torch.sigmoid(s.conv(x))), "the addition and relu"),
-    "sum used twice": (lambda s, x: (lambda y: y * s.act(y.clone()))(s.bn(x) + x), "the addition"),
+    "sum used twice": (doubly, "the addition"),
 }
 
 

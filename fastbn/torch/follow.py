@@ -10,10 +10,11 @@ up on the way (attributes, globals, hooks) is noted as facts, which are checked 
 from __future__ import annotations
 
 import ast
+import builtins
 import functools
 import inspect
 from collections.abc import Iterable
-from types import BuiltinFunctionType, CodeType, FunctionType, MethodDescriptorType, MethodType, ModuleType, NoneType
+from types import BuiltinFunctionType, FunctionType, MethodDescriptorType, MethodType, ModuleType, NoneType
 from typing import Any
 
 import torch
@@ -22,12 +23,13 @@ from torch import Tensor, nn
 from .layers import _Layer
 from .others import ADDITIONS, FUNCTIONS
 from .proof import MISSING, NONE, PLAIN, Facts, Names, Notes, Proof, Value, joined, mixed
-from .source import Function, contains, function_of
+from .source import Function, Place, calls_of, contains, function_of
 
 ABSENT: Any = object()
 _CALLABLE = (FunctionType, BuiltinFunctionType, MethodDescriptorType)
 _GENERATORS = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 _BUILTINS = {len, int, float, bool, str, abs, min, max, round, range, isinstance}
+_BUILTINS |= {one for one in vars(builtins).values() if isinstance(one, type) and issubclass(one, Exception)}
 _CREATING = ("empty", "zeros", "ones", "full", "rand", "randn", "arange", "tensor")
 ODD = {"numpy", "tolist", "grad_fn", "backward"}
 """What tensors have that is not plain, or runs hooks."""
@@ -69,19 +71,22 @@ class Reader(Notes):
         self.facts: dict[Any, set[Any]] = {norm: set() for norm in norms}
         self.paths: dict[Any, set[tuple[Any, ...]]] = {norm: set() for norm in norms}
         self.reasons: dict[Any, str] = {}
-        self.unread = "the source"
-        """The last function that could not be followed, in words."""
+        self.skipped: list[str] = []
+        """What could not be followed, in words."""
         self.frames: list[Frame] = []
         self.held: list[Value] = []
         """Values that are kept until the expression in which they are is over."""
+        self.rests: list[Facts] = []
+        """That the functions and modules that are followed now are what is called."""
         self.path: list[Any] = []
         """The calls in which the function that is followed is: places, and identities of modules."""
-        self.codes: dict[int, CodeType] = {}
+        self.calls: dict[Any, Place] = {}
 
     def start(self, owner: nn.Module) -> None:
         """Follows the forward of a module."""
         given = Value(plain=self.whole) if self.plain else Value()
         forward: Any = type(owner).forward
+        self.rests.append(self.attribute(type(owner), "forward"))
         if forward is nn.Sequential.forward:
             self.sequence(owner, given)
         elif type(forward) is FunctionType:
@@ -89,7 +94,7 @@ class Reader(Notes):
 
     def proof(self, norm: nn.Module) -> Proof:
         facts = [self.table[key] for key in self.facts[norm] if key in self.table]
-        return Proof(facts, self.paths[norm], list(self.codes.values()), self.plain)
+        return Proof(facts, self.paths[norm], self.calls, self.plain)
 
     # What waits
 
@@ -143,7 +148,7 @@ class Reader(Notes):
         known, facts, values = callee.known, callee.facts, [*args, *named.values()]
         if type(known) is MethodType:
             args, known = [Value(known=known.__self__, facts=facts), *args], known.__func__
-        if isinstance(known, nn.Module):
+        if issubclass(type(known), nn.Module):
             return self.module(known, facts, args, named, what)
         if known is getattr and len(args) > 1 and args[1].known is not MISSING and not named:
             return self.getattr(args, facts, what)
@@ -160,7 +165,10 @@ class Reader(Notes):
                 return self.touch(values, what).resting(facts)
             if type(known) is FunctionType and known not in _harmless():
                 self.use(facts)
-                return self.function(known, args, named).resting(facts)
+                self.rests.append(facts)
+                y = self.function(known, args, named).resting(facts)
+                self.rests.pop()
+                return y
         return self.unknown(what, values)
 
     def getattr(self, args: list[Value], facts: Facts, what: str) -> Value:
@@ -184,7 +192,7 @@ class Reader(Notes):
         function, values = getattr(Tensor, name, None), [of, *args, *named.values()]
         if isinstance(function, _CALLABLE) and (function in FUNCTIONS or function in ADDITIONS):
             return self.fused(function, [of, *args], named, what)
-        if any(value.waits for value in values[1:]) or name in ODD or not is_public(name):
+        if any(value.waits for value in values[1:]) or name in ODD or (of.waits and not is_public(name)):
             return self.unknown(what, values)
         if not all(norm in value.plain for value in values for norm in self.whole):
             self.forget()
@@ -201,10 +209,11 @@ class Reader(Notes):
         facts |= calm
         self.use(facts)
         self.path.append(id(of))
+        self.rests.append(facts)
         forward: Any = type(of).forward
         if forward is nn.Sequential.forward and len(args) == 1 and not named:
             y = self.sequence(of, args[0])
-        elif (own := self.layer(of)) is not None and not any(value.waits for value in args):
+        elif (own := self.layer(of)) is not None and not any(value.waits for value in (*args, *named.values())):
             self.use(own)
             y = self.touch([*args, *named.values()], what).resting(own)
         elif type(forward) is FunctionType and not isinstance(of, _Layer):
@@ -212,6 +221,7 @@ class Reader(Notes):
         else:
             y = self.unknown(what, [*args, *named.values()])
         self.path.pop()
+        self.rests.pop()
         return y.resting(facts)
 
     def sequence(self, of: nn.Module, y: Value) -> Value:
@@ -235,6 +245,7 @@ class Reader(Notes):
             self.refuse({of}, f"calls {type(of).__name__} twice, or not with its input alone")
             return None
         self.paths[of].add(path)
+        self.facts[of].update(*self.rests)
         self.use(own)
         y = self.touch(args, type(of).__name__).resting(own)
         return y._replace(waits=frozenset({of}), plain=y.plain | {of: frozenset({given})})
@@ -246,13 +257,12 @@ class Reader(Notes):
         names = None if node is None else self.bound(function, node.args, args, named, given)
         body: list[Any] = [] if node is None else node.body if isinstance(node.body, list) else [node.body]
         if node is None or code.co_flags & _GENERATORS or contains(body, ast.Global, ast.Nonlocal):
-            self.unread = name if node is not None else f"{name}, whose source is not at hand"
-            return self.unknown(self.unread, [*args, *named.values()])
+            self.skipped.append(name if node is not None else f"{name}, whose source is not at hand")
+            return self.unknown(self.skipped[-1], [*args, *named.values()])
         if names is None or any(frame.code is code for frame in self.frames):
             return self.unknown(name, [*args, *named.values()])
-        self.unread = name if given is not None else self.unread
         frame = Frame(function, names)
-        self.codes[id(code)] = code
+        self.calls |= calls_of(code)
         self.frames.append(frame)
         self.kept(frame, names)
         self.body(node, frame)
@@ -301,7 +311,9 @@ class Reader(Notes):
         plain = {}
         if type(found) in PLAIN:
             plain = dict.fromkeys(self.whole, facts if weaker is None else weaker)
-        if type(found) in (NoneType, bool, MethodType, ModuleType, *_CALLABLE) or isinstance(found, (nn.Module, type)):
+        if type(found) in (NoneType, bool, MethodType, ModuleType, *_CALLABLE) or issubclass(
+            type(found), (nn.Module, type)
+        ):
             return Value(plain=plain, known=found, facts=facts)
         return Value(plain=plain)
 
@@ -311,7 +323,7 @@ class Reader(Notes):
     def found(self, value: Value, name: str) -> Value | None:
         """An attribute of a known object; None if it cannot be known. To look it up runs no code of the model's."""
         of, facts = value.known, value.facts
-        if isinstance(of, nn.Module):
+        if issubclass(type(of), nn.Module):
             return self.of_module(of, name, facts)
         if type(of) is ModuleType and name in vars(of):
             return self.of_mapping(vars(of), name, facts)

@@ -85,10 +85,10 @@ def _prepare(owner: nn.Module, found: dict[nn.Module, _Use], proofs: dict[nn.Mod
     if not found:
         return
     before = vars(owner).get("forward")
-    places = tuple((norm, use.site) for norm, use in found.items())
+    places: dict[Site, nn.Module] = {use.site: norm for norm, use in found.items()}
     proven: dict[Site, Proof] | None = {use.site: proofs[norm] for norm, use in found.items()}
     if type(before) is FusedForward:
-        places = before.places + places
+        places = before.places | places
         proven = None if before.proofs is None else before.proofs | (proven or {})
     owner.forward = FusedForward(owner, places, proven)
     for norm, use in found.items():

@@ -20,7 +20,7 @@ from ..ops import Activation
 from .formulas import activated
 from .layers import BatchNorm2d, _Layer
 
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 ACTIVATIONS: dict[type, str] = {
     nn.ReLU: "relu",
@@ -275,7 +275,7 @@ def _for_trial(module: nn.Module) -> Any:
     """A copy in float64 on the CPU, of random state, with a ReLU as its activation, without hooks."""
     other = object.__new__(type(module))
     vars(other).update({name: copy.copy(value) for name, value in vars(module).items()})
-    for hooks in HOOKS:
+    for hooks in _HOOKS:
         vars(other)[hooks].clear()
     ones = {"drop": nn.Identity(), "act": nn.ReLU()}
     vars(other)["_modules"] = {name: ones[name] for name in module._modules}

@@ -280,7 +280,7 @@ def _leads(frame: Any, proof: Proof, inner: int) -> bool:
             if inner == 0:
                 return tuple(path) in proof.paths
             inner -= 1
-        elif code not in _PASSED:
+        elif id(code) not in _PASSED:
             place = proof.calls.get((id(code), frame.f_lasti))
             if place is None:
                 return False
@@ -292,12 +292,10 @@ def _leads(frame: Any, proof: Proof, inner: int) -> bool:
 class FusedForward:
     """The forward of a module in which results of norms may wait. It runs the forward of the module's class.
 
-    `places` has the norms, with their sites. Copies prove anew what is proven of them, at their first call.
+    `places` has the norms, by their sites. Copies prove anew what is proven of them, when it is needed.
     """
 
-    def __init__(
-        self, module: nn.Module, places: tuple[tuple[nn.Module, Site], ...], proofs: dict[Site, Proof] | None
-    ) -> None:
+    def __init__(self, module: nn.Module, places: dict[Site, nn.Module], proofs: dict[Site, Proof] | None) -> None:
         self.module, self.places, self.proofs = module, places, proofs
 
     def __getstate__(self) -> dict[str, Any]:
@@ -311,9 +309,6 @@ class FusedForward:
         return self._run(forward, args, kwargs)
 
     def _run(self, forward: Any, args: Any, kwargs: Any) -> Any:
-        if self.proofs is None:
-            proofs, _ = prove(self.module, [norm for norm, _ in self.places])
-            self.proofs = {site: proofs[norm] for norm, site in self.places if norm in proofs}
         made: dict[int, Pending] = {}
         plain = PLAIN.issuperset(map(type, args)) and PLAIN.issuperset(map(type, kwargs.values()))
         _running.stack.append(_Run(self, made, plain))
@@ -326,6 +321,13 @@ class FusedForward:
         finally:
             _running.stack.pop()
         return result
+
+    def proof(self, site: Site) -> Proof | None:
+        """The proof that a result may wait at a site."""
+        if self.proofs is None:
+            proofs, _ = prove(self.module, self.places.values())
+            self.proofs = {one: proofs[norm] for one, norm in self.places.items() if norm in proofs}
+        return self.proofs.get(site)
 
 
 class WaitingForward:
@@ -353,19 +355,20 @@ class WaitingForward:
     def _may_wait(self, x: Tensor, frame: Any) -> dict[int, Pending] | None:
         """What waits in the forward with the site, if the result for x may wait there, too."""
         for inner, run in enumerate(reversed(_running.stack)):
-            proof = (run.of.proofs or {}).get(self.site)
-            if proof is None:
+            if self.site not in run.of.places:
                 continue
             for waiting in [one for one in run.made.values() if one._norm is self.norm]:
                 waiting.settled()  # running statistics take the batches in the order of the calls
-            if (proof.plain and not run.plain) or watched(x) or _has_torch_function((x,)) or _is_traced():
+            if watched(x) or _has_torch_function((x,)) or has_hooks_for_all() or not self.norm._ends_with_norm():
                 return None
-            if has_hooks_for_all() or not self.norm._ends_with_norm() or not _leads(frame, proof, inner):
+            proof = run.of.proof(self.site)
+            if proof is None or (proof.plain and not run.plain) or _is_traced():
                 return None
-            return run.made if proof.holds() else None
+            return run.made if _leads(frame, proof, inner) and proof.holds() else None
         return None
 
 
 OURS.update((FusedForward, WaitingForward))
 _RUN = FusedForward._run.__code__
-_PASSED = {nn.Module._wrapped_call_impl.__code__, nn.Sequential.forward.__code__, FusedForward.__call__.__code__}
+_PASSED = {id(f.__code__) for f in (nn.Module._wrapped_call_impl, nn.Sequential.forward, FusedForward.__call__)}
+"""The identities of code by which calls are passed on."""

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable
-from itertools import repeat
-from types import CodeType, NoneType
+from types import NoneType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .layers import _Layer
-from .others import FORWARDS, HOOKS
-from .source import calls_of
+from .others import FORWARDS, has_hooks
+from .source import Place
 
 MISSING: Any = object()
 PLAIN = frozenset({Tensor, nn.Parameter, NoneType, bool, int, float, str})
@@ -31,43 +29,34 @@ _KINDS = ("attribute", "item", "type", "calm", "order")
 class Proof:
     """Where a norm's result may wait: after which calls, and what must be so then.
 
-    `paths` has the calls that lead to the norm, the last first: places in code, and identities of modules. `plain` says
-    whether the arguments of the forward must be plain.
+    `paths` has the calls that lead to the norm, the last first: places in code, and identities of modules; `calls`, the
+    places by identities of code and offsets in it. `plain` says whether the arguments of the forward must be plain.
     """
 
     def __init__(
-        self, facts: Iterable[tuple[Any, ...]], paths: set[tuple[Any, ...]], codes: list[CodeType], plain: bool
+        self, facts: Iterable[tuple[Any, ...]], paths: set[tuple[Any, ...]], calls: dict[Any, Place], plain: bool
     ) -> None:
-        self.paths, self.codes, self.plain = paths, codes, plain
-        self.calls = {key: place for code in codes for key, place in calls_of(code).items()}
-        kinds: dict[str, list[tuple[Any, ...]]] = {kind: [] for kind in _KINDS}
+        self.paths, self.calls, self.plain = paths, calls, plain
+        kinds: dict[str, list[Any]] = {kind: [] for kind in _KINDS}
         for kind, *fact in facts:
-            kinds[kind].append(tuple(fact))
-        self._attributes, self._items, self._types, self._calm, self._orders = (
-            tuple(zip(*kinds[kind], strict=True)) for kind in _KINDS
-        )
+            kinds[kind].append(fact)
+        self._attributes, self._items, self._types, self._calm, self._orders = (tuple(kinds[kind]) for kind in _KINDS)
 
     def holds(self) -> bool:
         """Whether all is as it was when this was proven."""
-        if self._attributes:
-            of, names, values = self._attributes
-            if not all(map(operator.is_, map(getattr, of, names, repeat(MISSING)), values)):
+        for of, name, value in self._attributes:
+            if getattr(of, name, MISSING) is not value:
                 return False
-        if self._items:
-            of, names, values = self._items
-            if not all(map(operator.is_, map(dict.get, of, names, repeat(MISSING)), values)):
+        for of, name, value in self._items:
+            if of.get(name, MISSING) is not value:
                 return False
-        if self._types and not PLAIN.issuperset(map(type, map(dict.get, *self._types))):
-            return False
-        if self._calm:
-            (own,) = self._calm
-            if any(any(map(dict.get, own, repeat(hooks))) for hooks in HOOKS):
+        for of, name in self._types:
+            if type(of.get(name)) not in PLAIN:
                 return False
-            if not OURS.issuperset(map(type, map(dict.get, own, repeat("forward")))):
+        for (module,) in self._calm:
+            if has_hooks(module) or type(module.__dict__.get("forward")) not in OURS:
                 return False
-        return not self._orders or all(
-            tuple(map(id, of.values())) == ids for of, ids in zip(*self._orders, strict=True)
-        )
+        return all(tuple(map(id, of.values())) == ids for of, ids in self._orders)
 
 
 class Notes:
@@ -109,14 +98,14 @@ class Notes:
         """That a call of a module is one of its class's forward, and no hook sees it; None if it is not."""
         cls, own = type(of), vars(of)
         ordinary = self.ordinary(of)
-        if ordinary is None or any(own[hooks] for hooks in HOOKS) or type(own.get("forward")) not in OURS:
+        if ordinary is None or has_hooks(of) or type(own.get("forward")) not in OURS:
             return None
         if (cls.__call__, cls._call_impl) != (nn.Module.__call__, nn.Module._call_impl):
             return None
         if of._compiled_call_impl is not None:
             return None
         facts = ordinary.union(*(self.attribute(cls, name) for name in ("__call__", "_call_impl", "forward")))
-        return facts | self.attribute(of, "_compiled_call_impl") | self._note("calm", own, None)
+        return facts | self.attribute(of, "_compiled_call_impl") | self._note("calm", of, None)
 
     def layer(self, of: nn.Module) -> Facts | None:
         """That a layer runs torch's own code alone, on plain tensors; None if it does not."""

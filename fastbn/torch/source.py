@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import dis
 import functools
-import itertools
 import linecache
 import warnings
 from collections.abc import Iterator
@@ -40,10 +39,31 @@ def _parsed(source: str) -> tuple[list[Function], list[CodeType]]:
     return [node for node in ast.walk(tree) if isinstance(node, Function)], codes
 
 
+_found: dict[int, tuple[CodeType, Function | None, dict[tuple[int, int], Place]]] = {}
+"""What was found of code, by its identity, since equal code may be in several places. It is kept, so that it stays."""
+
+
+def _of(code: CodeType, names: dict[str, Any] | None = None) -> Any:
+    found = _found.get(id(code))
+    if found is None:
+        found = _found[id(code)] = code, _definition(code, names), _calls(code)
+    return found
+
+
 def function_of(function: FunctionType) -> Function | None:
     """The definition of a function, if it is at hand and compiles to the function's code."""
-    code = function.__code__
-    nodes, codes = _parsed("".join(linecache.getlines(code.co_filename, function.__globals__)))
+    node: Function | None = _of(function.__code__, function.__globals__)[1]
+    return node
+
+
+def calls_of(code: CodeType) -> dict[tuple[int, int], Place]:
+    """The calls in code, by the identity of the code and the offsets at which a frame may be while a call runs."""
+    calls: dict[tuple[int, int], Place] = _of(code)[2]
+    return calls
+
+
+def _definition(code: CodeType, names: dict[str, Any] | None) -> Function | None:
+    nodes, codes = _parsed("".join(linecache.getlines(code.co_filename, names)))
     positions = list(code.co_positions())
     if not any(code == one and positions == list(one.co_positions()) for one in codes):
         return None
@@ -63,8 +83,7 @@ def _span(node: Any) -> tuple[tuple[int, int], tuple[int, int]]:
     return (body[0].lineno, body[0].col_offset), (body[-1].end_lineno, body[-1].end_col_offset)
 
 
-def calls_of(code: CodeType) -> dict[tuple[int, int], Place]:
-    """The calls in code, by the identity of the code and the offsets at which a frame may be while a call runs."""
+def _calls(code: CodeType) -> dict[tuple[int, int], Place]:
     steps: list[Any] = list(dis.get_instructions(code))
     ends = [*(step.offset for step in steps[1:]), len(code.co_code)]
     calls = [(step, end) for step, end in zip(steps, ends, strict=True) if step.opname in _CALLS]
@@ -84,10 +103,14 @@ def place_of(code: CodeType, call: ast.Call) -> Place:
     return id(code), call.end_lineno or 0, call.end_col_offset or 0
 
 
-def stored(body: list[ast.stmt]) -> set[str]:
-    """The names that statements assign to."""
-    nodes = itertools.chain.from_iterable(map(ast.walk, body))
-    return {node.id for node in nodes if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)}
+def stored(body: list[Any]) -> set[str]:
+    """The names that nodes bind or delete, and some more."""
+    nodes = [one for node in body for one in ast.walk(node)]
+    names = {one.id for one in nodes if isinstance(one, ast.Name) and not isinstance(one.ctx, ast.Load)}
+    for one in nodes:  # of functions, classes, handlers, patterns and imports
+        found = [getattr(one, field, None) for field in ("name", "rest", "asname")]
+        names |= {name.partition(".")[0] for name in found if isinstance(name, str)}
+    return names
 
 
 def contains(body: list[ast.stmt], *kinds: type[ast.AST]) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable, Iterable
-from types import CodeType, NoneType
+from types import NoneType
 from typing import Any
 
 from torch import nn
@@ -26,11 +26,16 @@ def prove(owner: nn.Module, norms: Iterable[nn.Module]) -> tuple[dict[nn.Module,
     for plain in (False, True):
         if len(proofs) < len(norms):
             reader = _Syntax(norms, plain)
-            reader.start(owner)
+            try:
+                reader.start(owner)
+            except Exception as error:  # whatever a model's objects do when they are looked at
+                reader.refuse(norms, f"cannot be followed: {type(error).__name__}: {error}")
             for norm in norms:
                 if norm not in reader.reasons and reader.paths[norm]:
                     proofs.setdefault(norm, reader.proof(norm))
-                reasons[norm] = reader.reasons.get(norm) or f"no call of it was found in {reader.unread}"
+                reasons[norm] = reader.reasons.get(norm) or "no call of it can be followed" + (
+                    f" past {reader.skipped[-1]}" if reader.skipped else ""
+                )
     return proofs, {norm: reason for norm, reason in reasons.items() if norm not in proofs}
 
 
@@ -44,9 +49,6 @@ class _Syntax(Reader):
         self.block(node.body)
         if frame.names is not None or not frame.results:
             frame.results.append(Value(known=None, plain=self.whole))
-
-    def places(self, code: CodeType) -> Any:
-        return set(calls_of(code).values())
 
     # Expressions
 
@@ -67,6 +69,9 @@ class _Syntax(Reader):
         return value
 
     def _other(self, node: ast.expr) -> Value:
+        """An expression that is not followed (lambda, comprehension, await, ...): nothing may wait while it runs."""
+        for name in stored([node]):
+            self.frames[-1].set(name, Value())
         return self.unknown(f"`{ast.unparse(node)}`")
 
     def _constant(self, node: ast.Constant) -> Value:
@@ -110,7 +115,7 @@ class _Syntax(Reader):
         if receiver is not None and isinstance(node.func, ast.Attribute):
             return self.method(receiver, node.func.attr, args, named, what)
         place: Any = place_of(code, node)
-        self.path.append(place if place in self.places(code) else None)
+        self.path.append(place if place in calls_of(code).values() else None)
         y = self.call(callee, args, named, what)
         self.path.pop()
         return y
@@ -196,8 +201,8 @@ class _Syntax(Reader):
     def truth(self, node: ast.expr) -> tuple[bool | None, Facts, Value]:
         """Whether a condition is true, if that is known, the facts on which this rests, and its value."""
         if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
-            truth, facts, value = self.truth(node.operand)
-            return None if truth is None else not truth, facts, Value(plain=mixed([value]) or self.whole)
+            truth, facts, _ = self.truth(node.operand)
+            return None if truth is None else not truth, facts, Value(plain=self.whole)
         if isinstance(node, ast.BoolOp):
             return self.truth_of_all(node)
         if isinstance(node, ast.Compare):
@@ -206,7 +211,7 @@ class _Syntax(Reader):
         known = value.known
         if known is None or type(known) is bool:
             return bool(known), value.facts, value
-        if isinstance(known, nn.Module) and not any(hasattr(known, name) for name in ("__bool__", "__len__")):
+        if issubclass(type(known), nn.Module) and not any(hasattr(known, name) for name in ("__bool__", "__len__")):
             cls = type(known)
             return True, value.facts | self.attribute(cls, "__bool__") | self.attribute(cls, "__len__"), value
         self.touch([value], "a truth value")
@@ -367,8 +372,9 @@ class _Syntax(Reader):
                 break
         else:
             self.refuse(self.live(), "loops")
-        frame.left = outer
+        left, frame.left = frame.left, outer
         self.block(node.orelse)
+        frame.names = merged(frame.names, *left)
 
     def do_break(self, node: ast.Break | ast.Continue) -> None:
         frame = self.frames[-1]
@@ -380,15 +386,12 @@ class _Syntax(Reader):
     def opaque(self, node: ast.stmt) -> None:
         """A statement that is not followed (with, try, match, def, import, ...): nothing may wait in it."""
         kind, frame = type(node).__name__.lower(), self.frames[-1]
+        self.skipped.append(f"{kind} in {frame.code.co_qualname.rpartition('<locals>.')[2]}")
         self.unknown(f"a statement, {kind},")
-        for name in stored([node]) | {getattr(node, "name", "")}:
+        for name in stored([node]):
             frame.set(name, Value())
         for one in ast.walk(node):
             if isinstance(one, ast.Return):
                 frame.results.append(Value())
             elif isinstance(one, (ast.Break, ast.Continue)):
                 frame.left.append(dict(frame.names or {}))
-            elif isinstance(one, ast.alias):
-                frame.set((one.asname or one.name).partition(".")[0], Value())
-            elif isinstance(one, ast.ExceptHandler) and one.name:
-                frame.set(one.name, Value())

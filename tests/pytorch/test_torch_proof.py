@@ -1,0 +1,567 @@
+"""Is it sound what convert_batchnorm(fuse=True) proves? What waits reaches nothing that could tell it from a tensor."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import operator
+import sys
+import threading
+import types
+from typing import Any
+
+import pytest
+from torch_cases import Residual, as_found, data, randomized, torch
+from torch_fusing import FUSED, SHAPE, Block, check, fused
+
+__all__ = ["as_found"]
+nn = torch.nn
+functional = torch.nn.functional
+
+# What is exchanged after the conversion ------------------------------------------------------------------------------
+
+
+def given(y: Any) -> Any:
+    return y
+
+
+def doubled(y: Any) -> Any:
+    return y * 2 if type(y) is torch.Tensor else y
+
+
+class Doubling(nn.Module):  # type: ignore[misc]
+    """Doubles a tensor, and passes on what stands for one."""
+
+    def forward(self, y: Any) -> Any:
+        return doubled(y)
+
+
+class Given(nn.Module):  # type: ignore[misc]
+    """A part whose method is exchanged."""
+
+    scale: Any = None
+
+    def forward(self, y: Any) -> Any:
+        return self.way(y)
+
+    def way(self, y: Any) -> Any:
+        return y
+
+
+helper = given
+WAYS = {"way": given}
+
+
+def by_attribute(s: Any, x: Any) -> Any:
+    return torch.relu(s.way(s.bn(x)))
+
+
+def by_local(s: Any, x: Any) -> Any:
+    way = s.way
+    y = s.bn(x)
+    return torch.relu(way(y))
+
+
+def by_global(s: Any, x: Any) -> Any:
+    return torch.relu(helper(s.bn(x)))
+
+
+def by_method(s: Any, x: Any) -> Any:
+    return torch.relu(s.part(s.bn(x)))
+
+
+def by_default(s: Any, x: Any, way: Any = given) -> Any:
+    return torch.relu(way(s.bn(x)))
+
+
+def by_keyword(s: Any, x: Any, *, way: Any = given) -> Any:
+    return torch.relu(way(s.bn(x)))
+
+
+def by_flag(s: Any, x: Any) -> Any:
+    y = s.bn(x)
+    if s.flag:
+        y = doubled(y)
+    return torch.relu(y)
+
+
+def by_none(s: Any, x: Any) -> Any:
+    y = s.bn(x)
+    if s.extra is not None:
+        y = s.extra(y)
+    return torch.relu(y)
+
+
+def by_chosen(s: Any, x: Any) -> Any:
+    way = doubled if s.flag else given
+    return torch.relu(way(s.bn(x)))
+
+
+def exchange_in_class(ours: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(Given, "way", lambda self, y: doubled(y))
+
+
+def exchange_in_instance(ours: Any, monkeypatch: Any) -> None:
+    ours.part.way = doubled
+
+
+def exchange_code(ours: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(given, "__code__", doubled.__code__)
+
+
+def exchange_globals(ours: Any, monkeypatch: Any) -> None:
+    """The same code in another function."""
+    ours.run = types.FunctionType(ours.run.__code__, globals() | {"helper": doubled})
+
+
+class Property(Given):
+    @property
+    def way(self) -> Any:
+        return doubled
+
+
+def set_class(ours: Any, monkeypatch: Any) -> None:
+    ours.part.__class__ = Property
+
+
+def set_modules(ours: Any, monkeypatch: Any) -> None:
+    """Another dict of modules."""
+    ours._modules = dict(ours._modules) | {"part": Doubling()}
+
+
+def hide(ours: Any, monkeypatch: Any) -> None:
+    """An instance attribute is found before a module."""
+    vars(ours)["part"] = Doubling()
+
+
+def call_otherwise(ours: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(Given, "__call__", lambda self, y: doubled(y), raising=False)
+
+
+def odd_attribute(self: Any, name: str) -> Any:
+    return doubled if name == "way" else nn.Module.__getattribute__(self, name)
+
+
+EXCHANGES = {
+    "attribute": (by_attribute, lambda ours, patch: setattr(ours, "way", doubled)),
+    "attribute kept in a name": (by_local, lambda ours, patch: setattr(ours, "way", doubled)),
+    "module in an attribute": (by_attribute, lambda ours, patch: setattr(ours, "way", Doubling())),
+    "code": (by_attribute, exchange_code),
+    "global": (by_global, lambda ours, patch: patch.setitem(globals(), "helper", doubled)),
+    "global function in other globals": (by_global, exchange_globals),
+    "method of a class": (by_method, exchange_in_class),
+    "method of an instance": (by_method, exchange_in_instance),
+    "forward of a class": (by_method, lambda ours, patch: patch.setattr(Given, "forward", lambda s, y: doubled(y))),
+    "forward of an instance": (by_method, lambda ours, patch: setattr(ours.part, "forward", doubled)),
+    "module": (by_method, lambda ours, patch: setattr(ours, "part", Doubling())),
+    "class of a module": (by_method, set_class),
+    "modules": (by_method, set_modules),
+    "hidden module": (by_method, hide),
+    "call": (by_method, call_otherwise),
+    "attributes of a class": (
+        by_method,
+        lambda ours, patch: patch.setattr(Given, "__getattribute__", odd_attribute, raising=False),
+    ),
+    "default": (by_default, lambda ours, patch: patch.setattr(by_default, "__defaults__", (doubled,))),
+    "keyword default": (by_keyword, lambda ours, patch: patch.setitem(by_keyword.__kwdefaults__, "way", doubled)),
+    "keyword defaults": (by_keyword, lambda ours, patch: patch.setattr(by_keyword, "__kwdefaults__", {"way": doubled})),
+    "flag": (by_flag, lambda ours, patch: setattr(ours, "flag", True)),
+    "flag and choice": (by_chosen, lambda ours, patch: setattr(ours, "flag", True)),
+    "none": (by_none, lambda ours, patch: setattr(ours, "extra", doubled)),
+    "function of torch": (
+        FUSED["module"][0],
+        lambda ours, patch: patch.setattr(functional, "relu", lambda y, inplace=False: torch.relu_(doubled(y))),
+    ),
+}
+"""Forwards, and what makes them double a tensor later."""
+
+
+@pytest.mark.parametrize("called_before", [False, True])
+@pytest.mark.parametrize("which", EXCHANGES)
+def test_what_is_exchanged(which: str, called_before: bool, monkeypatch: Any) -> None:
+    """A tensor is given to what was put in place later, before the first call and after it."""
+    forward, exchange = EXCHANGES[which]
+    model = randomized(Block(forward, part=Given())).double().eval()
+    model.way, model.flag, model.extra = given, False, None
+    ours = fused(model, "fused with relu").eval()
+    x = data(SHAPE, dtype=torch.float64)
+    wanted = torch.relu(model.bn(model.conv(x) if which == "function of torch" else x))
+    if called_before:
+        torch.testing.assert_close(ours(x), wanted, rtol=1e-9, atol=1e-9)
+    exchange(ours, monkeypatch)
+    torch.testing.assert_close(ours(x), wanted * 2, rtol=1e-9, atol=1e-9)
+
+
+# What cannot be known when the model is converted ---------------------------------------------------------------------
+
+
+def made(way: Any) -> Any:
+    def forward(s: Any, x: Any) -> Any:
+        return torch.relu(way[0](s.bn(x)))
+
+    return forward
+
+
+def by_list(s: Any, x: Any) -> Any:
+    return torch.relu(s.ways[0](s.bn(x)))
+
+
+def by_dict(s: Any, x: Any) -> Any:
+    return torch.relu(WAYS["way"](s.bn(x)))
+
+
+def by_getattr(s: Any, x: Any) -> Any:
+    name = s.names[0]
+    return torch.relu(getattr(s, name)(s.bn(x)))
+
+
+def by_swapping(s: Any, x: Any) -> Any:
+    y = s.bn(x)
+    s.way = doubled
+    return torch.relu(s.way(y))
+
+
+def by_swapping_back(s: Any, x: Any) -> Any:
+    s.way = doubled
+    way = s.way
+    s.way = given
+    return torch.relu(way(s.bn(x)))
+
+
+def by_walrus(s: Any, x: Any) -> Any:
+    way = given
+    [(way := one) for one in s.ways]
+    return torch.relu(way(s.bn(x)))
+
+
+def by_import(s: Any, x: Any) -> Any:
+    way = given
+    from operator import neg as way  # type: ignore[assignment]  # noqa: F811
+
+    return torch.relu(way(way(s.bn(x))))
+
+
+def by_loop(s: Any, x: Any) -> Any:
+    way = given
+    for _ in range(2):
+        x, way = way(x), doubled
+    return torch.relu(way(s.bn(x)))
+
+
+def by_break(s: Any, x: Any) -> Any:
+    way = given
+    while True:
+        if s.flag:
+            break
+        way = doubled
+        if x.shape[0] > 0:
+            break
+        way = given
+    else:
+        way = given
+    return torch.relu(way(s.bn(x)))
+
+
+def by_two_ways(s: Any, x: Any) -> Any:
+    way = given
+    if x.shape[0] > 0:
+        way = doubled
+    return torch.relu(way(s.bn(x)))
+
+
+def by_match(s: Any, x: Any) -> Any:
+    way = given
+    match {"way": doubled}:
+        case {"way": way}:
+            pass
+    return torch.relu(way(s.bn(x)))
+
+
+def by_star(s: Any, x: Any) -> Any:
+    return torch.relu(s.way(*(s.bn(x),)))
+
+
+def by_exit(s: Any, x: Any) -> Any:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(quiet(TypeError))
+        x = torch.Tensor.mul(s.bn(x), 2)
+    return torch.relu(x)
+
+
+def by_cause(s: Any, x: Any) -> Any:
+    y = s.bn(x)
+    try:
+        torch.Tensor.mul(y, 1)
+    except TypeError:
+        return torch.relu(y)
+    finally:
+        y = y * 2
+    return torch.relu(y)
+
+
+quiet = contextlib.suppress
+UNKNOWN = [by_list, by_dict, by_getattr, by_swapping, by_swapping_back, by_walrus, by_import, by_loop, by_break]
+UNKNOWN += [by_two_ways, by_match, by_star, by_exit, by_cause, made([given])]
+
+
+@pytest.mark.parametrize("forward", UNKNOWN)
+def test_what_cannot_be_known(forward: Any, monkeypatch: Any) -> None:
+    """It is not fused, and right when it is exchanged."""
+    theirs = randomized(Block(forward)).double()
+    theirs.ways, theirs.names, theirs.way, theirs.other, theirs.flag = [given], ["way"], given, doubled, False
+    ours = fused(theirs, "not fused")
+    check(theirs, ours)
+    for model in (theirs, ours):
+        model.ways[0], model.names[0] = doubled, "other"
+    monkeypatch.setitem(WAYS, "way", doubled)
+    check(theirs, ours)
+    assert not any("forward" in vars(module) for module in ours.modules())
+
+
+# Who else could see it -----------------------------------------------------------------------------------------------
+
+
+def in_hooks(s: Any, x: Any) -> Any:
+    y = s.bn(x)
+    with torch.autograd.graph.saved_tensors_hooks(s.pack, given):
+        return torch.sigmoid(y)
+
+
+def in_hooks_by_hand(s: Any, x: Any) -> Any:
+    y = s.bn(x)
+    hooks = torch.autograd.graph.saved_tensors_hooks(s.pack, given)
+    hooks.__enter__()
+    z = torch.sigmoid(y)
+    hooks.__exit__()
+    return z
+
+
+@pytest.mark.parametrize("forward", [in_hooks, in_hooks_by_hand])
+def test_hooks_of_saved_tensors(forward: Any) -> None:
+    """Around the activation alone they see what it saves, and nothing that the norm saves."""
+    theirs = randomized(Block(lambda s, x: torch.sigmoid(s.bn(x)))).double()
+    ours = fused(theirs, "fused with sigmoid")
+    theirs.run = ours.run = forward
+    x, found = data(SHAPE, dtype=torch.float64).requires_grad_(), []
+    for model in (theirs, ours, fused(theirs, "not fused")):
+        packed: list[Any] = []
+        model.pack = lambda value, packed=packed: (packed.append(value.detach().clone()), value)[1]
+        model(x).sum().backward()
+        found.append(packed)
+    assert [len(packed) for packed in found] == [1, 1, 1]
+    for packed in found[1:]:
+        torch.testing.assert_close(packed[0], found[0][0], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("way", ["settrace", "setprofile"])
+def test_tracing(way: str) -> None:
+    """Debuggers and profilers that are written in Python see tensors."""
+    theirs = randomized(Block(FUSED["in place"][0])).double()
+    ours = fused(theirs, "fused with the addition and relu")
+    seen: set[type] = set()
+
+    def trace(frame: Any, event: str, argument: Any) -> Any:
+        seen.update(map(type, (argument, *frame.f_locals.values())))
+        return trace
+
+    x = data(SHAPE, dtype=torch.float64)
+    before = getattr(sys, way.replace("set", "get"))()
+    getattr(sys, way)(trace)
+    try:
+        y = ours(x)
+    finally:
+        getattr(sys, way)(before)
+    torch.testing.assert_close(y, theirs(x), rtol=1e-9, atol=1e-9)
+    assert torch.Tensor in seen
+    assert not any("Pending" in one.__name__ for one in seen)
+
+
+def test_other_callers() -> None:
+    """A norm that is called by code which was not followed gives a tensor, within the forward of its block, too."""
+    seen: list[Any] = []
+
+    def calling(layer: Any, args: Any) -> None:
+        seen.append(block.bn(args[0]))
+
+    block = fused(Block(FUSED["module"][0]), "fused with relu").eval()
+    block.conv.register_forward_pre_hook(calling)
+    x = data(SHAPE)
+    y = block(x)
+    assert type(seen[0]) is torch.Tensor
+    assert block(x).requires_grad
+    torch.testing.assert_close(y, torch.relu(block.bn(block.conv(x))), rtol=1e-5, atol=1e-5)
+    block.run = lambda s, x: s.bn(s.bn(x))
+    torch.testing.assert_close(block(x), block.bn(block.bn(x)))
+
+
+def test_sequentials_that_change() -> None:
+    """Modules that are added, removed and swapped are used from then on."""
+    theirs = randomized(nn.Sequential(nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6), nn.ReLU())).double()
+    ours = fused(theirs, "fused with relu")
+    for change in (
+        lambda model: model.append(Doubling()),
+        lambda model: model.insert(2, Doubling()),
+        lambda model: model._modules.update({"2": model._modules.pop("2")}),
+        lambda model: model.pop(2),
+        lambda model: setattr(model, "_modules", dict(model._modules) | {"2": Doubling()}),
+        lambda model: setattr(model, "__class__", Backwards),
+    ):
+        check(theirs, ours)
+        for model in (theirs, ours):
+            change(model)
+    check(theirs, ours)
+
+
+class Backwards(nn.Sequential):  # type: ignore[misc]
+    def forward(self, x: Any) -> Any:
+        for module in [*self][::-1]:
+            x = module(x)
+        return x
+
+
+def test_shallow_copies_of_parts() -> None:
+    """A copy of a container has the same norm, and may have others after it."""
+    part = nn.Sequential(nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6))
+    theirs = randomized(Block(lambda s, x: s.act(s.part(x) + x), part=part)).double()
+    ours = fused(theirs, "fused with the addition and relu")
+    check(theirs, ours)
+    for model in (theirs, ours):
+        other = copy.copy(model.part)
+        other._modules = dict(model.part._modules) | {"2": Doubling()}
+        model.part = other
+    check(theirs, ours)
+
+
+class Odd(torch.Tensor):  # type: ignore[misc]
+    """A tensor that looks at what it is added to."""
+
+    seen: list[Any] = []  # noqa: RUF012
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        cls.seen += [type(one) for one in args]
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+@pytest.mark.parametrize("which", ["sum", "sum the other way", "torch.add", "parameter", "result"])
+def test_odd_tensors(which: str) -> None:
+    """In a sum with a tensor of a class of its own, it is a tensor, on either side."""
+    forward = {
+        "parameter": lambda s, x: s.act(s.shift + s.bn(s.conv(x))),
+        "result": lambda s, x: s.act(s.part(x) + s.bn(s.conv(x))),
+    }.get(which) or FUSED[which][0]
+    theirs = randomized(Block(forward, part=nn.Conv2d(6, 6, 1))).double()
+    theirs.shift = nn.Parameter(data(SHAPE, dtype=torch.float64))
+    ours = fused(theirs, "fused with the addition")
+    x = data(SHAPE, dtype=torch.float64)
+    Odd.seen.clear()
+    if which in ("result", "parameter"):
+        tensors = ours.part._parameters if which == "result" else ours._parameters
+        name = "weight" if which == "result" else "shift"
+        tensors[name] = tensors[name].detach().as_subclass(Odd)
+        found = ours(x)
+    else:
+        found = ours(x.as_subclass(Odd))
+    assert not any("Pending" in one.__name__ for one in Odd.seen)
+    torch.testing.assert_close(found.as_subclass(torch.Tensor), theirs(x), rtol=1e-9, atol=1e-9)
+
+
+def test_modes_of_functions() -> None:
+    """A mode that sees all functions of torch sees tensors."""
+    seen: set[str] = set()
+
+    class Mode(torch.overrides.TorchFunctionMode):  # type: ignore[misc]
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.update(type(one).__name__ for one in args)
+            return function(*args, **(kwargs or {}))
+
+    theirs = randomized(Block(FUSED["in place"][0])).double()
+    ours = fused(theirs, "fused with the addition and relu")
+    x = data(SHAPE, dtype=torch.float64)
+    with Mode():
+        y = ours(x)
+    torch.testing.assert_close(y, theirs(x), rtol=1e-9, atol=1e-9)
+    assert "Tensor" in seen
+    assert "Pending" not in seen
+
+
+# What is at hand -----------------------------------------------------------------------------------------------------
+
+WITHOUT = """
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bn = nn.BatchNorm2d(6)
+
+    def forward(self, x):
+        return torch.relu(self.bn(x))
+"""
+
+
+def test_models_without_source() -> None:
+    """They are not fused, and the report says why; a Sequential needs no source."""
+    names: dict[str, Any] = {"nn": nn, "torch": torch, "__name__": __name__}
+    exec(WITHOUT, names)
+    theirs = randomized(nn.Sequential(names["Model"](), nn.BatchNorm2d(6), nn.ReLU())).double()
+    check(theirs, fused(theirs, "not fused: no call of it can be followed past Model.forward, whose source is not at"))
+    check(theirs, fused(theirs, "1 (BatchNorm2d): converted; fused with relu"))
+
+
+def test_source_that_is_another(tmp_path: Any, monkeypatch: Any) -> None:
+    """A file that has changed since it was imported says nothing."""
+    file = tmp_path / "model_of_a_test.py"
+    file.write_text("import torch\nfrom torch import nn\n" + WITHOUT)
+    monkeypatch.syspath_prepend(tmp_path)
+    from model_of_a_test import Model  # type: ignore[import-not-found]
+
+    file.write_text("import torch\nfrom torch import nn\n" + WITHOUT.replace("self.bn(x)", "self.bn(1 * x)"))
+    theirs = randomized(Model()).double()
+    check(theirs, fused(theirs, "whose source is not at hand"))
+
+
+def test_two_functions_in_a_line() -> None:
+    """Each is known by its place."""
+    one, other = (lambda s, x: torch.relu(s.bn(x))), (lambda s, x: torch.relu(doubled(s.bn(x))))
+    for run, words in ((one, "fused with relu"), (other, "not fused")):
+        theirs = randomized(Block(run)).double()
+        ours = fused(theirs, words)
+        check(theirs, ours)
+        ours.run, theirs.run = other, other
+        check(theirs, ours)
+
+
+def test_copies_prove_anew() -> None:
+    """What is exchanged in a copy before its first call counts."""
+    theirs = randomized(Block(by_attribute)).double()
+    theirs.way = given
+    ours = copy.deepcopy(fused(theirs, "fused with relu"))
+    x = data(SHAPE, dtype=torch.float64).requires_grad_()
+    assert copy.deepcopy(ours)(x).grad_fn.name() == "NormalizationBackward"
+    theirs.way = ours.way = doubled
+    check(theirs, ours)
+    again = copy.deepcopy(fused(randomized(Residual(6)).double()))
+    assert again(x).grad_fn.name() == "NormalizationBackward"
+
+
+def test_threads() -> None:
+    """What one thread exchanges while another is in the block is used, from the next call of the norm on."""
+    inside, done = threading.Event(), threading.Event()
+
+    def waiting(y: Any) -> Any:
+        inside.set()
+        done.wait(10)
+        return y
+
+    theirs = randomized(Block(lambda s, x: torch.relu(s.way(s.bn(s.before(x)))))).double().eval()
+    theirs.before, theirs.way = operator.pos, given
+    ours = fused(theirs, "fused with relu").eval()
+    ours.before = waiting
+    x = data(SHAPE, dtype=torch.float64)
+    found: list[Any] = []
+    thread = threading.Thread(target=lambda: found.append(ours(x)))
+    thread.start()
+    inside.wait(10)
+    ours.before = given
+    done.set()
+    thread.join()
+    torch.testing.assert_close(found[0], theirs(x), rtol=1e-9, atol=1e-9)
