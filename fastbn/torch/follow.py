@@ -85,11 +85,11 @@ class Reader(Notes):
     def start(self, owner: nn.Module) -> None:
         """Follows the forward of a module."""
         given = Value(plain=self.whole) if self.plain else Value()
-        forward: Any = type(owner).forward
+        forward = forward_of(owner)
         self.rests.append(self.attribute(type(owner), "forward"))
         if forward is nn.Sequential.forward:
             self.sequence(owner, given)
-        elif type(forward) is FunctionType:
+        elif forward is not None:
             self.function(forward, [Value(known=owner)], {}, given)
 
     def proof(self, norm: nn.Module) -> Proof:
@@ -210,13 +210,13 @@ class Reader(Notes):
         self.use(facts)
         self.path.append(id(of))
         self.rests.append(facts)
-        forward: Any = type(of).forward
+        forward = forward_of(of)
         if forward is nn.Sequential.forward and len(args) == 1 and not named:
             y = self.sequence(of, args[0])
         elif (own := self.layer(of)) is not None and not any(value.waits for value in (*args, *named.values())):
             self.use(own)
             y = self.touch([*args, *named.values()], what).resting(own)
-        elif type(forward) is FunctionType and not isinstance(of, _Layer):
+        elif forward is not None and not isinstance(of, _Layer):
             y = self.function(forward, [Value(known=of), *args], named)
         else:
             y = self.unknown(what, [*args, *named.values()])
@@ -229,10 +229,13 @@ class Reader(Notes):
         if type(of).__iter__ is not nn.Sequential.__iter__:
             return self.unknown(type(of).__name__, [y])
         facts = self.attribute(type(of), "__iter__") | self.order(of)
+        self.rests.append(facts)
+        self.held.append(y)
         for child in of._modules.values():
-            self.held.append(y)
-            y = self.call(Value(known=child, facts=facts), [y], {}, type(child).__name__)
-            self.held.pop()
+            self.held[-1] = y = self.call(Value(known=child, facts=facts), [y], {}, type(child).__name__)
+        self.use(facts)
+        self.held.pop()
+        self.rests.pop()
         return y.resting(facts)
 
     def norm(self, of: nn.Module, args: list[Value], named: Names) -> Value | None:
@@ -242,7 +245,7 @@ class Reader(Notes):
         names = [value for frame in self.frames for value in (frame.names or {}).values()]
         before = any(of in value.waits or given in value.plain.get(of, ()) for value in (*names, *self.held))
         if before or len(args) != 1 or named or args[0].waits or own is None or None in path:
-            self.refuse({of}, f"calls {type(of).__name__} twice, or not with its input alone")
+            self.refuse({of}, f"calls {type(of).__name__} more than once, or otherwise than with its input alone")
             return None
         self.paths[of].add(path)
         self.facts[of].update(*self.rests)
@@ -281,18 +284,18 @@ class Reader(Notes):
         defaults = function.__defaults__ or ()
         for name, default in zip(places[len(places) - len(defaults) :], defaults, strict=True):
             if name not in names:
-                names[name] = given or self.object(default, self.attribute(function, "__defaults__"))
+                names[name] = self.object(default, self.attribute(function, "__defaults__"))
         for name in alone:
-            if name not in names and function.__kwdefaults__:
+            if name not in names and function.__kwdefaults__ and name in function.__kwdefaults__:
                 facts = self.attribute(function, "__kwdefaults__")
-                names[name] = given or self.object(
-                    function.__kwdefaults__[name], facts | self.item(function.__kwdefaults__, name)
-                )
+                facts |= self.item(function.__kwdefaults__, name)
+                names[name] = self.object(function.__kwdefaults__[name], facts)
         for rest in (wanted.vararg, wanted.kwarg):
             if rest is not None:
                 names[rest.arg] = Value()
         if given is not None:
-            return dict.fromkeys((*places, *alone), given) | names
+            for name in {*places, *alone} - {*places[: len(args)]}:
+                names[name] = joined(given, names.get(name, given))
         return names if names.keys() >= {*places, *alone} else None
 
     def kept(self, frame: Frame, names: Iterable[str]) -> None:
@@ -359,6 +362,12 @@ class Reader(Notes):
                 return self.of_mapping(own[kind], name, facts)
             facts |= self.item(own[kind], name)
         return Value(known=ABSENT, facts=facts)
+
+
+def forward_of(module: nn.Module) -> FunctionType | None:
+    """The forward of a module's class, if it is a function."""
+    forward = inspect.getattr_static(type(module), "forward", None)
+    return forward if type(forward) is FunctionType else None
 
 
 def is_public(name: str) -> bool:

@@ -49,25 +49,11 @@ def _modes() -> tuple[bool, bool]:
     return torch.is_grad_enabled(), torch.is_inference_mode_enabled()
 
 
-def _counted(tensors: Any) -> list[Any]:
-    return [None if tensor is None else (tensor.requires_grad, _version(tensor)) for tensor in tensors]
-
-
-def state_of(norm: Any, statistics: bool = True) -> tuple[Any, ...]:
-    """Whatever of a norm its result depends on, but for its input, as it is now; the running statistics at the end."""
-    own, parameters, buffers = vars(norm), norm._parameters.values(), norm._buffers.values()
-    named = [own.get(name) for name in ("eps", "momentum", "track_running_stats", "num_features", "activation")]
-    changing = _counted(buffers) if statistics else ()
-    return norm.training, *named, *parameters, *buffers, *_counted(parameters), *changing
-
-
-def same_state(before: tuple[Any, ...], after: tuple[Any, ...]) -> bool:
-    """Whether nothing has changed."""
-    return len(before) == len(after) and all(a is b or _same(a, b) for a, b in zip(before, after, strict=True))
-
-
-def _same(a: Any, b: Any) -> bool:
-    return type(a) is type(b) and not isinstance(a, Tensor) and bool(a == b)
+def _state(norm: Any, statistics: bool) -> list[tuple[Any, ...]]:
+    """The tensors of a norm, and how often they were modified."""
+    own = norm.__dict__
+    tensors = own["_parameters"] | own["_buffers"] if statistics else own["_parameters"]
+    return [(id(tensor), tensor.requires_grad, _version(tensor)) for tensor in tensors.values() if tensor is not None]
 
 
 _OWN = ("_state", "_norm", "_site", "_x", "_made", "_residual", "_versions", "_modes", "_value", "_spent")
@@ -84,7 +70,7 @@ class Pending:
     """
 
     __slots__ = (*_OWN, "__weakref__")
-    _state: tuple[Any, ...]
+    _state: list[tuple[Any, ...]]
     _norm: Any
     _site: Site
     _x: Tensor
@@ -98,7 +84,7 @@ class Pending:
     def __init__(
         self, norm: Any, site: Site, x: Tensor, made: dict[int, Pending], residual: Tensor | None = None
     ) -> None:
-        _set(self, "_state", state_of(norm))
+        _set(self, "_state", _state(norm, True))
         _set(self, "_norm", norm)
         _set(self, "_site", site)
         _set(self, "_x", x)
@@ -126,11 +112,11 @@ class Pending:
                 "the fused addition or activation; allowed: to convert the model without fuse"
             )
         again = self._spent
-        now = state_of(norm, not (again and norm.training and norm._learns))  # its own call has changed the statistics
-        if not same_state(self._state[: len(now)], now):
+        now = _state(norm, not (again and norm.training and norm._learns))  # its own call has changed the statistics
+        if self._state[: len(now)] != now:
             raise RuntimeError(
-                f"{type(norm).__name__}: got another mode, parameter, statistic or attribute than when it was called, "
-                "before its result was used; allowed: to convert the model without fuse"
+                f"{type(norm).__name__}: got other parameters or statistics than when it was called, before its result "
+                "was used; allowed: to convert the model without fuse"
             )
         self._made.pop(id(self), None)
         _set(self, "_spent", True)
@@ -256,7 +242,7 @@ class _Running(threading.local):
 _running = _Running()
 _MODULE = nn.modules.module.__file__
 _CALL = nn.Module._call_impl.__code__
-_monitored = getattr(getattr(sys, "monitoring", None), "get_tool", lambda number: None)
+_monitoring = getattr(sys, "monitoring", None)
 
 
 def _called(module: Any, frame: Any) -> Any:
@@ -266,7 +252,9 @@ def _called(module: Any, frame: Any) -> Any:
 
 def _is_traced() -> bool:
     """Whether a debugger, a profiler or the like sees all values in this thread."""
-    return sys.gettrace() is not None or sys.getprofile() is not None or any(map(_monitored, range(6)))
+    if sys.gettrace() is not None or sys.getprofile() is not None:
+        return True
+    return _monitoring is not None and any(_monitoring.get_tool(number) is not None for number in range(6))
 
 
 def _leads(frame: Any, proof: Proof, inner: int) -> bool:

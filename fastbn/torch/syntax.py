@@ -70,8 +70,7 @@ class _Syntax(Reader):
 
     def _other(self, node: ast.expr) -> Value:
         """An expression that is not followed (lambda, comprehension, await, ...): nothing may wait while it runs."""
-        for name in stored([node]):
-            self.frames[-1].set(name, Value())
+        self.unread(node)
         return self.unknown(f"`{ast.unparse(node)}`")
 
     def _constant(self, node: ast.Constant) -> Value:
@@ -151,7 +150,13 @@ class _Syntax(Reader):
         if truth is None:
             return joined(self.read(node.body), self.read(node.orelse))
         self.use(facts)
+        self.unread(node.orelse if truth else node.body)
         return self.read(node.body if truth else node.orelse).resting(facts)
+
+    def unread(self, *nodes: ast.expr) -> None:
+        """Expressions that are not read: what they would assign is not known."""
+        for name in stored(list(nodes)):
+            self.frames[-1].set(name, Value())
 
     def _namedexpr(self, node: ast.NamedExpr) -> Value:
         value, frame = self.read(node.value), self.frames[-1]
@@ -174,7 +179,9 @@ class _Syntax(Reader):
         return Value()
 
     def _joinedstr(self, node: ast.JoinedStr) -> Value:
-        values = [self.read(one.value) for one in node.values if isinstance(one, ast.FormattedValue)]
+        parts = [one for one in node.values if isinstance(one, ast.FormattedValue)]
+        values = [self.read(one.value) for one in parts]
+        values += [self.read(one.format_spec) for one in parts if one.format_spec is not None]
         for value in values:
             self.refuse(value.waits, "formats the result")
         return self.touch(values, "a format")
@@ -220,9 +227,10 @@ class _Syntax(Reader):
     def truth_of_all(self, node: ast.BoolOp) -> tuple[bool | None, Facts, Value]:
         decisive = isinstance(node.op, ast.Or)
         all_known, rests = True, NONE
-        for one in node.values:
+        for i, one in enumerate(node.values):
             truth, facts, _ = self.truth(one)
             if truth is decisive:
+                self.unread(*node.values[i + 1 :])
                 return decisive, facts if all_known else rests | facts, Value(plain=self.whole)
             all_known, rests = all_known and truth is not None, rests | facts
         return (not decisive if all_known else None), rests, Value(plain=self.whole)
@@ -329,11 +337,15 @@ class _Syntax(Reader):
             frame.names = merged(after, frame.names)
             return
         self.use(facts)
-        taken, other = (node.body, node.orelse) if truth else (node.orelse, node.body)
-        self.block(taken)
-        for name in stored(other).intersection(frame.names or {}):
+        self.block(node.body if truth else node.orelse)
+        self.rest(node, facts)
+
+    def rest(self, node: ast.stmt, facts: Facts) -> None:
+        """What a statement does rests on facts."""
+        frame = self.frames[-1]
+        for name in stored([node]).intersection(frame.names or {}):
             frame.set(name, (frame.names or {})[name].resting(facts))
-        if contains(other, ast.Return):
+        if contains([node], ast.Return):
             frame.rests |= facts
 
     def do_while(self, node: ast.While) -> None:
@@ -345,10 +357,15 @@ class _Syntax(Reader):
         if cls in _CONTAINERS[:2] and not node.orelse and not contains(node.body, ast.Break, ast.Continue):
             facts = of.facts | self.order(of.known) | self.attribute(of.known, "__class__")
             facts |= self.attribute(cls, "__iter__")
+            self.rests.append(facts)
             for child in of.known._modules.values():
                 if self.frames[-1].names is not None:
+                    self.use(facts)
                     self.bind(node.target, Value(known=child, facts=facts))
                     self.block(node.body)
+            self.rests.pop()
+            self.use(facts)
+            self.rest(node, facts)
             return
         self.loop(node, lambda: self.bind(node.target, self.each(of)))
 

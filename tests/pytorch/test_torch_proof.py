@@ -39,7 +39,10 @@ class Doubling(nn.Module):  # type: ignore[misc]
 class Given(nn.Module):  # type: ignore[misc]
     """A part whose method is exchanged."""
 
-    scale: Any = None
+    def __init__(self) -> None:
+        super().__init__()
+        self.list, self.rest = nn.ModuleList([nn.Identity()]), nn.Sequential()
+        self.all = nn.ModuleList()
 
     def forward(self, y: Any) -> Any:
         return self.way(y)
@@ -95,6 +98,65 @@ def by_none(s: Any, x: Any) -> Any:
 def by_chosen(s: Any, x: Any) -> Any:
     way = doubled if s.flag else given
     return torch.relu(way(s.bn(x)))
+
+
+def by_chosen_before(s: Any, x: Any) -> Any:
+    way = given
+    if s.flag:
+        way = doubled
+    return torch.relu(way(s.bn(x)))
+
+
+def by_chosen_again(s: Any, x: Any) -> Any:
+    way = doubled
+    if not s.flag:
+        way = given
+    return torch.relu(way(s.bn(x)))
+
+
+def chosen(s: Any) -> Any:
+    if s.flag:
+        return doubled
+    return given
+
+
+def by_result(s: Any, x: Any) -> Any:
+    return torch.relu(chosen(s)(s.bn(x)))
+
+
+def by_and(s: Any, x: Any) -> Any:
+    way = given
+    if s.flag and (way := doubled) and s.extra:
+        x = x * 3
+    return torch.relu(way(s.bn(x)))
+
+
+def by_loop_over_modules(s: Any, x: Any) -> Any:
+    way = doubled
+    for _ in s.part.list:
+        way = given
+    return torch.relu(way(s.bn(x)))
+
+
+def by_modules(s: Any, x: Any) -> Any:
+    y = s.bn(x)
+    for part in s.part.list:
+        y = part(y)
+    return torch.relu(y)
+
+
+def by_modules_with_norms(s: Any, x: Any) -> Any:
+    for part in s.part.all:
+        x = part(x)
+    return torch.relu(x)
+
+
+def by_container(s: Any, x: Any) -> Any:
+    return torch.relu(s.part.rest(s.bn(x)))
+
+
+def by_index(s: Any, x: Any) -> Any:
+    return torch.relu(s.part.list[0](s.bn(x)))
 
 
 def exchange_in_class(ours: Any, monkeypatch: Any) -> None:
@@ -165,6 +227,15 @@ EXCHANGES = {
     "default": (by_default, lambda ours, patch: patch.setattr(by_default, "__defaults__", (doubled,))),
     "keyword default": (by_keyword, lambda ours, patch: patch.setitem(by_keyword.__kwdefaults__, "way", doubled)),
     "keyword defaults": (by_keyword, lambda ours, patch: patch.setattr(by_keyword, "__kwdefaults__", {"way": doubled})),
+    "flag before": (by_chosen_before, lambda ours, patch: setattr(ours, "flag", True)),
+    "flag again": (by_chosen_again, lambda ours, patch: setattr(ours, "flag", True)),
+    "flag and result": (by_result, lambda ours, patch: setattr(ours, "flag", True)),
+    "no modules": (by_loop_over_modules, lambda ours, patch: setattr(ours.part, "list", nn.ModuleList())),
+    "more modules": (by_modules, lambda ours, patch: ours.part.list.append(Doubling())),
+    "no more modules": (by_modules, lambda ours, patch: ours.part.list._modules.update({"0": Doubling()})),
+    "modules after a norm": (by_modules_with_norms, lambda ours, patch: ours.part.all.append(Doubling())),
+    "in an empty container": (by_container, lambda ours, patch: ours.part.rest.append(Doubling())),
+    "module of an index": (by_index, lambda ours, patch: ours.part.list.__setitem__(0, Doubling())),
     "flag": (by_flag, lambda ours, patch: setattr(ours, "flag", True)),
     "flag and choice": (by_chosen, lambda ours, patch: setattr(ours, "flag", True)),
     "none": (by_none, lambda ours, patch: setattr(ours, "extra", doubled)),
@@ -182,10 +253,13 @@ def test_what_is_exchanged(which: str, called_before: bool, monkeypatch: Any) ->
     """A tensor is given to what was put in place later, before the first call and after it."""
     forward, exchange = EXCHANGES[which]
     model = randomized(Block(forward, part=Given())).double().eval()
+    if forward is by_modules_with_norms:
+        model.part.all.append(model._modules.pop("bn"))
     model.way, model.flag, model.extra = given, False, None
     ours = fused(model, "fused with relu").eval()
     x = data(SHAPE, dtype=torch.float64)
-    wanted = torch.relu(model.bn(model.conv(x) if which == "function of torch" else x))
+    norm = model.part.all[0] if forward is by_modules_with_norms else model.bn
+    wanted = torch.relu(norm(model.conv(x) if which == "function of torch" else x))
     if called_before:
         torch.testing.assert_close(ours(x), wanted, rtol=1e-9, atol=1e-9)
     exchange(ours, monkeypatch)
@@ -281,6 +355,18 @@ def by_star(s: Any, x: Any) -> Any:
     return torch.relu(s.way(*(s.bn(x),)))
 
 
+def by_format(s: Any, x: Any) -> Any:
+    y = s.bn(x)
+    return torch.relu(y) * len(f"{1:{len(type(y).__name__)}}")
+
+
+def by_choice(s: Any, x: Any) -> Any:
+    way = given
+    _ = (way := doubled) if s.flag else None
+    s.flag = not s.flag
+    return torch.relu(way(s.bn(x)))
+
+
 def by_exit(s: Any, x: Any) -> Any:
     with contextlib.ExitStack() as stack:
         stack.enter_context(quiet(TypeError))
@@ -301,7 +387,7 @@ def by_cause(s: Any, x: Any) -> Any:
 
 quiet = contextlib.suppress
 UNKNOWN = [by_list, by_dict, by_getattr, by_swapping, by_swapping_back, by_walrus, by_import, by_loop, by_break]
-UNKNOWN += [by_two_ways, by_match, by_star, by_exit, by_cause, made([given])]
+UNKNOWN += [by_choice, by_and, by_format, by_two_ways, by_match, by_star, by_exit, by_cause, made([given])]
 
 
 @pytest.mark.parametrize("forward", UNKNOWN)
@@ -565,3 +651,63 @@ def test_threads() -> None:
     done.set()
     thread.join()
     torch.testing.assert_close(found[0], theirs(x), rtol=1e-9, atol=1e-9)
+
+
+def test_parameters_that_change() -> None:
+    """An error, where a norm's own tensors are modified under another name before its result is used."""
+
+    def forward(s: Any, x: Any) -> Any:
+        y = s.bn(x)
+        if s.factor != 1.0:
+            s.scale.mul_(s.factor)
+        return torch.relu(y)
+
+    ours = Block(forward).double()
+    ours.scale, ours.factor = ours.bn.weight, 1.0
+    ours = fused(ours, "fused with relu")
+    x = data(SHAPE, dtype=torch.float64)
+    with torch.no_grad():
+        ours(x)
+        ours.factor = 2.0
+        with pytest.raises(RuntimeError, match="BatchNorm2d: got other parameters or statistics than when it was"):
+            ours(x)
+
+
+class Static(nn.Module):  # type: ignore[misc]
+    """A part whose forward has no self."""
+
+    @staticmethod
+    def forward(y: Any, x: Any = None) -> Any:
+        return doubled(y) if x is None else y
+
+
+def test_static_forwards() -> None:
+    theirs = randomized(Block(lambda s, x: torch.relu(s.part(s.bn(x))), part=Static())).double()
+    check(theirs, fused(theirs, "not fused"))
+
+
+def test_defaults_that_are_no_tensors() -> None:
+    """A default of the forward itself may be anything."""
+
+    class Adding:
+        def __radd__(self, y: Any) -> Any:
+            return doubled(y)
+
+        __add__ = __radd__
+
+    class Model(nn.Module):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn = nn.BatchNorm2d(6)
+
+        def forward(self, x: Any, shift: Any = Adding()) -> Any:  # noqa: B008
+            return torch.relu(shift + self.bn(x))
+
+    theirs = randomized(Model()).double()
+    check(theirs, fused(theirs, "not fused"))
+    block = randomized(Block(lambda s, x: torch.relu(s.bn(x) + s.shift))).double().eval()
+    block.shift = data(SHAPE, dtype=torch.float64)
+    ours = fused(block, "fused with the addition and relu")
+    ours.shift = Adding()
+    x = data(SHAPE, dtype=torch.float64)
+    torch.testing.assert_close(ours(x), torch.relu(block.bn(x) * 2))
