@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .layers import _Layer
-from .others import ADDITIONS, FUNCTIONS
+from .others import ADDITIONS, FUNCTIONS, is_in_place
 from .proof import MISSING, NONE, PLAIN, Facts, Names, Notes, Proof, Value, joined, mixed
 from .source import Function, Place, calls_of, contains, function_of
 
@@ -30,9 +30,11 @@ _CALLABLE = (FunctionType, BuiltinFunctionType, MethodDescriptorType)
 _GENERATORS = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 _BUILTINS = {len, int, float, bool, str, abs, min, max, round, range, isinstance}
 _BUILTINS |= {one for one in vars(builtins).values() if isinstance(one, type) and issubclass(one, Exception)}
-_CREATING = ("empty", "zeros", "ones", "full", "rand", "randn", "arange", "tensor")
-ODD = {"numpy", "tolist", "grad_fn", "backward"}
-"""What tensors have that is not plain, or runs hooks."""
+_CREATING = {torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.arange, torch.tensor}
+ODD = {"numpy", "tolist", "grad_fn", "backward", "data", "storage", "untyped_storage", "data_ptr"}
+"""What tensors have that is not plain, runs hooks, or lets others modify them in silence."""
+_FRESH = (nn.modules.conv._ConvNd, nn.Linear, _Layer)
+"""Layers whose results are memory of their own."""
 
 
 @functools.cache
@@ -40,7 +42,7 @@ def _harmless() -> frozenset[Any]:
     """Functions of Python and torch that run nothing but their own code, if their arguments are plain."""
     by_place = torch.overrides.get_overridable_functions().values()
     theirs = {f for functions in by_place for f in functions if isinstance(f, _CALLABLE)} - {Tensor.backward}
-    theirs |= {getattr(torch, name) for name in _CREATING} | {torch._C._log_api_usage_once}
+    theirs |= _CREATING | {torch._C._log_api_usage_once}
     return frozenset(theirs | _BUILTINS | {torch.jit.is_scripting, torch.jit.is_tracing, torch.compiler.is_compiling})
 
 
@@ -125,6 +127,18 @@ class Reader(Notes):
                     self.facts[norm] |= value.plain[norm]
         return Value(plain=mixed(values) if values else self.whole)
 
+    def modify(self, value: Value | None, what: str) -> None:
+        """Refuses what waits if something is modified that a norm's input might be."""
+        if value is None or not value.fresh:
+            self.refuse(self.live(), f"modifies a tensor by {what} while the result waits")
+
+    def fix(self) -> None:
+        """None of the values that there are may be modified from now on, while a result waits."""
+        self.held = [value._replace(fresh=False) for value in self.held]
+        for frame in self.frames:
+            for name, value in (frame.names or {}).items():
+                frame.set(name, value._replace(fresh=False))
+
     def unknown(self, what: str, values: Iterable[Value] = ()) -> Value:
         """The result of code that is not followed: it may do anything."""
         for value in values:
@@ -162,7 +176,10 @@ class Reader(Notes):
                 self.use(facts)
                 if known is isinstance:
                     values = [value for value in values if value.known is MISSING]
-                return self.touch(values, what).resting(facts)
+                fresh = known in _CREATING or known in _BUILTINS
+                if self.modifies(known, args, named):
+                    self.modify(args[0] if args and "out" not in named else None, what)
+                return self.touch(values, what).resting(facts)._replace(fresh=fresh)
             if type(known) is FunctionType and known not in _harmless():
                 self.use(facts)
                 self.rests.append(facts)
@@ -184,8 +201,31 @@ class Reader(Notes):
         last = 2 if function in ADDITIONS else 1
         for value in [*args[last:], *named.values()]:
             self.refuse(value.waits, f"gives the result to {what}, not as what it is computed of")
-        y = self.touch([*args, *named.values()], what)
-        return y._replace(waits=Value().waits.union(*(value.waits for value in args[:2]))) if last == 2 else y
+        if self.modifies(function, args, named):
+            self.modify(args[0] if args and "out" not in named else None, what)
+        y = self.touch([*args, *named.values()], what)._replace(fresh=bool(args) and args[0].fresh)
+        return self.sum(y, args[:2]) if last == 2 else y
+
+    def sum(self, y: Value, values: list[Value]) -> Value:
+        """A sum, which may wait, and then needs its terms as they are."""
+        waits = Value().waits.union(*(value.waits for value in values))
+        if waits:
+            self.fix()
+        return y._replace(waits=waits)
+
+    def modifies(self, function: Any, args: list[Value], named: Names) -> bool:
+        """Whether a function of torch or Python works in place."""
+        code, name = getattr(function, "__code__", None), getattr(function, "__name__", "")
+        if (name.endswith("_") and not name.endswith("__")) or is_in_place(function) or "out" in named:
+            return True
+        places = code.co_varnames[: code.co_argcount] if code is not None else ()
+        if "inplace" not in places:
+            return False
+        where = places.index("inplace")
+        given = args[where] if len(args) > where else named.get("inplace")
+        if given is not None and given.known is False:
+            self.use(given.facts)
+        return given is not None and given.known is not False
 
     def method(self, of: Value, name: str, args: list[Value], named: Names, what: str) -> Value:
         """A call of a method of something that waits, or is not known."""
@@ -196,7 +236,10 @@ class Reader(Notes):
             return self.unknown(what, values)
         if not all(norm in value.plain for value in values for norm in self.whole):
             self.forget()
-        return self.touch(values, what)
+        if self.modifies(function, values, named):
+            self.modify(of, what)
+        fresh = name.startswith("new_") or name == "clone" or (name.endswith("_") and of.fresh)
+        return self.touch(values, what)._replace(fresh=fresh)
 
     def module(self, of: nn.Module, facts: Facts, args: list[Value], named: Names, what: str) -> Value:
         if of in self.whole and of not in self.reasons:
@@ -214,8 +257,13 @@ class Reader(Notes):
         if forward is nn.Sequential.forward and len(args) == 1 and not named:
             y = self.sequence(of, args[0])
         elif (own := self.layer(of)) is not None and not any(value.waits for value in (*args, *named.values())):
+            for module in of.modules():
+                if vars(module).get("inplace", False) is not False:
+                    self.modify(args[0] if args else None, what)
+                own |= self.item(vars(module), "inplace")
             self.use(own)
             y = self.touch([*args, *named.values()], what).resting(own)
+            y = y._replace(fresh=isinstance(of, _FRESH) or (len(args) == 1 and args[0].fresh))
         elif forward is not None and not isinstance(of, _Layer):
             y = self.function(forward, [Value(known=of), *args], named)
         else:
@@ -250,8 +298,9 @@ class Reader(Notes):
         self.paths[of].add(path)
         self.facts[of].update(*self.rests)
         self.use(own)
+        self.fix()
         y = self.touch(args, type(of).__name__).resting(own)
-        return y._replace(waits=frozenset({of}), plain=y.plain | {of: frozenset({given})})
+        return y._replace(waits=frozenset({of}), plain=y.plain | {of: frozenset({given})}, fresh=True)
 
     def function(self, function: FunctionType, args: list[Value], named: Names, given: Value | None = None) -> Value:
         """The results of a function. If values of all other arguments are given, it is the first that is followed."""
@@ -313,7 +362,9 @@ class Reader(Notes):
         """What is known of an object. For its type alone, the weaker facts are enough."""
         plain = {}
         if type(found) in PLAIN:
-            plain = dict.fromkeys(self.whole, facts if weaker is None else weaker)
+            plain = dict.fromkeys(self.whole, facts if weaker is None or type(found) is Tensor else weaker)
+            if type(found) is Tensor:  # a norm's statistics under another name change with its call
+                plain = {norm: facts for norm in plain if not _shares(found, norm)}
         if type(found) in (NoneType, bool, MethodType, ModuleType, *_CALLABLE) or issubclass(
             type(found), (nn.Module, type)
         ):
@@ -368,6 +419,12 @@ def forward_of(module: nn.Module) -> FunctionType | None:
     """The forward of a module's class, if it is a function."""
     forward = inspect.getattr_static(type(module), "forward", None)
     return forward if type(forward) is FunctionType else None
+
+
+def _shares(tensor: Tensor, norm: nn.Module) -> bool:
+    """Whether a tensor may have memory of a norm's statistics."""
+    memory = tensor.untyped_storage().data_ptr()
+    return any(other is not None and other.untyped_storage().data_ptr() == memory for other in norm._buffers.values())
 
 
 def is_public(name: str) -> bool:

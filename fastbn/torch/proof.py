@@ -145,6 +145,8 @@ class Value(NamedTuple):
     """On which this rests."""
     items: bool = False
     """Whether it is a list or a tuple. What is in it is not known."""
+    fresh: bool = False
+    """Whether it is memory that no input of a norm has, so that it may be modified while the norm's result waits."""
 
     def resting(self, facts: Facts) -> Value:
         """What is known of it if some facts hold, too."""
@@ -171,7 +173,8 @@ def joined(*values: Value) -> Value:
     waits = first.waits.union(*(value.waits for value in values))
     facts = NONE.union(*(value.facts for value in values)) if same else NONE
     items = any(value.items for value in values)
-    return Value(waits, mixed(list(values)), first.known if same else MISSING, facts, items)
+    fresh = all(value.fresh for value in values)
+    return Value(waits, mixed(list(values)), first.known if same else MISSING, facts, items, fresh)
 
 
 Names = dict[str, Value]

@@ -74,7 +74,7 @@ class _Syntax(Reader):
         return self.unknown(f"`{ast.unparse(node)}`")
 
     def _constant(self, node: ast.Constant) -> Value:
-        return Value(plain=self.whole, known=node.value)
+        return Value(plain=self.whole, known=node.value, fresh=True)
 
     def _name(self, node: ast.Name) -> Value:
         frame = self.frames[-1]
@@ -129,8 +129,8 @@ class _Syntax(Reader):
         """The result of an operator. A sum may wait."""
         y = self.touch(values, f"an operator, {type(op).__name__},")
         items = any(value.items for value in values)
-        waits = values[0].waits | values[1].waits if isinstance(op, ast.Add) else values[0].waits - values[0].waits
-        return y._replace(waits=waits, items=items)
+        y = y._replace(items=items, fresh=True)
+        return self.sum(y, values) if isinstance(op, ast.Add) else y
 
     def _unaryop(self, node: ast.UnaryOp) -> Value:
         if isinstance(node.op, ast.Not):
@@ -287,7 +287,8 @@ class _Syntax(Reader):
         mark = len(self.held)
         if isinstance(node.target, ast.Name):
             values = [self.read(ast.Name(node.target.id, ast.Load())), self.read(node.value)]
-            self.bind(node.target, self.operation(node.op, values))
+            self.modify(values[0], "an operator in place")
+            self.bind(node.target, self.operation(node.op, values)._replace(fresh=values[0].fresh))
         else:
             self.bind(node.target, self.read(node.value))
         del self.held[mark:]
