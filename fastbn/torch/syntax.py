@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from types import NoneType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .follow import ABSENT, ODD, Frame, Reader, is_public
 from .proof import MISSING, NONE, Facts, Proof, Value, joined, merged, mixed
@@ -91,10 +91,11 @@ class _Syntax(Reader):
         if of.known is not MISSING and not isinstance(of.known, (str, int, float, NoneType)):
             found = self.found(of, node.attr)
             return self.unknown(what) if found is None else Value() if found.known is ABSENT else found
-        if of.waits and (node.attr in ODD or not is_public(node.attr)):
+        is_method = callable(getattr(Tensor, node.attr, None))
+        if of.waits and (is_method or node.attr in ODD or not is_public(node.attr)):
             self.refuse(of.waits, f"asks for {what}")
         y = self.touch([of], what)
-        return Value() if node.attr in ODD else y
+        return Value() if is_method or node.attr in ODD else y
 
     def _call(self, node: ast.Call) -> Value:
         what, code = f"{ast.unparse(node.func)}()", self.frames[-1].code
