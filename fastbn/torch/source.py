@@ -28,12 +28,16 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
 
 
 @functools.lru_cache(maxsize=128)
-def _parsed(source: str) -> tuple[list[Function], list[CodeType]]:
-    """The functions in a source, and the code that they are compiled to."""
+def _parsed(source: str, apart: bool) -> tuple[list[Function], list[CodeType]]:
+    """The functions in a source, and the code that they are compiled to: as a whole, or each statement apart.
+
+    Notebooks do the latter. It is not the same: Python calls methods of what a source imports otherwise.
+    """
     try:
         with warnings.catch_warnings(action="ignore"):
             tree = ast.parse(source)
-            codes = list(_codes(compile(tree, "", "exec", dont_inherit=True)))
+            parts = [ast.Module([one], []) for one in tree.body] if apart else [tree]
+            codes = [code for part in parts for code in _codes(compile(part, "", "exec", dont_inherit=True))]
     except (SyntaxError, ValueError, RecursionError):
         return [], []
     return [node for node in ast.walk(tree) if isinstance(node, Function)], codes
@@ -63,9 +67,12 @@ def calls_of(code: CodeType) -> dict[tuple[int, int], Place]:
 
 
 def _definition(code: CodeType, names: dict[str, Any] | None) -> Function | None:
-    nodes, codes = _parsed("".join(linecache.getlines(code.co_filename, names)))
-    positions = list(code.co_positions())
-    if not any(code == one and positions == list(one.co_positions()) for one in codes):
+    source, positions = "".join(linecache.getlines(code.co_filename, names)), list(code.co_positions())
+    for apart in (False, True):
+        nodes, codes = _parsed(source, apart)
+        if any(code == one and positions == list(one.co_positions()) for one in codes):
+            break
+    else:
         return None
     spans = [step.positions for step in dis.get_instructions(code) if step.opname not in _AROUND]
     found: Any = [span for span in spans if span is not None and None not in span]

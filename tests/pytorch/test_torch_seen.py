@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import copy
+import linecache
 import operator
 import sys
 import threading
@@ -210,6 +212,17 @@ def test_models_without_source() -> None:
     theirs = randomized(nn.Sequential(names["Model"](), nn.BatchNorm2d(6), nn.ReLU())).double()
     check(theirs, fused(theirs, "not fused: no call of it can be followed past Model.forward, whose source is not at"))
     check(theirs, fused(theirs, "1 (BatchNorm2d): converted; fused with relu"))
+
+
+def test_models_in_notebooks(monkeypatch: Any) -> None:
+    """Cells have a source, and are compiled statement by statement."""
+    source = "import torch\nfrom torch import nn\n" + WITHOUT
+    monkeypatch.setitem(linecache.cache, "<cell>", (len(source), None, source.splitlines(True), "<cell>"))
+    names: dict[str, Any] = {"__name__": __name__}
+    for statement in ast.parse(source).body:
+        exec(compile(ast.Module([statement], []), "<cell>", "exec", dont_inherit=True), names)
+    theirs = randomized(names["Model"]()).double()
+    check(theirs, fused(theirs, "fused with relu"))
 
 
 def test_source_that_is_another(tmp_path: Any, monkeypatch: Any) -> None:
