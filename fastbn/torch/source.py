@@ -27,7 +27,7 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
             yield from _codes(one)
 
 
-@functools.lru_cache(maxsize=128)
+@functools.lru_cache(maxsize=16)
 def _parsed(source: str, apart: bool) -> tuple[list[Function], list[CodeType]]:
     """The functions in a source, and the code that they are compiled to: as a whole, or each statement apart.
 
