@@ -43,10 +43,30 @@ class Block(nn.Module):  # type: ignore[misc]
         return self.run(self, x)
 
 
+def given(y: Any) -> Any:
+    return y
+
+
+def doubled(y: Any) -> Any:
+    return y * 2 if type(y) is torch.Tensor else y
+
+
+class Doubling(nn.Module):  # type: ignore[misc]
+    """Doubles a tensor, and passes on what stands for one."""
+
+    def forward(self, y: Any) -> Any:
+        return doubled(y)
+
+
 def in_place(norm: Any, x: Any) -> Any:
     out = norm
     out += x
     return out
+
+
+def doubly(s: Any, x: Any) -> Any:
+    y = s.bn(x) + x
+    return y * s.act(y.clone())
 
 
 FUSED = {
@@ -71,7 +91,7 @@ FUSED = {
     "in place": (lambda s, x: s.act(in_place(s.bn(s.conv(x)), x)), "the addition and relu"),
     "operator": (lambda s, x: s.act(operator.iadd(s.bn(s.conv(x)), x)), "the addition and relu"),
     "around": (lambda s, x: s.act(s.bn(s.conv(x)) + torch.sigmoid(s.conv(x))), "the addition and relu"),
-    "sum used twice": (lambda s, x: (lambda y: y * s.act(y.clone()))(s.bn(x) + x), "the addition"),
+    "sum used twice": (doubly, "the addition"),
 }
 
 

@@ -51,25 +51,30 @@ def convert_batchnorm(
     With `fuse`, such an activation after a norm, and an addition before it or alone, are computed in the same pass over
     memory, too, whether they are modules, functions or methods. torch.fx must show that the norm is called once, that
     its result goes to the addition or activation alone, and that nothing which runs before could change its input. The
-    model's own code must not be able to tell that the result is no tensor yet, and take another way then: what it runs
-    may not use type(), id() or `is` on tensors, ask for the result's class, or catch an error. The forward of the norm
-    and that of the module which calls both are then replaced, for these instances. Classes do not change, and the
-    model's own code runs as before, but a fused norm returns a placeholder. The addition or activation that was
-    recorded computes both at once; any other use computes the norm alone. Nothing is fused where the terms of the sum
-    differ in shape, dtype or memory format, where one of the modules was replaced or has got hooks, and where the
-    forward takes another way than the one that was recorded. If that way asks for the result's class, a RuntimeError
-    says so. Nothing waits while torch.compile, torch.export, torch.jit.trace, torch.fx, torch.func or a mode is at
-    work.
+    forward of the norm and that of the module which calls both are then replaced, for these instances. Classes do not
+    change, and the model's own code runs as before, but a fused norm returns a placeholder. The addition or activation
+    that was recorded computes both at once; any other use computes the norm alone.
+
+    No code can tell the placeholder from a tensor: this is proven before a norm is fused, from the source of all
+    functions through which its result goes. There it may be added, go into the activations above, be used by methods,
+    operators and attributes of tensors, and be passed to modules, functions and methods of the model that are read in
+    turn. Nothing else may get it, and nothing else may run while it waits but torch's layers and functions. Nothing is
+    fused, therefore, in code whose source is not at hand (typed at a prompt, compiled), in `with`, `try` and `match`
+    statements, nested functions and comprehensions, with functions out of lists, dicts or closures, and in what
+    `super()` calls. A
+    Sequential of torch's layers needs no source of the model. What the proof rests on (attributes, modules and their
+    order, functions, hooks) is checked at each call, so that a norm whose surroundings have changed returns a tensor.
+    So it does where the forward was called otherwise, while sys.settrace, sys.setprofile or sys.monitoring has a tool,
+    and while torch.compile, torch.export, torch.jit.trace, torch.fx, torch.func or a mode is at work. The sum is
+    computed apart where its terms differ in shape, dtype or memory format.
 
     Parameters
     ----------
     model : torch.nn.Module
         The model, or a layer.
     fuse : bool
-        Whether to fuse what follows the norms. A model of which code, functions or lists of functions are exchanged
-        after the conversion must be converted again: what comes later and takes another way by the class of a norm's
-        result (`type(y) is torch.Tensor`) is not always noticed. The same is true of containers that hold `type`, and
-        of torch.autograd.graph.saved_tensors_hooks around the activation alone.
+        Whether to fuse what follows the norms. Parts of the model may be exchanged later; they are fused, too, once it
+        is converted again.
     report : list, optional
         Gets an entry for each batch norm in the model, with the attributes `name` (of the layer in the model), `layer`
         (the class it had), `converted` (True or False) and `note` (what was done, and why not more). str(entry) is a

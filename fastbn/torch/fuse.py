@@ -1,18 +1,15 @@
 """Where in a model does the result of a norm go to an addition and an activation, and to nothing else?
 
-torch.fx records what each module's forward does; this file reads the records. What follows a norm is fused if nobody
-else can see the difference. The record proves it for the way through the code that was recorded: pending.py sees to it
-that any other way gives the right results, too.
+torch.fx records what each module's forward does; this file reads the records. They tell what is worth fusing. Whether a
+result may wait for that is proven by the source: follow.py. pending.py sees to it that any other way through the code
+than the one that was recorded gives the right results, too.
 """
 
 from __future__ import annotations
 
 import copy
-import gc
 import inspect
 import operator
-import sys
-import weakref
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -22,47 +19,27 @@ from torch import fx, nn
 
 from ..ops import Activation
 from .layers import _Layer
-from .others import FORWARDS, activation_of, is_hooked
-from .pending import (
-    FusedForward,
-    Part,
-    Site,
-    WaitingForward,
-    activation_called,
-    is_addition,
-    is_in_place,
-    same_state,
-    state_of,
-)
-from .telling import Watch, asks, caught
+from .others import FORWARDS, activation_called, activation_of, is_addition, is_hooked, is_in_place
+from .pending import FusedForward, Site, WaitingForward
+from .proof import Proof
+from .syntax import prove
 
 _PASSING = {"DropPath", "StochasticDepth"}
 """Layers of timm and torchvision that return their input, unless they train with a rate above 0."""
 
 
 class _Use(NamedTuple):
-    """What follows a norm, within a module: a site, the modules that take part, and words for the report."""
+    """What follows a norm, within a module: a site, and words for the report."""
 
     site: Site
-    parts: tuple[Part, ...]
     text: str
 
 
 class _Record(NamedTuple):
-    """What the forward of a module does, in order, and for each module within, what goes in and comes out."""
+    """What the forward of a module does, in order."""
 
     owner: nn.Module
     nodes: list[fx.Node]
-    passages: list[tuple[str, set[fx.Node]]]
-    asked: set[fx.Node]
-    """Those of whose class, or hash, the forward asks."""
-    kept: set[fx.Node]
-    """Those that are still there when the forward is over, for instance in an attribute."""
-    told: str | None
-    """What in the code that ran could tell that a result waits, in words."""
-    changed: set[str]
-    """The norms whose mode, parameters or other attributes are not those before the forward, when they are called or
-    when it is over."""
 
     def module(self, node: fx.Node) -> nn.Module:
         """The module that a node calls."""
@@ -78,8 +55,8 @@ def fuse(model: nn.Module) -> dict[nn.Module, str]:
     for owner in reversed(list(model.modules())):  # a module comes after all that are in it
         inside = open_ & set(owner.modules())
         if inside and owner not in texts and type(owner).forward is not nn.Module.forward:
-            found, reasons = _uses(owner, inside)
-            _prepare(owner, found)
+            found, reasons, proofs = _proven(owner, inside)
+            _prepare(owner, found, proofs)
             texts |= reasons | {norm: f"fused with {use.text}" for norm, use in found.items()}
             open_ -= found.keys() | {norm for norm, reason in reasons.items() if not reason.startswith(_OUTSIDE)}
     return {norm: text or "not fused: no forward that torch.fx can record calls it" for norm, text in texts.items()}
@@ -87,9 +64,6 @@ def fuse(model: nn.Module) -> dict[nn.Module, str]:
 
 _OUTSIDE = "not fused: its result leaves"
 _UNSEEN = "not fused: torch.fx cannot record"
-_ASKED = "the forward asks for the class of its result, or compares it as a key"
-_KEPT = "the forward keeps its result"
-_CHANGED = "the forward changes its mode, its parameters or another of its attributes"
 
 
 def _reason(norm: Any, times: int) -> str:
@@ -106,16 +80,17 @@ def _reason(norm: Any, times: int) -> str:
     return "" if norm._ends_with_norm() else "not fused: it has an activation of its own"
 
 
-def _prepare(owner: nn.Module, found: dict[nn.Module, _Use]) -> None:
+def _prepare(owner: nn.Module, found: dict[nn.Module, _Use], proofs: dict[nn.Module, Proof]) -> None:
     """Gives a module and the norms a forward each."""
     if not found:
         return
     before = vars(owner).get("forward")
-    sites: tuple[Site, ...] = tuple(use.site for use in found.values())
-    parts = tuple(dict.fromkeys(part for use in found.values() for part in use.parts))
+    places: dict[Site, nn.Module] = {use.site: norm for norm, use in found.items()}
+    proven: dict[Site, Proof] | None = {use.site: proofs[norm] for norm, use in found.items()}
     if type(before) is FusedForward:
-        sites, parts = before.sites + sites, tuple(dict.fromkeys(before.parts + parts))
-    owner.forward = FusedForward(owner, sites, parts)
+        places = before.places | places
+        proven = None if before.proofs is None else before.proofs | (proven or {})
+    owner.forward = FusedForward(owner, places, proven)
     for norm, use in found.items():
         norm.forward = WaitingForward(norm, use.site)
 
@@ -124,18 +99,7 @@ def _prepare(owner: nn.Module, found: dict[nn.Module, _Use]) -> None:
 
 
 class _Proxy(fx.Proxy):
-    """Records `x += y` as what it is, since torch.fx records a sum; and that the class or the hash was asked for."""
-
-    @property  # type: ignore[misc]  # isinstance asks for it
-    def __class__(self) -> Any:
-        if asks(sys._getframe(1).f_code):
-            self.tracer.asked.add(self.node)
-        return type(self)
-
-    def __hash__(self) -> int:
-        if asks(sys._getframe(1).f_code):
-            self.tracer.asked.add(self.node)
-        return object.__hash__(self)
+    """Records `x += y` as what it is, since torch.fx records a sum."""
 
     def __iadd__(self, other: Any) -> Any:
         return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
@@ -148,18 +112,9 @@ class _Tracer(fx.Tracer):
         super().__init__()
         self.proxy_buffer_attributes = True
         self.deep = deep
-        self.passages: list[tuple[str, set[fx.Node]]] = []
-        self.asked: set[fx.Node] = set()
-        self.watch = Watch()
-        self.proxies: list[weakref.ref[_Proxy]] = []
-        self.states: dict[nn.Module, tuple[Any, ...]] = {}
-        """The norms' states before the forward."""
-        self.changed: set[nn.Module] = set()
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        proxy = _Proxy(node, self)
-        self.proxies.append(weakref.ref(proxy))
-        return proxy
+        return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         own = vars(m).get("forward")
@@ -168,25 +123,6 @@ class _Tracer(fx.Tracer):
         if getattr(type(m), "forward", None) is nn.Sequential.forward:  # torch.jit's have none
             return False
         return not self.deep or super().is_leaf_module(m, module_qualified_name)
-
-    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        if type(m).__name__ in _PASSING:
-            self.watch.passed(m)
-        if isinstance(m, _Layer):
-            self.watch.found = self.watch.found or caught(sys._getframe(), _record.__code__)
-            self.compare(m)
-        y = super().call_module(m, forward, args, kwargs)
-        nodes: set[fx.Node] = set()
-        fx.node.map_aggregate(
-            (args, kwargs, y), lambda value: nodes.add(value.node) if isinstance(value, fx.Proxy) else None
-        )
-        self.passages.append((self.path_of_module(m), nodes))
-        return y
-
-    def compare(self, norm: nn.Module) -> None:
-        """Notes whether a norm's state is another than before the forward."""
-        if not same_state(self.states[norm], state_of(norm)):
-            self.changed.add(norm)
 
 
 def _records(owner: nn.Module) -> Iterator[_Record | str]:
@@ -213,36 +149,36 @@ def _record(owner: nn.Module, training: bool, deep: bool) -> _Record:
         module.training = training
     parameters = inspect.signature(type(other).forward).parameters.values()
     usual = {p.name: p.default for p in parameters if isinstance(p.default, (bool, int, float, str, type(None)))}
-    tracer = _Tracer(deep)
-    tracer.states = {module: state_of(module) for module in other.modules() if isinstance(module, _Layer)}
-    with torch.random.fork_rng(devices=[]), tracer.watch as watch:
-        graph = tracer.trace(other, usual)
-    for norm in tracer.states:
-        tracer.compare(norm)
-    changed = {name for name, module in other.named_modules() if module in tracer.changed}
-    return _Record(owner, list(graph.nodes), tracer.passages, tracer.asked, _kept(tracer), watch.found, changed)
-
-
-def _kept(tracer: _Tracer) -> set[fx.Node]:
-    """The nodes of proxies that are still there, but for those in cycles, which torch.fx makes of frames."""
-    for generation in (1, 2):  # what is young is enough as a rule
-        if all(reference() is None for reference in tracer.proxies):
-            return set()
-        gc.collect(generation)
-    return {proxy.node for proxy in (reference() for reference in tracer.proxies) if proxy is not None}
+    with torch.random.fork_rng(devices=[]):
+        graph = _Tracer(deep).trace(other, usual)
+    return _Record(owner, list(graph.nodes))
 
 
 # Proofs --------------------------------------------------------------------------------------------------------------
 
 
-def _uses(owner: nn.Module, norms: set[nn.Module]) -> tuple[dict[nn.Module, _Use], dict[nn.Module, str]]:
-    """What follows the norms in a module's forward, and why nothing can be fused with the others that it calls."""
+def _proven(
+    owner: nn.Module, norms: set[nn.Module]
+) -> tuple[dict[nn.Module, _Use], dict[nn.Module, str], dict[nn.Module, Proof]]:
+    """What follows norms in a module's forward, why nothing is fused with others, and the proofs."""
+    if "forward" in vars(owner) and type(vars(owner)["forward"]) is not FusedForward:
+        why = f"{_UNSEEN} a forward that is not of the class {type(owner).__name__}"
+        return {}, dict.fromkeys(norms, why), {}
+    records = list(_records(owner))
+    refused: dict[nn.Module, str] = {}
+    while True:
+        found, reasons = _uses(records, norms - refused.keys())
+        proofs, why_not = prove(owner, found) if found else ({}, {})
+        if not why_not:
+            return found, reasons | refused, proofs
+        refused |= {norm: f"not fused: {why}" for norm, why in why_not.items()}  # others may have the additions then
+
+
+def _uses(records: list[_Record | str], norms: set[nn.Module]) -> tuple[dict[nn.Module, _Use], dict[nn.Module, str]]:
+    """What follows the norms in records, and why nothing can be fused with the others."""
     found: dict[nn.Module, _Use] = {}
     reasons: dict[nn.Module, str] = {}
-    asked: set[nn.Module] = set()
-    if "forward" in vars(owner) and type(vars(owner)["forward"]) is not FusedForward:
-        return found, dict.fromkeys(norms, f"{_UNSEEN} a forward that is not of the class {type(owner).__name__}")
-    for record in _records(owner):
+    for record in records:
         if isinstance(record, str):
             reasons |= dict.fromkeys(norms - reasons.keys(), record)
             continue
@@ -255,11 +191,8 @@ def _uses(owner: nn.Module, norms: set[nn.Module]) -> tuple[dict[nn.Module, _Use
             use = _use(record, calls[norm], taken)
             if isinstance(use, str):
                 reasons[norm] = f"not fused: {use}"
-                if use in (_ASKED, _KEPT, _CHANGED, record.told):  # in either mode, since the result would wait in both
-                    asked.add(norm)
             elif norm not in found:
                 found[norm] = use
-    found = {norm: use for norm, use in found.items() if norm not in asked}
     return found, {norm: reason for norm, reason in reasons.items() if norm not in found}
 
 
@@ -271,28 +204,13 @@ def _use(record: _Record, calls: list[fx.Node], taken: set[fx.Node]) -> _Use | s
     if len(norm.args) != 1 or norm.kwargs or not isinstance(norm.args[0], fx.Node):
         return "it is called with more than its input"
     chain, addition, activation = _chain(record, norm, taken)
-    if not record.asked.isdisjoint((norm, *chain[:-1])):
-        return _ASKED
-    if not record.kept.isdisjoint((norm, *chain[:-1])):
-        return _KEPT
-    if norm.target in record.changed:
-        return _CHANGED
     if len(chain) == 1:
         return _why(record, norm, taken)
-    if record.told is not None:
-        return record.told
     if not _undisturbed(record, chain, addition):
         return "other operations run before what follows it, which might change its input"
     taken |= {addition} - {None}
-    parts = {path: None for path, nodes in record.passages if not nodes.isdisjoint(chain[:-1])}
     words = ["the addition"] * (addition is not None) + [activation] * bool(activation)
-    site = Site(addition is not None, bool(activation))
-    return _Use(site, tuple(_part(record.owner, path) for path in parts), " and ".join(words))
-
-
-def _part(owner: nn.Module, path: str) -> Part:
-    parent, _, name = path.rpartition(".")
-    return owner.get_submodule(parent), name, owner.get_submodule(path)
+    return _Use(Site(addition is not None, bool(activation)), " and ".join(words))
 
 
 def _chain(record: _Record, norm: fx.Node, taken: set[fx.Node]) -> tuple[list[fx.Node], fx.Node | None, str]:

@@ -7,11 +7,13 @@ own, made once for each class. Its parts, hooks and state are used as they are a
 from __future__ import annotations
 
 import copy
+import operator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
+from torch.nn import functional
 from torch.nn.modules import module as modules_of_torch
 
 from ..ops import Activation
@@ -63,6 +65,57 @@ def activation_of(module: nn.Module) -> Activation:
     if name == "relu6" and (module.min_val, module.max_val) != (0, 6):
         return None
     return name
+
+
+_IN_PLACE = {"inplace": False}
+FUNCTIONS: dict[Any, tuple[str, dict[str, Any]]] = {
+    functional.relu: ("relu", _IN_PLACE),
+    torch.relu: ("relu", {}),
+    Tensor.relu: ("relu", {}),
+    torch.relu_: ("relu", {"inplace": True}),
+    Tensor.relu_: ("relu", {"inplace": True}),
+    functional.relu6: ("relu6", _IN_PLACE),
+    functional.hardtanh: ("hardtanh", {"min_val": -1.0, "max_val": 1.0} | _IN_PLACE),
+    functional.leaky_relu: ("leaky_relu", {"negative_slope": 0.01} | _IN_PLACE),
+    functional.silu: ("silu", _IN_PLACE),
+    functional.hardswish: ("hardswish", _IN_PLACE),
+    functional.sigmoid: ("sigmoid", {}),
+    torch.sigmoid: ("sigmoid", {}),
+    Tensor.sigmoid: ("sigmoid", {}),
+    torch.sigmoid_: ("sigmoid", {"inplace": True}),
+    Tensor.sigmoid_: ("sigmoid", {"inplace": True}),
+}
+"""Functions that are activations, by fastbn's names, with the parameters that follow their input."""
+
+ADDITIONS = {operator.add, operator.iadd, torch.add, Tensor.add, Tensor.add_}
+_ADDITIONS_IN_PLACE = {operator.iadd, Tensor.add_}
+
+
+def activation_called(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Activation, bool] | None:
+    """The activation that a call computes, and whether it does so in place; None if it is not one to fuse."""
+    if function not in FUNCTIONS:
+        return None
+    name, parameters = FUNCTIONS[function]
+    given = parameters | dict(zip(parameters, args[1:], strict=False)) | kwargs
+    if len(args) - 1 > len(parameters) or given.keys() != parameters.keys():
+        return None
+    in_place = bool(given.get("inplace", False))
+    if name == "hardtanh":
+        return ("relu6", in_place) if (given["min_val"], given["max_val"]) == (0, 6) else None
+    if name == "leaky_relu":
+        slope = given["negative_slope"]
+        return (("leaky_relu", slope), in_place) if isinstance(slope, float) and abs(slope) < torch.inf else None
+    return name, in_place
+
+
+def is_addition(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call is the sum of two things."""
+    return function in ADDITIONS and len(args) == 2 and not kwargs
+
+
+def is_in_place(function: Any) -> bool:
+    """Whether an addition writes into its first argument."""
+    return function in _ADDITIONS_IN_PLACE
 
 
 def is_idle(module: nn.Module) -> bool:

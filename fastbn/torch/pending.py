@@ -4,80 +4,29 @@ In a forward that convert_batchnorm(fuse=True) has prepared, a norm returns a `P
 model's own code goes on with it, whatever that code is. An addition of a tensor of the same shape, dtype and layout is
 noted. An activation computes everything in one call, and its result is a tensor. Any other use of a `Pending` computes
 the tensor that the norm would have returned, so that results are always those of the model's code. Code that could tell
-a `Pending` from a tensor otherwise than by its use does not get one; telling.py finds such code.
+a `Pending` from a tensor otherwise than by its use does not get one: a norm returns one only after calls, and in a
+state of the model, of which follow.py has proven that.
 """
 
 from __future__ import annotations
 
-import operator
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from ..ops import Activation
-from .others import FORWARDS, has_hooks, has_hooks_for_all
-from .telling import applies, asks, asks_for_class, caught, innocent, telling
+from .others import ADDITIONS, FORWARDS, FUNCTIONS, activation_called, has_hooks_for_all, is_addition, is_in_place
+from .proof import OURS, PLAIN, Proof
+from .syntax import prove
 from .watchers import watched
 
 _is_compiling = torch.compiler.is_compiling
 _has_torch_function = torch.overrides.has_torch_function
-
-# What may be fused ---------------------------------------------------------------------------------------------------
-
-_IN_PLACE = {"inplace": False}
-_FUNCTIONS: dict[Any, tuple[str, dict[str, Any]]] = {
-    functional.relu: ("relu", _IN_PLACE),
-    torch.relu: ("relu", {}),
-    Tensor.relu: ("relu", {}),
-    torch.relu_: ("relu", {"inplace": True}),
-    Tensor.relu_: ("relu", {"inplace": True}),
-    functional.relu6: ("relu6", _IN_PLACE),
-    functional.hardtanh: ("hardtanh", {"min_val": -1.0, "max_val": 1.0} | _IN_PLACE),
-    functional.leaky_relu: ("leaky_relu", {"negative_slope": 0.01} | _IN_PLACE),
-    functional.silu: ("silu", _IN_PLACE),
-    functional.hardswish: ("hardswish", _IN_PLACE),
-    functional.sigmoid: ("sigmoid", {}),
-    torch.sigmoid: ("sigmoid", {}),
-    Tensor.sigmoid: ("sigmoid", {}),
-    torch.sigmoid_: ("sigmoid", {"inplace": True}),
-    Tensor.sigmoid_: ("sigmoid", {"inplace": True}),
-}
-"""Functions that are activations, by fastbn's names, with the parameters that follow their input."""
-
-_ADDITIONS = {operator.add, operator.iadd, torch.add, Tensor.add, Tensor.add_}
-_ADDITIONS_IN_PLACE = {operator.iadd, Tensor.add_}
-
-
-def activation_called(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Activation, bool] | None:
-    """The activation that a call computes, and whether it does so in place; None if it is not one to fuse."""
-    if function not in _FUNCTIONS:
-        return None
-    name, parameters = _FUNCTIONS[function]
-    given = parameters | dict(zip(parameters, args[1:], strict=False)) | kwargs
-    if len(args) - 1 > len(parameters) or given.keys() != parameters.keys():
-        return None
-    in_place = bool(given.get("inplace", False))
-    if name == "hardtanh":
-        return ("relu6", in_place) if (given["min_val"], given["max_val"]) == (0, 6) else None
-    if name == "leaky_relu":
-        slope = given["negative_slope"]
-        return (("leaky_relu", slope), in_place) if isinstance(slope, float) and abs(slope) < torch.inf else None
-    return name, in_place
-
-
-def is_addition(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a call is the sum of two things."""
-    return function in _ADDITIONS and len(args) == 2 and not kwargs
-
-
-def is_in_place(function: Any) -> bool:
-    """Whether an addition writes into its first argument."""
-    return function in _ADDITIONS_IN_PLACE
 
 
 class Site:
@@ -100,25 +49,11 @@ def _modes() -> tuple[bool, bool]:
     return torch.is_grad_enabled(), torch.is_inference_mode_enabled()
 
 
-def _counted(tensors: Any) -> list[Any]:
-    return [None if tensor is None else (tensor.requires_grad, _version(tensor)) for tensor in tensors]
-
-
-def state_of(norm: Any, statistics: bool = True) -> tuple[Any, ...]:
-    """Whatever of a norm its result depends on, but for its input, as it is now; the running statistics at the end."""
-    own, parameters, buffers = vars(norm), norm._parameters.values(), norm._buffers.values()
-    named = [own.get(name) for name in ("eps", "momentum", "track_running_stats", "num_features", "activation")]
-    changing = _counted(buffers) if statistics else ()
-    return norm.training, *named, *parameters, *buffers, *_counted(parameters), *changing
-
-
-def same_state(before: tuple[Any, ...], after: tuple[Any, ...]) -> bool:
-    """Whether nothing has changed."""
-    return len(before) == len(after) and all(a is b or _same(a, b) for a, b in zip(before, after, strict=True))
-
-
-def _same(a: Any, b: Any) -> bool:
-    return type(a) is type(b) and not isinstance(a, Tensor) and bool(a == b)
+def _state(norm: Any, statistics: bool) -> list[tuple[Any, ...]]:
+    """The tensors of a norm, and how often they were modified."""
+    own = norm.__dict__
+    tensors = own["_parameters"] | own["_buffers"] if statistics else own["_parameters"]
+    return [(id(tensor), tensor.requires_grad, _version(tensor)) for tensor in tensors.values() if tensor is not None]
 
 
 _OWN = ("_state", "_norm", "_site", "_x", "_made", "_residual", "_versions", "_modes", "_value", "_spent")
@@ -135,7 +70,7 @@ class Pending:
     """
 
     __slots__ = (*_OWN, "__weakref__")
-    _state: tuple[Any, ...]
+    _state: list[tuple[Any, ...]]
     _norm: Any
     _site: Site
     _x: Tensor
@@ -149,7 +84,7 @@ class Pending:
     def __init__(
         self, norm: Any, site: Site, x: Tensor, made: dict[int, Pending], residual: Tensor | None = None
     ) -> None:
-        _set(self, "_state", state_of(norm))
+        _set(self, "_state", _state(norm, True))
         _set(self, "_norm", norm)
         _set(self, "_site", site)
         _set(self, "_x", x)
@@ -161,21 +96,8 @@ class Pending:
         _set(self, "_spent", False)
         made[id(self)] = self
 
-    @property  # type: ignore[misc]  # isinstance, match and functools.singledispatch ask for it
-    def __class__(self) -> Any:
-        if applies(sys._getframe(1)):
-            raise RuntimeError(self._unforeseen("a torch.autograd.Function applied to its result"))
-        if asks_for_class(sys._getframe(1).f_code):  # to answer Tensor would mislead torch, which asks, too
-            raise RuntimeError(self._unforeseen("a question of the class of its result"))
-        return type(self)
-
-    def __hash__(self) -> int:
-        if asks(sys._getframe(1).f_code):  # what an activation in place returns is another object
-            raise RuntimeError(self._unforeseen("a question of the hash of its result"))
-        return object.__hash__(self)
-
     def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self._used(), name, value)
+        setattr(self.settled(), name, value)
 
     def _waits(self) -> bool:
         """Whether the next operation may be fused."""
@@ -184,20 +106,17 @@ class Pending:
     def _compute(self, activation: Activation = None) -> Tensor:
         """The result of the norm, of the noted addition and of an activation; and nothing waits any more."""
         x, residual, norm = self._x, self._residual, self._norm
-        text = _running.telling(self._made)
-        if text is not None:
-            raise RuntimeError(self._unforeseen(f"a use of its result in code, where {text},"))
         if self._versions != (_version(x), 0 if residual is None else _version(residual)):
             raise RuntimeError(
                 f"{type(norm).__name__}: got an input or a residual that was modified by an inplace operation before "
                 "the fused addition or activation; allowed: to convert the model without fuse"
             )
         again = self._spent
-        now = state_of(norm, not (again and norm.training and norm._learns))  # its own call has changed the statistics
-        if not same_state(self._state[: len(now)], now):
+        now = _state(norm, not (again and norm.training and norm._learns))  # its own call has changed the statistics
+        if self._state[: len(now)] != now:
             raise RuntimeError(
-                f"{type(norm).__name__}: got another mode, parameter, statistic or attribute than when it was called, "
-                "before its result was used; allowed: to convert the model without fuse"
+                f"{type(norm).__name__}: got other parameters or statistics than when it was called, before its result "
+                "was used; allowed: to convert the model without fuse"
             )
         self._made.pop(id(self), None)
         _set(self, "_spent", True)
@@ -214,18 +133,6 @@ class Pending:
             with torch.inference_mode(self._modes[1]), torch.set_grad_enabled(self._modes[0]):
                 _set(self, "_value", self._compute())
         return self._value
-
-    def _used(self) -> Tensor:
-        """The tensor, for a use that nobody foresaw."""
-        if self._value is None and self._modes[0] and not torch.is_grad_enabled():
-            raise RuntimeError(self._unforeseen("a use of its result without gradients"))
-        return self.settled()
-
-    def _unforeseen(self, what: str) -> str:
-        return (
-            f"{type(self._norm).__name__}: got {what} that torch.fx did not show when the model was converted; "
-            "allowed: to convert it again after a change, or without fuse"
-        )
 
     def _activated(self, activation: Activation, in_place: bool) -> Tensor | None:
         if not (self._site.activates and self._waits()):
@@ -271,14 +178,13 @@ class Pending:
             y = args[1]._plus(args[0], False)
         if y is not None:
             return y
-        used = cls.settled if adds or found is not None else cls._used
-        return function(*_each(args, used), **_each(kwargs, used))
+        return function(*_each(args, cls.settled), **_each(kwargs, cls.settled))
 
     def __getattr__(self, name: str) -> Any:
         function = getattr(Tensor, name, None)
-        if callable(function) and (function in _FUNCTIONS or function in _ADDITIONS):
+        if callable(function) and (function in FUNCTIONS or function in ADDITIONS):
             return lambda *args, **kwargs: type(self).__torch_function__(function, (), (self, *args), kwargs)
-        return getattr(self._used(), name)
+        return getattr(self.settled(), name)
 
     def __add__(self, other: Any) -> Any:
         return type(self).__torch_function__(Tensor.add, (), (self, other))
@@ -291,7 +197,7 @@ class Pending:
 
 def _forwarded(name: str) -> Callable[..., Any]:
     def method(self: Pending, *args: Any) -> Any:
-        return getattr(self._used(), name)(*_each(args, Pending._used))
+        return getattr(self.settled(), name)(*_each(args, Pending.settled))
 
     return method
 
@@ -315,58 +221,28 @@ def _each(values: Any, of: Callable[[Pending], Any]) -> Any:
     return values
 
 
-def _returned(values: Any) -> Any:
-    """The same result with tensors in the place of what waits; objects are changed in place, one level deep."""
-    if type(values) in (Pending, tuple, list, dict):
-        return _each(values, Pending.settled)
-    if issubclass(type(values), tuple) and hasattr(values, "_make"):
-        return values._make(_returned(value) for value in values)
-    if issubclass(type(values), (Tensor, nn.Module)):
-        return values
-    for own in (values if issubclass(type(values), dict) else {}, getattr(values, "__dict__", {})):
-        for name, value in list(own.items()) if issubclass(type(own), dict) else ():
-            if type(value) in (Pending, tuple, list, dict):
-                own[name] = _each(value, Pending.settled)
-    return values
-
-
 # The forwards --------------------------------------------------------------------------------------------------------
 
 
-Part = tuple[nn.Module, str, nn.Module]
-"""A module that a result passes while it waits: what it is in, its name there, and itself."""
+class _Run(NamedTuple):
+    """A fused forward that runs: what waits in it, and whether its arguments are plain."""
+
+    of: FusedForward
+    made: dict[int, Pending]
+    plain: bool
 
 
 class _Running(threading.local):
-    """The fused forwards that run in this thread: their sites, and what waits in them."""
+    """The fused forwards that run in this thread."""
 
     def __init__(self) -> None:
-        self.stack: list[tuple[tuple[Site, ...], dict[int, Pending]]] = []
-
-    def telling(self, made: dict[int, Pending]) -> str | None:
-        """How code could tell that a result waits that runs now within the forward in which it was `made`."""
-        stack, frame = self.stack, sys._getframe(2)
-        inner = len(stack) - 1
-        while inner >= 0 and stack[inner][1] is not made:
-            inner -= 1
-        if inner < 0:  # the forward is over, and what was kept of it is used
-            return None
-        left = len(stack) - inner
-        while True:
-            code = frame.f_code
-            if code is _RUN:
-                left -= 1
-                if not left:
-                    return None
-            elif id(code) not in innocent:
-                text = telling(frame)
-                if text is not None:
-                    return text
-            frame = frame.f_back  # type: ignore[assignment]  # the forward is in one
+        self.stack: list[_Run] = []
 
 
 _running = _Running()
 _MODULE = nn.modules.module.__file__
+_CALL = nn.Module._call_impl.__code__
+_monitoring = getattr(sys, "monitoring", None)
 
 
 def _called(module: Any, frame: Any) -> Any:
@@ -374,42 +250,76 @@ def _called(module: Any, frame: Any) -> Any:
     return frame.f_locals.get("self", module) if frame.f_code.co_filename == _MODULE else module
 
 
+def _is_traced() -> bool:
+    """Whether a debugger, a profiler or the like sees all values in this thread."""
+    if sys.gettrace() is not None or sys.getprofile() is not None:
+        return True
+    return _monitoring is not None and any(_monitoring.get_tool(number) is not None for number in range(6))
+
+
+def _leads(frame: Any, proof: Proof, inner: int) -> bool:
+    """Whether the calls from a fused forward to a frame are proven, those of other fused forwards within included."""
+    path: list[Any] = []
+    while frame is not None:
+        code = frame.f_code
+        if code is _CALL:
+            path.append(id(frame.f_locals["self"]))
+        elif code is _RUN:
+            if inner == 0:
+                return tuple(path) in proof.paths
+            inner -= 1
+        elif id(code) not in _PASSED:
+            place = proof.calls.get((id(code), frame.f_lasti))
+            if place is None:
+                return False
+            path.append(place)
+        frame = frame.f_back
+    return False
+
+
 class FusedForward:
     """The forward of a module in which results of norms may wait. It runs the forward of the module's class.
 
-    Nothing waits while torch.compile traces, or once one of the modules that take part was replaced or has got a hook.
+    `places` has the norms, by their sites. Copies prove anew what is proven of them, when it is needed.
     """
 
-    def __init__(self, module: nn.Module, sites: tuple[Site, ...], parts: tuple[Part, ...]) -> None:
-        self.module, self.sites, self.parts = module, sites, parts
+    def __init__(self, module: nn.Module, places: dict[Site, nn.Module], proofs: dict[Site, Proof] | None) -> None:
+        self.module, self.places, self.proofs = module, places, proofs
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"proofs": None}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module = self.module if _is_compiling() else _called(self.module, sys._getframe(1))
         forward = type(module).forward
         if module is not self.module or _is_compiling() or has_hooks_for_all():
             return forward(module, *args, **kwargs)
-        for parent, name, part in self.parts:
-            if parent._modules.get(name) is not part or has_hooks(part):
-                return forward(module, *args, **kwargs)
         return self._run(forward, args, kwargs)
 
     def _run(self, forward: Any, args: Any, kwargs: Any) -> Any:
         made: dict[int, Pending] = {}
-        _running.stack.append((self.sites, made))
+        plain = PLAIN.issuperset(map(type, args)) and PLAIN.issuperset(map(type, kwargs.values()))
+        _running.stack.append(_Run(self, made, plain))
         try:
-            result = _returned(forward(self.module, *args, **kwargs))
+            result = forward(self.module, *args, **kwargs)
+            if type(result) is Pending and result._made is made:
+                result = result.settled()
             for waiting in list(made.values()):
                 waiting.settled()
         finally:
             _running.stack.pop()
         return result
 
-
-_RUN = FusedForward._run.__code__
+    def proof(self, site: Site) -> Proof | None:
+        """The proof that a result may wait at a site."""
+        if self.proofs is None:
+            proofs, _ = prove(self.module, self.places.values())
+            self.proofs = {one: proofs[norm] for one, norm in self.places.items() if norm in proofs}
+        return self.proofs.get(site)
 
 
 class WaitingForward:
-    """The forward of a norm whose result may wait, within the forward of which its site is a part."""
+    """The forward of a norm whose result may wait, within the forward in which its site is."""
 
     def __init__(self, norm: Any, site: Site) -> None:
         self.norm, self.site = norm, site
@@ -425,13 +335,28 @@ class WaitingForward:
             and type(args[0]) is Tensor
             and forward in FORWARDS
         ):
-            for sites, made in reversed(_running.stack):
-                if self.site in sites:
-                    for waiting in [one for one in made.values() if one._norm is norm]:
-                        waiting.settled()  # running statistics take the batches in the order of the calls
-                    if watched(args[0]) or _has_torch_function(args) or not norm._ends_with_norm():
-                        break
-                    if _running.telling(made) is not None or caught(sys._getframe(1), _RUN) is not None:
-                        break
-                    return Pending(norm, self.site, args[0], made)
+            made = self._may_wait(args[0], sys._getframe(1))
+            if made is not None:
+                return Pending(norm, self.site, args[0], made)
         return forward(norm, *args, **kwargs)
+
+    def _may_wait(self, x: Tensor, frame: Any) -> dict[int, Pending] | None:
+        """What waits in the forward with the site, if the result for x may wait there, too."""
+        for inner, run in enumerate(reversed(_running.stack)):
+            if self.site not in run.of.places:
+                continue
+            for waiting in [one for one in run.made.values() if one._norm is self.norm]:
+                waiting.settled()  # running statistics take the batches in the order of the calls
+            if watched(x) or _has_torch_function((x,)) or has_hooks_for_all() or not self.norm._ends_with_norm():
+                return None
+            proof = run.of.proof(self.site)
+            if proof is None or (proof.plain and not run.plain) or _is_traced():
+                return None
+            return run.made if _leads(frame, proof, inner) and proof.holds() else None
+        return None
+
+
+OURS.update((FusedForward, WaitingForward))
+_RUN = FusedForward._run.__code__
+_PASSED = {id(f.__code__) for f in (nn.Module._wrapped_call_impl, nn.Sequential.forward, FusedForward.__call__)}
+"""The identities of code by which calls are passed on."""

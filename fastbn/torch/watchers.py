@@ -12,7 +12,11 @@ the same:
 - torch.overrides.has_torch_function_unary, which is has_torch_function of one tensor, but quicker (tensors.py);
 - torch.nn.modules.batchnorm._BatchNorm._check_input_dim, with which torch's layers refuse an input (layers.py,
   tensors.py);
-- the dictionaries of hooks, of a module and of torch.nn.modules.module (others.py).
+- the dictionaries of hooks, of a module and of torch.nn.modules.module (others.py), and those of its parameters,
+  buffers and modules (pending.py, proof.py, follow.py);
+- torch.nn.Module._call_impl, _wrapped_call_impl, _compiled_call_impl, by which calls are known (pending.py, proof.py);
+- torch.nn.modules.conv._ConvNd, the class of all convolutions (follow.py);
+- torch._C._log_api_usage_once, which torchvision calls (follow.py).
 
 They were tried with torch 2.7.1, 2.13.0 and 2.14.1.
 """

@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-import builtins
-import contextlib
 import copy
-import functools
-import itertools
-import operator
-import sys
-import types
 from typing import Any
 
 import pytest
@@ -23,6 +16,11 @@ __all__ = ["as_found", "importable", "lenient"]
 nn = torch.nn
 functional = torch.nn.functional
 
+
+def asked(y: Any) -> Any:
+    return y * 2 if isinstance(y, torch.Tensor) else y
+
+
 NOT_FUSED = {
     "used twice": (lambda s, x: (lambda y: y + torch.relu(y))(s.bn(x)), "its result is used 2 times"),
     "returned, too": (lambda s, x: (lambda y: (torch.relu(y), y))(s.bn(x)), "its result is used 2 times"),
@@ -31,13 +29,10 @@ NOT_FUSED = {
     "alpha": (lambda s, x: torch.add(s.bn(x), x, alpha=2), "add follows it"),
     "a number": (lambda s, x: s.bn(x) + 1, "add follows it"),
     "into the other": (lambda s, x: torch.relu(in_place(x * 1, s.bn(x))), "iadd follows it"),
-    "its class asked for": (
-        lambda s, x: (lambda y: torch.relu(y * 2 if isinstance(y, torch.Tensor) else y))(s.bn(x)),
-        "the forward asks for the class of its result",
-    ),
+    "its class asked for": (lambda s, x: torch.relu(asked(s.bn(x))), "gives the result to isinstance()"),
     "its class asked for in evaluation": (
-        lambda s, x: (lambda y: torch.relu(y * 2 if not s.training and isinstance(y, torch.Tensor) else y))(s.bn(x)),
-        "the forward asks for the class of its result",
+        lambda s, x: torch.relu(asked(s.bn(x)) if not s.training else s.bn(x)),
+        "gives the result to isinstance()",
     ),
     "tanh": (lambda s, x: torch.tanh(s.bn(x)), "tanh follows it"),
     "clipped": (lambda s, x: functional.hardtanh(s.bn(x), -1.0, 6.0), "hardtanh follows it"),
@@ -51,278 +46,6 @@ NOT_FUSED = {
         "which might change its input",
     ),
 }
-
-
-# Code that could tell -------------------------------------------------------------------------------------------------
-
-kind = type
-
-
-def doubled(y: Any) -> Any:
-    return y * 2 if type(y) is torch.Tensor else y
-
-
-def is_plain(y: Any) -> bool:
-    return type(y) is torch.Tensor
-
-
-def by_default(y: Any, of: Any = type) -> Any:
-    return y * 2 if of(y) is torch.Tensor else y
-
-
-def by_import(y: Any) -> Any:
-    from builtins import type as of
-
-    return y * 2 if of(y) is torch.Tensor else y
-
-
-def by_closure() -> Any:
-    of = type
-    return lambda y: y * 2 if of(y) is torch.Tensor else y
-
-
-def by_match(y: Any) -> Any:
-    match y:
-        case torch.Tensor():
-            return y * 2
-        case _:
-            return y
-
-
-@functools.singledispatch
-def by_dispatch(y: Any) -> Any:
-    return y
-
-
-@by_dispatch.register
-def _(y: torch.Tensor) -> Any:
-    return y * 2
-
-
-def by_error(y: Any) -> Any:
-    try:
-        return torch.Tensor.mul(y, 2)
-    except TypeError:
-        return y
-
-
-def by_suppressed_error(y: Any) -> Any:
-    with contextlib.suppress(TypeError):
-        y = torch.Tensor.mul(y, 2)
-    return y
-
-
-def by_fallback(s: Any, x: Any) -> Any:
-    try:
-        y = s.bn(x)
-    except ValueError:
-        y = x
-    return torch.relu(y)
-
-
-def changing(**values: Any) -> Any:
-    """A forward that changes attributes of the norm for its call alone."""
-
-    def forward(s: Any, x: Any) -> Any:
-        before = {name: vars(s.bn)[name] for name in values}
-        vars(s.bn).update(values)
-        y = s.bn(x)
-        vars(s.bn).update(before)
-        return torch.relu(y)
-
-    return forward
-
-
-CHANGES = {"training": False, "eps": 1.0, "momentum": 0.9, "track_running_stats": False, "_parameters": {}}
-
-
-class Doubler:
-    of = type
-
-    def __call__(self, y: Any) -> Any:
-        return y * 2 if self.of(y) is torch.Tensor else y
-
-    @staticmethod
-    def static(y: Any) -> Any:
-        return doubled(y)
-
-    def method(self, y: Any) -> Any:
-        return y * 2 if is_plain(y) else y
-
-
-class Doubling(nn.Module):  # type: ignore[misc]
-    """Passes on what stands for a tensor, and doubles a tensor."""
-
-    def forward(self, y: Any) -> Any:
-        return doubled(y)
-
-
-class DropPath(Doubling):
-    """A layer of this name is not run while a forward is recorded."""
-
-
-ASKING = {
-    "type": lambda y: y * 2 if type(y) is torch.Tensor else y,
-    "==": lambda y: y * 2 if type(y) == torch.Tensor else y,  # noqa: E721
-    "in": lambda y: y * 2 if type(y) in (torch.Tensor, nn.Parameter) else y,
-    "name": lambda y: y * 2 if type(y).__name__ == "Tensor" else y,
-    "issubclass": lambda y: y * 2 if issubclass(type(y), torch.Tensor) else y,
-    "alias": lambda y: y * 2 if kind(y) is torch.Tensor else y,
-    "builtins": lambda y: y * 2 if builtins.type(y) is torch.Tensor else y,
-    "getattr": lambda y: y * 2 if getattr(builtins, "type")(y) is torch.Tensor else y,  # noqa: B009
-    "map": lambda y: y * 2 if next(map(type, [y])) is torch.Tensor else y,
-    "any": lambda y: y * 2 if any(type(one) is torch.Tensor for one in (y,)) else y,
-    "dict": lambda y: {torch.Tensor: lambda z: z * 2}.get(type(y), lambda z: z)(y),
-    "eval": lambda y: eval("y * 2 if type(y) is torch.Tensor else y", {"torch": torch}, {"y": y}),
-    "class of a class": lambda y: y * 2 if (0).__class__.__class__(y) is torch.Tensor else y,
-    "has_torch_function": lambda y: y if torch.overrides.has_torch_function((y,)) else y * 2,
-    "proxy": lambda y: y if isinstance(y, torch.fx.Proxy) else y * 2,
-    "default": by_default,
-    "import": by_import,
-    "closure": by_closure(),
-    "partial": functools.partial(doubled),
-    "static": Doubler.static,
-    "method": Doubler().method,
-    "attribute": Doubler(),
-    "error": by_error,
-    "suppressed": by_suppressed_error,
-    "__class__": lambda y: y * 2 if y.__class__ is torch.Tensor else y,
-    "isinstance": lambda y: y * 2 if isinstance(y, torch.Tensor) else y,
-    "is_tensor": lambda y: y * 2 if torch.is_tensor(y) else y,
-    "typename": lambda y: y * 2 if torch.typename(y) == "torch.DoubleTensor" else y,
-    "attrgetter": lambda y: y * 2 if operator.attrgetter("__class__")(y) is torch.Tensor else y,
-    "match": by_match,
-    "singledispatch": by_dispatch,
-}
-"""They double a tensor, and nothing else."""
-
-CLASS = "asks for the class of its result"
-TELLS = "could tell that the result waits"
-RESULT = {
-    "identity": (lambda s, y: (lambda z: z * 2 if z is y else z)(s.act(y)), TELLS),
-    "id": (lambda s, y: (lambda z: z * 2 if id(z) == id(y) else z)(s.act(y)), TELLS),
-    "operator": (lambda s, y: (lambda z: z * 2 if operator.is_(z, y) else z)(s.act(y)), TELLS),
-    "key": (lambda s, y: (lambda z: z * 2 if z in {y: 1} else z)(s.act(y)), CLASS),
-    "afterwards": (lambda s, y: (lambda z: z * 2 if is_plain(y) else z)(torch.relu(y)), TELLS),
-    "of the sum": (lambda s, y: torch.relu(doubled(y + s.shift)), TELLS),
-    "kept": (lambda s, y: (s.__dict__.update(kept=y), torch.relu(y))[1], "the forward keeps its result"),
-    "in training": (lambda s, y: torch.relu(doubled(y) if s.training else y), TELLS),
-    "statistics": (lambda s, y: torch.relu(y) * s.bn.running_mean.mean(), TELLS),
-    "buffers": (lambda s, y: (lambda m, z: z * m)(s.bn._buffers["running_mean"].mean(), torch.relu(y)), TELLS),
-}
-"""What else could tell, of the norm's result, with what the report says."""
-
-RIGHT = {
-    "hasattr": lambda s, y: torch.relu(y if hasattr(y, "node") else y * 2),
-    "overridable": lambda s, y: torch.relu(y if hasattr(y, "__torch_function__") else y * 2),
-    "text": lambda s, y: torch.relu(y * 2 if repr(y).startswith("tensor") else y),
-    "data": lambda s, y: (setattr(y, "data", y.data * 2), torch.relu(y))[1],
-    "attribute": lambda s, y: (setattr(y, "tag", 3), torch.relu(y) * y.tag)[1],
-    "vars": lambda s, y: (lambda z: z * 2 if vars(y) == {} else z)(torch.relu(y)),
-    "copy": lambda s, y: torch.relu(copy.copy(y)),
-    "scripting": lambda s, y: torch.relu(y if torch.jit.is_scripting() or torch.jit.is_tracing() else y * 2),
-    "tensor-like": lambda s, y: torch.relu(y * 2 if torch.overrides.is_tensor_like(y) else y),
-    "data-dependent": lambda s, y: torch.relu(y * 2) if y.sum() > 0 else torch.relu(y),
-    "counter": lambda s, y: torch.relu(y if next(s.counter) % 2 else y * 2),
-}
-"""Forwards that must be right, whether they are fused or not."""
-
-
-@pytest.mark.parametrize("which", ASKING)
-def test_code_that_could_tell(which: str) -> None:
-    """What stands for a tensor must not go where a tensor would go another way."""
-    theirs = randomized(Block(lambda s, x: torch.relu(ASKING[which](s.bn(x))))).double()
-    notes = str(report_of(theirs))
-    assert CLASS in notes or TELLS in notes
-    check(theirs, fused(theirs))
-    assert not any("forward" in vars(module) for module in fused(theirs).modules())
-    x = data(SHAPE, dtype=torch.float64)
-    torch.testing.assert_close(theirs.eval()(x), torch.relu(theirs.bn(x) * 2))
-
-
-@pytest.mark.parametrize("which", [which for which in ASKING if which not in ("attribute", "error", "eval")])
-def test_code_that_could_tell_and_comes_later(which: str) -> None:
-    """A function put into a converted model before its first call is given tensors, or an error says so."""
-    code = (lambda s, x: torch.relu(s.way(s.bn(x)))).__code__.replace(co_name=which)  # code is looked at once
-    theirs = randomized(Block(types.FunctionType(code, globals()))).double()
-    theirs.way = lambda y: y
-    ours = fused(theirs, "fused with relu")
-    ours.way = theirs.way = ASKING[which]
-    try:
-        check(theirs, ours)
-    except RuntimeError as error:
-        assert "convert it again" in str(error)
-
-
-@pytest.mark.parametrize("layer", [Doubling, DropPath])
-@pytest.mark.parametrize("depth", [0, 1, 2])
-def test_modules_that_could_tell(layer: Any, depth: int) -> None:
-    """At the conversion, or put there later."""
-    part = functools.reduce(lambda inner, _: nn.Sequential(nn.Identity(), inner), range(depth), layer())
-    theirs = randomized(Block(lambda s, x: torch.relu(s.part(s.bn(x))), part=part)).double()
-    check(theirs, fused(theirs, TELLS))
-    theirs.part = nn.Sequential(nn.Identity())
-    ours = fused(theirs, "fused with relu")
-    ours(data(SHAPE, dtype=torch.float64))
-    ours = fused(theirs, "fused with relu")
-    ours.part = theirs.part = part
-    check(theirs, ours)
-
-
-@pytest.mark.parametrize("which", RESULT)
-def test_results_that_could_be_told(which: str) -> None:
-    forward, words = RESULT[which]
-    theirs = randomized(Block(lambda s, x: forward(s, s.bn(x)))).double()
-    theirs.shift = torch.ones(SHAPE, dtype=torch.float64)
-    check(theirs, fused(theirs, words))
-    assert not any("forward" in vars(module) for module in fused(theirs).modules())
-
-
-@pytest.mark.parametrize("name", CHANGES)
-def test_norms_that_change_for_a_call(name: str) -> None:
-    """Not fused; or an error, if the forward did not do so when it was recorded."""
-    value: Any = {"weight": None, "bias": None} if name == "_parameters" else CHANGES[name]
-    theirs = randomized(Block(changing(**{name: value}))).double()
-    assert "fused with" not in str(report_of(theirs))
-    check(theirs, fused(theirs, "the forward changes its mode, its parameters or another of its attributes"))
-    ours = fused(Block(lambda s, x: torch.relu(s.bn(x))).double(), "fused with relu")
-    ours.run = changing(**{name: value})
-    with pytest.raises(RuntimeError, match="BatchNorm2d: got another mode, parameter, statistic or attribute than"):
-        ours(data(SHAPE, dtype=torch.float64))
-
-
-def test_errors_that_are_caught() -> None:
-    """A norm in a try statement must raise there."""
-    theirs = randomized(Block(by_fallback)).double()
-    ours = fused(theirs, "by_fallback uses try")
-    check(theirs, ours)
-    x = data((6, 6), dtype=torch.float64)
-    torch.testing.assert_close(ours(x), torch.relu(x))
-    later = fused(Block(lambda s, x: torch.relu(s.bn(x))).double(), "fused with relu")
-    later.run = by_fallback
-    torch.testing.assert_close(later(x), torch.relu(x))
-
-
-@pytest.mark.parametrize("which", RIGHT)
-def test_odd_forwards(which: str) -> None:
-    theirs = randomized(Block(lambda s, x: RIGHT[which](s, s.bn(x)))).double()
-    theirs.counter = itertools.count()
-    check(theirs, fused(theirs))
-
-
-def test_tracing_goes_on() -> None:
-    """Whoever traces Python code, such as a debugger, does so again after a forward was recorded."""
-    before = sys.gettrace()
-
-    def trace(*_: Any) -> None:
-        """Watches calls alone."""
-
-    sys.settrace(trace)
-    try:
-        fused(Block(FUSED["module"][0]), "fused with relu")
-        assert sys.gettrace() is trace
-    finally:
-        sys.settrace(before)
 
 
 # Blocks --------------------------------------------------------------------------------------------------------------
