@@ -289,6 +289,11 @@ class FusedForward:
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"proofs": None}
 
+    @property
+    def __code__(self) -> Any:
+        """The code of the forward that this one runs, whose arguments torch.export asks for."""
+        return type(self.module).forward.__code__
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module = self.module if _is_compiling() else _called(self.module, sys._getframe(1))
         forward = type(module).forward

@@ -423,3 +423,16 @@ def test_defaults_that_are_no_tensors() -> None:
     ours.shift = Adding()
     x = data(SHAPE, dtype=torch.float64)
     torch.testing.assert_close(ours(x), torch.relu(block.bn(block.conv(x)) * 2))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("layer", ["Sequential", "own"])
+def test_a_model_that_is_exported(strict: bool, layer: str) -> None:
+    """torch.export reads the arguments' names in the code of the model's own forward."""
+    theirs: Any = nn.Sequential(nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6), nn.ReLU())
+    if layer == "own":
+        theirs = Block(FUSED["module"][0])
+    theirs = randomized(theirs).double().eval()
+    ours, x = fused(theirs, "fused with relu"), data(SHAPE, dtype=torch.float64)
+    exported = torch.export.export(ours, (x,), strict=strict).module()
+    torch.testing.assert_close(exported(x), theirs(x))
