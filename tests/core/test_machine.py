@@ -179,6 +179,16 @@ def test_quotas(name: str, tmp_path: Path) -> None:
     assert cgroup.quota(files(tmp_path, texts)) == processors
 
 
+# Kernels -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_preferred_table(tmp_path: Path) -> None:
+    """It may have the sums of AVX2 and the maps of AVX-512: each alone gives the same bits."""
+    if "avx512" not in cases.isas():
+        pytest.skip("the processor has no AVX-512")
+    assert c_api.run([c_api.build(Path(__file__).with_name("tables.c"), tmp_path / "tables")]) == "the same\n"
+
+
 # 32 bits -------------------------------------------------------------------------------------------------------------
 
 
