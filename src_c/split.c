@@ -56,7 +56,7 @@ static int64_t block_of(const fbn_split *s, const fbn_machine *machine, int arra
     const int64_t usual = machine->core_cache / 3 * (s->columns ? 1 : 2);
     const int64_t room = machine->habits.block > 0 ? machine->habits.block : usual;
     const int64_t fit = room / larger(channel_bytes(s, arrays), 1), panel = s->columns && !s->rows ? panel_of(s) : 1;
-    if (s->rows || s->stretches) return s->channels;
+    if (s->rows || s->stretches) return larger(s->channels, 1);
     if (s->cuts > 1) return 1;
     const int64_t most = smaller(smaller(divide_up(s->channels, s->threads), fit), BLOCK_CHANNELS);
     return smaller(larger(in_steps(in_steps(most, FBN_CHANNEL_PAD), panel), panel), larger(s->channels, 1));

@@ -273,9 +273,13 @@ def test_one_value(api: c_api.Api) -> None:
     assert (abs(memory.dx.ravel()[:CHANNELS]) <= 2 * np.finfo(np.float32).eps * abs(terms)).all()
 
 
-def test_no_channels(api: c_api.Api) -> None:
+@pytest.mark.parametrize("inner", [1, 5, 40, 600, 70_000])
+def test_no_channels(api: c_api.Api, inner: int) -> None:
+    """Whatever the kernels would get of planes of this size."""
     memory = Memory(api)
-    memory.problem.channels = 0
+    memory.problem.channels, memory.problem.inner = 0, inner
+    memory.mask = np.ones((OUTER, inner), np.uint8)
+    memory.arguments["mask"] = memory.mask.ctypes.data
     nothing = dict.fromkeys([*OPTIONAL, "x", "dy", "y", "dx", "dresidual", "saved", "moments", "sums"])
     for verb in ("forward", "infer", "apply", "plan_set", "plan_run", "moments", "backward_sums", "backward"):
         assert memory.call(verb, statistics=c_api.Statistics(), **nothing) == OK, verb
