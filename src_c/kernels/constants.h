@@ -39,13 +39,10 @@ static int NAME(exponent_of)(double v) { return v == 0 || !isfinite(v) ? 0 : ilo
 static int NAME(between)(int e, int low, int high) { return e < low ? low : e > high ? high : e; }
 
 /* The largest exponent of prescale with which x - mean overflows, for a finite x, only where y does, too: with the
- * statistics of other values, x may be any number of standard deviations from the mean. A spread beyond that of a
- * variance of this type is one of x itself, which is then near the mean. The gradient needs it (on_x has the rest). */
-static int NAME(largest_prescale)(double mean, int spread, double gain) {
+ * statistics of other values, x may be any number of standard deviations from the mean. */
+static int NAME(largest_prescale)(double mean, double gain) {
     const int any_x = NAME(exponent_of)(mean) < NAME(LARGE) ? 0 : -1, as_y = NAME(exponent_of)(gain) - 2;
-    if (gain == 0) return any_x;
-    if (spread > NAME(MOST) * 2 / 3) return NAME(MOST);
-    return any_x > as_y ? any_x : as_y;
+    return gain == 0 || any_x > as_y ? any_x : as_y;
 }
 
 /* The exponent e of prescale. For an unusual spread, it scales x - mean to about 1. It also keeps scale = gain / 2^e
@@ -53,7 +50,7 @@ static int NAME(largest_prescale)(double mean, int spread, double gain) {
 static int NAME(prescale_exponent)(double mean, double inv_std, double gain) {
     const int most = NAME(MOST), spread = NAME(exponent_of)(inv_std), steep = NAME(exponent_of)(gain);
     int e = spread >= -NAME(USUAL) && spread <= NAME(USUAL) ? 0 : spread;
-    e = NAME(between)(e, -most, NAME(largest_prescale)(mean, spread, gain));
+    e = NAME(between)(e, -most, NAME(largest_prescale)(mean, gain));
     if (gain != 0) e = NAME(between)(e, steep - most, steep + most);
     if (mean != 0) e = NAME(between)(e, -most, most - NAME(exponent_of)(mean));
     return NAME(between)(e, -most, most);
@@ -126,15 +123,27 @@ FBN_INLINE int NAME(fits)(const fbn_channels *k, int64_t c, double product, cons
     return NAME(is_usual)(k->mean[c], k->inv_std[c], k->inv_std[c] * k->gamma[c]) & !is_small & !is_large;
 }
 
+/* The exponent of postscale: that of the gain, and more where on_x would be too large. The exponent of on_x is found
+ * from those of its factors, since their product may be infinite. */
+static int NAME(postscale_exponent)(const fbn_channels *k, int64_t c, double product, double count, double prescale) {
+    const double inv_std = k->inv_std[c];
+    const int steep = NAME(exponent_of)(inv_std * k->gamma[c]);
+    const int of_sums = NAME(exponent_of)(product) - NAME(exponent_of)(count);
+    const int beyond = of_sums + 2 * NAME(exponent_of)(inv_std) - NAME(exponent_of)(prescale) - NAME(MOST);
+    const int more = product != 0 && beyond > 0 ? beyond : 0;
+    return NAME(between)(steep + more, -NAME(MOST), NAME(MOST));
+}
+
 /* Whether a channel gets a postscale must depend on that channel alone: it may change how a subnormal dx is rounded. */
 static void NAME(set_gradient)(const fbn_channels *k, const double *sums, const double *products, double count,
                                int64_t n, const fbn_constants *to) {
+    const real *prescale = to->of[FBN_PRESCALE];
     int64_t fit = 0;
     for (int64_t c = 0; c < n; c++) NAME(set_one_gradient)(k, c, sums[c], products[c], count, 1, to);
     for (int64_t c = 0; c < n; c++) fit += NAME(fits)(k, c, products[c], to);
     for (int64_t c = 0; fit < n && c < n; c++) {
         if (NAME(fits)(k, c, products[c], to)) continue;
-        const int e = NAME(between)(NAME(exponent_of)(k->inv_std[c] * k->gamma[c]), -NAME(MOST), NAME(MOST));
+        const int e = NAME(postscale_exponent)(k, c, products[c], count, prescale[c]);
         NAME(set_one_gradient)(k, c, sums[c], products[c], count, ldexp(1, e), to);
     }
 }

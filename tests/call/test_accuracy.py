@@ -490,5 +490,20 @@ def test_x_far_from_the_mean(dtype: str, layout: str, activation: str | None, ke
     ).T
     x = laid_out(np.repeat(values[:, np.newaxis], mean.size, axis=1), layout)
     dy = np.random.default_rng(0).standard_normal(x.shape).astype(dtype)
-    for eps in (0.0, 1e-5):
+    for eps in (0.0, 1e-60, 1e-5):
         cases.check(cases.Call(x, dy, dy, gamma, beta, mean, var), training=False, eps=eps, activation=activation)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradient_where_neither_spread_nor_gain_is_usual(layout: str, kernel: cases.Kernel) -> None:
+    """The factor of x - mean may be far beyond float32 where dx, for its small gamma, is not."""
+    spreads, gammas, sizes = np.array(
+        list(product((-140, -100, -81, -61, 0, 20), (-100, -81, -40, -5, 0, 10), (-100, -60, 0, 60, 100, 110)))
+    ).T
+    fits = gammas - spreads + sizes < 122  # dx does
+    rng = np.random.default_rng(0)
+    x, dy = rng.uniform(1, 2, (2, 32, int(fits.sum()))) * rng.choice([-1, 1], (2, 32, 1))
+    x, dy = np.ldexp(x, spreads[fits]).astype("f4"), np.ldexp(dy, sizes[fits]).astype("f4")
+    gamma, nothing = np.ldexp(1.0, gammas[fits]).astype("f4"), np.zeros(x.shape[1], "f4")
+    arrays = [laid_out(array, layout) for array in (x, dy)]
+    cases.check(cases.Call(*arrays, arrays[1], gamma, nothing, nothing, nothing + 1), eps=0.0)
