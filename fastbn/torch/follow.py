@@ -83,6 +83,8 @@ class Reader(Notes):
         self.path: list[Any] = []
         """The calls in which the function that is followed is: places, and identities of modules."""
         self.calls: dict[Any, Place] = {}
+        self.first: Facts | None = None
+        """On which it rests what was read before any code that is not followed; None if there was none yet."""
 
     def start(self, owner: nn.Module) -> None:
         """Follows the forward of a module."""
@@ -96,7 +98,8 @@ class Reader(Notes):
 
     def proof(self, norm: nn.Module) -> Proof:
         facts = [self.table[key] for key in self.facts[norm] if key in self.table]
-        return Proof(norm, facts, self.paths[norm], self.calls, self.plain)
+        first = [self.table[key] for key in self.first or () if key in self.table]
+        return Proof(norm, facts, self.paths[norm], self.calls, self.plain, first)
 
     # What waits
 
@@ -148,17 +151,20 @@ class Reader(Notes):
         return Value()
 
     def forget(self) -> None:
-        """Any attribute or global may be another now. What rests on facts about them is not known any more."""
-        self.held = [self.forgotten(value) for value in self.held]
+        """Any attribute or global may be another now. What rests on facts about them is not known any more.
+
+        The first time, it is known if the facts hold when the forward that is followed begins.
+        """
+        if self.first is None:
+            names = [value for frame in self.frames for value in (frame.names or {}).values()]
+            self.first = NONE.union(*(value.facts.union(*value.plain.values()) for value in (*self.held, *names)))
+            lost = NONE
+        else:
+            lost = frozenset(self.table)
+        self.held = [value.freed(lost, self.table) for value in self.held]
         for frame in self.frames:
             for name, value in (frame.names or {}).items():
-                frame.set(name, self.forgotten(value))
-
-    def forgotten(self, value: Value) -> Value:
-        plain = {norm: facts for norm, facts in value.plain.items() if self.table.keys().isdisjoint(facts)}
-        keeps = value.known is MISSING or not value.facts
-        known = {} if keeps else {"known": MISSING, "facts": NONE}
-        return value._replace(plain=plain, **known)
+                frame.set(name, value.freed(lost, self.table))
 
     # Calls
 

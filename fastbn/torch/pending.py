@@ -229,12 +229,13 @@ def _each(values: Any, of: Callable[[Pending], Any]) -> Any:
 
 
 class _Run(NamedTuple):
-    """A fused forward that runs: what waits in it, its arguments, and whether they are plain."""
+    """A fused forward that runs: what waits in it, its arguments, whether they are plain, and proofs that began."""
 
     of: FusedForward
     made: dict[int, Pending]
     given: tuple[Any, ...]
     plain: bool
+    begun: list[Proof]
 
     def is_given(self, norm: Any) -> bool:
         """Whether an argument is memory of a norm's statistics, which change with its call."""
@@ -320,7 +321,8 @@ class FusedForward:
     def _run(self, forward: Any, args: Any, kwargs: Any) -> Any:
         made: dict[int, Pending] = {}
         given = (*args, *kwargs.values())
-        _running.stack.append(_Run(self, made, given, PLAIN.issuperset(map(type, given))))
+        begun = [proof for proof in (self.proofs or {}).values() if proof.first is not None and proof.first.holds()]
+        _running.stack.append(_Run(self, made, given, PLAIN.issuperset(map(type, given)), begun))
         try:
             try:
                 result = forward(self.module, *args, **kwargs)
@@ -374,6 +376,8 @@ class WaitingForward:
                 return None
             proof = run.of.proof(self.site)
             if proof is None or (proof.plain and not run.plain) or _is_traced():
+                return None
+            if proof.first is not None and proof not in run.begun:
                 return None
             if proof.plain and self.norm.training and run.is_given(self.norm):
                 return None

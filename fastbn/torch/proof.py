@@ -32,6 +32,7 @@ class Proof:
 
     `paths` has the calls that lead to the norm, the last first: places in code, and identities of modules; `calls`, the
     places by identities of code and offsets in it. `plain` says whether the arguments of the forward must be plain.
+    `first`, if not None, must hold when the forward begins.
     """
 
     def __init__(
@@ -41,8 +42,10 @@ class Proof:
         paths: set[tuple[Any, ...]],
         calls: dict[Any, Place],
         plain: bool,
+        first: Iterable[tuple[Any, ...]] = (),
     ) -> None:
         self.norm, self.paths, self.calls, self.plain = norm, paths, calls, plain
+        self.first = Proof(norm, first, set(), {}, plain) if first else None
         kinds: dict[str, list[Any]] = {kind: [] for kind in _KINDS}
         for kind, *fact in facts:
             kinds[kind].append(fact)
@@ -164,6 +167,12 @@ class Value(NamedTuple):
         """What is known of it if some facts hold, too."""
         plain = {norm: before | facts for norm, before in self.plain.items()}
         return self._replace(plain=plain, facts=self.facts | facts)
+
+    def freed(self, lost: Facts, free: Iterable[Any]) -> Value:
+        """What is known of it without facts that are lost. It does not rest on those any more that are free."""
+        plain = {norm: facts.difference(free) for norm, facts in self.plain.items() if facts.isdisjoint(lost)}
+        known = self.known if self.facts.isdisjoint(lost) else MISSING
+        return self._replace(plain=plain, known=known, facts=NONE)
 
     def same(self, other: Value) -> bool:
         """Whether as much is known."""
