@@ -68,6 +68,11 @@ def convert_batchnorm(
     and while torch.compile, torch.export, torch.jit.trace, torch.fx, torch.func or a mode is at work. The sum is
     computed apart where its terms differ in shape, dtype or memory format.
 
+    Three things are not seen: what runs by itself (`__del__`, callbacks of weak references and signals) and modifies the
+    model between a norm and its activation, which raises a RuntimeError, as does another thread that modifies the
+    norm's parameters then; methods of a single tensor that were replaced; and the attribute `forward` of a shallow copy
+    of a module, which is the original's (to call the copy itself is right).
+
     Parameters
     ----------
     model : torch.nn.Module
