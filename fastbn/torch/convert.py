@@ -68,6 +68,11 @@ def convert_batchnorm(
     and while torch.compile, torch.export, torch.jit.trace, torch.fx, torch.func or a mode is at work. The sum is
     computed apart where its terms differ in shape, dtype or memory format.
 
+    Three things are not seen. What runs by itself (`__del__`, callbacks of weak references, signals) or in another
+    thread, and modifies a norm's input or parameters before its activation, makes the call raise a RuntimeError.
+    Methods that were replaced in a single tensor may meet the placeholder. And the attribute `forward` of a shallow
+    copy of a module is the original's, while to call the copy itself is right.
+
     Parameters
     ----------
     model : torch.nn.Module

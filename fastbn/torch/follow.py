@@ -83,6 +83,8 @@ class Reader(Notes):
         self.path: list[Any] = []
         """The calls in which the function that is followed is: places, and identities of modules."""
         self.calls: dict[Any, Place] = {}
+        self.first: Facts | None = None
+        """On which it rests what was read before any code that is not followed; None if there was none yet."""
 
     def start(self, owner: nn.Module) -> None:
         """Follows the forward of a module."""
@@ -96,7 +98,8 @@ class Reader(Notes):
 
     def proof(self, norm: nn.Module) -> Proof:
         facts = [self.table[key] for key in self.facts[norm] if key in self.table]
-        return Proof(facts, self.paths[norm], self.calls, self.plain)
+        first = [self.table[key] for key in self.first or () if key in self.table]
+        return Proof(norm, facts, self.paths[norm], self.calls, self.plain, first)
 
     # What waits
 
@@ -148,13 +151,20 @@ class Reader(Notes):
         return Value()
 
     def forget(self) -> None:
-        """Any attribute or global may be another now. What rests on facts about them is not known any more."""
+        """Any attribute or global may be another now. What rests on facts about them is not known any more.
+
+        The first time, it is known if the facts hold when the forward that is followed begins.
+        """
+        if self.first is None:
+            names = [value for frame in self.frames for value in (frame.names or {}).values()]
+            self.first = NONE.union(*(value.facts.union(*value.plain.values()) for value in (*self.held, *names)))
+            lost = NONE
+        else:
+            lost = frozenset(self.table)
+        self.held = [value.freed(lost, self.table) for value in self.held]
         for frame in self.frames:
             for name, value in (frame.names or {}).items():
-                plain = {norm: facts for norm, facts in value.plain.items() if self.table.keys().isdisjoint(facts)}
-                keeps = value.known is MISSING or not value.facts
-                known = {} if keeps else {"known": MISSING, "facts": NONE}
-                frame.set(name, value._replace(plain=plain, **known))
+                frame.set(name, value.freed(lost, self.table))
 
     # Calls
 
@@ -175,8 +185,9 @@ class Reader(Notes):
             if known in _harmless() and not any(value.waits for value in values):
                 self.use(facts)
                 if known is isinstance:
-                    values = [value for value in values if value.known is MISSING]
-                fresh = known in _CREATING or known in _BUILTINS
+                    self.use(NONE.union(*(value.facts for value in values)))
+                    values = [value for value in values if not _is_asked(value.known)]
+                fresh = known in _CREATING or known in _BUILTINS - {max, min}  # which return an argument
                 if self.modifies(known, args, named):
                     self.modify(args[0] if args and "out" not in named else None, what)
                 return self.touch(values, what).resting(facts)._replace(fresh=fresh)
@@ -232,7 +243,7 @@ class Reader(Notes):
         function, values = getattr(Tensor, name, None), [of, *args, *named.values()]
         if isinstance(function, _CALLABLE) and (function in FUNCTIONS or function in ADDITIONS):
             return self.fused(function, [of, *args], named, what)
-        if any(value.waits for value in values[1:]) or name in ODD or (of.waits and not is_public(name)):
+        if any(value.waits for value in values[1:]) or name in ODD or not is_public(name):
             return self.unknown(what, values)
         if not all(norm in value.plain for value in values for norm in self.whole):
             self.forget()
@@ -363,7 +374,7 @@ class Reader(Notes):
         plain = {}
         if type(found) in PLAIN:
             plain = dict.fromkeys(self.whole, facts if weaker is None or type(found) is Tensor else weaker)
-            if type(found) is Tensor:  # a norm's statistics under another name change with its call
+            if isinstance(found, Tensor):  # a norm's statistics under another name change with its call
                 plain = {norm: facts for norm in plain if not _shares(found, norm)}
         if type(found) in (NoneType, bool, MethodType, ModuleType, *_CALLABLE) or issubclass(
             type(found), (nn.Module, type)
@@ -419,6 +430,11 @@ def forward_of(module: nn.Module) -> FunctionType | None:
     """The forward of a module's class, if it is a function."""
     forward = inspect.getattr_static(type(module), "forward", None)
     return forward if type(forward) is FunctionType else None
+
+
+def _is_asked(known: Any) -> bool:
+    """Whether isinstance runs no code of the model's to look at this object, or at this class."""
+    return isinstance(known, nn.Module) or type(known) is type or (isinstance(known, type) and known in PLAIN)
 
 
 def _shares(tensor: Tensor, norm: nn.Module) -> bool:

@@ -21,7 +21,7 @@ from ..ops import Activation
 from .layers import _Layer
 from .others import FORWARDS, activation_called, activation_of, is_addition, is_hooked, is_in_place
 from .pending import FusedForward, Site, WaitingForward
-from .proof import Proof
+from .proof import PLAIN, Proof
 from .syntax import prove
 
 _PASSING = {"DropPath", "StochasticDepth"}
@@ -50,7 +50,8 @@ def fuse(model: nn.Module) -> dict[nn.Module, str]:
     """Prepares the forwards in which something can be fused. Returns what was, or why nothing was, for each norm."""
     times = Counter(child for parent in model.modules() for child in parent._modules.values())
     norms = [module for module in model.modules() if isinstance(module, _Layer)]
-    texts = {norm: _reason(norm, times[norm]) for norm in norms}
+    memory = Counter(filter(None, map(_memory, (*model.parameters(), *model.buffers()))))
+    texts = {norm: _reason(norm, times[norm], memory) for norm in norms}
     open_ = {norm for norm, text in texts.items() if text == ""}
     for owner in reversed(list(model.modules())):  # a module comes after all that are in it
         inside = open_ & set(owner.modules())
@@ -66,8 +67,13 @@ _OUTSIDE = "not fused: its result leaves"
 _UNSEEN = "not fused: torch.fx cannot record"
 
 
-def _reason(norm: Any, times: int) -> str:
-    """Why a norm itself cannot be fused with what follows; "" if it can."""
+def _memory(tensor: torch.Tensor) -> int:
+    """The address of a tensor's memory; 0 for one that has none at hand."""
+    return tensor.untyped_storage().data_ptr() if type(tensor) in PLAIN else 0
+
+
+def _reason(norm: Any, times: int, memory: Counter[int]) -> str:
+    """Why a norm itself cannot be fused with what follows; "" if it can. `memory` has all memory of the model."""
     own = vars(norm).get("forward")
     if type(own) is WaitingForward:
         return "fused before"
@@ -77,6 +83,8 @@ def _reason(norm: Any, times: int) -> str:
         return f"not fused: it is in {times} places of the model"
     if is_hooked(norm):
         return "not fused: it has hooks"
+    if any(memory[_memory(tensor)] > 1 for tensor in norm._buffers.values() if tensor is not None):
+        return "not fused: its statistics are in memory that other tensors have, too"
     return "" if norm._ends_with_norm() else "not fused: it has an activation of its own"
 
 

@@ -10,9 +10,11 @@ state of the model, of which follow.py has proven that.
 
 from __future__ import annotations
 
+import inspect
 import sys
 import threading
 from collections.abc import Callable
+from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +23,7 @@ from torch.nn import functional
 
 from ..ops import Activation
 from .others import ADDITIONS, FORWARDS, FUNCTIONS, activation_called, has_hooks_for_all, is_addition, is_in_place
-from .proof import OURS, PLAIN, Proof
+from .proof import OURS, PLAIN, Proof, is_alias
 from .syntax import prove
 from .watchers import watched
 
@@ -49,10 +51,13 @@ def _modes() -> tuple[bool, bool]:
     return torch.is_grad_enabled(), torch.is_inference_mode_enabled()
 
 
-def _state(norm: Any, statistics: bool) -> list[tuple[Any, ...]]:
-    """The tensors of a norm, and how often they were modified."""
+def _state(norm: Any) -> list[tuple[Any, ...]]:
+    """The tensors of which a norm's result is computed, and how often they were modified.
+
+    In training, other threads may change the running statistics meanwhile.
+    """
     own = norm.__dict__
-    tensors = own["_parameters"] | own["_buffers"] if statistics else own["_parameters"]
+    tensors = own["_parameters"] if norm.training and norm._learns else own["_parameters"] | own["_buffers"]
     return [(id(tensor), tensor.requires_grad, _version(tensor)) for tensor in tensors.values() if tensor is not None]
 
 
@@ -84,7 +89,7 @@ class Pending:
     def __init__(
         self, norm: Any, site: Site, x: Tensor, made: dict[int, Pending], residual: Tensor | None = None
     ) -> None:
-        _set(self, "_state", _state(norm, True))
+        _set(self, "_state", _state(norm))
         _set(self, "_norm", norm)
         _set(self, "_site", site)
         _set(self, "_x", x)
@@ -111,13 +116,12 @@ class Pending:
                 f"{type(norm).__name__}: got an input or a residual that was modified by an inplace operation before "
                 "the fused addition or activation; allowed: to convert the model without fuse"
             )
-        again = self._spent
-        now = _state(norm, not (again and norm.training and norm._learns))  # its own call has changed the statistics
-        if self._state[: len(now)] != now:
+        if self._state != _state(norm):
             raise RuntimeError(
                 f"{type(norm).__name__}: got other parameters or statistics than when it was called, before its result "
                 "was used; allowed: to convert the model without fuse"
             )
+        again = self._spent
         self._made.pop(id(self), None)
         _set(self, "_spent", True)
         if again and norm.training and norm._learns:  # the running statistics have had this batch
@@ -225,11 +229,19 @@ def _each(values: Any, of: Callable[[Pending], Any]) -> Any:
 
 
 class _Run(NamedTuple):
-    """A fused forward that runs: what waits in it, and whether its arguments are plain."""
+    """A fused forward that runs: what waits in it, its arguments, whether they are plain, and proofs that began."""
 
     of: FusedForward
     made: dict[int, Pending]
+    given: tuple[Any, ...]
     plain: bool
+    begun: list[Proof]
+
+    def is_given(self, norm: Any) -> bool:
+        """Whether an argument is memory of a norm's statistics, which change with its call."""
+        statistics = [tensor for tensor in norm._buffers.values() if tensor is not None]
+        given = [value for value in self.given if isinstance(value, Tensor)]
+        return any(is_alias(value, tensor) for value in given for tensor in statistics)
 
 
 class _Running(threading.local):
@@ -294,6 +306,11 @@ class FusedForward:
         """The code of the forward that this one runs, whose arguments torch.export asks for."""
         return type(self.module).forward.__code__
 
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """The signature of the forward that this one runs."""
+        return inspect.signature(MethodType(type(self.module).forward, self.module))
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module = self.module if _is_compiling() else _called(self.module, sys._getframe(1))
         forward = type(module).forward
@@ -303,14 +320,17 @@ class FusedForward:
 
     def _run(self, forward: Any, args: Any, kwargs: Any) -> Any:
         made: dict[int, Pending] = {}
-        plain = PLAIN.issuperset(map(type, args)) and PLAIN.issuperset(map(type, kwargs.values()))
-        _running.stack.append(_Run(self, made, plain))
+        given = (*args, *kwargs.values())
+        begun = [proof for proof in (self.proofs or {}).values() if proof.first is not None and proof.first.holds()]
+        _running.stack.append(_Run(self, made, given, PLAIN.issuperset(map(type, given)), begun))
         try:
-            result = forward(self.module, *args, **kwargs)
-            if type(result) is Pending and result._made is made:
-                result = result.settled()
-            for waiting in list(made.values()):
-                waiting.settled()
+            try:
+                result = forward(self.module, *args, **kwargs)
+                if type(result) is Pending and result._made is made:
+                    result = result.settled()
+            finally:  # after an error, too: a norm that was called has had its batch, or an earlier error
+                for waiting in list(made.values()):
+                    waiting.settled()
         finally:
             _running.stack.pop()
         return result
@@ -356,6 +376,10 @@ class WaitingForward:
                 return None
             proof = run.of.proof(self.site)
             if proof is None or (proof.plain and not run.plain) or _is_traced():
+                return None
+            if proof.first is not None and proof not in run.begun:
+                return None
+            if proof.plain and self.norm.training and run.is_given(self.norm):
                 return None
             return run.made if _leads(frame, proof, inner) and proof.holds() else None
         return None

@@ -14,6 +14,7 @@ from .others import FORWARDS, has_hooks
 from .source import Place
 
 MISSING: Any = object()
+is_alias = torch._C._is_alias_of
 PLAIN = frozenset({Tensor, nn.Parameter, NoneType, bool, int, float, str})
 PLAIN |= {torch.Size, torch.dtype, torch.device, torch.layout, torch.memory_format}
 """The types of values of which no operation runs code of a model."""
@@ -31,16 +32,25 @@ class Proof:
 
     `paths` has the calls that lead to the norm, the last first: places in code, and identities of modules; `calls`, the
     places by identities of code and offsets in it. `plain` says whether the arguments of the forward must be plain.
+    `first`, if not None, must hold when the forward begins.
     """
 
     def __init__(
-        self, facts: Iterable[tuple[Any, ...]], paths: set[tuple[Any, ...]], calls: dict[Any, Place], plain: bool
+        self,
+        norm: nn.Module,
+        facts: Iterable[tuple[Any, ...]],
+        paths: set[tuple[Any, ...]],
+        calls: dict[Any, Place],
+        plain: bool,
+        first: Iterable[tuple[Any, ...]] = (),
     ) -> None:
-        self.paths, self.calls, self.plain = paths, calls, plain
+        self.norm, self.paths, self.calls, self.plain = norm, paths, calls, plain
+        self.first = Proof(norm, first, set(), {}, plain) if first else None
         kinds: dict[str, list[Any]] = {kind: [] for kind in _KINDS}
         for kind, *fact in facts:
             kinds[kind].append(fact)
         self._attributes, self._items, self._types, self._calm, self._orders = (tuple(kinds[kind]) for kind in _KINDS)
+        self._tensors = [value for *_, value in self._items if isinstance(value, Tensor)]
 
     def holds(self) -> bool:
         """Whether all is as it was when this was proven."""
@@ -50,8 +60,13 @@ class Proof:
         for of, name, value in self._items:
             if of.get(name, MISSING) is not value:
                 return False
+        own = self.norm._buffers
+        statistics = {id(tensor): tensor for tensor in own.values() if tensor is not None}
+        if self._tensors and any(is_alias(one, other) for one in self._tensors for other in statistics.values()):
+            return False
         for of, name in self._types:
-            if type(of.get(name)) not in PLAIN:
+            value = of.get(name)
+            if type(value) not in PLAIN or (id(value) in statistics and of is not own):
                 return False
         for (module,) in self._calm:
             if has_hooks(module) or type(module.__dict__.get("forward")) not in OURS:
@@ -152,6 +167,12 @@ class Value(NamedTuple):
         """What is known of it if some facts hold, too."""
         plain = {norm: before | facts for norm, before in self.plain.items()}
         return self._replace(plain=plain, facts=self.facts | facts)
+
+    def freed(self, lost: Facts, free: Iterable[Any]) -> Value:
+        """What is known of it without facts that are lost. It does not rest on those any more that are free."""
+        plain = {norm: facts.difference(free) for norm, facts in self.plain.items() if facts.isdisjoint(lost)}
+        known = self.known if self.facts.isdisjoint(lost) else MISSING
+        return self._replace(plain=plain, known=known, facts=NONE)
 
     def same(self, other: Value) -> bool:
         """Whether as much is known."""

@@ -68,6 +68,13 @@ class _Syntax(Reader):
         self.held.append(value)
         return value
 
+    def reads(self, nodes: Iterable[ast.expr]) -> list[Value]:
+        """The values of parts of an expression, as far as they are known once the last is read."""
+        mark = len(self.held)
+        for node in nodes:
+            self.read(node)
+        return self.held[mark:]
+
     def _other(self, node: ast.expr) -> Value:
         """An expression that is not followed (lambda, comprehension, await, ...): nothing may wait while it runs."""
         self.unread(node)
@@ -95,25 +102,26 @@ class _Syntax(Reader):
         if of.waits and (is_method or node.attr in ODD or not is_public(node.attr)):
             self.refuse(of.waits, f"asks for {what}")
         y = self.touch([of], what)
-        return Value() if is_method or node.attr in ODD else y
+        return Value() if is_method or node.attr in ODD or not is_public(node.attr) else y
 
     def _call(self, node: ast.Call) -> Value:
         what, code = f"{ast.unparse(node.func)}()", self.frames[-1].code
-        receiver = None
+        mark, is_method = len(self.held), False
         if isinstance(node.func, ast.Attribute):
             receiver = self.read(node.func.value)
-            if receiver.known is MISSING or isinstance(receiver.known, (str, int, float, NoneType)):
-                callee = Value()
-            else:
-                callee, receiver = self.found(receiver, node.func.attr) or Value(), None
+            is_method = receiver.known is MISSING or isinstance(receiver.known, (str, int, float, NoneType))
+            if not is_method:
+                self.held[mark] = self.found(receiver, node.func.attr) or Value()
         else:
-            callee = self.read(node.func)
-        args = [self.read(one) for one in node.args]
-        named = {one.arg or "**": self.read(one.value) for one in node.keywords}
+            self.read(node.func)
+        self.reads([*node.args, *(one.value for one in node.keywords)])
+        callee, *args = self.held[mark:]
+        named = {one.arg or "**": value for one, value in zip(node.keywords, args[len(node.args) :], strict=True)}
+        args = args[: len(node.args)]
         if "**" in named or any(isinstance(one, ast.Starred) for one in node.args):
             return self.unknown(what, [callee, *args, *named.values()])
-        if receiver is not None and isinstance(node.func, ast.Attribute):
-            return self.method(receiver, node.func.attr, args, named, what)
+        if is_method and isinstance(node.func, ast.Attribute):
+            return self.method(callee, node.func.attr, args, named, what)
         place: Any = place_of(code, node)
         self.path.append(place if place in calls_of(code).values() else None)
         y = self.call(callee, args, named, what)
@@ -124,7 +132,7 @@ class _Syntax(Reader):
         return self.read(node.value)
 
     def _binop(self, node: ast.BinOp) -> Value:
-        return self.operation(node.op, [self.read(node.left), self.read(node.right)])
+        return self.operation(node.op, self.reads([node.left, node.right]))
 
     def operation(self, op: ast.operator, values: list[Value]) -> Value:
         """The result of an operator. A sum may wait."""
@@ -139,7 +147,7 @@ class _Syntax(Reader):
         return self.touch([self.read(node.operand)], "an operator")
 
     def _boolop(self, node: ast.BoolOp) -> Value:
-        values = [self.read(one) for one in node.values]
+        values = self.reads(node.values)
         self.touch(values[:-1], "a truth value")
         return joined(*values)
 
@@ -165,7 +173,7 @@ class _Syntax(Reader):
         return value
 
     def _list(self, node: ast.List | ast.Tuple) -> Value:
-        values = [self.read(one) for one in node.elts]
+        values = self.reads(node.elts)
         for value in values:
             self.refuse(value.waits, "puts the result into a list or tuple")
         return Value(plain=mixed(values) if values else self.whole, items=True)
@@ -173,7 +181,7 @@ class _Syntax(Reader):
     _tuple = _list
 
     def _dict(self, node: ast.Dict) -> Value:
-        values = [self.read(one) for one in (*node.keys, *node.values) if one is not None]
+        values = self.reads(one for one in (*node.keys, *node.values) if one is not None)
         for value in values:
             self.refuse(value.waits, "puts the result into a dict")
         self.touch(values, "a dict")
@@ -188,7 +196,7 @@ class _Syntax(Reader):
         return self.touch(values, "a format")
 
     def _subscript(self, node: ast.Subscript) -> Value:
-        of, index = self.read(node.value), self.read(node.slice)
+        of, index = self.reads([node.value, node.slice])
         cls, key = type(of.known), index.known
         if cls in _CONTAINERS and type(key) in (int, str):
             modules: Any = of.known._modules
@@ -201,7 +209,7 @@ class _Syntax(Reader):
         return Value() if of.items else y
 
     def _slice(self, node: ast.Slice) -> Value:
-        values = [self.read(one) for one in (node.lower, node.upper, node.step) if one is not None]
+        values = self.reads(one for one in (node.lower, node.upper, node.step) if one is not None)
         for value in values:
             self.refuse(value.waits, "takes the result for an index")
         return Value(plain=mixed(values) if values else self.whole)
@@ -237,7 +245,7 @@ class _Syntax(Reader):
         return (not decisive if all_known else None), rests, Value(plain=self.whole)
 
     def comparison(self, node: ast.Compare) -> tuple[bool | None, Facts, Value]:
-        values = [self.read(one) for one in (node.left, *node.comparators)]
+        values = self.reads([node.left, *node.comparators])
         result = Value(plain=self.whole)
         if len(values) == 2 and isinstance(node.ops[0], (ast.Is, ast.IsNot)):
             one, other = values
@@ -271,7 +279,7 @@ class _Syntax(Reader):
         if isinstance(node.value, ast.Tuple) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Tuple):
             targets, values = node.targets[0].elts, node.value.elts
             if len(targets) == len(values) and not any(isinstance(one, ast.Starred) for one in (*targets, *values)):
-                for target, value in zip(targets, [self.read(one) for one in values], strict=True):
+                for target, value in zip(targets, self.reads(values), strict=True):
                     self.bind(target, value)
                 del self.held[mark:]
                 return
@@ -287,7 +295,7 @@ class _Syntax(Reader):
     def do_augassign(self, node: ast.AugAssign) -> None:
         mark = len(self.held)
         if isinstance(node.target, ast.Name):
-            values = [self.read(ast.Name(node.target.id, ast.Load())), self.read(node.value)]
+            values = self.reads([ast.Name(node.target.id, ast.Load()), node.value])
             self.modify(values[0], "an operator in place")
             self.bind(node.target, self.operation(node.op, values)._replace(fresh=values[0].fresh))
         else:
@@ -354,22 +362,25 @@ class _Syntax(Reader):
         self.loop(node, lambda: self.touch([self.value(node.test)], "a truth value"))
 
     def do_for(self, node: ast.For) -> None:
-        of = self.value(node.iter)
-        cls = type(of.known)
-        if cls in _CONTAINERS[:2] and not node.orelse and not contains(node.body, ast.Break, ast.Continue):
+        mark = len(self.held)
+        of = self.read(node.iter)
+        if type(of.known) in _CONTAINERS[:2] and not node.orelse and not contains(node.body, ast.Break, ast.Continue):
             facts = of.facts | self.order(of.known) | self.attribute(of.known, "__class__")
-            facts |= self.attribute(cls, "__iter__")
+            facts |= self.attribute(type(of.known), "__iter__")
+            self.held[mark] = of._replace(facts=facts)
             self.rests.append(facts)
             for child in of.known._modules.values():
                 if self.frames[-1].names is not None:
                     self.use(facts)
-                    self.bind(node.target, Value(known=child, facts=facts))
+                    is_known = self.held[mark].known is not MISSING  # a loop goes on with what it began with
+                    self.bind(node.target, Value(known=child, facts=facts) if is_known else Value())
                     self.block(node.body)
             self.rests.pop()
             self.use(facts)
             self.rest(node, facts)
-            return
-        self.loop(node, lambda: self.bind(node.target, self.each(of)))
+        else:
+            self.loop(node, lambda: self.bind(node.target, self.each(self.held[mark])))
+        del self.held[mark:]
 
     def each(self, of: Value) -> Value:
         """What a loop over something gives."""

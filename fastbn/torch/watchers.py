@@ -16,6 +16,7 @@ the same:
   buffers and modules (pending.py, proof.py, follow.py);
 - torch.nn.Module._call_impl, _wrapped_call_impl, _compiled_call_impl, by which calls are known (pending.py, proof.py);
 - torch.nn.modules.conv._ConvNd, the class of all convolutions (follow.py);
+- torch._C._is_alias_of, whether tensors share memory, which is quicker than to ask for it (pending.py, proof.py);
 - torch._C._log_api_usage_once, which torchvision calls (follow.py).
 
 They were tried with torch 2.7.1, 2.13.0 and 2.14.1.
