@@ -61,17 +61,18 @@ def convert_batchnorm(
     turn. Nothing else may get it, and nothing else may run while it waits but torch's layers and functions. Nothing is
     fused, therefore, in code whose source is not at hand (typed at a prompt, compiled), in `with`, `try` and `match`
     statements, nested functions and comprehensions, with functions out of lists, dicts or closures, and in what
-    `super()` calls. A
-    Sequential of torch's layers needs no source of the model. What the proof rests on (attributes, modules and their
-    order, functions, hooks) is checked at each call, so that a norm whose surroundings have changed returns a tensor.
-    So it does where the forward was called otherwise, while sys.settrace, sys.setprofile or sys.monitoring has a tool,
-    and while torch.compile, torch.export, torch.jit.trace, torch.fx, torch.func or a mode is at work. The sum is
-    computed apart where its terms differ in shape, dtype or memory format.
+    `super()` calls. A Sequential of torch's layers needs no source of the model. What the proof rests on (attributes,
+    modules and their order, functions, hooks) is checked at each call, so that a norm whose surroundings have changed
+    returns a tensor. So it does where the forward was called otherwise, while sys.settrace, sys.setprofile or
+    sys.monitoring has a tool, and while torch.compile, torch.export, torch.jit.trace, torch.fx, torch.func or a mode is
+    at work. The sum is computed apart where its terms differ in shape, dtype or memory format.
 
-    Three things are not seen. What runs by itself (`__del__`, callbacks of weak references, signals) or in another
+    Five things are not seen. What runs by itself (`__del__`, callbacks of weak references, signals) or in another
     thread, and modifies a norm's input or parameters before its activation, makes the call raise a RuntimeError.
-    Methods that were replaced in a single tensor may meet the placeholder. And the attribute `forward` of a shallow
-    copy of a module is the original's, while to call the copy itself is right.
+    Methods that were replaced in a single tensor may meet the placeholder. The attribute `forward` of a shallow copy of
+    a module is the original's, while to call the copy itself is right. A Sequential whose dictionary `_modules` is
+    replaced while it runs, and tensors that are made to share the memory of running statistics after the conversion, by
+    assigning to their data, are not noticed: convert the model without `fuse` then.
 
     Parameters
     ----------
