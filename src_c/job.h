@@ -46,6 +46,7 @@ struct fbn_job {
     /* The large arrays. */
     const char *x, *residual, *dy;
     char *result, *dresidual;                    /* what the map fills: y or dx, and the residual's gradient */
+    char *dz;                                    /* where the sums leave dz for the map; NULL if they do not */
     const unsigned char *reduce_mask, *map_mask; /* NULL where all positions are treated alike */
     int activation;                              /* with the flag FBN_FROM_Y where `x` holds y */
     int frozen;                                  /* whether x has no effect on the statistics */

@@ -106,6 +106,7 @@ typedef struct {
 typedef struct {
     const void *x, *dy, *residual; /* residual may be NULL */
     void *out, *dresidual;
+    void *dz; /* sums of a gradient: where dz is kept for the map; NULL if it is not */
     fbn_constants constants; /* of the first channel or column, and the following ones */
     const double *origin;
     double slope;

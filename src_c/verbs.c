@@ -47,6 +47,7 @@ static void sum_columns(const fbn_job *j, fbn_loop *loop, int64_t rows, fbn_oper
     o.x = at(o.x, skip);
     o.dy = at(o.dy, skip);
     o.residual = at(o.residual, skip);
+    o.dz = o.dz ? (char *)o.dz + skip : NULL;
     fbn_sum_runs(loop, &o, rows, (fbn_runs){1, rest, rest, 0, 0}, sums, others);
 }
 
@@ -60,7 +61,8 @@ static void reduce_moments(const fbn_job *j, const fbn_tile *t, const fbn_panel 
 
 /* The longer an activation computes, the more whole vectors are worth. */
 static void reduce_gradient(const fbn_job *j, const fbn_tile *t, const fbn_panel *panel, double *sums, double *others) {
-    const fbn_operands o = operands_of(j, t, panel);
+    fbn_operands o = operands_of(j, t, panel);
+    o.dz = j->dz ? j->dz + bytes_to(j, t, panel->c0) : NULL;
     const fbn_dtype_kernels *k = (j->activation & FBN_WHICH) > FBN_RELU ? j->kernels : j->sums;
     if (j->split.columns) sum_columns(j, k->grad_moments_columns, FBN_GRAD_ROWS, o, t, panel, sums, others);
     else fbn_sum_planes(k->grad_moments_plane, &o, j->split.elem, planes_of(t, panel), sums);
@@ -104,6 +106,12 @@ static void map_gradient(const fbn_job *j, const fbn_tile *t, const fbn_panel *p
     o.out = j->result + skip;
     o.dresidual = j->dresidual ? j->dresidual + skip : NULL;
     o.frozen = j->frozen || !t->counts;
+    if (j->dz) {
+        o.dy = j->dz + skip;
+        o.residual = NULL;
+        o.dresidual = NULL;
+        o.activation = FBN_IDENTITY;
+    }
     map_by(j, t, panel, j->kernels->grad_affine_plane, j->kernels->grad_affine_columns, &o);
 }
 
@@ -346,6 +354,13 @@ fbn_status fbn_backward_sums(const fbn_problem *p, const fbn_sums_args *a, void 
     return run(&j);
 }
 
+/* Where the sums leave dz, so that the map need not compute it again: in dresidual, which is dz, or in dx while that
+ * stays in the cache. A dtype of 16 bits would round dz. */
+static char *kept_dz(const fbn_job *j, const fbn_backward_args *a) {
+    const int can = j->operation->reduce && j->activation && !a->from_y && !a->mask && j->split.elem >= 4;
+    return !can ? NULL : a->dresidual ? a->dresidual : j->split.large ? NULL : a->dx;
+}
+
 fbn_status fbn_backward(const fbn_problem *p, const fbn_backward_args *a, void *workspace) {
     const fbn_status status = if_fits(p, fbn_check_backward(p, a, workspace));
     if (status) return status;
@@ -358,6 +373,7 @@ fbn_status fbn_backward(const fbn_problem *p, const fbn_backward_args *a, void *
     j.given_sums = a->sums;
     j.dgamma = a->dgamma;
     j.dbeta = a->dbeta;
+    j.dz = kept_dz(&j, a);
     return run(&j);
 }
 

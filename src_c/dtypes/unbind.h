@@ -21,12 +21,15 @@
 #undef vmin
 #undef vmax
 #undef vwhere_less
+#undef vall_less
 #undef vldexp
+#undef vpower
 #undef vminus_abs
 #undef vzero_nan
 #undef vfma
 #undef vline
 #undef vmuladd
+#undef vmulsub
 #undef vrelu
 #undef vkeep_if_positive
 #undef wide

@@ -1,35 +1,43 @@
 /* activations.h: the activations and their derivatives. Definitions, and derivatives at kinks, are PyTorch's.
  *
- * sigmoid(z) = 1 / (1 + e) for z >= 0 and e / (1 + e) for z < 0, with e = exp(-|z|), which cannot overflow. The two
- * factors of e are multiplied at the end, so that subnormal results are rounded once. sigmoid is within 2.5 ulp, and
- * silu(z) = z sigmoid(z) within 3 ulp. Derivatives are within 4.5 ulp of the terms of which they are the sum.
+ * sigmoid(z) = 1 / (1 + e) with e = exp(-z), within 2.5 ulp, and silu(z) = z / (1 + e), within 3 ulp. Derivatives are
+ * within 4.5 ulp of the terms of which they are the sum. Far from 0, where e or its square might overflow, 1 + e is as
+ * good as e or 1, and a function that is not inlined computes the few lanes that need it.
  */
 
-/* 1 + e = 1 + 2^k (1 + excess) */
-FBN_INLINE vec NAME(one_more)(NAME(scaled) e) { return vadd(vset(1), NAME(times)(vldexp(vset(1), e.exponent), e)); }
+FBN_INLINE int NAME(all_near)(vec z) { return vall_less(vset(-NAME(NEAR)), vminus_abs(z)); }
 
-/* z, but no less than -FAR, and NaN if it is infinite: at -inf, z * sigmoid(z) and its derivative have no value. */
-FBN_INLINE vec NAME(near_z)(vec z) { return vmuladd(z, vset(0), vmax(vset(-NAME(FAR)), z)); }
-
-/* z * sigmoid(z) if times_z, else sigmoid(z). */
-FBN_INLINE vec NAME(sigmoid)(vec z, int times_z) {
-    const vec zero = vset(0), one = vset(1);
-    const NAME(scaled) e = NAME(exp_of_minus)(z);
-    const vec left = NAME(times)(times_z ? NAME(near_z)(z) : one, e), right = times_z ? z : one;
-    const vec ratio = vdiv(vwhere_less(z, zero, left, right), NAME(one_more)(e));
-    return vwhere_less(z, zero, vldexp(ratio, e.exponent), ratio);
+/* The lanes of `near` where z is near, else those of `far`. */
+FBN_INLINE vec NAME(by_distance)(vec z, vec near, vec far) {
+    return vwhere_less(vset(-NAME(NEAR)), vminus_abs(z), near, far);
 }
 
-/* Its derivative: s + z s (1 - s) if times_z, else s (1 - s), where s = sigmoid(z) and 1 - s = sigmoid(-z). */
-FBN_INLINE vec NAME(sigmoid_derivative)(vec z, int times_z) {
+/* z, but no less than -FAR, and NaN if it is infinite: at -inf, z * sigmoid(z) and its derivative have no value. */
+FBN_INLINE vec NAME(finite_z)(vec z) { return vmuladd(z, vset(0), vmax(vset(-NAME(FAR)), z)); }
+
+/* z * sigmoid(z) if times_z, else sigmoid(z). */
+FBN_APART vec NAME(far_sigmoid)(vec z, vec near, int times_z) {
     const vec zero = vset(0), one = vset(1);
-    const NAME(scaled) e = NAME(exp_of_minus)(z);
-    const vec high = vdiv(one, NAME(one_more)(e)), low = NAME(times)(high, e);
-    if (!times_z) return vldexp(vmul(low, high), e.exponent);
-    const vec near = NAME(near_z)(z); /* NaN also at +inf */
-    const vec below = vldexp(vmul(low, vmuladd(near, high, one)), e.exponent);
-    const vec above = vmuladd(vmul(near, high), vldexp(low, e.exponent), high);
-    return vwhere_less(z, zero, below, above);
+    const vec small = NAME(times_far_exp)(times_z ? NAME(finite_z)(z) : one, z);
+    const vec large = times_z ? z : vadd(one, NAME(times_far_exp)(one, z)); /* 1, or NaN */
+    return NAME(by_distance)(z, near, vwhere_less(z, zero, small, large));
+}
+FBN_INLINE vec NAME(sigmoid)(vec z, int times_z) {
+    const vec one = vset(1), near = vdiv(times_z ? z : one, vadd(one, NAME(near_exp)(z)));
+    return NAME(all_near)(z) ? near : NAME(far_sigmoid)(z, near, times_z);
+}
+
+/* Its derivative: (1 + e + z e) / (1 + e)^2 if times_z, else e / (1 + e)^2. */
+FBN_APART vec NAME(far_derivative)(vec z, vec near, int times_z) {
+    const vec zero = vset(0), one = vset(1), finite = NAME(finite_z)(z); /* NaN also at +inf */
+    const vec small = NAME(times_far_exp)(times_z ? vadd(one, finite) : one, z);
+    const vec large = times_z ? vmuladd(finite, vset(0), one) : small;
+    return NAME(by_distance)(z, near, vwhere_less(z, zero, small, large));
+}
+FBN_INLINE vec NAME(sigmoid_derivative)(vec z, int times_z) {
+    const vec e = NAME(near_exp)(z), more = vadd(vset(1), e);
+    const vec near = vdiv(times_z ? vmuladd(z, e, more) : e, vmul(more, more));
+    return NAME(all_near)(z) ? near : NAME(far_derivative)(z, near, times_z);
 }
 
 /* Each activation: its value at z or, if `derives`, dy times its derivative. */
@@ -57,40 +65,21 @@ FBN_INLINE vec NAME(pointwise)(vec z, vec dy, real slope, int activation, int de
     }
 }
 
-/* Whether an activation's code is so short that a call would take longer than the work. A loop for any activation asks
- * for each vector which one it is, and need not be compiled for each of them. */
-FBN_INLINE int NAME(is_quick)(int which) {
-    return which == FBN_RELU || which == FBN_RELU6 || which == FBN_LEAKY_RELU || which == FBN_HARDSWISH;
-}
-
-/* Not inlined: a call costs little compared with the work of the others. */
+/* Loops that serve every call do not inline the activations, which would be compiled once for each of those loops. */
 FBN_APART vec NAME(other)(vec z, real slope, int activation) { return NAME(pointwise)(z, z, slope, activation, 0); }
 FBN_APART vec NAME(other_gradient)(vec dy, vec z, real slope, int activation) {
     return NAME(pointwise)(z, dy, slope, activation, 1);
 }
 
-FBN_INLINE vec NAME(quick)(vec z, vec dy, real slope, int which, int derives) {
-    if (which == FBN_RELU) return NAME(pointwise)(z, dy, 0, FBN_RELU, derives);
-    if (which == FBN_RELU6) return NAME(pointwise)(z, dy, 0, FBN_RELU6, derives);
-    if (which == FBN_LEAKY_RELU) return NAME(pointwise)(z, dy, slope, FBN_LEAKY_RELU, derives);
-    return NAME(pointwise)(z, dy, 0, FBN_HARDSWISH, derives);
-}
-
 FBN_INLINE vec NAME(activate)(vec z, real slope, int activation) {
-    const int which = activation & FBN_WHICH;
-    if (which == FBN_IDENTITY) return z;
-    if (NAME(is_quick)(which)) return NAME(quick)(z, z, slope, which, 0);
-    if (activation == FBN_SILU || activation == FBN_SIGMOID) return NAME(pointwise)(z, z, 0, activation, 0);
-    return NAME(other)(z, slope, which);
+    if (!(activation & NAME(ANY))) return NAME(pointwise)(z, z, slope, activation, 0);
+    return activation & FBN_WHICH ? NAME(other)(z, slope, activation & FBN_WHICH) : z;
 }
 
 /* dy times the activation's derivative at z. */
 FBN_INLINE vec NAME(activation_gradient)(vec dy, vec z, real slope, int activation) {
-    const int which = activation & FBN_WHICH;
-    if (which == FBN_IDENTITY) return dy;
-    if (NAME(is_quick)(which)) return NAME(quick)(z, dy, slope, which, 1);
-    if (activation == FBN_SILU || activation == FBN_SIGMOID) return NAME(pointwise)(z, dy, 0, activation, 1);
-    return NAME(other_gradient)(dy, z, slope, which);
+    if (!(activation & NAME(ANY))) return NAME(pointwise)(z, dy, slope, activation, 1);
+    return activation & FBN_WHICH ? NAME(other_gradient)(dy, z, slope, activation & FBN_WHICH) : dy;
 }
 
 /* z from y = activation(z), for the activations that have an inverse (identity, leaky_relu). */
@@ -101,5 +90,5 @@ FBN_INLINE vec NAME(inverse)(vec y, real slope, int activation) {
 
 /* Whether an activation's code is short, or a call, so that loops may also compute parts of vectors. */
 FBN_INLINE int NAME(is_short)(int activation) {
-    return activation == FBN_IDENTITY || activation == FBN_RELU || activation & NAME(ANY);
+    return (activation != FBN_SILU && activation != FBN_SIGMOID) || activation & NAME(ANY);
 }

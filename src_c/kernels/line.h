@@ -57,4 +57,10 @@ FBN_INLINE vec NAME(preactivation)(vec x, vec residual, const NAME(constants) * 
 /* n <= WIDTH elements, followed by zeros. In loops, n is the constant WIDTH. */
 FBN_INLINE vec NAME(load)(const elem *p, int64_t n) { return n == WIDTH ? vload(p) : vload_n(p, n, vset(0)); }
 
+FBN_INLINE void NAME(put)(elem *to, vec v, int64_t n, int stream) {
+    if (n < WIDTH) vstore_n(to, v, n);
+    else if (stream) vstream(to, v);
+    else vstore(to, v);
+}
+
 FBN_INLINE int64_t NAME(least)(int64_t a, int64_t b) { return a < b ? a : b; }

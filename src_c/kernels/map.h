@@ -1,11 +1,5 @@
 /* map.h: the maps: y from x, and dx (and the residual's gradient) from dy and x. */
 
-FBN_INLINE void NAME(put)(elem *to, vec v, int64_t n, int stream) {
-    if (n < WIDTH) vstore_n(to, v, n);
-    else if (stream) vstream(to, v);
-    else vstore(to, v);
-}
-
 /* y of n <= WIDTH elements from element i on. */
 FBN_INLINE vec NAME(affine_of)(const fbn_operands *o, int64_t i, int64_t n, const NAME(constants) * k, NAME(parts) p) {
     const vec r = p.has_residual ? NAME(load)((const elem *)o->residual + i, n) : vset(0);
@@ -167,11 +161,20 @@ FBN_INLINE void NAME(affine)(const fbn_operands *o, const fbn_stretch *s, int co
         else if (exact) NAME(map_as)(o, s, columns, 0, (NAME(parts)){FBN_RELU, 0, 1, 1, 0});
         else NAME(map_as)(o, s, columns, 0, (NAME(parts)){FBN_RELU, 0, 1, 0, 0});
         break;
+    case FBN_RELU6:
+        NAME(map_as)(o, s, columns, 0, (NAME(parts)){FBN_RELU6, any.has_residual, 1, exact, 0});
+        break;
+    case FBN_LEAKY_RELU:
+        NAME(map_as)(o, s, columns, 0, (NAME(parts)){FBN_LEAKY_RELU, any.has_residual, 1, exact, 0});
+        break;
+    case FBN_HARDSWISH:
+        NAME(map_as)(o, s, columns, 0, (NAME(parts)){FBN_HARDSWISH, any.has_residual, 1, exact, 0});
+        break;
     case FBN_SILU:
-        NAME(map_as)(o, s, columns, 0, (NAME(parts)){FBN_SILU, any.has_residual, 1, any.exact, 0});
+        NAME(map_as)(o, s, columns, 0, (NAME(parts)){FBN_SILU, any.has_residual, 1, exact, 0});
         break;
     case FBN_SIGMOID:
-        NAME(map_as)(o, s, columns, 0, (NAME(parts)){FBN_SIGMOID, any.has_residual, 1, any.exact, 0});
+        NAME(map_as)(o, s, columns, 0, (NAME(parts)){FBN_SIGMOID, any.has_residual, 1, exact, 0});
         break;
     default:
         NAME(map_as)(o, s, columns, 0, any);
@@ -190,6 +193,15 @@ FBN_INLINE void NAME(grad_affine)(const fbn_operands *o, const fbn_stretch *s, i
         else if (o->frozen) NAME(map_as)(o, s, columns, 1, (NAME(parts)){FBN_RELU, 0, 1, 0, 1});
         else if (o->residual) NAME(map_as)(o, s, columns, 1, (NAME(parts)){FBN_RELU, 1, 1, 0, 0});
         else NAME(map_as)(o, s, columns, 1, (NAME(parts)){FBN_RELU, 0, 1, 0, 0});
+        break;
+    case FBN_RELU6:
+        NAME(map_as)(o, s, columns, 1, (NAME(parts)){FBN_RELU6, any.has_residual, 1, 0, any.frozen});
+        break;
+    case FBN_LEAKY_RELU:
+        NAME(map_as)(o, s, columns, 1, (NAME(parts)){FBN_LEAKY_RELU, any.has_residual, 1, 0, any.frozen});
+        break;
+    case FBN_HARDSWISH:
+        NAME(map_as)(o, s, columns, 1, (NAME(parts)){FBN_HARDSWISH, any.has_residual, 1, 0, any.frozen});
         break;
     case FBN_SILU:
         NAME(map_as)(o, s, columns, 1, (NAME(parts)){FBN_SILU, any.has_residual, 1, 0, any.frozen});
@@ -210,6 +222,21 @@ static void NAME(affine_joined)(const fbn_operands *o, const fbn_stretch *s) {
         break;
     case FBN_RELU:
         NAME(map_joined)(o, s, (NAME(parts)){FBN_RELU, 0, 1, 0, 0});
+        break;
+    case FBN_RELU6:
+        NAME(map_joined)(o, s, (NAME(parts)){FBN_RELU6, 0, 1, 0, 0});
+        break;
+    case FBN_LEAKY_RELU:
+        NAME(map_joined)(o, s, (NAME(parts)){FBN_LEAKY_RELU, 0, 1, 0, 0});
+        break;
+    case FBN_HARDSWISH:
+        NAME(map_joined)(o, s, (NAME(parts)){FBN_HARDSWISH, 0, 1, 0, 0});
+        break;
+    case FBN_SILU:
+        NAME(map_joined)(o, s, (NAME(parts)){FBN_SILU, 0, 1, 0, 0});
+        break;
+    case FBN_SIGMOID:
+        NAME(map_joined)(o, s, (NAME(parts)){FBN_SIGMOID, 0, 1, 0, 0});
         break;
     default:
         NAME(map_joined)(o, s, any);

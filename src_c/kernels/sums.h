@@ -40,6 +40,11 @@ FBN_INLINE vec NAME(dz_at)(const elem *dy, const elem *x, const elem *residual, 
                                                       : NAME(dz_part)(dy, x, residual, n, k, p);
 }
 
+FBN_INLINE vec NAME(kept_dz)(const fbn_operands *o, int64_t i, int64_t n, vec dz) {
+    if (o->dz) NAME(put)((elem *)o->dz + i, dz, n, 0);
+    return dz;
+}
+
 /* Adds n <= WIDTH elements from element i on to sum and other. `fill` follows them in the vector. */
 FBN_INLINE void NAME(moments_n)(const fbn_operands *o, int64_t i, int64_t n, wide origin, vec fill, wide *sum,
                                 wide *other) {
@@ -54,7 +59,7 @@ FBN_INLINE void NAME(grad_moments_n)(const fbn_operands *o, int64_t i, int64_t n
     const elem *dy = (const elem *)o->dy + i, *x = (const elem *)o->x + i;
     const elem *residual = p.has_residual ? (const elem *)o->residual + i : x;
     const int plain = n == WIDTH && !(p.activation & FBN_FROM_Y), given_dz = plain && p.activation == FBN_IDENTITY;
-    wide g = given_dz ? wload(dy) : widen(NAME(dz_at)(dy, x, residual, n, k, p));
+    wide g = given_dz ? wload(dy) : widen(NAME(kept_dz)(o, i, n, NAME(dz_at)(dy, x, residual, n, k, p)));
     wide d = wsub(plain ? wload(x) : widen(NAME(x_at)(x, residual, n, k, p)), origin);
     if (n < WIDTH) { /* where x is filled up with 0, the derivative may have no value, and the mean may be infinite */
         const wide given = widen(vjoin(vset(1), vset(0), n));
@@ -185,6 +190,15 @@ FBN_INLINE void NAME(grad_moments)(const fbn_operands *o, const fbn_stretch *s, 
     case FBN_RELU:
         if (o->residual) NAME(sum_as)(o, s, columns, 1, (NAME(parts)){FBN_RELU, 1, 1, 0, 0});
         else NAME(sum_as)(o, s, columns, 1, (NAME(parts)){FBN_RELU, 0, 1, 0, 0});
+        break;
+    case FBN_RELU6:
+        NAME(sum_as)(o, s, columns, 1, (NAME(parts)){FBN_RELU6, any.has_residual, 1, 0, 0});
+        break;
+    case FBN_LEAKY_RELU:
+        NAME(sum_as)(o, s, columns, 1, (NAME(parts)){FBN_LEAKY_RELU, any.has_residual, 1, 0, 0});
+        break;
+    case FBN_HARDSWISH:
+        NAME(sum_as)(o, s, columns, 1, (NAME(parts)){FBN_HARDSWISH, any.has_residual, 1, 0, 0});
         break;
     case FBN_SILU:
         NAME(sum_as)(o, s, columns, 1, (NAME(parts)){FBN_SILU, any.has_residual, 1, 0, 0});

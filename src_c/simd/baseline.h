@@ -12,7 +12,7 @@
  *   T_fma(a, b, c)        a * b + c, rounded once. Here float32 is computed in float64, where the product is exact, and
  *                         float64 is rounded twice.
  *   T_line(a, b, c, low)  (a * b + c) + low, where the product is not rounded, or by far less than the sums
- *   T_muladd(a, b, c)     a * b + c, rounded once or twice, whichever is faster
+ *   T_muladd(a, b, c)     a * b + c, rounded once or twice, whichever is faster; T_mulsub(a, b, c) is c - a * b
  *   T_relu(a)             0 where a < 0, else a (so NaN stays)
  *   T_zero_nan(a)         0 where a is NaN, else a
  *   T_keep_if_positive(z, a)  a where z > 0 or z is NaN, else 0
@@ -22,6 +22,8 @@
  *   T_div(a, b)           a / b
  *   T_ldexp(a, k)         a * 2^k, rounded once where |a| is near 1 or above; k is an integer, twice the dtype's least
  *                         exponent to 0, or NaN if a is
+ *   T_power(s)            2^-k where s = 1.5 * 2^23 + k (f64: 1.5 * 2^52 + k), if it is a normal number
+ *   T_all_less(a, b)      whether a < b in every lane
  * A T_wide holds the T_WIDTH lanes of a T_vec in float64 (for f64 it is the vector itself):
  *   T_widen(a)            converted, exactly
  *   T_wide_load(p)        T_widen(T_load(p))
@@ -29,7 +31,7 @@
  *   T_wide_set, T_wide_add, T_wide_sub, T_wide_fma
  * H is f16 or bf16. Only elements in memory have 16 bits; the vectors are f32_vec.
  *   H_value, H_load, H_load_n, H_wide_load   as for f32; exact, also for subnormals
- *   H_store, H_store_n, H_stream             rounded to nearest, ties to even; NaN becomes a quiet one
+ *   H_store, H_store_n, H_stream             rounded to nearest, ties to even; NaN remains one
  * prefetch(p)             may fetch the line at p into the cache; any address is allowed
  * stream_fence()          orders streamed stores before later ones
  */
@@ -143,9 +145,20 @@ FBN_INLINE f64_vec f64_ldexp(f64_vec a, f64_vec k) {
     const f64_lanes e = CONVERT(f64_zero_nan(k), f64_lanes), half = e >> 1;
     return a * f64_power_of_2(half) * f64_power_of_2(e - half);
 }
+FBN_INLINE f64_vec f64_power(f64_vec shifted) {
+    return f64_of_bits((f64_bits(f64_set(0x1.8p52 + 1023)) - f64_bits(shifted)) << 52);
+}
+static inline int f64_all(f64_lanes a) {
+    int64_t lane[F64_WIDTH], all = -1;
+    memcpy(lane, &a, sizeof lane);
+    for (int i = 0; i < F64_WIDTH; i++) all &= lane[i];
+    return all == -1;
+}
+FBN_INLINE int f64_all_less(f64_vec a, f64_vec b) { return f64_all(EACH(a < b)); }
 FBN_INLINE f64_vec f64_fma(f64_vec a, f64_vec b, f64_vec c) { return a * b + c; }
 FBN_INLINE f64_vec f64_line(f64_vec a, f64_vec b, f64_vec c, f64_vec low) { return a * b + c + low; }
 FBN_INLINE f64_vec f64_muladd(f64_vec a, f64_vec b, f64_vec c) { return a * b + c; }
+FBN_INLINE f64_vec f64_mulsub(f64_vec a, f64_vec b, f64_vec c) { return c - a * b; }
 
 /* float32 */
 static inline f32_lanes f32_bits(f32_vec a) {
@@ -209,6 +222,23 @@ FBN_INLINE f32_vec f32_ldexp(f32_vec a, f32_vec k) {
     const f32_lanes e = CONVERT(f32_zero_nan(k), f32_lanes), half = e >> 1;
     return a * f32_power_of_2(half) * f32_power_of_2(e - half);
 }
+/* Whether all lanes are -1. */
+static inline int f32_all(f32_lanes a) {
+#ifdef FBN_SSE2
+    __m128 mask;
+    memcpy(&mask, &a, sizeof mask);
+    return _mm_movemask_ps(mask) == 15;
+#else
+    int32_t lane[F32_WIDTH], all = -1;
+    memcpy(lane, &a, sizeof lane);
+    for (int i = 0; i < F32_WIDTH; i++) all &= lane[i];
+    return all == -1;
+#endif
+}
+FBN_INLINE int f32_all_less(f32_vec a, f32_vec b) { return f32_all(EACH(a < b)); }
+FBN_INLINE f32_vec f32_power(f32_vec shifted) {
+    return f32_of_bits((f32_bits(f32_set(0x1.8p23f + 127)) - f32_bits(shifted)) << 23);
+}
 
 /* float32 widened to float64. A vector of one number has no upper half; the compiler removes the code for it. */
 typedef struct {
@@ -239,19 +269,6 @@ FBN_INLINE f32_wide f32_wide_keep_if_positive(f32_wide z, f32_wide a) {
 FBN_INLINE f32_vec f32_fma(f32_vec a, f32_vec b, f32_vec c) {
     return f32_narrow(f32_wide_fma(f32_widen(a), f32_widen(b), f32_widen(c)));
 }
-/* Whether all lanes are -1. */
-static inline int f32_all(f32_lanes a) {
-#ifdef FBN_SSE2
-    __m128 mask;
-    memcpy(&mask, &a, sizeof mask);
-    return _mm_movemask_ps(mask) == 15;
-#else
-    int32_t lane[F32_WIDTH], all = -1;
-    memcpy(lane, &a, sizeof lane);
-    for (int i = 0; i < F32_WIDTH; i++) all &= lane[i];
-    return all == -1;
-#endif
-}
 /* The 12 upper bits of a and b have an exact product (Dekker 1971), to which the rest is added last, with the low part.
  * This is faster than float64, to which SSE2 converts two values at a time. Lanes need float64 where the product
  * overflows, where something is not finite, or where b is so small that the rest would be subnormal. */
@@ -264,6 +281,7 @@ FBN_INLINE f32_vec f32_line(f32_vec a, f32_vec b, f32_vec c, f32_vec low) {
     return f32_all(good) ? sum : f32_where(good, sum, f32_fma(a, b, c) + low);
 }
 FBN_INLINE f32_vec f32_muladd(f32_vec a, f32_vec b, f32_vec c) { return a * b + c; }
+FBN_INLINE f32_vec f32_mulsub(f32_vec a, f32_vec b, f32_vec c) { return c - a * b; }
 
 /* 16-bit elements, in the lower half of a lane */
 static inline f32_lanes half_load(const uint16_t *p) {
