@@ -59,11 +59,11 @@ static void reduce_moments(const fbn_job *j, const fbn_tile *t, const fbn_panel 
     else fbn_sum_planes(k->moments_plane, &o, j->split.elem, planes_of(t, panel), sums);
 }
 
-/* The longer an activation computes, the more whole vectors are worth. */
+/* With an activation less is converted than computed, for which the longest vectors are best. */
 static void reduce_gradient(const fbn_job *j, const fbn_tile *t, const fbn_panel *panel, double *sums, double *others) {
     fbn_operands o = operands_of(j, t, panel);
     o.dz = j->dz ? j->dz + bytes_to(j, t, panel->c0) : NULL;
-    const fbn_dtype_kernels *k = (j->activation & FBN_WHICH) > FBN_RELU ? j->kernels : j->sums;
+    const fbn_dtype_kernels *k = (j->activation & FBN_WHICH) ? j->kernels : j->sums;
     if (j->split.columns) sum_columns(j, k->grad_moments_columns, FBN_GRAD_ROWS, o, t, panel, sums, others);
     else fbn_sum_planes(k->grad_moments_plane, &o, j->split.elem, planes_of(t, panel), sums);
 }
