@@ -29,12 +29,6 @@ static int all_are(const fbn_job *j, int which, int64_t c, int64_t n, double val
     return others == 0;
 }
 
-/* Writes each of n origins `times` times. */
-static void spread_origins(const double *from, int64_t n, int64_t times, double *to) {
-    for (int64_t c = 0; c < n; c++)
-        for (int64_t i = 0; i < times; i++) *to++ = from[c];
-}
-
 /* Spreads the first `last` constants of a panel over its columns, in `room`, without those that are 1 or 0. */
 static void spread(const fbn_job *j, fbn_panel *panel, int last, void *room) {
     const int64_t columns = fbn_columns(&j->split, j->split.panel) + FBN_CHANNEL_PAD;
@@ -71,7 +65,7 @@ fbn_panel fbn_panel_to_sum(const fbn_job *j, int64_t c0, int64_t c1, double *lan
     if (j->dy && j->activation) panel.usual = all_are(j, FBN_PRESCALE, c0, c1 - c0, 1);
     if (!spreads(&j->split)) return panel;
     double *origin = lanes + 2 * fbn_padded(fbn_columns(&j->split, j->split.panel));
-    spread_origins(panel.origin, c1 - c0, j->split.inner, origin);
+    j->p->machine->kernels->of[FBN_F64]->spread(panel.origin, c1 - c0, j->split.inner, origin);
     panel.origin = origin;
     if (j->dy && j->activation) spread(j, &panel, FBN_CONSTANTS_OF_Y, room);
     return panel;

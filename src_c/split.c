@@ -95,9 +95,10 @@ static fbn_walk walk_of(const fbn_habits *h, int large, int beyond_cache) {
 }
 
 /* Whether a result of so many bytes is written around the cache. That saves the read of each line that is written, but
- * drops from the cache what could have stayed there. */
-static int is_large(int64_t bytes, const fbn_machine *machine) {
-    const int64_t from = machine->habits.stream_from;
+ * drops from the cache what could have stayed there. A call that only maps reads nothing twice, so that the cache holds
+ * half as large a result again. */
+static int is_large(int64_t result, const fbn_machine *machine, fbn_kind kind) {
+    const int64_t from = machine->habits.stream_from, bytes = kind == FBN_MAPS ? result / 3 * 2 : result;
     return from ? from > 0 && bytes >= from : bytes > machine->shared_cache / PART_OF_CACHE;
 }
 
@@ -124,7 +125,7 @@ fbn_split fbn_split_of(const fbn_problem *p, int arrays, fbn_kind kind) {
     s.block = block_of(&s, p->machine, arrays);
     s.by_channels = by_channels(&s, p->machine, arrays);
     s.panel = s.rows || !s.columns ? s.block : smaller(panel_of(&s), larger(p->channels, 1));
-    s.large = is_large(values * s.elem, p->machine);
+    s.large = is_large(values * s.elem, p->machine, kind);
     s.map_panel = s.rows ? map_panel_of(&s) : s.panel;
     s.shares_channels = p->channels >= CHANNELS_TO_SHARE;
     s.walk = walk_of(&p->machine->habits, s.large, values * s.elem > p->machine->shared_cache / 2);
