@@ -228,11 +228,10 @@ FBN_INLINE f32_vec bf16_load_n(const uint16_t *p, int64_t n, f32_vec fill) {
 FBN_INLINE void bf16_store(uint16_t *p, f32_vec a) { half_store(p, bf16_round(a)); }
 FBN_INLINE void bf16_store_n(uint16_t *p, f32_vec a, int64_t n) { half_store_n(p, bf16_round(a), n); }
 FBN_INLINE void bf16_stream(uint16_t *p, f32_vec a) { half_stream(p, bf16_round(a)); }
-FBN_INLINE __m256d bf16_widen(__m128i halves) {
-    return _mm256_cvtps_pd(_mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(halves), 16)));
-}
 FBN_INLINE f32_wide bf16_wide_load(const uint16_t *p) {
-    return (f32_wide){bf16_widen(four_halves(p)), bf16_widen(four_halves(p + 4))};
+    const __m128i zero = _mm_setzero_si128(), halves = half_load(p);
+    return (f32_wide){_mm256_cvtps_pd(_mm_castsi128_ps(_mm_unpacklo_epi16(zero, halves))),
+                      _mm256_cvtps_pd(_mm_castsi128_ps(_mm_unpackhi_epi16(zero, halves)))};
 }
 
 FBN_INLINE void prefetch(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T1); }

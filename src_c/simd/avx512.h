@@ -44,7 +44,7 @@ FBN_INLINE f64_vec f64_power(f64_vec shifted) {
     const __m512i zero = _mm512_castpd_si512(f64_set(0x1.8p52 + 1023));
     return _mm512_castsi512_pd(_mm512_slli_epi64(_mm512_sub_epi64(zero, _mm512_castpd_si512(shifted)), 52));
 }
-FBN_INLINE int f64_all_less(f64_vec a, f64_vec b) { return _mm512_cmp_pd_mask(a, b, _CMP_LT_OQ) == 0xff; }
+FBN_INLINE int f64_all_less(f64_vec a, f64_vec b) { return _mm512_cmp_pd_mask(a, b, _CMP_NLT_UQ) == 0; }
 FBN_INLINE f64_vec f64_zero_nan(f64_vec a) { return _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(a, a, _CMP_ORD_Q), a); }
 
 /* float32 */
@@ -85,7 +85,7 @@ FBN_INLINE f32_vec f32_power(f32_vec shifted) {
     const __m512i zero = _mm512_castps_si512(f32_set(0x1.8p23f + 127));
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_sub_epi32(zero, _mm512_castps_si512(shifted)), 23));
 }
-FBN_INLINE int f32_all_less(f32_vec a, f32_vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ) == 0xffff; }
+FBN_INLINE int f32_all_less(f32_vec a, f32_vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLT_UQ) == 0; }
 FBN_INLINE f32_vec f32_zero_nan(f32_vec a) { return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, a, _CMP_ORD_Q), a); }
 
 /* float32 widened to float64 */
