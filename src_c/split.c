@@ -11,9 +11,9 @@ enum {
     LEAST_JOINED = 32,  /* planes of so many elements can be joined: some vectors lie within one */
     STRETCH = 4096,     /* the elements of a unit of joined planes */
     SMALL_PLANES = 64,  /* the small planes of a channel that are mapped at a time */
-    MAPPED_CHANNELS = 1024,    /* the most channels of rows that are mapped at a time */
-    JOINED = 512,              /* shorter rows are joined to so many columns, ... */
-    JOINED_MOST = 1024,        /* ... and to whole vectors if that takes no more columns than these */
+    MAPPED_BYTES = 1 << 14,    /* of the constants of the channels of rows that are mapped at a time */
+    JOINED = 512,              /* sums join shorter rows to so many columns */
+    JOINED_TO_MAP = 256,       /* maps to so many, whose constants leave room in the nearest cache */
     BLOCK_CHANNELS = 64,       /* the most channels in a channels-first block */
     CHUNK = 1 << 18,           /* bytes of rows that are mapped at a time, on the way from the end backwards */
     LARGE_CHUNK = 1 << 22,     /* the same where memory, not a cache, is read: changes of direction are slow there */
@@ -34,11 +34,11 @@ static int64_t to_multiple(int64_t n, int64_t power) {
     return power;
 }
 
-/* How many rows are joined. */
-static int64_t repeat_of(int64_t channels) {
-    if (channels == 0 || channels >= JOINED) return 1;
-    const int64_t least = divide_up(JOINED, channels), whole = round_up(least, to_multiple(channels, FBN_CHANNEL_PAD));
-    return whole * channels <= JOINED_MOST ? whole : least;
+/* How many rows are joined to at least so many columns: to whole vectors, if that takes at most twice as many. */
+static int64_t repeat_of(int64_t channels, int64_t columns) {
+    if (channels == 0 || channels >= columns) return 1;
+    const int64_t least = divide_up(columns, channels), whole = round_up(least, to_multiple(channels, FBN_CHANNEL_PAD));
+    return whole * channels <= 2 * columns ? whole : least;
 }
 
 /* The channels of small planes that kernels get at once: as many as have FBN_COLUMN_BYTES of each constant, in whole
@@ -62,10 +62,11 @@ static int64_t block_of(const fbn_split *s, const fbn_machine *machine, int arra
     return smaller(larger(in_steps(in_steps(most, FBN_CHANNEL_PAD), panel), panel), larger(s->channels, 1));
 }
 
-/* The channels of rows that are mapped at a time: their constants stay in the nearest cache. */
-static int64_t map_panel_of(const fbn_split *s) {
-    if (s->channels <= MAPPED_CHANNELS) return s->channels;
-    return round_up(divide_up(s->channels, divide_up(s->channels, MAPPED_CHANNELS)), FBN_CHANNEL_PAD);
+int64_t fbn_map_panel(const fbn_split *s, int constants) {
+    const int64_t most = MAPPED_BYTES / (constants * s->real);
+    if (!s->rows) return s->panel;
+    if (s->channels <= most) return s->channels;
+    return round_up(divide_up(s->channels, divide_up(s->channels, most)), FBN_CHANNEL_PAD);
 }
 
 /* Going block by block saves memory traffic, but the blocks must divide well among the threads: at most two
@@ -80,7 +81,7 @@ static int by_channels(const fbn_split *s, const fbn_machine *machine, int array
 /* There is room on the left as well, since the constants of rows start at any place in a cache line (see job_of). */
 int64_t fbn_padded(int64_t channels) { return round_up(channels, FBN_CHANNEL_PAD) + 2 * FBN_CHANNEL_PAD; }
 
-int64_t fbn_joined(int64_t channels) { return fbn_padded(channels * repeat_of(channels)); }
+int64_t fbn_joined(int64_t channels) { return fbn_padded(channels * repeat_of(channels, JOINED)); }
 
 static int64_t or_usual(int64_t habit, int64_t usual) { return habit ? habit : usual; }
 
@@ -109,7 +110,8 @@ fbn_split fbn_split_of(const fbn_problem *p, int arrays, fbn_kind kind) {
     s.stretches = kind == FBN_MAPS && p->inner >= LEAST_JOINED;
     s.columns = s.rows || (p->inner > 1 && kind != FBN_MASKED && !s.stretches && p->inner < SMALL_PLANE);
     s.joins = s.stretches || (s.columns && !s.rows && p->inner >= LEAST_JOINED);
-    s.repeat = s.rows && values >= FBN_WORTH_JOINING ? repeat_of(p->channels) : 1;
+    s.repeat = s.rows && values >= FBN_WORTH_JOINING ? repeat_of(p->channels, JOINED) : 1;
+    s.map_repeat = smaller(s.repeat, repeat_of(p->channels, JOINED_TO_MAP));
     s.real = p->dtype == FBN_F64 ? 8 : 4;
     s.elem = (int64_t)fbn_element(p->dtype);
     s.cut = s.stretches ? STRETCH : p->inner <= 2 * SEGMENT ? p->inner : SEGMENT;
@@ -126,7 +128,7 @@ fbn_split fbn_split_of(const fbn_problem *p, int arrays, fbn_kind kind) {
     s.by_channels = by_channels(&s, p->machine, arrays);
     s.panel = s.rows || !s.columns ? s.block : smaller(panel_of(&s), larger(p->channels, 1));
     s.large = is_large(values * s.elem, p->machine, kind);
-    s.map_panel = s.rows ? map_panel_of(&s) : s.panel;
+    s.map_panel = fbn_map_panel(&s, 4);
     s.shares_channels = p->channels >= CHANNELS_TO_SHARE;
     s.walk = walk_of(&p->machine->habits, s.large, values * s.elem > p->machine->shared_cache / 2);
     return s;

@@ -23,14 +23,15 @@ typedef struct {
     int columns;              /* kernels get columns: rows, or small planes */
     int stretches;            /* units are stretches of memory */
     int joins;                /* y of adjacent planes is mapped as one run */
-    int64_t repeat;           /* rows that are joined */
+    int64_t repeat;           /* rows that sums join; their constants are repeated as often */
+    int64_t map_repeat;       /* rows that maps join */
     int64_t elem, real;       /* bytes of an element, and of a channel's constant */
     int64_t cut, cuts;        /* elements in a piece of a plane; pieces in a plane */
     int64_t units, segment;   /* units in all; units in a segment */
     int64_t segments, padded; /* segments in all; channels with padding */
     int64_t joined;           /* the columns of joined rows, with padding */
     int64_t block, panel;     /* channels in a block, and in a panel */
-    int64_t map_panel;        /* channels in a panel that is mapped */
+    int64_t map_panel;        /* channels in a panel that is mapped, if a map reads four constants of each */
     int threads;              /* how many threads have enough work */
     int by_channels;          /* a thread does all steps on one block before it turns to the next */
     int shares_channels;      /* there are so many channels that threads share the work done once per channel */
@@ -55,6 +56,9 @@ int64_t fbn_joined(int64_t channels);
 
 /* The columns of a panel of so many channels. */
 int64_t fbn_columns(const fbn_split *split, int64_t channels);
+
+/* The channels in a panel that is mapped by so many constants of each. Those of rows stay in the nearest cache. */
+int64_t fbn_map_panel(const fbn_split *split, int constants);
 
 /* How many float64 numbers a thread needs to reduce a panel: lanes, or the columns' sums and origins. */
 int64_t fbn_lane_doubles(const fbn_split *split);

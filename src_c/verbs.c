@@ -78,8 +78,8 @@ static fbn_runs stretches_of(const fbn_split *s, const fbn_tile *t) {
 /* The rows of a tile are one run, in which the columns recur, unless they are mapped in panels. Small planes are runs
  * of a panel's columns. */
 static fbn_runs rows_of(const fbn_split *s, const fbn_tile *t, const fbn_panel *panel) {
-    const int64_t columns = fbn_columns(s, panel->c1 - panel->c0), step = fbn_columns(s, s->channels);
-    if (s->rows && columns == step) return (fbn_runs){1, 0, t->rows * s->channels, columns, 0};
+    const int64_t n = panel->c1 - panel->c0, columns = n * s->inner;
+    if (s->rows && n == s->channels) return (fbn_runs){1, 0, t->rows * n, n * s->map_repeat, 0};
     return (fbn_runs){t->rows, s->channels * s->inner, columns, columns, 0};
 }
 
@@ -374,6 +374,7 @@ fbn_status fbn_backward(const fbn_problem *p, const fbn_backward_args *a, void *
     j.dgamma = a->dgamma;
     j.dbeta = a->dbeta;
     j.dz = kept_dz(&j, a);
+    if (j.activation && !j.dz) j.split.map_panel = fbn_map_panel(&j.split, FBN_CONSTANTS - 2);
     return run(&j);
 }
 

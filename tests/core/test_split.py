@@ -33,6 +33,7 @@ class Split(ct.Structure):
             "stretches",
             "joins",
             "repeat",
+            "map_repeat",
             "elem",
             "real",
             "cut",
