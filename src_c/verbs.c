@@ -358,7 +358,7 @@ fbn_status fbn_backward_sums(const fbn_problem *p, const fbn_sums_args *a, void 
  * stays in the cache. A dtype of 16 bits would round dz. */
 static char *kept_dz(const fbn_job *j, const fbn_backward_args *a) {
     const int can = j->operation->reduce && j->activation && !a->from_y && !a->mask && j->split.elem >= 4;
-    return !can ? NULL : a->dresidual ? a->dresidual : j->split.large ? NULL : a->dx;
+    return !can ? NULL : a->residual ? a->dresidual : j->split.large ? NULL : a->dx;
 }
 
 fbn_status fbn_backward(const fbn_problem *p, const fbn_backward_args *a, void *workspace) {

@@ -121,6 +121,14 @@ def test_what_is_optional_may_be_null(api: c_api.Api, verb: str) -> None:
     assert memory.call(verb, **dict.fromkeys(OPTIONAL)) == OK
 
 
+def test_dresidual_without_a_residual(api: c_api.Api) -> None:
+    """It is neither checked nor written."""
+    memory = Memory(api)
+    assert memory.call("backward", residual=None, mask=None) == OK
+    assert (memory.dresidual == 7).all()
+    assert memory.call("backward", residual=None, mask=None, dresidual=3) == OK
+
+
 @pytest.mark.parametrize(("verb", "name"), [(verb, name) for verb in ARGUMENTS for name in needed(verb)])
 def test_null(api: c_api.Api, verb: str, name: str) -> None:
     memory = Memory(api)
