@@ -11,7 +11,10 @@
  *   T_add, T_mul, T_sub   lane by lane
  *   T_fma(a, b, c)        a * b + c, rounded once. Here float32 is computed in float64, where the product is exact, and
  *                         float64 is rounded twice.
- *   T_line(a, b, c, low)  (a * b + c) + low, where the product is not rounded, or by far less than the sums
+ *   T_line(a, b, b_low, c, low, usual_b, usual_c)
+ *                         (a * b + c) + low, with a fused multiply-add. Where T_SPLITS_B is 1 the factor is b + b_low
+ *                         instead, whose parts have the same sign and are 0 only if the factor is (see f32_line). The
+ *                         others do not read b_low. usual_b: 2^-61 < |b| < 2^61 or b = 0; usual_c: |c| < 2^101.
  *   T_muladd(a, b, c)     a * b + c, rounded once or twice, whichever is faster
  *   T_relu(a)             0 where a < 0, else a (so NaN stays)
  *   T_zero_nan(a)         0 where a is NaN, else a
@@ -60,14 +63,11 @@ typedef int32_t f32_lanes __attribute__((vector_size(16)));
 typedef uint16_t half_lanes __attribute__((vector_size(8)));
 #define EACH(comparison) (comparison)
 #define CONVERT(a, type) __builtin_convertvector(a, type)
-static inline f32_half f32_lower(f32_vec a) { return (f32_half){a[0], a[1]}; }
 #ifdef __SSE2__
 #define FBN_SSE2 1
-/* GCC compiles {a[2], a[3]} to four instructions. */
-static inline f32_half f32_upper(f32_vec a) { return f32_lower(_mm_movehl_ps(a, a)); }
-#else
-static inline f32_half f32_upper(f32_vec a) { return (f32_half){a[2], a[3]}; }
 #endif
+static inline f32_half f32_lower(f32_vec a) { return (f32_half){a[0], a[1]}; }
+static inline f32_half f32_upper(f32_vec a) { return (f32_half){a[2], a[3]}; }
 static inline f32_vec f32_both(f32_half lo, f32_half hi) { return (f32_vec){lo[0], lo[1], hi[0], hi[1]}; }
 #else
 enum { F64_WIDTH = 1, F32_WIDTH = 1 };
@@ -85,6 +85,8 @@ static inline f32_vec f32_both(f32_half lo, f32_half hi) {
     return lo;
 }
 #endif
+
+enum { F64_SPLITS_B = 0, F32_SPLITS_B = 1 };
 
 /* float64 */
 static inline f64_lanes f64_bits(f64_vec a) {
@@ -144,7 +146,10 @@ FBN_INLINE f64_vec f64_ldexp(f64_vec a, f64_vec k) {
     return a * f64_power_of_2(half) * f64_power_of_2(e - half);
 }
 FBN_INLINE f64_vec f64_fma(f64_vec a, f64_vec b, f64_vec c) { return a * b + c; }
-FBN_INLINE f64_vec f64_line(f64_vec a, f64_vec b, f64_vec c, f64_vec low) { return a * b + c + low; }
+FBN_INLINE f64_vec f64_line(f64_vec a, f64_vec b, f64_vec b_low, f64_vec c, f64_vec low, int usual_b, int usual_c) {
+    (void)b_low, (void)usual_b, (void)usual_c;
+    return a * b + c + low;
+}
 FBN_INLINE f64_vec f64_muladd(f64_vec a, f64_vec b, f64_vec c) { return a * b + c; }
 
 /* float32 */
@@ -196,11 +201,12 @@ FBN_INLINE f32_vec f32_where_less(f32_vec a, f32_vec b, f32_vec c, f32_vec d) { 
 #ifdef FBN_SSE2
 FBN_INLINE f32_vec f32_min(f32_vec a, f32_vec b) { return _mm_min_ps(a, b); }
 FBN_INLINE f32_vec f32_max(f32_vec a, f32_vec b) { return _mm_max_ps(a, b); }
+FBN_INLINE f32_vec f32_relu(f32_vec a) { return _mm_max_ps(_mm_setzero_ps(), a); }
 #else
 FBN_INLINE f32_vec f32_min(f32_vec a, f32_vec b) { return f32_where_less(a, b, a, b); }
 FBN_INLINE f32_vec f32_max(f32_vec a, f32_vec b) { return f32_where_less(b, a, a, b); }
-#endif
 FBN_INLINE f32_vec f32_relu(f32_vec a) { return f32_of_bits(~EACH(a < 0) & f32_bits(a)); }
+#endif
 FBN_INLINE f32_vec f32_keep_if_positive(f32_vec z, f32_vec a) { return f32_of_bits(~EACH(z <= 0) & f32_bits(a)); }
 FBN_INLINE f32_vec f32_zero_nan(f32_vec a) { return f32_of_bits(EACH(a == a) & f32_bits(a)); }
 FBN_INLINE f32_vec f32_minus_abs(f32_vec a) { return f32_of_bits(f32_bits(f32_set(-(float)0)) | f32_bits(a)); }
@@ -215,11 +221,21 @@ typedef struct {
     f64_vec lo, hi;
 } f32_wide;
 
+/* GCC makes scalar instructions of conversions of two elements. */
+#ifdef FBN_SSE2
+static inline f64_vec f32_two(const float *p) {
+    return _mm_cvtps_pd(_mm_castsi128_ps(_mm_loadl_epi64((const __m128i *)p)));
+}
+FBN_INLINE f32_wide f32_widen(f32_vec a) { return (f32_wide){_mm_cvtps_pd(a), _mm_cvtps_pd(_mm_movehl_ps(a, a))}; }
+FBN_INLINE f32_wide f32_wide_load(const float *p) { return (f32_wide){f32_two(p), f32_two(p + 2)}; }
+static inline f32_vec f32_narrow(f32_wide a) { return _mm_movelh_ps(_mm_cvtpd_ps(a.lo), _mm_cvtpd_ps(a.hi)); }
+#else
 FBN_INLINE f32_wide f32_widen(f32_vec a) {
     return (f32_wide){CONVERT(f32_lower(a), f64_vec), CONVERT(f32_upper(a), f64_vec)};
 }
-static inline f32_vec f32_narrow(f32_wide a) { return f32_both(CONVERT(a.lo, f32_half), CONVERT(a.hi, f32_half)); }
 FBN_INLINE f32_wide f32_wide_load(const float *p) { return f32_widen(f32_load(p)); }
+static inline f32_vec f32_narrow(f32_wide a) { return f32_both(CONVERT(a.lo, f32_half), CONVERT(a.hi, f32_half)); }
+#endif
 FBN_INLINE f32_wide f32_wide_set(double s) { return (f32_wide){f64_set(s), f64_set(s)}; }
 FBN_INLINE f32_wide f32_wide_get(const double *p) {
     return (f32_wide){f64_load(p), f64_load(p + F32_WIDTH - F64_WIDTH)};
@@ -252,16 +268,25 @@ static inline int f32_all(f32_lanes a) {
     return all == -1;
 #endif
 }
-/* The 12 upper bits of a and b have an exact product (Dekker 1971), to which the rest is added last, with the low part.
- * This is faster than float64, to which SSE2 converts two values at a time. Lanes need float64 where the product
- * overflows, where something is not finite, or where b is so small that the rest would be subnormal. */
-static inline f32_vec f32_upper_bits(f32_vec a) { return f32_of_bits(f32_bits(a) & ~0xfff); }
-FBN_INLINE f32_vec f32_line(f32_vec a, f32_vec b, f32_vec c, f32_vec low) {
-    const f32_vec a_upper = f32_upper_bits(a), b_upper = f32_upper_bits(b);
-    const f32_vec rest = a_upper * (b - b_upper) + (a - a_upper) * b;
-    const f32_vec sum = (a_upper * b_upper + c) + (rest + low);
-    const f32_lanes good = EACH(sum - sum == 0) & EACH(b * b > 0x1p-120f);
-    return f32_all(good) ? sum : f32_where(good, sum, f32_fma(a, b, c) + low);
+/* With a fused multiply-add, b is the factor rounded to float32, and a * b is not rounded. Here b + b_low is the
+ * factor, within 2^-48 of it, and a * b is rounded. The error is at most u = 2^-24 of the product in either case, and
+ * half an ulp of each of the two sums. a * b_low is less than 2^-23 of the product; it and its sum with low are rounded
+ * by less than 2^-46 of the product and of c.
+ *
+ * If c is usual, it is less than half an ulp of the largest number, so that a * b overflows only where the result does,
+ * and an infinite a gives two infinities of one sign. If b is usual, a * b and a * b_low lose no more to underflow than
+ * 2^-7 of an ulp of b. Whether a lane needs float64 depends on its b and c alone, so its bits do not depend on what is
+ * known about the others. */
+static inline f32_vec f32_line_in_f64(f32_vec a, f32_vec b, f32_vec b_low, f32_vec c, f32_vec low) {
+    const f32_wide factor = f32_wide_add(f32_widen(b), f32_widen(b_low));
+    return f32_narrow(f32_wide_fma(f32_widen(a), factor, f32_widen(c))) + low;
+}
+FBN_INLINE f32_vec f32_line(f32_vec a, f32_vec b, f32_vec b_low, f32_vec c, f32_vec low, int usual_b, int usual_c) {
+    const f32_vec y = (a * b + c) + (a * b_low + low);
+    if (usual_b && usual_c) return y;
+    const f32_lanes usual =
+        (EACH(b * b > 0x1p-124f) | EACH(b == 0) | -usual_b) & EACH(c < 0x1p101f) & EACH(c > -0x1p101f);
+    return f32_all(usual) ? y : f32_where(usual, y, f32_line_in_f64(a, b, b_low, c, low));
 }
 FBN_INLINE f32_vec f32_muladd(f32_vec a, f32_vec b, f32_vec c) { return a * b + c; }
 
