@@ -268,15 +268,17 @@ static inline int f32_all(f32_lanes a) {
     return all == -1;
 #endif
 }
-/* With a fused multiply-add, b is the factor rounded to float32, and a * b is not rounded. Here b + b_low is the
- * factor, within 2^-48 of it, and a * b is rounded. The error is at most u = 2^-24 of the product in either case, and
- * half an ulp of each of the two sums. a * b_low is less than 2^-23 of the product; it and its sum with low are rounded
- * by less than 2^-46 of the product and of c.
+/* With a fused multiply-add, b is the factor rounded to float32, and a * b is not rounded. Here b + b_low is the factor
+ * to within 2^-47 of it, and a * b is rounded. Either way the error is at most u = 2^-24 of the product, and half an
+ * ulp of each of the two sums: a * b_low is less than 2^-23 of the product, so it and its sum with low are rounded by
+ * less than 2^-46 of the product and of c.
  *
  * If c is usual, it is less than half an ulp of the largest number, so that a * b overflows only where the result does,
- * and an infinite a gives two infinities of one sign. If b is usual, a * b and a * b_low lose no more to underflow than
- * 2^-7 of an ulp of b. Whether a lane needs float64 depends on its b and c alone, so its bits do not depend on what is
- * known about the others. */
+ * by no more than its rounding. An infinite a gives two infinities of one sign. What a * b and a * b_low lose to
+ * underflow is 2^-149 at most. If b is usual, gamma is at least 2^-120 (see kernels/constants.h), and its ulp 2^-143.
+ *
+ * Whether a lane needs float64 depends on its b and c alone. So do its bits, whatever is known about the other lanes.
+ */
 static inline f32_vec f32_line_in_f64(f32_vec a, f32_vec b, f32_vec b_low, f32_vec c, f32_vec low) {
     const f32_wide factor = f32_wide_add(f32_widen(b), f32_widen(b_low));
     return f32_narrow(f32_wide_fma(f32_widen(a), factor, f32_widen(c))) + low;
@@ -290,21 +292,30 @@ FBN_INLINE f32_vec f32_line(f32_vec a, f32_vec b, f32_vec b_low, f32_vec c, f32_
 }
 FBN_INLINE f32_vec f32_muladd(f32_vec a, f32_vec b, f32_vec c) { return a * b + c; }
 
-/* 16-bit elements, in the lower half of a lane */
+/* 16-bit elements, in the lower half of a lane. half_store takes lanes whose upper half repeats the sign bit. */
+#ifdef FBN_SSE2
+static inline f32_lanes half_load(const uint16_t *p) {
+    return (f32_lanes)_mm_unpacklo_epi16(_mm_loadl_epi64((const __m128i *)p), _mm_setzero_si128());
+}
+static inline void half_store(uint16_t *p, f32_lanes a) {
+    _mm_storel_epi64((__m128i *)p, _mm_packs_epi32((__m128i)a, (__m128i)a));
+}
+#else
 static inline f32_lanes half_load(const uint16_t *p) {
     half_lanes a;
     memcpy(&a, p, sizeof a);
     return CONVERT(a, f32_lanes);
 }
+static inline void half_store(uint16_t *p, f32_lanes a) {
+    const half_lanes halves = CONVERT(a, half_lanes);
+    memcpy(p, &halves, sizeof halves);
+}
+#endif
 FBN_INLINE f32_lanes half_load_n(const uint16_t *p, int64_t n) {
     uint16_t lane[F32_WIDTH] = {0};
     for (int i = 0; i < F32_WIDTH; i++)
         if (i < n) lane[i] = p[i];
     return half_load(lane);
-}
-static inline void half_store(uint16_t *p, f32_lanes a) {
-    const half_lanes halves = CONVERT(a, half_lanes);
-    memcpy(p, &halves, sizeof halves);
 }
 FBN_INLINE void half_store_n(uint16_t *p, f32_lanes a, int64_t n) {
     uint16_t lane[F32_WIDTH];
@@ -316,22 +327,23 @@ static inline f32_lanes f32_choose(f32_lanes condition, f32_lanes a, f32_lanes b
     return (condition & a) | (~condition & b);
 }
 
-/* float16. A subnormal is converted as a normal number with the same fraction, minus that number's leading 1. */
+/* float16. A subnormal is converted as the normal number with the same fraction, minus that number's leading 1. */
 static inline f32_vec f16_exact(f32_lanes a) {
-    const f32_lanes sign = (a & 0x8000) << 16, rest = (a & 0x7fff) << 13;
-    const f32_lanes scaled = rest + ((127 - 15) << 23), special = rest + (2 * (127 - 15) << 23);
-    const f32_lanes subnormal = f32_bits(f32_of_bits(rest | 113 << 23) - 0x1p-14f);
-    const f32_lanes normal = f32_choose(EACH(rest < 0x0f800000), scaled, special);
-    return f32_of_bits(sign | f32_choose(EACH(rest < 1 << 23), subnormal, normal));
+    const f32_lanes sign = (a & 0x8000) << 16, rest = (a & 0x7fff) << 13, more = ((127 - 15) << 23) - (f32_lanes){0};
+    const f32_lanes special = EACH(rest > 0x0f7fffff), subnormal = EACH(rest < 1 << 23);
+    const f32_lanes scaled = rest + more + (special & more) + (subnormal & 1 << 23);
+    return f32_of_bits(sign | f32_bits(f32_of_bits(scaled) - f32_of_bits(subnormal & f32_bits(f32_set(0x1p-14f)))));
 }
+/* The sum with 2^13 times the power of 2 at or below |a|, or the least one of a normal float16, is rounded where the
+ * float16 must be, and ends with its fraction and leading 1. What is too large to be finite counts as 2^16. */
 static inline f32_lanes f16_round(f32_vec a) {
-    const f32_lanes bits = f32_bits(a), rest = bits & 0x7fffffff, sign = bits >> 16 & 0x8000;
-    /* The sum with 0.5 ends with the bits of the float16 subnormal, and is rounded as the subnormal must be. */
-    const f32_lanes subnormal = f32_bits(f32_of_bits(rest) + 0.5f) - f32_bits(f32_set(0.5f));
-    const f32_lanes normal = (rest + 0xfff + (rest >> 13 & 1) - ((127 - 15) << 23)) >> 13;
-    const f32_lanes special = (EACH(rest > 0x7f800000) & (0x200 | (rest >> 13 & 0x3ff))) | 0x7c00;
-    const f32_lanes large = f32_choose(EACH(rest < 143 << 23), normal, special);
-    return sign | f32_choose(EACH(rest < 113 << 23), subnormal, large);
+    const f32_lanes bits = f32_bits(a), rest = bits & 0x7fffffff;
+    const f32_vec size = f32_min(f32_of_bits(rest), f32_set(0x1p16f));
+    const f32_vec power = f32_max(f32_of_bits(f32_bits(size) & 0x7f800000), f32_set(0x1p-14f)), large = power * 0x1p13f;
+    const f32_lanes fraction = f32_bits(large + size) - f32_bits(large);
+    const f32_lanes number = fraction + ((f32_bits(power) - (113 << 23)) >> 13);
+    const f32_lanes nan = EACH(a != a) & (0x200 | (rest >> 13 & 0x3ff));
+    return (bits >> 16 & -0x8000) | number | nan;
 }
 FBN_INLINE f32_vec f16_load(const uint16_t *p) { return f16_exact(half_load(p)); }
 FBN_INLINE f32_vec f16_load_n(const uint16_t *p, int64_t n, f32_vec fill) {
