@@ -46,9 +46,10 @@ _Static_assert(FBN_ACTIVATIONS <= FBN_WHICH + 1, "the flags must not be bits of 
 /* The constants of a channel, in the compute type (float or double) of the dtype. With them
  *     y = ((x * prescale + neg_mean) * (scale + scale_low) + shift) + shift_low
  *     dx = (on_dy * dz + on_x * (x * prescale + neg_mean) + constant) * postscale
- * scale_low is neither set nor read on instruction sets with a fused multiply-add (see T_line in simd/baseline.h).
- * shift_low is the rounding error of shift, and +0 if there is none. prescale and postscale are powers of two, which
- * are 1 unless a channel's spread or gain is near an end of the exponent range (see kernels/constants.h). */
+ * scale_low belongs to float32 without a fused multiply-add (see T_line in simd/baseline.h); elsewhere it is neither
+ * set nor read, and counts as 0. shift_low is the rounding error of shift, and +0 if there is none. prescale and
+ * postscale are powers of two, which are 1 unless a channel's spread or gain is near an end of the exponent range or,
+ * with a scale_low, its shift is large (see kernels/constants.h). */
 enum {
     FBN_SCALE_LOW,
     FBN_PRESCALE,

@@ -269,9 +269,10 @@ static inline int f32_all(f32_lanes a) {
 #endif
 }
 /* With a fused multiply-add, b is the factor rounded to float32, and a * b is not rounded. Here b + b_low is the factor
- * to within 2^-47 of it, and a * b is rounded. Either way the error is at most u = 2^-24 of the product, and half an
- * ulp of each of the two sums: a * b_low is less than 2^-23 of the product, so it and its sum with low are rounded by
- * less than 2^-46 of the product and of c.
+ * to within 2^-47 of it, and a * b is rounded. Either way the error is at most u = 2^-24 of the product and half an ulp
+ * of each of the two sums. (That of a sum just above a power of 2 is an ulp of a result just below.) What b_low adds is
+ * less than 2^-23 of the product, so it and its sum with low are rounded by less than 2^-46 of the product and of c.
+ * The rounding of a adds another u of the product: 2 u |xhat gamma| is less than 2 ulp of |xhat| times |gamma|.
  *
  * If c is usual, it is less than half an ulp of the largest number, so that a * b overflows only where the result does,
  * by no more than its rounding. An infinite a gives two infinities of one sign. What a * b and a * b_low lose to
