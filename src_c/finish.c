@@ -35,7 +35,7 @@ static void set_lines(fbn_job *j, int64_t c0, int64_t c1) {
     const fbn_channels known = known_at(j, c0);
     const fbn_constants constants = fbn_constants_at(j, c0);
     j->kernels->set_line(&known, c1 - c0, &constants);
-    fbn_repeat_columns(j, c0, c1, 0, FBN_CONSTANTS_OF_Y);
+    fbn_repeat_columns(j, c0, c1, j->kernels->first_constant, FBN_CONSTANTS_OF_Y);
 }
 
 /* The sums of a gradient are taken about the mean. */

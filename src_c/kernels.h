@@ -44,11 +44,14 @@ enum { FBN_OUTSIDE = 1024, FBN_WHICH = 255 }; /* `activation & FBN_WHICH` is the
 _Static_assert(FBN_ACTIVATIONS <= FBN_WHICH + 1, "the flags must not be bits of an activation");
 
 /* The constants of a channel, in the compute type (float or double) of the dtype. With them
- *     y = ((x * prescale + neg_mean) * scale + shift) + shift_low
+ *     y = ((x * prescale + neg_mean) * (scale + scale_low) + shift) + shift_low
  *     dx = (on_dy * dz + on_x * (x * prescale + neg_mean) + constant) * postscale
- * shift_low is the rounding error of shift, and +0 if there is none. prescale and postscale are powers of two, which
- * are 1 unless a channel's spread or gain is near an end of the exponent range (see kernels/constants.h). */
+ * scale_low belongs to float32 without a fused multiply-add (see T_line in simd/baseline.h); elsewhere it is neither
+ * set nor read, and counts as 0. shift_low is the rounding error of shift, and +0 if there is none. prescale and
+ * postscale are powers of two, which are 1 unless a channel's spread or gain is near an end of the exponent range or,
+ * with a scale_low, its shift is large (see kernels/constants.h). */
 enum {
+    FBN_SCALE_LOW,
     FBN_PRESCALE,
     FBN_NEG_MEAN,
     FBN_SCALE,
@@ -106,7 +109,7 @@ typedef struct {
 typedef struct {
     const void *x, *dy, *residual; /* residual may be NULL */
     void *out, *dresidual;
-    void *dz; /* sums of a gradient: where dz is kept for the map; NULL if it is not */
+    void *dz;                /* sums of a gradient: where dz is kept for the map; NULL if it is not */
     fbn_constants constants; /* of the first channel or column, and the following ones */
     const double *origin;
     double slope;
@@ -155,6 +158,7 @@ enum { FBN_ROWS = 8, FBN_GRAD_ROWS = 4 };
 typedef void fbn_fence(void);
 
 typedef struct {
+    int first_constant; /* FBN_SCALE_LOW or, where that is not read, the one after it */
     fbn_set_origin *set_origin;
     fbn_set_moments *set_moments;
     fbn_invert *invert;

@@ -33,7 +33,7 @@ static int all_are(const fbn_job *j, int which, int64_t c, int64_t n, double val
 static void spread(const fbn_job *j, fbn_panel *panel, int last, void *room) {
     const int64_t columns = fbn_columns(&j->split, j->split.panel) + FBN_CHANNEL_PAD;
     char *next = room;
-    for (int i = 0; i < last; i++) {
+    for (int i = j->kernels->first_constant; i < last; i++) {
         if (panel->usual && (i == FBN_PRESCALE || i == FBN_POSTSCALE)) continue;
         if (panel->exact && i == FBN_SHIFT_LOW) continue;
         j->kernels->spread(panel->constants.of[i], panel->c1 - panel->c0, j->split.inner, next);

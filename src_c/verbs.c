@@ -374,7 +374,8 @@ fbn_status fbn_backward(const fbn_problem *p, const fbn_backward_args *a, void *
     j.dgamma = a->dgamma;
     j.dbeta = a->dbeta;
     j.dz = kept_dz(&j, a);
-    if (j.activation && !j.dz) j.split.map_panel = fbn_map_panel(&j.split, FBN_CONSTANTS - 2);
+    const int usual_constants = FBN_CONSTANTS - j.kernels->first_constant - 2; /* without the powers of two */
+    if (j.activation && !j.dz) j.split.map_panel = fbn_map_panel(&j.split, usual_constants);
     return run(&j);
 }
 

@@ -5,6 +5,7 @@
 #define OF_REAL f32
 #define vec f32_vec
 #define WIDTH F32_WIDTH
+#define SPLITS_SCALE F32_SPLITS_B
 #define value_of f32_value
 #define vset f32_set
 #define vload f32_load

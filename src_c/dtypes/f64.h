@@ -5,6 +5,7 @@
 #define OF_REAL f64
 #define vec f64_vec
 #define WIDTH F64_WIDTH
+#define SPLITS_SCALE F64_SPLITS_B
 #define value_of f64_value
 #define vset f64_set
 #define vload f64_load

@@ -5,6 +5,7 @@
 #undef OF_REAL
 #undef vec
 #undef WIDTH
+#undef SPLITS_SCALE
 #undef value_of
 #undef vset
 #undef vload

@@ -11,6 +11,7 @@
 #include "../kernels/map.h"
 
 static const fbn_dtype_kernels NAME(kernels) = {
+    .first_constant = SPLITS_SCALE ? FBN_SCALE_LOW : FBN_SCALE_LOW + 1,
     .set_origin = NAME(set_origin),
     .set_moments = NAME_OF_REAL(set_moments),
     .invert = NAME_OF_REAL(invert),

@@ -71,6 +71,15 @@ FBN_INLINE double NAME(finite)(double v) {
     return fabs(v) > most && fabs(v) <= DBL_MAX ? most_signed : v;
 }
 
+/* Where T_line has a factor of two parts, scale is rounded towards zero, so that the rest has its sign: a rounded scale
+ * that is too large becomes the number before it. The rest must not be 0, since an infinite x times 0 is NaN. */
+FBN_INLINE void NAME(set_scale)(double scale, int64_t c, const fbn_constants *to) {
+    const real nearest = (real)scale, hi = fabs(nearest) > fabs(scale) ? (real)(scale * (1 - 0x1p-24)) : nearest;
+    const double rest = scale - hi;
+    ((real *)to->of[FBN_SCALE])[c] = SPLITS_SCALE ? hi : nearest;
+    if (SPLITS_SCALE) ((real *)to->of[FBN_SCALE_LOW])[c] = (real)(fabs(rest) > 0 ? rest : scale * 0x1p-60);
+}
+
 /* y = ((x - mean_hi) - mean_lo) * gain + beta, where mean_lo * gain is moved into the shift. */
 FBN_INLINE void NAME(set_one_line)(const fbn_channels *k, int64_t c, double prescale, const fbn_constants *to) {
     const real mean_hi = (real)k->mean[c];
@@ -79,26 +88,36 @@ FBN_INLINE void NAME(set_one_line)(const fbn_channels *k, int64_t c, double pres
     const real shift_hi = (real)shift, shift_low = (real)((k->beta[c] - shift_hi) - moved);
     ((real *)to->of[FBN_PRESCALE])[c] = (real)prescale;
     ((real *)to->of[FBN_NEG_MEAN])[c] = (real)(-mean_hi * prescale);
-    ((real *)to->of[FBN_SCALE])[c] = (real)NAME(finite)(gain / prescale);
+    NAME(set_scale)(NAME(finite)(gain / prescale), c, to);
     ((real *)to->of[FBN_SHIFT])[c] = shift_hi;
     /* NaN where beta is infinite; and +0 rather than -0, since a loop that does not read it adds +0. */
     ((real *)to->of[FBN_SHIFT_LOW])[c] = fabs(shift_low) > 0 ? shift_low : 0;
 }
 
+/* Whether channel c needs no prescale. A split scale is multiplied before the shift is added, and may overflow where y
+ * does not if the shift is large. */
+FBN_INLINE int NAME(has_usual_line)(const fbn_channels *k, int64_t c) {
+    const int usual = NAME(is_usual)(k->mean[c], k->inv_std[c], k->inv_std[c] * k->gamma[c]);
+    return SPLITS_SCALE ? usual & (k->beta[c] < 0x1p100) & (k->beta[c] > -0x1p100) : usual;
+}
+
 static int NAME(all_usual)(const fbn_channels *k, int64_t n) {
     int64_t usual = 0;
-    for (int64_t c = 0; c < n; c++) usual += NAME(is_usual)(k->mean[c], k->inv_std[c], k->inv_std[c] * k->gamma[c]);
+    for (int64_t c = 0; c < n; c++) usual += NAME(has_usual_line)(k, c);
     return usual == n;
+}
+
+/* Where the scale is split, channels without a prescale are taken to have a usual line, so that the others get one. */
+static double NAME(prescale_of)(const fbn_channels *k, int64_t c) {
+    const int e = NAME(prescale_exponent)(k->mean[c], k->inv_std[c], k->inv_std[c] * k->gamma[c]);
+    return SPLITS_SCALE && e == 0 && !NAME(has_usual_line)(k, c) ? 0.5 : ldexp(1, e);
 }
 
 static void NAME(set_line)(const fbn_channels *k, int64_t n, const fbn_constants *to) {
     if (NAME(all_usual)(k, n))
         for (int64_t c = 0; c < n; c++) NAME(set_one_line)(k, c, 1, to);
     else
-        for (int64_t c = 0; c < n; c++) {
-            const int e = NAME(prescale_exponent)(k->mean[c], k->inv_std[c], k->inv_std[c] * k->gamma[c]);
-            NAME(set_one_line)(k, c, ldexp(1, e), to);
-        }
+        for (int64_t c = 0; c < n; c++) NAME(set_one_line)(k, c, NAME(prescale_of)(k, c), to);
 }
 
 /* dx = gain (dz + B (x - mean) + D), with gain = gamma / std, B = -sum(dz (x - mean)) / (M var), D = -sum(dz) / M

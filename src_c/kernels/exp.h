@@ -1,9 +1,10 @@
 /* exp.h: exp(-z), for the sigmoid and the SiLU.
  *
- * z = k ln 2 + r with |r| <= ln(2) / 2 (Cody & Waite: ln 2 in two pieces, of which the first has so few bits that k times
- * it is exact), and exp(-z) = 2^-k exp(-r). exp(-r) is 1 - (r + r^2 c(r)), where c is a polynomial: the Taylor series up
- * to r^13 in float64, and in float32 the best approximation of degree 6, with errors below 0.1 ulp. Terms are added in
- * pairs, since a chain of additions that wait for each other would take longer. The error of exp is below 1.1 ulp.
+ * z = k ln 2 + r with |r| <= ln(2) / 2 (Cody & Waite: ln 2 in two pieces, of which the first has so few bits that k
+ * times it is exact), and exp(-z) = 2^-k exp(-r). exp(-r) is 1 - (r + r^2 c(r)), where c is a polynomial: the Taylor
+ * series up to r^13 in float64, and in float32 the best approximation of degree 6, with errors below 0.1 ulp. Terms are
+ * added in pairs, since a chain of additions that wait for each other would take longer. The error of exp is below 1.1
+ * ulp.
  */
 
 /* 2^-k (1 - less), |less| < 1/2. k was added to a shift, which rounded it to an integer. */

@@ -16,7 +16,7 @@ FBN_INLINE NAME(parts) NAME(any_parts)(const fbn_operands *o) {
 
 /* The constants of one channel, or of a vector of columns. Those that a call does not need are never loaded. */
 typedef struct {
-    vec prescale, neg_mean, scale, shift, shift_low, on_dy, on_x, constant, postscale;
+    vec prescale, neg_mean, scale, scale_low, shift, shift_low, on_dy, on_x, constant, postscale;
     real slope;
 } NAME(constants);
 
@@ -30,6 +30,7 @@ FBN_INLINE NAME(constants) NAME(constants_at)(const fbn_operands *o, int64_t c, 
     return (NAME(constants)){.prescale = p.usual ? vset(1) : NAME(constant_at)(o, FBN_PRESCALE, c, each),
                              .neg_mean = NAME(constant_at)(o, FBN_NEG_MEAN, c, each),
                              .scale = NAME(constant_at)(o, FBN_SCALE, c, each),
+                             .scale_low = SPLITS_SCALE ? NAME(constant_at)(o, FBN_SCALE_LOW, c, each) : vset(0),
                              .shift = NAME(constant_at)(o, FBN_SHIFT, c, each),
                              .shift_low = p.exact ? vset(0) : NAME(constant_at)(o, FBN_SHIFT_LOW, c, each),
                              .on_dy = NAME(constant_at)(o, FBN_ON_DY, c, each),
@@ -48,10 +49,10 @@ FBN_INLINE vec NAME(centre)(vec x, const NAME(constants) * k, NAME(parts) p) {
  * may cancel the shift, so the rounding error of their sum is kept (Knuth's two-sum), unless the sum is infinite. */
 FBN_INLINE vec NAME(preactivation)(vec x, vec residual, const NAME(constants) * k, NAME(parts) p) {
     const vec d = NAME(centre)(x, k, p);
-    if (!p.has_residual) return vline(d, k->scale, k->shift, k->shift_low);
+    if (!p.has_residual) return vline(d, k->scale, k->scale_low, k->shift, k->shift_low, p.usual, p.usual);
     const vec sum = vadd(k->shift, residual), back = vsub(sum, k->shift);
     const vec lost = vadd(vsub(k->shift, vsub(sum, back)), vsub(residual, back));
-    return vline(d, k->scale, sum, vzero_nan(vadd(lost, k->shift_low)));
+    return vline(d, k->scale, k->scale_low, sum, vzero_nan(vadd(lost, k->shift_low)), p.usual, 0);
 }
 
 /* n <= WIDTH elements, followed by zeros. In loops, n is the constant WIDTH. */

@@ -9,7 +9,7 @@
 
 /* float64 */
 typedef __m256d f64_vec;
-enum { F64_WIDTH = 4 };
+enum { F64_WIDTH = 4, F64_SPLITS_B = 0 };
 
 FBN_INLINE __m256i f64_first(int64_t n) {
     return _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3));
@@ -31,7 +31,10 @@ FBN_INLINE f64_vec f64_add(f64_vec a, f64_vec b) { return _mm256_add_pd(a, b); }
 FBN_INLINE f64_vec f64_sub(f64_vec a, f64_vec b) { return _mm256_sub_pd(a, b); }
 FBN_INLINE f64_vec f64_mul(f64_vec a, f64_vec b) { return _mm256_mul_pd(a, b); }
 FBN_INLINE f64_vec f64_fma(f64_vec a, f64_vec b, f64_vec c) { return _mm256_fmadd_pd(a, b, c); }
-FBN_INLINE f64_vec f64_line(f64_vec a, f64_vec b, f64_vec c, f64_vec low) { return f64_add(f64_fma(a, b, c), low); }
+FBN_INLINE f64_vec f64_line(f64_vec a, f64_vec b, f64_vec b_low, f64_vec c, f64_vec low, int usual_b, int usual_c) {
+    (void)b_low, (void)usual_b, (void)usual_c;
+    return f64_add(f64_fma(a, b, c), low);
+}
 FBN_INLINE f64_vec f64_muladd(f64_vec a, f64_vec b, f64_vec c) { return f64_fma(a, b, c); }
 FBN_INLINE f64_vec f64_mulsub(f64_vec a, f64_vec b, f64_vec c) { return _mm256_fnmadd_pd(a, b, c); }
 FBN_INLINE f64_vec f64_relu(f64_vec a) { return _mm256_max_pd(_mm256_setzero_pd(), a); }
@@ -61,7 +64,7 @@ FBN_INLINE f64_vec f64_zero_nan(f64_vec a) { return _mm256_and_pd(_mm256_cmp_pd(
 
 /* float32 */
 typedef __m256 f32_vec;
-enum { F32_WIDTH = 8 };
+enum { F32_WIDTH = 8, F32_SPLITS_B = 0 };
 
 FBN_INLINE __m256i f32_first(int64_t n) {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32((int)n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
@@ -83,7 +86,10 @@ FBN_INLINE f32_vec f32_add(f32_vec a, f32_vec b) { return _mm256_add_ps(a, b); }
 FBN_INLINE f32_vec f32_sub(f32_vec a, f32_vec b) { return _mm256_sub_ps(a, b); }
 FBN_INLINE f32_vec f32_mul(f32_vec a, f32_vec b) { return _mm256_mul_ps(a, b); }
 FBN_INLINE f32_vec f32_fma(f32_vec a, f32_vec b, f32_vec c) { return _mm256_fmadd_ps(a, b, c); }
-FBN_INLINE f32_vec f32_line(f32_vec a, f32_vec b, f32_vec c, f32_vec low) { return f32_add(f32_fma(a, b, c), low); }
+FBN_INLINE f32_vec f32_line(f32_vec a, f32_vec b, f32_vec b_low, f32_vec c, f32_vec low, int usual_b, int usual_c) {
+    (void)b_low, (void)usual_b, (void)usual_c;
+    return f32_add(f32_fma(a, b, c), low);
+}
 FBN_INLINE f32_vec f32_muladd(f32_vec a, f32_vec b, f32_vec c) { return f32_fma(a, b, c); }
 FBN_INLINE f32_vec f32_mulsub(f32_vec a, f32_vec b, f32_vec c) { return _mm256_fnmadd_ps(a, b, c); }
 FBN_INLINE f32_vec f32_relu(f32_vec a) { return _mm256_max_ps(_mm256_setzero_ps(), a); }

@@ -8,7 +8,7 @@
 
 /* float64 */
 typedef __m512d f64_vec;
-enum { F64_WIDTH = 8 };
+enum { F64_WIDTH = 8, F64_SPLITS_B = 0 };
 
 FBN_INLINE __mmask8 f64_first(int64_t n) { return (__mmask8)((1u << n) - 1u); }
 FBN_INLINE f64_vec f64_set(double s) { return _mm512_set1_pd(s); }
@@ -25,7 +25,10 @@ FBN_INLINE f64_vec f64_add(f64_vec a, f64_vec b) { return _mm512_add_pd(a, b); }
 FBN_INLINE f64_vec f64_sub(f64_vec a, f64_vec b) { return _mm512_sub_pd(a, b); }
 FBN_INLINE f64_vec f64_mul(f64_vec a, f64_vec b) { return _mm512_mul_pd(a, b); }
 FBN_INLINE f64_vec f64_fma(f64_vec a, f64_vec b, f64_vec c) { return _mm512_fmadd_pd(a, b, c); }
-FBN_INLINE f64_vec f64_line(f64_vec a, f64_vec b, f64_vec c, f64_vec low) { return f64_add(f64_fma(a, b, c), low); }
+FBN_INLINE f64_vec f64_line(f64_vec a, f64_vec b, f64_vec b_low, f64_vec c, f64_vec low, int usual_b, int usual_c) {
+    (void)b_low, (void)usual_b, (void)usual_c;
+    return f64_add(f64_fma(a, b, c), low);
+}
 FBN_INLINE f64_vec f64_muladd(f64_vec a, f64_vec b, f64_vec c) { return f64_fma(a, b, c); }
 FBN_INLINE f64_vec f64_mulsub(f64_vec a, f64_vec b, f64_vec c) { return _mm512_fnmadd_pd(a, b, c); }
 FBN_INLINE f64_vec f64_relu(f64_vec a) { return _mm512_max_pd(_mm512_setzero_pd(), a); }
@@ -49,7 +52,7 @@ FBN_INLINE f64_vec f64_zero_nan(f64_vec a) { return _mm512_maskz_mov_pd(_mm512_c
 
 /* float32 */
 typedef __m512 f32_vec;
-enum { F32_WIDTH = 16 };
+enum { F32_WIDTH = 16, F32_SPLITS_B = 0 };
 
 FBN_INLINE __mmask16 f32_first(int64_t n) { return (__mmask16)((1u << n) - 1u); }
 FBN_INLINE f32_vec f32_set(float s) { return _mm512_set1_ps(s); }
@@ -66,7 +69,10 @@ FBN_INLINE f32_vec f32_add(f32_vec a, f32_vec b) { return _mm512_add_ps(a, b); }
 FBN_INLINE f32_vec f32_sub(f32_vec a, f32_vec b) { return _mm512_sub_ps(a, b); }
 FBN_INLINE f32_vec f32_mul(f32_vec a, f32_vec b) { return _mm512_mul_ps(a, b); }
 FBN_INLINE f32_vec f32_fma(f32_vec a, f32_vec b, f32_vec c) { return _mm512_fmadd_ps(a, b, c); }
-FBN_INLINE f32_vec f32_line(f32_vec a, f32_vec b, f32_vec c, f32_vec low) { return f32_add(f32_fma(a, b, c), low); }
+FBN_INLINE f32_vec f32_line(f32_vec a, f32_vec b, f32_vec b_low, f32_vec c, f32_vec low, int usual_b, int usual_c) {
+    (void)b_low, (void)usual_b, (void)usual_c;
+    return f32_add(f32_fma(a, b, c), low);
+}
 FBN_INLINE f32_vec f32_muladd(f32_vec a, f32_vec b, f32_vec c) { return f32_fma(a, b, c); }
 FBN_INLINE f32_vec f32_mulsub(f32_vec a, f32_vec b, f32_vec c) { return _mm512_fnmadd_ps(a, b, c); }
 FBN_INLINE f32_vec f32_relu(f32_vec a) { return _mm512_max_ps(_mm512_setzero_ps(), a); }
@@ -149,8 +155,8 @@ FBN_INLINE void f16_store_n(uint16_t *p, f32_vec a, int64_t n) { half_store_n(p,
 FBN_INLINE void f16_stream(uint16_t *p, f32_vec a) { half_stream(p, f16_round(a)); }
 FBN_INLINE f32_wide f16_wide_load(const uint16_t *p) { return f32_widen(f16_load(p)); }
 
-/* bfloat16, converted by integer operations, since vcvtneps2bf16 treats subnormals as 0. A NaN is not rounded, so that it
- * remains one. */
+/* bfloat16, converted by integer operations, since vcvtneps2bf16 treats subnormals as 0. A NaN is not rounded, so that
+ * it remains one. */
 FBN_INLINE f32_vec bf16_exact(__m256i a) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(a), 16));
 }

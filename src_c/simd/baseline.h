@@ -11,7 +11,10 @@
  *   T_add, T_mul, T_sub   lane by lane
  *   T_fma(a, b, c)        a * b + c, rounded once. Here float32 is computed in float64, where the product is exact, and
  *                         float64 is rounded twice.
- *   T_line(a, b, c, low)  (a * b + c) + low, where the product is not rounded, or by far less than the sums
+ *   T_line(a, b, b_low, c, low, usual_b, usual_c)
+ *                         (a * b + c) + low, with a fused multiply-add. Where T_SPLITS_B is 1 the factor is b + b_low
+ *                         instead, whose parts have the same sign and are 0 only if the factor is (see f32_line). The
+ *                         others do not read b_low. usual_b: 2^-61 < |b| < 2^61 or b = 0; usual_c: |c| < 2^101.
  *   T_muladd(a, b, c)     a * b + c, rounded once or twice, whichever is faster; T_mulsub(a, b, c) is c - a * b
  *   T_relu(a)             0 where a < 0, else a (so NaN stays)
  *   T_zero_nan(a)         0 where a is NaN, else a
@@ -62,14 +65,11 @@ typedef int32_t f32_lanes __attribute__((vector_size(16)));
 typedef uint16_t half_lanes __attribute__((vector_size(8)));
 #define EACH(comparison) (comparison)
 #define CONVERT(a, type) __builtin_convertvector(a, type)
-static inline f32_half f32_lower(f32_vec a) { return (f32_half){a[0], a[1]}; }
 #ifdef __SSE2__
 #define FBN_SSE2 1
-/* GCC compiles {a[2], a[3]} to four instructions. */
-static inline f32_half f32_upper(f32_vec a) { return f32_lower(_mm_movehl_ps(a, a)); }
-#else
-static inline f32_half f32_upper(f32_vec a) { return (f32_half){a[2], a[3]}; }
 #endif
+static inline f32_half f32_lower(f32_vec a) { return (f32_half){a[0], a[1]}; }
+static inline f32_half f32_upper(f32_vec a) { return (f32_half){a[2], a[3]}; }
 static inline f32_vec f32_both(f32_half lo, f32_half hi) { return (f32_vec){lo[0], lo[1], hi[0], hi[1]}; }
 #else
 enum { F64_WIDTH = 1, F32_WIDTH = 1 };
@@ -87,6 +87,8 @@ static inline f32_vec f32_both(f32_half lo, f32_half hi) {
     return lo;
 }
 #endif
+
+enum { F64_SPLITS_B = 0, F32_SPLITS_B = 1 };
 
 /* float64 */
 static inline f64_lanes f64_bits(f64_vec a) {
@@ -156,7 +158,10 @@ static inline int f64_all(f64_lanes a) {
 }
 FBN_INLINE int f64_all_less(f64_vec a, f64_vec b) { return f64_all(EACH(a < b)); }
 FBN_INLINE f64_vec f64_fma(f64_vec a, f64_vec b, f64_vec c) { return a * b + c; }
-FBN_INLINE f64_vec f64_line(f64_vec a, f64_vec b, f64_vec c, f64_vec low) { return a * b + c + low; }
+FBN_INLINE f64_vec f64_line(f64_vec a, f64_vec b, f64_vec b_low, f64_vec c, f64_vec low, int usual_b, int usual_c) {
+    (void)b_low, (void)usual_b, (void)usual_c;
+    return a * b + c + low;
+}
 FBN_INLINE f64_vec f64_muladd(f64_vec a, f64_vec b, f64_vec c) { return a * b + c; }
 FBN_INLINE f64_vec f64_mulsub(f64_vec a, f64_vec b, f64_vec c) { return c - a * b; }
 
@@ -209,11 +214,12 @@ FBN_INLINE f32_vec f32_where_less(f32_vec a, f32_vec b, f32_vec c, f32_vec d) { 
 #ifdef FBN_SSE2
 FBN_INLINE f32_vec f32_min(f32_vec a, f32_vec b) { return _mm_min_ps(a, b); }
 FBN_INLINE f32_vec f32_max(f32_vec a, f32_vec b) { return _mm_max_ps(a, b); }
+FBN_INLINE f32_vec f32_relu(f32_vec a) { return _mm_max_ps(_mm_setzero_ps(), a); }
 #else
 FBN_INLINE f32_vec f32_min(f32_vec a, f32_vec b) { return f32_where_less(a, b, a, b); }
 FBN_INLINE f32_vec f32_max(f32_vec a, f32_vec b) { return f32_where_less(b, a, a, b); }
-#endif
 FBN_INLINE f32_vec f32_relu(f32_vec a) { return f32_of_bits(~EACH(a < 0) & f32_bits(a)); }
+#endif
 FBN_INLINE f32_vec f32_keep_if_positive(f32_vec z, f32_vec a) { return f32_of_bits(~EACH(z <= 0) & f32_bits(a)); }
 FBN_INLINE f32_vec f32_zero_nan(f32_vec a) { return f32_of_bits(EACH(a == a) & f32_bits(a)); }
 FBN_INLINE f32_vec f32_minus_abs(f32_vec a) { return f32_of_bits(f32_bits(f32_set(-(float)0)) | f32_bits(a)); }
@@ -245,11 +251,21 @@ typedef struct {
     f64_vec lo, hi;
 } f32_wide;
 
+/* GCC makes scalar instructions of conversions of two elements. */
+#ifdef FBN_SSE2
+static inline f64_vec f32_two(const float *p) {
+    return _mm_cvtps_pd(_mm_castsi128_ps(_mm_loadl_epi64((const __m128i *)p)));
+}
+FBN_INLINE f32_wide f32_widen(f32_vec a) { return (f32_wide){_mm_cvtps_pd(a), _mm_cvtps_pd(_mm_movehl_ps(a, a))}; }
+FBN_INLINE f32_wide f32_wide_load(const float *p) { return (f32_wide){f32_two(p), f32_two(p + 2)}; }
+static inline f32_vec f32_narrow(f32_wide a) { return _mm_movelh_ps(_mm_cvtpd_ps(a.lo), _mm_cvtpd_ps(a.hi)); }
+#else
 FBN_INLINE f32_wide f32_widen(f32_vec a) {
     return (f32_wide){CONVERT(f32_lower(a), f64_vec), CONVERT(f32_upper(a), f64_vec)};
 }
-static inline f32_vec f32_narrow(f32_wide a) { return f32_both(CONVERT(a.lo, f32_half), CONVERT(a.hi, f32_half)); }
 FBN_INLINE f32_wide f32_wide_load(const float *p) { return f32_widen(f32_load(p)); }
+static inline f32_vec f32_narrow(f32_wide a) { return f32_both(CONVERT(a.lo, f32_half), CONVERT(a.hi, f32_half)); }
+#endif
 FBN_INLINE f32_wide f32_wide_set(double s) { return (f32_wide){f64_set(s), f64_set(s)}; }
 FBN_INLINE f32_wide f32_wide_get(const double *p) {
     return (f32_wide){f64_load(p), f64_load(p + F32_WIDTH - F64_WIDTH)};
@@ -269,35 +285,56 @@ FBN_INLINE f32_wide f32_wide_keep_if_positive(f32_wide z, f32_wide a) {
 FBN_INLINE f32_vec f32_fma(f32_vec a, f32_vec b, f32_vec c) {
     return f32_narrow(f32_wide_fma(f32_widen(a), f32_widen(b), f32_widen(c)));
 }
-/* The 12 upper bits of a and b have an exact product (Dekker 1971), to which the rest is added last, with the low part.
- * This is faster than float64, to which SSE2 converts two values at a time. Lanes need float64 where the product
- * overflows, where something is not finite, or where b is so small that the rest would be subnormal. */
-static inline f32_vec f32_upper_bits(f32_vec a) { return f32_of_bits(f32_bits(a) & ~0xfff); }
-FBN_INLINE f32_vec f32_line(f32_vec a, f32_vec b, f32_vec c, f32_vec low) {
-    const f32_vec a_upper = f32_upper_bits(a), b_upper = f32_upper_bits(b);
-    const f32_vec rest = a_upper * (b - b_upper) + (a - a_upper) * b;
-    const f32_vec sum = (a_upper * b_upper + c) + (rest + low);
-    const f32_lanes good = EACH(sum - sum == 0) & EACH(b * b > 0x1p-120f);
-    return f32_all(good) ? sum : f32_where(good, sum, f32_fma(a, b, c) + low);
+/* With a fused multiply-add, b is the factor rounded to float32, and a * b is not rounded. Here b + b_low is the factor
+ * to within 2^-47 of it, and a * b is rounded. Either way the error is at most u = 2^-24 of the product and half an ulp
+ * of each of the two sums. (That of a sum just above a power of 2 is an ulp of a result just below.) What b_low adds is
+ * less than 2^-23 of the product, so it and its sum with low are rounded by less than 2^-46 of the product and of c.
+ * The rounding of a adds another u of the product: 2 u |xhat gamma| is less than 2 ulp of |xhat| times |gamma|.
+ *
+ * If c is usual, it is less than half an ulp of the largest number, so that a * b overflows only where the result does,
+ * by no more than its rounding. An infinite a gives two infinities of one sign. What a * b and a * b_low lose to
+ * underflow is 2^-149 at most. If b is usual, gamma is at least 2^-120 (see kernels/constants.h), and its ulp 2^-143.
+ *
+ * Whether a lane needs float64 depends on its b and c alone. So do its bits, whatever is known about the other lanes.
+ */
+static inline f32_vec f32_line_in_f64(f32_vec a, f32_vec b, f32_vec b_low, f32_vec c, f32_vec low) {
+    const f32_wide factor = f32_wide_add(f32_widen(b), f32_widen(b_low));
+    return f32_narrow(f32_wide_fma(f32_widen(a), factor, f32_widen(c))) + low;
+}
+FBN_INLINE f32_vec f32_line(f32_vec a, f32_vec b, f32_vec b_low, f32_vec c, f32_vec low, int usual_b, int usual_c) {
+    const f32_vec y = (a * b + c) + (a * b_low + low);
+    if (usual_b && usual_c) return y;
+    const f32_lanes usual =
+        (EACH(b * b > 0x1p-124f) | EACH(b == 0) | -usual_b) & EACH(c < 0x1p101f) & EACH(c > -0x1p101f);
+    return f32_all(usual) ? y : f32_where(usual, y, f32_line_in_f64(a, b, b_low, c, low));
 }
 FBN_INLINE f32_vec f32_muladd(f32_vec a, f32_vec b, f32_vec c) { return a * b + c; }
 FBN_INLINE f32_vec f32_mulsub(f32_vec a, f32_vec b, f32_vec c) { return c - a * b; }
 
-/* 16-bit elements, in the lower half of a lane */
+/* 16-bit elements, in the lower half of a lane. half_store takes lanes whose upper half repeats the sign bit. */
+#ifdef FBN_SSE2
+static inline f32_lanes half_load(const uint16_t *p) {
+    return (f32_lanes)_mm_unpacklo_epi16(_mm_loadl_epi64((const __m128i *)p), _mm_setzero_si128());
+}
+static inline void half_store(uint16_t *p, f32_lanes a) {
+    _mm_storel_epi64((__m128i *)p, _mm_packs_epi32((__m128i)a, (__m128i)a));
+}
+#else
 static inline f32_lanes half_load(const uint16_t *p) {
     half_lanes a;
     memcpy(&a, p, sizeof a);
     return CONVERT(a, f32_lanes);
 }
+static inline void half_store(uint16_t *p, f32_lanes a) {
+    const half_lanes halves = CONVERT(a, half_lanes);
+    memcpy(p, &halves, sizeof halves);
+}
+#endif
 FBN_INLINE f32_lanes half_load_n(const uint16_t *p, int64_t n) {
     uint16_t lane[F32_WIDTH] = {0};
     for (int i = 0; i < F32_WIDTH; i++)
         if (i < n) lane[i] = p[i];
     return half_load(lane);
-}
-static inline void half_store(uint16_t *p, f32_lanes a) {
-    const half_lanes halves = CONVERT(a, half_lanes);
-    memcpy(p, &halves, sizeof halves);
 }
 FBN_INLINE void half_store_n(uint16_t *p, f32_lanes a, int64_t n) {
     uint16_t lane[F32_WIDTH];
@@ -309,22 +346,23 @@ static inline f32_lanes f32_choose(f32_lanes condition, f32_lanes a, f32_lanes b
     return (condition & a) | (~condition & b);
 }
 
-/* float16. A subnormal is converted as a normal number with the same fraction, minus that number's leading 1. */
+/* float16. A subnormal is converted as the normal number with the same fraction, minus that number's leading 1. */
 static inline f32_vec f16_exact(f32_lanes a) {
-    const f32_lanes sign = (a & 0x8000) << 16, rest = (a & 0x7fff) << 13;
-    const f32_lanes scaled = rest + ((127 - 15) << 23), special = rest + (2 * (127 - 15) << 23);
-    const f32_lanes subnormal = f32_bits(f32_of_bits(rest | 113 << 23) - 0x1p-14f);
-    const f32_lanes normal = f32_choose(EACH(rest < 0x0f800000), scaled, special);
-    return f32_of_bits(sign | f32_choose(EACH(rest < 1 << 23), subnormal, normal));
+    const f32_lanes sign = (a & 0x8000) << 16, rest = (a & 0x7fff) << 13, more = ((127 - 15) << 23) - (f32_lanes){0};
+    const f32_lanes special = EACH(rest > 0x0f7fffff), subnormal = EACH(rest < 1 << 23);
+    const f32_lanes scaled = rest + more + (special & more) + (subnormal & 1 << 23);
+    return f32_of_bits(sign | f32_bits(f32_of_bits(scaled) - f32_of_bits(subnormal & f32_bits(f32_set(0x1p-14f)))));
 }
+/* The sum with 2^13 times the power of 2 at or below |a|, or the least one of a normal float16, is rounded where the
+ * float16 must be, and ends with its fraction and leading 1. What is too large to be finite counts as 2^16. */
 static inline f32_lanes f16_round(f32_vec a) {
-    const f32_lanes bits = f32_bits(a), rest = bits & 0x7fffffff, sign = bits >> 16 & 0x8000;
-    /* The sum with 0.5 ends with the bits of the float16 subnormal, and is rounded as the subnormal must be. */
-    const f32_lanes subnormal = f32_bits(f32_of_bits(rest) + 0.5f) - f32_bits(f32_set(0.5f));
-    const f32_lanes normal = (rest + 0xfff + (rest >> 13 & 1) - ((127 - 15) << 23)) >> 13;
-    const f32_lanes special = (EACH(rest > 0x7f800000) & (0x200 | (rest >> 13 & 0x3ff))) | 0x7c00;
-    const f32_lanes large = f32_choose(EACH(rest < 143 << 23), normal, special);
-    return sign | f32_choose(EACH(rest < 113 << 23), subnormal, large);
+    const f32_lanes bits = f32_bits(a), rest = bits & 0x7fffffff;
+    const f32_vec size = f32_min(f32_of_bits(rest), f32_set(0x1p16f));
+    const f32_vec power = f32_max(f32_of_bits(f32_bits(size) & 0x7f800000), f32_set(0x1p-14f)), large = power * 0x1p13f;
+    const f32_lanes fraction = f32_bits(large + size) - f32_bits(large);
+    const f32_lanes number = fraction + ((f32_bits(power) - (113 << 23)) >> 13);
+    const f32_lanes nan = EACH(a != a) & (0x200 | (rest >> 13 & 0x3ff));
+    return (bits >> 16 & -0x8000) | number | nan;
 }
 FBN_INLINE f32_vec f16_load(const uint16_t *p) { return f16_exact(half_load(p)); }
 FBN_INLINE f32_vec f16_load_n(const uint16_t *p, int64_t n, f32_vec fill) {

@@ -11,7 +11,7 @@
 
 /* float64 */
 typedef float64x2_t f64_vec;
-enum { F64_WIDTH = 2 };
+enum { F64_WIDTH = 2, F64_SPLITS_B = 0 };
 
 FBN_INLINE f64_vec f64_set(double s) { return vdupq_n_f64(s); }
 FBN_INLINE double f64_value(const double *p) { return *p; }
@@ -35,7 +35,10 @@ FBN_INLINE f64_vec f64_add(f64_vec a, f64_vec b) { return vaddq_f64(a, b); }
 FBN_INLINE f64_vec f64_sub(f64_vec a, f64_vec b) { return vsubq_f64(a, b); }
 FBN_INLINE f64_vec f64_mul(f64_vec a, f64_vec b) { return vmulq_f64(a, b); }
 FBN_INLINE f64_vec f64_fma(f64_vec a, f64_vec b, f64_vec c) { return vfmaq_f64(c, a, b); }
-FBN_INLINE f64_vec f64_line(f64_vec a, f64_vec b, f64_vec c, f64_vec low) { return f64_add(f64_fma(a, b, c), low); }
+FBN_INLINE f64_vec f64_line(f64_vec a, f64_vec b, f64_vec b_low, f64_vec c, f64_vec low, int usual_b, int usual_c) {
+    (void)b_low, (void)usual_b, (void)usual_c;
+    return f64_add(f64_fma(a, b, c), low);
+}
 FBN_INLINE f64_vec f64_muladd(f64_vec a, f64_vec b, f64_vec c) { return f64_fma(a, b, c); }
 FBN_INLINE f64_vec f64_mulsub(f64_vec a, f64_vec b, f64_vec c) { return vfmsq_f64(c, a, b); }
 FBN_INLINE f64_vec f64_relu(f64_vec a) { return vbslq_f64(vcltzq_f64(a), f64_set(0), a); }
@@ -65,7 +68,7 @@ FBN_INLINE f64_vec f64_zero_nan(f64_vec a) { return vbslq_f64(vceqq_f64(a, a), a
 
 /* float32 */
 typedef float32x4_t f32_vec;
-enum { F32_WIDTH = 4 };
+enum { F32_WIDTH = 4, F32_SPLITS_B = 0 };
 
 FBN_INLINE f32_vec f32_set(float s) { return vdupq_n_f32(s); }
 FBN_INLINE double f32_value(const float *p) { return *p; }
@@ -97,7 +100,10 @@ FBN_INLINE f32_vec f32_add(f32_vec a, f32_vec b) { return vaddq_f32(a, b); }
 FBN_INLINE f32_vec f32_sub(f32_vec a, f32_vec b) { return vsubq_f32(a, b); }
 FBN_INLINE f32_vec f32_mul(f32_vec a, f32_vec b) { return vmulq_f32(a, b); }
 FBN_INLINE f32_vec f32_fma(f32_vec a, f32_vec b, f32_vec c) { return vfmaq_f32(c, a, b); }
-FBN_INLINE f32_vec f32_line(f32_vec a, f32_vec b, f32_vec c, f32_vec low) { return f32_add(f32_fma(a, b, c), low); }
+FBN_INLINE f32_vec f32_line(f32_vec a, f32_vec b, f32_vec b_low, f32_vec c, f32_vec low, int usual_b, int usual_c) {
+    (void)b_low, (void)usual_b, (void)usual_c;
+    return f32_add(f32_fma(a, b, c), low);
+}
 FBN_INLINE f32_vec f32_muladd(f32_vec a, f32_vec b, f32_vec c) { return f32_fma(a, b, c); }
 FBN_INLINE f32_vec f32_mulsub(f32_vec a, f32_vec b, f32_vec c) { return vfmsq_f32(c, a, b); }
 FBN_INLINE f32_vec f32_relu(f32_vec a) { return vbslq_f32(vcltzq_f32(a), f32_set(0), a); }

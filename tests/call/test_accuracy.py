@@ -494,6 +494,15 @@ def test_x_far_from_the_mean(dtype: str, layout: str, activation: str | None, ke
         cases.check(cases.Call(x, dy, dy, gamma, beta, mean, var), training=False, eps=eps, activation=activation)
 
 
+def test_gamma_times_xhat_overflows_where_y_does_not(kernel: cases.Kernel) -> None:
+    x, zero = np.linspace(2.5e38, 3.3e38, 105, dtype="f4").reshape(1, 3, 35), np.zeros(3, "f4")
+    for beta, residual in ((zero - np.float32(3e38), None), (zero, np.full_like(x, -3e38))):
+        given: Any = (zero + 1.5, beta, zero, zero + 1)
+        y = fastbn.infer(x, *given, eps=0, residual=residual)
+        cases.assert_y(y, oracle.forward(x, *given, eps=0, residual=residual), given[0])
+        assert (fastbn.infer(x * np.float32(np.inf), *given, eps=0, residual=residual) == np.inf).all()
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradient_where_neither_spread_nor_gain_is_usual(layout: str, kernel: cases.Kernel) -> None:
     """The factor of x - mean may be far beyond float32 where dx, for its small gamma, is not."""
