@@ -24,13 +24,12 @@
 #define vwhere_less f32_where_less
 #define vall_less f32_all_less
 #define vldexp f32_ldexp
-#define vpower f32_power
+#define vscaled f32_scaled
 #define vminus_abs f32_minus_abs
 #define vzero_nan f32_zero_nan
 #define vfma f32_fma
 #define vline f32_line
 #define vmuladd f32_muladd
-#define vmulsub f32_mulsub
 #define vrelu f32_relu
 #define vkeep_if_positive f32_keep_if_positive
 #define wide f32_wide

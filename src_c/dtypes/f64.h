@@ -24,13 +24,12 @@
 #define vwhere_less f64_where_less
 #define vall_less f64_all_less
 #define vldexp f64_ldexp
-#define vpower f64_power
+#define vscaled f64_scaled
 #define vminus_abs f64_minus_abs
 #define vzero_nan f64_zero_nan
 #define vfma f64_fma
 #define vline f64_line
 #define vmuladd f64_muladd
-#define vmulsub f64_mulsub
 #define vrelu f64_relu
 #define vkeep_if_positive f64_keep_if_positive
 #define wide f64_vec

@@ -24,13 +24,12 @@
 #undef vwhere_less
 #undef vall_less
 #undef vldexp
-#undef vpower
+#undef vscaled
 #undef vminus_abs
 #undef vzero_nan
 #undef vfma
 #undef vline
 #undef vmuladd
-#undef vmulsub
 #undef vrelu
 #undef vkeep_if_positive
 #undef wide

@@ -10,7 +10,7 @@
 /* 2^-k (1 - less), |less| < 1/2. k was added to a shift, which rounded it to an integer. */
 typedef struct {
     vec less, shifted;
-} NAME(scaled);
+} NAME(parts_of_exp);
 
 /* Up to NEAR, the square of exp(|z|) is finite. From NEAR on, 1 + exp(-|z|) is 1. Beyond FAR, exp(-|z|) and
  * z * exp(-|z|) are 0. */
@@ -26,7 +26,7 @@ FBN_INLINE vec NAME(terms)(const double *c, vec r, vec square) {
     return vmuladd(vmuladd(third, square, second), square, first);
 }
 
-FBN_INLINE NAME(scaled) NAME(exp_of_minus)(vec z) {
+FBN_INLINE NAME(parts_of_exp) NAME(exp_of_minus)(vec z) {
     static const double best[] = {-0x1.fffffcp-2, 0x1.555492p-3, -0x1.5558f2p-5, 0x1.1239d6p-7, -0x1.6a2448p-10};
     static const double factors[] = {-1.0 / 2,       1.0 / 6,        -1.0 / 24,        1.0 / 120,
                                      -1.0 / 720,     1.0 / 5040,     -1.0 / 40320,     1.0 / 362880,
@@ -37,19 +37,18 @@ FBN_INLINE NAME(scaled) NAME(exp_of_minus)(vec z) {
     const vec r = vmuladd(k, vset((real)-low), vmuladd(k, vset((real)-high), z)), square = vmul(r, r);
     vec c = NAME(terms)(sizeof(real) == 8 ? factors : best, r, square);
     if (sizeof(real) == 8) c = vmuladd(NAME(terms)(factors + 6, r, square), vmul(vmul(square, square), square), c);
-    return (NAME(scaled)){vmuladd(square, c, r), shifted};
+    return (NAME(parts_of_exp)){vmuladd(square, c, r), shifted};
 }
 
 /* exp(-z) where |z| < NEAR */
 FBN_INLINE vec NAME(near_exp)(vec z) {
-    const NAME(scaled) e = NAME(exp_of_minus)(z);
-    const vec power = vpower(e.shifted);
-    return vmulsub(power, e.less, power);
+    const NAME(parts_of_exp) e = NAME(exp_of_minus)(z);
+    return vscaled(vsub(vset(1), e.less), e.shifted);
 }
 
 /* a * exp(-min(|z|, FAR)). A power of two is multiplied by last, so that a subnormal result is rounded only once. */
 FBN_INLINE vec NAME(times_far_exp)(vec a, vec z) {
     const vec size = vsub(vset(0), vminus_abs(z));
-    const NAME(scaled) e = NAME(exp_of_minus)(vmin(vset(NAME(FAR)), size));
-    return vldexp(vmulsub(a, e.less, a), vsub(NAME(shift)(), e.shifted));
+    const NAME(parts_of_exp) e = NAME(exp_of_minus)(vmin(vset(NAME(FAR)), size));
+    return vldexp(vmuladd(a, vsub(vset(0), e.less), a), vsub(NAME(shift)(), e.shifted));
 }

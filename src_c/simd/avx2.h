@@ -36,7 +36,6 @@ FBN_INLINE f64_vec f64_line(f64_vec a, f64_vec b, f64_vec b_low, f64_vec c, f64_
     return f64_add(f64_fma(a, b, c), low);
 }
 FBN_INLINE f64_vec f64_muladd(f64_vec a, f64_vec b, f64_vec c) { return f64_fma(a, b, c); }
-FBN_INLINE f64_vec f64_mulsub(f64_vec a, f64_vec b, f64_vec c) { return _mm256_fnmadd_pd(a, b, c); }
 FBN_INLINE f64_vec f64_relu(f64_vec a) { return _mm256_max_pd(_mm256_setzero_pd(), a); }
 FBN_INLINE f64_vec f64_keep_if_positive(f64_vec z, f64_vec a) {
     return _mm256_and_pd(_mm256_cmp_pd(z, _mm256_setzero_pd(), _CMP_NLE_UQ), a);
@@ -55,9 +54,9 @@ FBN_INLINE f64_vec f64_ldexp(f64_vec a, f64_vec k) {
     const __m128i e = _mm256_cvtpd_epi32(k), half = _mm_srai_epi32(e, 1);
     return f64_mul(f64_mul(a, f64_power_of_2(half)), f64_power_of_2(_mm_sub_epi32(e, half)));
 }
-FBN_INLINE f64_vec f64_power(f64_vec shifted) {
-    const __m256i zero = _mm256_castpd_si256(f64_set(0x1.8p52 + 1023));
-    return _mm256_castsi256_pd(_mm256_slli_epi64(_mm256_sub_epi64(zero, _mm256_castpd_si256(shifted)), 52));
+FBN_INLINE f64_vec f64_scaled(f64_vec a, f64_vec shifted) {
+    const __m256i exponent = _mm256_slli_epi64(_mm256_castpd_si256(shifted), 52);
+    return _mm256_castsi256_pd(_mm256_sub_epi64(_mm256_castpd_si256(a), exponent));
 }
 FBN_INLINE int f64_all_less(f64_vec a, f64_vec b) { return _mm256_movemask_pd(_mm256_cmp_pd(a, b, _CMP_LT_OQ)) == 0xf; }
 FBN_INLINE f64_vec f64_zero_nan(f64_vec a) { return _mm256_and_pd(_mm256_cmp_pd(a, a, _CMP_ORD_Q), a); }
@@ -91,7 +90,6 @@ FBN_INLINE f32_vec f32_line(f32_vec a, f32_vec b, f32_vec b_low, f32_vec c, f32_
     return f32_add(f32_fma(a, b, c), low);
 }
 FBN_INLINE f32_vec f32_muladd(f32_vec a, f32_vec b, f32_vec c) { return f32_fma(a, b, c); }
-FBN_INLINE f32_vec f32_mulsub(f32_vec a, f32_vec b, f32_vec c) { return _mm256_fnmadd_ps(a, b, c); }
 FBN_INLINE f32_vec f32_relu(f32_vec a) { return _mm256_max_ps(_mm256_setzero_ps(), a); }
 FBN_INLINE f32_vec f32_keep_if_positive(f32_vec z, f32_vec a) {
     return _mm256_and_ps(_mm256_cmp_ps(z, _mm256_setzero_ps(), _CMP_NLE_UQ), a);
@@ -110,9 +108,9 @@ FBN_INLINE f32_vec f32_ldexp(f32_vec a, f32_vec k) {
     const __m256i e = _mm256_cvtps_epi32(k), half = _mm256_srai_epi32(e, 1);
     return f32_mul(f32_mul(a, f32_power_of_2(half)), f32_power_of_2(_mm256_sub_epi32(e, half)));
 }
-FBN_INLINE f32_vec f32_power(f32_vec shifted) {
-    const __m256i zero = _mm256_castps_si256(f32_set(0x1.8p23f + 127));
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_sub_epi32(zero, _mm256_castps_si256(shifted)), 23));
+FBN_INLINE f32_vec f32_scaled(f32_vec a, f32_vec shifted) {
+    const __m256i exponent = _mm256_slli_epi32(_mm256_castps_si256(shifted), 23);
+    return _mm256_castsi256_ps(_mm256_sub_epi32(_mm256_castps_si256(a), exponent));
 }
 FBN_INLINE int f32_all_less(f32_vec a, f32_vec b) {
     return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_LT_OQ)) == 0xff;

@@ -30,7 +30,6 @@ FBN_INLINE f64_vec f64_line(f64_vec a, f64_vec b, f64_vec b_low, f64_vec c, f64_
     return f64_add(f64_fma(a, b, c), low);
 }
 FBN_INLINE f64_vec f64_muladd(f64_vec a, f64_vec b, f64_vec c) { return f64_fma(a, b, c); }
-FBN_INLINE f64_vec f64_mulsub(f64_vec a, f64_vec b, f64_vec c) { return _mm512_fnmadd_pd(a, b, c); }
 FBN_INLINE f64_vec f64_relu(f64_vec a) { return _mm512_max_pd(_mm512_setzero_pd(), a); }
 FBN_INLINE f64_vec f64_keep_if_positive(f64_vec z, f64_vec a) {
     return _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(z, _mm512_setzero_pd(), _CMP_NLE_UQ), a);
@@ -43,9 +42,9 @@ FBN_INLINE f64_vec f64_where_less(f64_vec a, f64_vec b, f64_vec c, f64_vec d) {
     return _mm512_mask_blend_pd(_mm512_cmp_pd_mask(a, b, _CMP_LT_OQ), d, c);
 }
 FBN_INLINE f64_vec f64_ldexp(f64_vec a, f64_vec k) { return _mm512_scalef_pd(a, k); }
-FBN_INLINE f64_vec f64_power(f64_vec shifted) {
-    const __m512i zero = _mm512_castpd_si512(f64_set(0x1.8p52 + 1023));
-    return _mm512_castsi512_pd(_mm512_slli_epi64(_mm512_sub_epi64(zero, _mm512_castpd_si512(shifted)), 52));
+FBN_INLINE f64_vec f64_scaled(f64_vec a, f64_vec shifted) {
+    const __m512i exponent = _mm512_slli_epi64(_mm512_castpd_si512(shifted), 52);
+    return _mm512_castsi512_pd(_mm512_sub_epi64(_mm512_castpd_si512(a), exponent));
 }
 FBN_INLINE int f64_all_less(f64_vec a, f64_vec b) { return _mm512_cmp_pd_mask(a, b, _CMP_NLT_UQ) == 0; }
 FBN_INLINE f64_vec f64_zero_nan(f64_vec a) { return _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(a, a, _CMP_ORD_Q), a); }
@@ -74,7 +73,6 @@ FBN_INLINE f32_vec f32_line(f32_vec a, f32_vec b, f32_vec b_low, f32_vec c, f32_
     return f32_add(f32_fma(a, b, c), low);
 }
 FBN_INLINE f32_vec f32_muladd(f32_vec a, f32_vec b, f32_vec c) { return f32_fma(a, b, c); }
-FBN_INLINE f32_vec f32_mulsub(f32_vec a, f32_vec b, f32_vec c) { return _mm512_fnmadd_ps(a, b, c); }
 FBN_INLINE f32_vec f32_relu(f32_vec a) { return _mm512_max_ps(_mm512_setzero_ps(), a); }
 FBN_INLINE f32_vec f32_keep_if_positive(f32_vec z, f32_vec a) {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(z, _mm512_setzero_ps(), _CMP_NLE_UQ), a);
@@ -87,9 +85,9 @@ FBN_INLINE f32_vec f32_where_less(f32_vec a, f32_vec b, f32_vec c, f32_vec d) {
     return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), d, c);
 }
 FBN_INLINE f32_vec f32_ldexp(f32_vec a, f32_vec k) { return _mm512_scalef_ps(a, k); }
-FBN_INLINE f32_vec f32_power(f32_vec shifted) {
-    const __m512i zero = _mm512_castps_si512(f32_set(0x1.8p23f + 127));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_sub_epi32(zero, _mm512_castps_si512(shifted)), 23));
+FBN_INLINE f32_vec f32_scaled(f32_vec a, f32_vec shifted) {
+    const __m512i exponent = _mm512_slli_epi32(_mm512_castps_si512(shifted), 23);
+    return _mm512_castsi512_ps(_mm512_sub_epi32(_mm512_castps_si512(a), exponent));
 }
 FBN_INLINE int f32_all_less(f32_vec a, f32_vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLT_UQ) == 0; }
 FBN_INLINE f32_vec f32_zero_nan(f32_vec a) { return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, a, _CMP_ORD_Q), a); }

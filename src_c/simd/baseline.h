@@ -15,7 +15,7 @@
  *                         (a * b + c) + low, with a fused multiply-add. Where T_SPLITS_B is 1 the factor is b + b_low
  *                         instead, whose parts have the same sign and are 0 only if the factor is (see f32_line). The
  *                         others do not read b_low. usual_b: 2^-61 < |b| < 2^61 or b = 0; usual_c: |c| < 2^101.
- *   T_muladd(a, b, c)     a * b + c, rounded once or twice, whichever is faster; T_mulsub(a, b, c) is c - a * b
+ *   T_muladd(a, b, c)     a * b + c, rounded once or twice, whichever is faster
  *   T_relu(a)             0 where a < 0, else a (so NaN stays)
  *   T_zero_nan(a)         0 where a is NaN, else a
  *   T_keep_if_positive(z, a)  a where z > 0 or z is NaN, else 0
@@ -25,7 +25,7 @@
  *   T_div(a, b)           a / b
  *   T_ldexp(a, k)         a * 2^k, rounded once where |a| is near 1 or above; k is an integer, twice the dtype's least
  *                         exponent to 0, or NaN if a is
- *   T_power(s)            2^-k where s = 1.5 * 2^23 + k (f64: 1.5 * 2^52 + k), if it is a normal number
+ *   T_scaled(a, s)        a * 2^-k where s = 1.5 * 2^23 + k (f64: 1.5 * 2^52 + k); both are normal numbers
  *   T_all_less(a, b)      whether a < b in every lane
  * A T_wide holds the T_WIDTH lanes of a T_vec in float64 (for f64 it is the vector itself):
  *   T_widen(a)            converted, exactly
@@ -60,8 +60,10 @@
 enum { F64_WIDTH = 2, F32_WIDTH = 4 };
 typedef double f64_vec __attribute__((vector_size(16)));
 typedef int64_t f64_lanes __attribute__((vector_size(16)));
+typedef uint64_t f64_unsigned __attribute__((vector_size(16)));
 typedef float f32_vec __attribute__((vector_size(16))), f32_half __attribute__((vector_size(8)));
 typedef int32_t f32_lanes __attribute__((vector_size(16)));
+typedef uint32_t f32_unsigned __attribute__((vector_size(16)));
 typedef uint16_t half_lanes __attribute__((vector_size(8)));
 #define EACH(comparison) (comparison)
 #define CONVERT(a, type) __builtin_convertvector(a, type)
@@ -75,8 +77,10 @@ static inline f32_vec f32_both(f32_half lo, f32_half hi) { return (f32_vec){lo[0
 enum { F64_WIDTH = 1, F32_WIDTH = 1 };
 typedef double f64_vec;
 typedef int64_t f64_lanes;
+typedef uint64_t f64_unsigned;
 typedef float f32_vec, f32_half;
 typedef int32_t f32_lanes;
+typedef uint32_t f32_unsigned;
 typedef uint16_t half_lanes;
 #define EACH(comparison) (-(comparison))
 #define CONVERT(a, type) ((type)(a))
@@ -147,8 +151,8 @@ FBN_INLINE f64_vec f64_ldexp(f64_vec a, f64_vec k) {
     const f64_lanes e = CONVERT(f64_zero_nan(k), f64_lanes), half = e >> 1;
     return a * f64_power_of_2(half) * f64_power_of_2(e - half);
 }
-FBN_INLINE f64_vec f64_power(f64_vec shifted) {
-    return f64_of_bits((f64_bits(f64_set(0x1.8p52 + 1023)) - f64_bits(shifted)) << 52);
+FBN_INLINE f64_vec f64_scaled(f64_vec a, f64_vec shifted) {
+    return f64_of_bits(f64_bits(a) - (f64_lanes)((f64_unsigned)f64_bits(shifted) << 52));
 }
 static inline int f64_all(f64_lanes a) {
     int64_t lane[F64_WIDTH], all = -1;
@@ -163,7 +167,6 @@ FBN_INLINE f64_vec f64_line(f64_vec a, f64_vec b, f64_vec b_low, f64_vec c, f64_
     return a * b + c + low;
 }
 FBN_INLINE f64_vec f64_muladd(f64_vec a, f64_vec b, f64_vec c) { return a * b + c; }
-FBN_INLINE f64_vec f64_mulsub(f64_vec a, f64_vec b, f64_vec c) { return c - a * b; }
 
 /* float32 */
 static inline f32_lanes f32_bits(f32_vec a) {
@@ -242,8 +245,8 @@ static inline int f32_all(f32_lanes a) {
 #endif
 }
 FBN_INLINE int f32_all_less(f32_vec a, f32_vec b) { return f32_all(EACH(a < b)); }
-FBN_INLINE f32_vec f32_power(f32_vec shifted) {
-    return f32_of_bits((f32_bits(f32_set(0x1.8p23f + 127)) - f32_bits(shifted)) << 23);
+FBN_INLINE f32_vec f32_scaled(f32_vec a, f32_vec shifted) {
+    return f32_of_bits(f32_bits(a) - (f32_lanes)((f32_unsigned)f32_bits(shifted) << 23));
 }
 
 /* float32 widened to float64. A vector of one number has no upper half; the compiler removes the code for it. */
@@ -309,7 +312,6 @@ FBN_INLINE f32_vec f32_line(f32_vec a, f32_vec b, f32_vec b_low, f32_vec c, f32_
     return f32_all(usual) ? y : f32_where(usual, y, f32_line_in_f64(a, b, b_low, c, low));
 }
 FBN_INLINE f32_vec f32_muladd(f32_vec a, f32_vec b, f32_vec c) { return a * b + c; }
-FBN_INLINE f32_vec f32_mulsub(f32_vec a, f32_vec b, f32_vec c) { return c - a * b; }
 
 /* 16-bit elements, in the lower half of a lane. half_store takes lanes whose upper half repeats the sign bit. */
 #ifdef FBN_SSE2

@@ -40,7 +40,6 @@ FBN_INLINE f64_vec f64_line(f64_vec a, f64_vec b, f64_vec b_low, f64_vec c, f64_
     return f64_add(f64_fma(a, b, c), low);
 }
 FBN_INLINE f64_vec f64_muladd(f64_vec a, f64_vec b, f64_vec c) { return f64_fma(a, b, c); }
-FBN_INLINE f64_vec f64_mulsub(f64_vec a, f64_vec b, f64_vec c) { return vfmsq_f64(c, a, b); }
 FBN_INLINE f64_vec f64_relu(f64_vec a) { return vbslq_f64(vcltzq_f64(a), f64_set(0), a); }
 FBN_INLINE f64_vec f64_keep_if_positive(f64_vec z, f64_vec a) { return vbslq_f64(vclezq_f64(z), f64_set(0), a); }
 FBN_INLINE f64_vec f64_div(f64_vec a, f64_vec b) { return vdivq_f64(a, b); }
@@ -57,9 +56,9 @@ FBN_INLINE f64_vec f64_ldexp(f64_vec a, f64_vec k) {
     const int64x2_t e = vcvtq_s64_f64(k), half = vshrq_n_s64(e, 1);
     return f64_mul(f64_mul(a, f64_power_of_2(half)), f64_power_of_2(vsubq_s64(e, half)));
 }
-FBN_INLINE f64_vec f64_power(f64_vec shifted) {
-    const int64x2_t zero = vreinterpretq_s64_f64(f64_set(0x1.8p52 + 1023));
-    return vreinterpretq_f64_s64(vshlq_n_s64(vsubq_s64(zero, vreinterpretq_s64_f64(shifted)), 52));
+FBN_INLINE f64_vec f64_scaled(f64_vec a, f64_vec shifted) {
+    const int64x2_t exponent = vshlq_n_s64(vreinterpretq_s64_f64(shifted), 52);
+    return vreinterpretq_f64_s64(vsubq_s64(vreinterpretq_s64_f64(a), exponent));
 }
 FBN_INLINE int f64_all_less(f64_vec a, f64_vec b) {
     return vminvq_u32(vreinterpretq_u32_u64(vcltq_f64(a, b))) == UINT32_MAX;
@@ -105,7 +104,6 @@ FBN_INLINE f32_vec f32_line(f32_vec a, f32_vec b, f32_vec b_low, f32_vec c, f32_
     return f32_add(f32_fma(a, b, c), low);
 }
 FBN_INLINE f32_vec f32_muladd(f32_vec a, f32_vec b, f32_vec c) { return f32_fma(a, b, c); }
-FBN_INLINE f32_vec f32_mulsub(f32_vec a, f32_vec b, f32_vec c) { return vfmsq_f32(c, a, b); }
 FBN_INLINE f32_vec f32_relu(f32_vec a) { return vbslq_f32(vcltzq_f32(a), f32_set(0), a); }
 FBN_INLINE f32_vec f32_keep_if_positive(f32_vec z, f32_vec a) { return vbslq_f32(vclezq_f32(z), f32_set(0), a); }
 FBN_INLINE f32_vec f32_div(f32_vec a, f32_vec b) { return vdivq_f32(a, b); }
@@ -122,9 +120,9 @@ FBN_INLINE f32_vec f32_ldexp(f32_vec a, f32_vec k) {
     const int32x4_t e = vcvtq_s32_f32(k), half = vshrq_n_s32(e, 1);
     return f32_mul(f32_mul(a, f32_power_of_2(half)), f32_power_of_2(vsubq_s32(e, half)));
 }
-FBN_INLINE f32_vec f32_power(f32_vec shifted) {
-    const int32x4_t zero = vreinterpretq_s32_f32(f32_set(0x1.8p23f + 127));
-    return vreinterpretq_f32_s32(vshlq_n_s32(vsubq_s32(zero, vreinterpretq_s32_f32(shifted)), 23));
+FBN_INLINE f32_vec f32_scaled(f32_vec a, f32_vec shifted) {
+    const int32x4_t exponent = vshlq_n_s32(vreinterpretq_s32_f32(shifted), 23);
+    return vreinterpretq_f32_s32(vsubq_s32(vreinterpretq_s32_f32(a), exponent));
 }
 FBN_INLINE int f32_all_less(f32_vec a, f32_vec b) { return vminvq_u32(vcltq_f32(a, b)) == UINT32_MAX; }
 FBN_INLINE f32_vec f32_zero_nan(f32_vec a) { return vbslq_f32(vceqq_f32(a, a), a, f32_set(0)); }
