@@ -140,7 +140,7 @@ typedef struct {
  * up with it.
  *
  * grad_moments: dz and dz * (x - origin), where dz is dy times the derivative of the activation, and the origin is the
- * mean.
+ * mean. If `dz` is given, dz is also stored there: it may be dy, it is not rounded, and there is no mask.
  *
  * Maps write `out`, around the cache if `stream`.
  *

@@ -29,7 +29,7 @@ static int all_are(const fbn_job *j, int which, int64_t c, int64_t n, double val
     return others == 0;
 }
 
-/* Spreads the first `last` constants of a panel over its columns, in `room`, without those that are 1 or 0. */
+/* Spreads the constants of a panel, up to `last`, over its columns, in `room`, without those that are not read. */
 static void spread(const fbn_job *j, fbn_panel *panel, int last, void *room) {
     const int64_t columns = fbn_columns(&j->split, j->split.panel) + FBN_CHANNEL_PAD;
     char *next = room;

@@ -355,10 +355,12 @@ fbn_status fbn_backward_sums(const fbn_problem *p, const fbn_sums_args *a, void 
 }
 
 /* Where the sums leave dz, so that the map need not compute it again: in dresidual, which is dz, or in dx while that
- * stays in the cache. A dtype of 16 bits would round dz. */
+ * stays in the cache. A dtype of 16 bits would round dz. With a mask the map must see whether dy is 0, and where `x`
+ * holds y it needs the activation to find z. */
 static char *kept_dz(const fbn_job *j, const fbn_backward_args *a) {
-    const int can = j->operation->reduce && j->activation && !a->from_y && !a->mask && j->split.elem >= 4;
-    return !can ? NULL : a->residual ? a->dresidual : j->split.large ? NULL : a->dx;
+    if (!j->operation->reduce || !j->activation || a->from_y || a->mask || j->split.elem < 4) return NULL;
+    if (a->residual) return a->dresidual;
+    return j->split.large ? NULL : a->dx;
 }
 
 fbn_status fbn_backward(const fbn_problem *p, const fbn_backward_args *a, void *workspace) {
@@ -374,8 +376,9 @@ fbn_status fbn_backward(const fbn_problem *p, const fbn_backward_args *a, void *
     j.dgamma = a->dgamma;
     j.dbeta = a->dbeta;
     j.dz = kept_dz(&j, a);
-    const int usual_constants = FBN_CONSTANTS - j.kernels->first_constant - 2; /* without the powers of two */
-    if (j.activation && !j.dz) j.split.map_panel = fbn_map_panel(&j.split, usual_constants);
+    /* A map that computes dz reads the constants of y as well: with those of dx all but the two powers of two. */
+    const int constants = FBN_CONSTANTS - j.kernels->first_constant - 2;
+    if (j.activation && !j.dz) j.split.map_panel = fbn_map_panel(&j.split, constants);
     return run(&j);
 }
 

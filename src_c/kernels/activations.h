@@ -1,8 +1,10 @@
 /* activations.h: the activations and their derivatives. Definitions, and derivatives at kinks, are PyTorch's.
  *
  * sigmoid(z) = 1 / (1 + e) with e = exp(-z), within 2.5 ulp, and silu(z) = z / (1 + e), within 3 ulp. Derivatives are
- * within 4.5 ulp of the terms of which they are the sum. Far from 0, where e or its square might overflow, 1 + e is as
- * good as e or 1, and a function that is not inlined computes the few lanes that need it.
+ * within 4.5 ulp of the terms of which they are the sum, that of SiLU within 5 without a fused multiply-add.
+ *
+ * Far from 0, where e or its square might overflow, 1 + e is rounded to e or to 1. Such z are rare, and left to
+ * functions that are not inlined.
  */
 
 FBN_INLINE int NAME(all_near)(vec z) { return vall_less(vset(-NAME(NEAR)), vminus_abs(z)); }

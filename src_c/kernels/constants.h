@@ -107,7 +107,8 @@ static int NAME(all_usual)(const fbn_channels *k, int64_t n) {
     return usual == n;
 }
 
-/* Where the scale is split, channels without a prescale are taken to have a usual line, so that the others get one. */
+/* Where the scale is split, loops take a prescale of 1 to mean that the line is usual, so that any other channel gets a
+ * prescale that is not 1. */
 static double NAME(prescale_of)(const fbn_channels *k, int64_t c) {
     const int e = NAME(prescale_exponent)(k->mean[c], k->inv_std[c], k->inv_std[c] * k->gamma[c]);
     return SPLITS_SCALE && e == 0 && !NAME(has_usual_line)(k, c) ? 0.5 : ldexp(1, e);

@@ -153,8 +153,8 @@ FBN_INLINE void f16_store_n(uint16_t *p, f32_vec a, int64_t n) { half_store_n(p,
 FBN_INLINE void f16_stream(uint16_t *p, f32_vec a) { half_stream(p, f16_round(a)); }
 FBN_INLINE f32_wide f16_wide_load(const uint16_t *p) { return f32_widen(f16_load(p)); }
 
-/* bfloat16, converted by integer operations, since vcvtneps2bf16 treats subnormals as 0. A NaN is not rounded, so that
- * it remains one. */
+/* bfloat16, converted by integer operations, since vcvtneps2bf16 treats subnormals as 0. A NaN is cut off rather than
+ * rounded, which could carry into its sign (see H_store in baseline.h). */
 FBN_INLINE f32_vec bf16_exact(__m256i a) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(a), 16));
 }

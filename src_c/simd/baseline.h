@@ -34,7 +34,8 @@
  *   T_wide_set, T_wide_add, T_wide_sub, T_wide_fma
  * H is f16 or bf16. Only elements in memory have 16 bits; the vectors are f32_vec.
  *   H_value, H_load, H_load_n, H_wide_load   as for f32; exact, also for subnormals
- *   H_store, H_store_n, H_stream             rounded to nearest, ties to even; NaN remains one
+ *   H_store, H_store_n, H_stream             rounded to nearest, ties to even. A NaN that was computed, or loaded from
+ *                         an H, remains one; of any other, bf16 may keep only bits that are those of an infinity
  * prefetch(p)             may fetch the line at p into the cache; any address is allowed
  * stream_fence()          orders streamed stores before later ones
  */
@@ -344,9 +345,6 @@ FBN_INLINE void half_store_n(uint16_t *p, f32_lanes a, int64_t n) {
     for (int i = 0; i < F32_WIDTH; i++)
         if (i < n) p[i] = lane[i];
 }
-static inline f32_lanes f32_choose(f32_lanes condition, f32_lanes a, f32_lanes b) {
-    return (condition & a) | (~condition & b);
-}
 
 /* float16. A subnormal is converted as the normal number with the same fraction, minus that number's leading 1. */
 static inline f32_vec f16_exact(f32_lanes a) {
@@ -383,8 +381,8 @@ FBN_INLINE f32_wide f16_wide_load(const uint16_t *p) { return f32_widen(f16_load
 /* bfloat16: the upper half of a float32 */
 FBN_INLINE f32_vec bf16_exact(f32_lanes a) { return f32_of_bits(a << 16); }
 FBN_INLINE f32_lanes bf16_round(f32_vec a) {
-    const f32_lanes bits = f32_bits(a), high = bits >> 16;
-    return f32_choose(EACH(a == a), (bits + 0x7fff + (high & 1)) >> 16, high | 0x40);
+    const f32_lanes bits = f32_bits(a), half = 0x7fff + (bits >> 16 & 1);
+    return (bits + (EACH(a == a) & half)) >> 16;
 }
 FBN_INLINE f32_vec bf16_load(const uint16_t *p) { return bf16_exact(half_load(p)); }
 FBN_INLINE f32_vec bf16_load_n(const uint16_t *p, int64_t n, f32_vec fill) {

@@ -192,11 +192,9 @@ FBN_INLINE f32_wide f16_wide_load(const uint16_t *p) { return f32_widen(f16_load
 /* bfloat16, converted by integer operations, since AArch64 has an instruction for it only from version 8.6 on. */
 FBN_INLINE f32_vec bf16_exact(uint16x4_t a) { return vreinterpretq_f32_u32(vshll_n_u16(a, 16)); }
 FBN_INLINE uint16x4_t bf16_round(f32_vec a) {
-    const uint32x4_t bits = vreinterpretq_u32_f32(a), high = vshrq_n_u32(bits, 16);
-    const uint32x4_t odd = vandq_u32(high, vdupq_n_u32(1));
-    const uint32x4_t up = vaddq_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7fff)));
-    const uint32x4_t quiet = vorrq_u32(high, vdupq_n_u32(0x40));
-    return vmovn_u32(vbslq_u32(vceqq_f32(a, a), vshrq_n_u32(up, 16), quiet));
+    const uint32x4_t bits = vreinterpretq_u32_f32(a), odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
+    const uint32x4_t half = vaddq_u32(odd, vdupq_n_u32(0x7fff)), is_number = vceqq_f32(a, a);
+    return vshrn_n_u32(vaddq_u32(bits, vandq_u32(half, is_number)), 16);
 }
 FBN_INLINE double bf16_value(const uint16_t *p) { return vgetq_lane_f32(bf16_exact(vdup_n_u16(*p)), 0); }
 FBN_INLINE f32_vec bf16_load(const uint16_t *p) { return bf16_exact(vld1_u16(p)); }

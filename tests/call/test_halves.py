@@ -43,6 +43,19 @@ def test_every_number_is_read_and_written_as_it_is(kernel: cases.Kernel, half: s
     assert_equal(fastbn.infer(x, None, None, *STANDARD, eps=0), x)
 
 
+@pytest.mark.parametrize("layout", ["rows", "planes"])
+def test_every_gradient_is_passed_on_as_it_is(kernel: cases.Kernel, half: str, layout: str) -> None:
+    """Where relu passes it: a NaN remains one, whatever its payload."""
+    dy = every(half)
+    dy = dy[:, np.newaxis] if layout == "rows" else dy.reshape(1, 1, -1)
+    one = np.ones_like(dy)
+    _, cache = fastbn.forward(one, None, None, *STANDARD, training=False, activation="relu", residual=one, eps=0)
+    with np.errstate(invalid="ignore"):
+        got = fastbn.backward(dy, cache)
+    assert_equal(got.dresidual, dy)
+    assert_equal(got.dx, dy)
+
+
 # Their products with any half are exact in float32, so that all that is rounded is the result.
 FACTORS = (1 + 2**-4, 1 + 2**-9, 1 - 2**-10, 3 * 2**-3, 2**-9, 3 * 2**-16, 5 * 2**-24, 2.0**10, 1 / 3)
 
