@@ -1,7 +1,7 @@
 /* activations.h: the activations and their derivatives. Definitions, and derivatives at kinks, are PyTorch's.
  *
  * sigmoid(z) = 1 / (1 + e) with e = exp(-z), within 2.5 ulp, and silu(z) = z / (1 + e), within 3 ulp. Derivatives are
- * within 4.5 ulp of the terms of which they are the sum, that of SiLU within 5 without a fused multiply-add.
+ * within 4.5 ulp of the terms of which they are the sum.
  *
  * Far from 0, where e or its square might overflow, 1 + e is rounded to e or to 1. Such z are rare, and left to
  * functions that are not inlined.
@@ -29,7 +29,7 @@ FBN_INLINE vec NAME(sigmoid)(vec z, int times_z) {
     return NAME(all_near)(z) ? near : NAME(far_sigmoid)(z, near, times_z);
 }
 
-/* Its derivative: (1 + e + z e) / (1 + e)^2 if times_z, else e / (1 + e)^2. */
+/* Its derivative: (1 + (1 + z) e) / (1 + e)^2 if times_z, else e / (1 + e)^2. */
 FBN_APART vec NAME(far_derivative)(vec z, vec near, int times_z) {
     const vec zero = vset(0), one = vset(1), finite = NAME(finite_z)(z); /* NaN also at +inf */
     const vec small = NAME(times_far_exp)(times_z ? vadd(one, finite) : one, z);
@@ -37,8 +37,8 @@ FBN_APART vec NAME(far_derivative)(vec z, vec near, int times_z) {
     return NAME(by_distance)(z, near, vwhere_less(z, zero, small, large));
 }
 FBN_INLINE vec NAME(sigmoid_derivative)(vec z, int times_z) {
-    const vec e = NAME(near_exp)(z), more = vadd(vset(1), e);
-    const vec near = vdiv(times_z ? vmuladd(z, e, more) : e, vmul(more, more));
+    const vec one = vset(1), e = NAME(near_exp)(z), more = vadd(one, e);
+    const vec near = vdiv(times_z ? vmuladd(vadd(one, z), e, one) : e, vmul(more, more));
     return NAME(all_near)(z) ? near : NAME(far_derivative)(z, near, times_z);
 }
 

@@ -247,12 +247,11 @@ def test_gradient(data_dtype: np.dtype[Any], activation: Activation) -> None:
 
 
 def test_gradient_of_silu_where_it_is_least_exact(isa: str) -> None:
-    """The worst of all float32 from 1/16 to 45 and their opposites. The baseline rounds once more."""
+    """Where z e dwarfs 1 + e: the baseline was 4.77 ulp off there when it added these two last."""
     z = np.array([-16.7555771, -16.7589169], np.float32)
     x, behind = z.reshape(1, 1, -1), c_calls.Behind(Activation.SILU)
     dx = c_calls.backward(np.ones_like(x), x, c_calls.infer(x, None, None, behind).saved, behind, frozen=True).dx
-    ulps = 5 if isa == "baseline" else 4.5
-    Expected(Answer(*_silu_slope(z.astype(LONG)), ulps), z.dtype).check(dx, z, f"on {isa}")
+    Expected(Answer(*_silu_slope(z.astype(LONG)), 4.5), z.dtype).check(dx, z, f"on {isa}")
 
 
 @pytest.mark.parametrize("slope", [0.01, 1 / 3, -0.5, 3.0])
