@@ -105,9 +105,13 @@ typedef struct {
     int64_t streams, row_streams, turn, ahead;
 } fbn_walk;
 
-/* What a call works on. Which fields a loop reads is said below. */
+/* What a call works on. Which fields a loop reads is said below.
+ *
+ * These structures are written and copied in vectors. One that reached from a page of the stack into the next would
+ * take longer than a short loop, hence the alignment. */
 typedef struct {
-    const void *x, *dy, *residual; /* residual may be NULL */
+    _Alignas(64) const void *x;
+    const void *dy, *residual; /* residual may be NULL */
     void *out, *dresidual;
     void *dz;                /* sums of a gradient: where dz is kept for the map; NULL if it is not */
     fbn_constants constants; /* of the first channel or column, and the following ones */
@@ -123,15 +127,15 @@ typedef struct {
 
 /* The elements that a loop passes through. */
 typedef struct {
-    int64_t at, n, c;      /* n elements from element `at` on, which is of channel or column c */
-    int64_t period;        /* maps of columns: these recur after so many, and the constants of the first FBN_CHANNEL_PAD
-                            * are repeated behind the last, so that a vector may reach into the next period. Joined
-                            * planes: columns are the elements of an image */
-    int64_t rows, apart;   /* so many such stretches, `apart` elements from each other. Sums of columns add them up, and
-                            * c is 0; other loops take one after another: in maps, apart is whole cache lines */
-    int64_t ahead;         /* maps of columns: they fetch what they read so many bytes ahead; 0: the processor does */
-    double *sums, *others; /* where sums are added: a value per column, or FBN_LANES lanes, those of the next stretch
-                            * 2 * FBN_LANES further */
+    _Alignas(64) double *sums; /* where sums are added: a value per column, or FBN_LANES lanes, ... */
+    double *others;            /* ... those of the next stretch 2 * FBN_LANES further */
+    int64_t at, n, c;          /* n elements from element `at` on, which is of channel or column c */
+    int64_t period;            /* maps of columns: these recur after so many, and the constants of the first
+                                * FBN_CHANNEL_PAD are repeated behind the last, so that a vector may reach into the next
+                                * period. Joined planes: columns are the elements of an image */
+    int64_t rows, apart;       /* so many such stretches, `apart` elements from each other. Sums of columns add them up,
+                                * and c is 0; other loops take one after another: in maps, apart is whole cache lines */
+    int64_t ahead; /* maps of columns: they fetch what they read so many bytes ahead; 0: the processor does */
 } fbn_stretch;
 
 /* Sums are float64. The elements of a column are added in the order of the rows.

@@ -37,8 +37,9 @@ static fbn_operands operands_of(const fbn_job *j, const fbn_tile *t, const fbn_p
 }
 
 /* Small planes are runs of the panel's columns. Rows are runs of `repeat` rows that are joined, and what is left. */
-static void sum_columns(const fbn_job *j, fbn_loop *loop, int64_t rows, fbn_operands o, const fbn_tile *t,
+static void sum_columns(const fbn_job *j, fbn_loop *loop, int64_t rows, const fbn_operands *operands, const fbn_tile *t,
                         const fbn_panel *panel, double *sums, double *others) {
+    fbn_operands o = *operands;
     const int64_t step = fbn_columns(&j->split, j->split.channels), repeat = j->split.repeat, runs = t->rows / repeat;
     const int64_t skip = runs * step * j->split.elem, rest = t->rows % repeat * j->split.channels;
     fbn_sum_runs(loop, &o, rows, (fbn_runs){runs, step, fbn_columns(&j->split, panel->c1 - panel->c0), 0, 0}, sums,
@@ -55,7 +56,7 @@ static void reduce_moments(const fbn_job *j, const fbn_tile *t, const fbn_panel 
     const fbn_operands o = operands_of(j, t, panel);
     const fbn_dtype_kernels *k = j->sums;
     if (!t->counts) return;
-    if (j->split.columns) sum_columns(j, k->moments_columns, FBN_ROWS, o, t, panel, sums, others);
+    if (j->split.columns) sum_columns(j, k->moments_columns, FBN_ROWS, &o, t, panel, sums, others);
     else fbn_sum_planes(k->moments_plane, &o, j->split.elem, planes_of(t, panel), sums);
 }
 
@@ -64,7 +65,7 @@ static void reduce_gradient(const fbn_job *j, const fbn_tile *t, const fbn_panel
     fbn_operands o = operands_of(j, t, panel);
     o.dz = j->dz ? j->dz + bytes_to(j, t, panel->c0) : NULL;
     const fbn_dtype_kernels *k = (j->activation & FBN_WHICH) ? j->kernels : j->sums;
-    if (j->split.columns) sum_columns(j, k->grad_moments_columns, FBN_GRAD_ROWS, o, t, panel, sums, others);
+    if (j->split.columns) sum_columns(j, k->grad_moments_columns, FBN_GRAD_ROWS, &o, t, panel, sums, others);
     else fbn_sum_planes(k->grad_moments_plane, &o, j->split.elem, planes_of(t, panel), sums);
 }
 

@@ -25,7 +25,7 @@ static int64_t first_turn(const fbn_operands *o, int64_t elem, int64_t at, int64
 void fbn_sum_planes(fbn_loop *loop, const fbn_operands *o, int64_t elem, fbn_planes p, double *lanes) {
     const int64_t streams = streams_of(o, o->walk.streams, p.images), turn = turn_of(o, elem, streams, p.inner);
     for (int64_t c = 0; c < p.channels; c++, lanes += 2 * FBN_LANES) {
-        double own[FBN_IMAGES][2 * FBN_LANES];
+        _Alignas(64) double own[FBN_IMAGES][2 * FBN_LANES];
         for (int64_t s = 0; s < p.images; s++)
             for (int k = 0; k < 2 * FBN_LANES; k++) own[s][k] = 0;
         for (int64_t image = 0; image < p.images; image += streams)
