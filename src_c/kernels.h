@@ -125,7 +125,8 @@ typedef struct {
     fbn_walk walk;
 } fbn_operands;
 
-/* The elements that a loop passes through. */
+/* The elements that a loop passes through. Compilers store two fields at once: those at the border of two cache lines,
+ * `apart` and `ahead`, must not be set alike. */
 typedef struct {
     _Alignas(64) double *sums; /* where sums are added: a value per column, or FBN_LANES lanes, ... */
     double *others;            /* ... those of the next stretch 2 * FBN_LANES further */
