@@ -121,7 +121,7 @@ def _stages(caches: tuple[int, ...], quick: bool) -> tuple[list[Stage], list[Pas
     stages = [
         Stage("streams", (1, 2, 4, 8), planes + small),
         Stage("turn", (256, 512, 1024, 2048, 4096), planes + small),
-        Stage("row_streams", (1, 2, 4), rows + few),
+        Stage("row_streams", (1, 2, 3, 4), rows + few),
         Stage("ahead", (-1, 256, 512, 1024, 2048, 3072, 4096), rows + small[:2]),
         Stage("block", (core // 8, core // 4, core // 2, core), small[:2] + middle[:2]),
         Stage("stream_from", (*parts, -1), [*ladder, planes[2]]),

@@ -191,7 +191,7 @@ int64_t fbn_cache_bytes(int level) {
 /* By measurement on AMD's Zen 4. Others get the defaults, which were chosen on Intel's Ice Lake. */
 static fbn_habits habits_of_processor(void) {
     const fbn_habits usual = {0, 0, 0, 0, 0, 0},
-                     amd = {.streams = 8, .row_streams = 2, .turn = 512, .ahead = 3072, .stream_from = 6 << 20};
+                     amd = {.streams = 8, .row_streams = 3, .turn = 512, .ahead = 3072, .stream_from = 6 << 20};
     return fbn_is_amd() ? amd : usual;
 }
 
