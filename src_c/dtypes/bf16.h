@@ -6,6 +6,7 @@
 #define vec f32_vec
 #define WIDTH F32_WIDTH
 #define SPLITS_SCALE F32_SPLITS_B
+#define SUMS "../kernels/widened_sums.h"
 #define value_of bf16_value
 #define vset f32_set
 #define vload bf16_load
@@ -32,13 +33,3 @@
 #define vmuladd f32_muladd
 #define vrelu f32_relu
 #define vkeep_if_positive f32_keep_if_positive
-#define wide f32_wide
-#define wset f32_wide_set
-#define wadd f32_wide_add
-#define wsub f32_wide_sub
-#define wfma f32_wide_fma
-#define wkeep_if_positive f32_wide_keep_if_positive
-#define widen f32_widen
-#define wload bf16_wide_load
-#define wget f32_wide_get
-#define wput f32_wide_put

@@ -6,6 +6,7 @@
 #define vec f32_vec
 #define WIDTH F32_WIDTH
 #define SPLITS_SCALE F32_SPLITS_B
+#define SUMS "../kernels/sums.h"
 #define value_of f32_value
 #define vset f32_set
 #define vload f32_load

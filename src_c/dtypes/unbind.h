@@ -6,6 +6,7 @@
 #undef vec
 #undef WIDTH
 #undef SPLITS_SCALE
+#undef SUMS
 #undef value_of
 #undef vset
 #undef vload

@@ -6,7 +6,11 @@
 
 #include "../kernels/activations.h"
 
-#include "../kernels/sums.h"
+#include "../kernels/origins.h"
+
+#include "../kernels/gradients.h"
+
+#include SUMS
 
 #include "../kernels/map.h"
 

@@ -63,6 +63,9 @@ FBN_INLINE int NAME(is_usual)(double mean, double inv_std, double gain) {
            (mean > -high) & (gain < high) & (gain > -high) & ((gain > low) | (gain < -low) | (gain == 0));
 }
 
+/* v rounded. A NaN becomes the plain one, as bfloat16 needs (see H_store in simd/baseline.h). */
+FBN_INLINE real NAME(rounded)(double v) { return v == v ? (real)v : (real)NAN; }
+
 /* Limits a finite v to the compute type's range. If the exponents cannot all be in range, either x is the mean or the
  * result overflows, and an infinite scale would turn the former, 0 * inf, into NaN. */
 FBN_INLINE double NAME(finite)(double v) {
@@ -74,10 +77,11 @@ FBN_INLINE double NAME(finite)(double v) {
 /* Where T_line has a factor of two parts, scale is rounded towards zero, so that the rest has its sign: a rounded scale
  * that is too large becomes the number before it. The rest must not be 0, since an infinite x times 0 is NaN. */
 FBN_INLINE void NAME(set_scale)(double scale, int64_t c, const fbn_constants *to) {
-    const real nearest = (real)scale, hi = fabs(nearest) > fabs(scale) ? (real)(scale * (1 - 0x1p-24)) : nearest;
+    const real nearest = NAME(rounded)(scale);
+    const real hi = fabs(nearest) > fabs(scale) ? (real)(scale * (1 - 0x1p-24)) : nearest;
     const double rest = scale - hi;
     ((real *)to->of[FBN_SCALE])[c] = SPLITS_SCALE ? hi : nearest;
-    if (SPLITS_SCALE) ((real *)to->of[FBN_SCALE_LOW])[c] = (real)(fabs(rest) > 0 ? rest : scale * 0x1p-60);
+    if (SPLITS_SCALE) ((real *)to->of[FBN_SCALE_LOW])[c] = NAME(rounded)(fabs(rest) > 0 ? rest : scale * 0x1p-60);
 }
 
 /* y = ((x - mean_hi) - mean_lo) * gain + beta, where mean_lo * gain is moved into the shift. */
@@ -85,9 +89,9 @@ FBN_INLINE void NAME(set_one_line)(const fbn_channels *k, int64_t c, double pres
     const real mean_hi = (real)k->mean[c];
     const double mean_lo = (k->mean[c] - mean_hi) + k->mean_low[c], gain = k->inv_std[c] * k->gamma[c];
     const double moved = mean_lo * gain, shift = k->beta[c] - moved;
-    const real shift_hi = (real)shift, shift_low = (real)((k->beta[c] - shift_hi) - moved);
+    const real shift_hi = NAME(rounded)(shift), shift_low = (real)((k->beta[c] - shift_hi) - moved);
     ((real *)to->of[FBN_PRESCALE])[c] = (real)prescale;
-    ((real *)to->of[FBN_NEG_MEAN])[c] = (real)(-mean_hi * prescale);
+    ((real *)to->of[FBN_NEG_MEAN])[c] = NAME(rounded)(-mean_hi * prescale);
     NAME(set_scale)(NAME(finite)(gain / prescale), c, to);
     ((real *)to->of[FBN_SHIFT])[c] = shift_hi;
     /* NaN where beta is infinite; and +0 rather than -0, since a loop that does not read it adds +0. */
@@ -128,9 +132,9 @@ FBN_INLINE void NAME(set_one_gradient)(const fbn_channels *k, int64_t c, double 
     const double a = k->inv_std[c] * k->gamma[c] / postscale, b = -(product * k->inv_std[c]) / count * a;
     const double prescale = ((const real *)to->of[FBN_PRESCALE])[c],
                  mean_lo = (k->mean[c] - (real)k->mean[c]) + k->mean_low[c];
-    ((real *)to->of[FBN_ON_DY])[c] = (real)a;
-    ((real *)to->of[FBN_ON_X])[c] = (real)(b * (k->inv_std[c] / prescale));
-    ((real *)to->of[FBN_CONSTANT])[c] = (real)(-a * sum / count - b * k->inv_std[c] * mean_lo);
+    ((real *)to->of[FBN_ON_DY])[c] = NAME(rounded)(a);
+    ((real *)to->of[FBN_ON_X])[c] = NAME(rounded)(b * (k->inv_std[c] / prescale));
+    ((real *)to->of[FBN_CONSTANT])[c] = NAME(rounded)(-a * sum / count - b * k->inv_std[c] * mean_lo);
     ((real *)to->of[FBN_POSTSCALE])[c] = (real)postscale;
 }
 

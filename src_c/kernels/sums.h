@@ -5,41 +5,6 @@
  * squared. The sums are float64. Sums about the same origin can be added up, however the work was split.
  */
 
-/* x, or gamma * xhat + beta, which takes its place if only y is known. */
-FBN_INLINE vec NAME(x_at)(const elem *x, const elem *residual, int64_t n, const NAME(constants) * k, NAME(parts) p) {
-    const vec v = NAME(load)(x, n);
-    if (!(p.activation & FBN_FROM_Y)) return v;
-    const vec z = NAME(inverse)(v, k->slope, p.activation);
-    return p.has_residual ? vsub(z, NAME(load)(residual, n)) : z;
-}
-
-/* |dy|: positions that do not count are left out where it is 0. */
-FBN_INLINE vec NAME(size_at)(const elem *dy, int64_t n) { return vsub(vset(0), vminus_abs(NAME(load)(dy, n))); }
-
-FBN_INLINE vec NAME(dz_of)(const elem *dy, const elem *x, const elem *residual, int64_t n, const NAME(constants) * k,
-                           NAME(parts) p) {
-    const vec g = NAME(load)(dy, n);
-    if ((p.activation & FBN_WHICH) == FBN_IDENTITY) return g;
-    const vec v = NAME(load)(x, n);
-    /* y has the sign of z. */
-    if (p.activation & FBN_FROM_Y) return NAME(activation_gradient)(g, v, k->slope, p.activation & ~FBN_FROM_Y);
-    const vec r = p.has_residual ? NAME(load)(residual, n) : vset(0);
-    return NAME(activation_gradient)(g, NAME(preactivation)(v, r, k, p), k->slope, p.activation);
-}
-
-FBN_APART vec NAME(dz_part)(const elem *dy, const elem *x, const elem *residual, int64_t n, const NAME(constants) * k,
-                            NAME(parts) p) {
-    p.activation |= NAME(ANY);
-    return NAME(dz_of)(dy, x, residual, n, k, p);
-}
-
-/* dz. Parts of vectors are left to a function that is not inlined, unless the activation's code is short. */
-FBN_INLINE vec NAME(dz_at)(const elem *dy, const elem *x, const elem *residual, int64_t n, const NAME(constants) * k,
-                           NAME(parts) p) {
-    return n == WIDTH || NAME(is_short)(p.activation) ? NAME(dz_of)(dy, x, residual, n, k, p)
-                                                      : NAME(dz_part)(dy, x, residual, n, k, p);
-}
-
 FBN_INLINE vec NAME(kept_dz)(const fbn_operands *o, int64_t i, int64_t n, vec dz) {
     if (o->dz) NAME(put)((elem *)o->dz + i, dz, n, 0);
     return dz;
@@ -219,14 +184,3 @@ static void NAME(moments_columns)(const fbn_operands *o, const fbn_stretch *s) {
 }
 static void NAME(grad_moments_plane)(const fbn_operands *o, const fbn_stretch *s) { NAME(grad_moments)(o, s, 0); }
 static void NAME(grad_moments_columns)(const fbn_operands *o, const fbn_stretch *s) { NAME(grad_moments)(o, s, 1); }
-
-/* The median of three values of each channel, so that one outlier has no effect. */
-static void NAME(set_origin)(const void *first_, const void *middle_, const void *last_, int64_t n, int64_t apart,
-                             double *origin) {
-    const elem *first = first_, *middle = middle_, *last = last_;
-    for (int64_t c = 0; c < n; c++) {
-        const double a = value_of(first + c * apart), b = value_of(middle + c * apart), d = value_of(last + c * apart);
-        const double low = a < b ? a : b, high = a < b ? b : a, median = d < low ? low : d > high ? high : d;
-        origin[c] = isfinite(median) ? median : 0;
-    }
-}

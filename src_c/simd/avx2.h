@@ -205,10 +205,6 @@ FBN_INLINE f32_vec f16_load_n(const uint16_t *p, int64_t n, f32_vec fill) {
 FBN_INLINE void f16_store(uint16_t *p, f32_vec a) { half_store(p, f16_round(a)); }
 FBN_INLINE void f16_store_n(uint16_t *p, f32_vec a, int64_t n) { half_store_n(p, f16_round(a), n); }
 FBN_INLINE void f16_stream(uint16_t *p, f32_vec a) { half_stream(p, f16_round(a)); }
-FBN_INLINE __m128i four_halves(const uint16_t *p) { return _mm_loadl_epi64((const __m128i *)p); }
-FBN_INLINE f32_wide f16_wide_load(const uint16_t *p) {
-    return (f32_wide){_mm256_cvtps_pd(_mm_cvtph_ps(four_halves(p))), _mm256_cvtps_pd(_mm_cvtph_ps(four_halves(p + 4)))};
-}
 
 /* bfloat16 */
 FBN_INLINE f32_vec bf16_exact(__m128i a) {
@@ -218,8 +214,7 @@ FBN_INLINE __m128i bf16_round(f32_vec a) {
     const __m256i bits = _mm256_castps_si256(a), high = _mm256_srli_epi32(bits, 16);
     const __m256i odd = _mm256_and_si256(high, _mm256_set1_epi32(1));
     const __m256i half = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
-    const __m256i is_number = _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_ORD_Q));
-    const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_and_si256(half, is_number)), 16);
+    const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, half), 16);
     return _mm_packus_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1));
 }
 FBN_INLINE double bf16_value(const uint16_t *p) {
@@ -232,11 +227,6 @@ FBN_INLINE f32_vec bf16_load_n(const uint16_t *p, int64_t n, f32_vec fill) {
 FBN_INLINE void bf16_store(uint16_t *p, f32_vec a) { half_store(p, bf16_round(a)); }
 FBN_INLINE void bf16_store_n(uint16_t *p, f32_vec a, int64_t n) { half_store_n(p, bf16_round(a), n); }
 FBN_INLINE void bf16_stream(uint16_t *p, f32_vec a) { half_stream(p, bf16_round(a)); }
-FBN_INLINE f32_wide bf16_wide_load(const uint16_t *p) {
-    const __m128i zero = _mm_setzero_si128(), halves = half_load(p);
-    return (f32_wide){_mm256_cvtps_pd(_mm_castsi128_ps(_mm_unpacklo_epi16(zero, halves))),
-                      _mm256_cvtps_pd(_mm_castsi128_ps(_mm_unpackhi_epi16(zero, halves)))};
-}
 
 FBN_INLINE void prefetch(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T1); }
 FBN_INLINE void stream_fence(void) { _mm_sfence(); }

@@ -151,21 +151,20 @@ FBN_INLINE f32_vec f16_load_n(const uint16_t *p, int64_t n, f32_vec fill) {
 FBN_INLINE void f16_store(uint16_t *p, f32_vec a) { half_store(p, f16_round(a)); }
 FBN_INLINE void f16_store_n(uint16_t *p, f32_vec a, int64_t n) { half_store_n(p, f16_round(a), n); }
 FBN_INLINE void f16_stream(uint16_t *p, f32_vec a) { half_stream(p, f16_round(a)); }
-FBN_INLINE f32_wide f16_wide_load(const uint16_t *p) { return f32_widen(f16_load(p)); }
 
-/* bfloat16, converted by integer operations, since vcvtneps2bf16 treats subnormals as 0. A NaN is cut off rather than
- * rounded, which could carry into its sign (see H_store in baseline.h). */
+/* bfloat16, converted by integer operations, since vcvtneps2bf16 treats subnormals as 0 */
 FBN_INLINE f32_vec bf16_exact(__m256i a) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(a), 16));
+    const __m512i highs = _mm512_set_epi16(15, 0, 14, 0, 13, 0, 12, 0, 11, 0, 10, 0, 9, 0, 8, 0, 7, 0, 6, 0, 5, 0, 4, 0,
+                                           3, 0, 2, 0, 1, 0, 0, 0);
+    return _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, highs, _mm512_castsi256_si512(a)));
 }
 FBN_INLINE __m256i bf16_round(f32_vec a) {
     const __m512i bits = _mm512_castps_si512(a);
     const __mmask16 is_odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
     const __m512i half = _mm512_mask_blend_epi32(is_odd, _mm512_set1_epi32(0x7fff), _mm512_set1_epi32(0x8000));
-    const __m512i rounded = _mm512_mask_add_epi32(bits, _mm512_cmp_ps_mask(a, a, _CMP_ORD_Q), bits, half);
     const __m512i highs = _mm512_set_epi16(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 31, 29, 27, 25, 23, 21, 19,
                                            17, 15, 13, 11, 9, 7, 5, 3, 1);
-    return _mm512_castsi512_si256(_mm512_permutexvar_epi16(highs, rounded));
+    return _mm512_castsi512_si256(_mm512_permutexvar_epi16(highs, _mm512_add_epi32(bits, half)));
 }
 FBN_INLINE double bf16_value(const uint16_t *p) {
     return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128((int)((uint32_t)*p << 16))));
@@ -177,7 +176,6 @@ FBN_INLINE f32_vec bf16_load_n(const uint16_t *p, int64_t n, f32_vec fill) {
 FBN_INLINE void bf16_store(uint16_t *p, f32_vec a) { half_store(p, bf16_round(a)); }
 FBN_INLINE void bf16_store_n(uint16_t *p, f32_vec a, int64_t n) { half_store_n(p, bf16_round(a), n); }
 FBN_INLINE void bf16_stream(uint16_t *p, f32_vec a) { half_stream(p, bf16_round(a)); }
-FBN_INLINE f32_wide bf16_wide_load(const uint16_t *p) { return f32_widen(bf16_load(p)); }
 
 FBN_INLINE void prefetch(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T1); }
 FBN_INLINE void stream_fence(void) { _mm_sfence(); }

@@ -33,9 +33,9 @@
  *   T_wide_get(p), T_wide_put(p, a)   T_WIDTH doubles from and to memory
  *   T_wide_set, T_wide_add, T_wide_sub, T_wide_fma
  * H is f16 or bf16. Only elements in memory have 16 bits; the vectors are f32_vec.
- *   H_value, H_load, H_load_n, H_wide_load   as for f32; exact, also for subnormals
- *   H_store, H_store_n, H_stream             rounded to nearest, ties to even. A NaN that was computed, or loaded from
- *                         an H, remains one; of any other, bf16 may keep only bits that are those of an infinity
+ *   H_value, H_load, H_load_n                as for f32; exact, also for subnormals
+ *   H_store, H_store_n, H_stream             rounded to nearest, ties to even. For bf16 the lower half of the bits of a
+ *                         NaN must be 0: it is in constants, in what is loaded, and in what is computed from them
  * prefetch(p)             may fetch the line at p into the cache; any address is allowed
  * stream_fence()          orders streamed stores before later ones
  */
@@ -376,13 +376,12 @@ FBN_INLINE double f16_value(const uint16_t *p) {
 FBN_INLINE void f16_store(uint16_t *p, f32_vec a) { half_store(p, f16_round(a)); }
 FBN_INLINE void f16_store_n(uint16_t *p, f32_vec a, int64_t n) { half_store_n(p, f16_round(a), n); }
 FBN_INLINE void f16_stream(uint16_t *p, f32_vec a) { f16_store(p, a); }
-FBN_INLINE f32_wide f16_wide_load(const uint16_t *p) { return f32_widen(f16_load(p)); }
 
 /* bfloat16: the upper half of a float32 */
 FBN_INLINE f32_vec bf16_exact(f32_lanes a) { return f32_of_bits(a << 16); }
 FBN_INLINE f32_lanes bf16_round(f32_vec a) {
     const f32_lanes bits = f32_bits(a), half = 0x7fff + (bits >> 16 & 1);
-    return (bits + (EACH(a == a) & half)) >> 16;
+    return (bits + half) >> 16;
 }
 FBN_INLINE f32_vec bf16_load(const uint16_t *p) { return bf16_exact(half_load(p)); }
 FBN_INLINE f32_vec bf16_load_n(const uint16_t *p, int64_t n, f32_vec fill) {
@@ -396,7 +395,6 @@ FBN_INLINE double bf16_value(const uint16_t *p) {
 FBN_INLINE void bf16_store(uint16_t *p, f32_vec a) { half_store(p, bf16_round(a)); }
 FBN_INLINE void bf16_store_n(uint16_t *p, f32_vec a, int64_t n) { half_store_n(p, bf16_round(a), n); }
 FBN_INLINE void bf16_stream(uint16_t *p, f32_vec a) { bf16_store(p, a); }
-FBN_INLINE f32_wide bf16_wide_load(const uint16_t *p) { return f32_widen(bf16_load(p)); }
 
 FBN_INLINE void prefetch(const void *p) { (void)p; }
 FBN_INLINE void stream_fence(void) {}

@@ -187,14 +187,12 @@ FBN_INLINE f32_vec f16_load_n(const uint16_t *p, int64_t n, f32_vec fill) {
 FBN_INLINE void f16_store(uint16_t *p, f32_vec a) { vst1_u16(p, f16_round(a)); }
 FBN_INLINE void f16_store_n(uint16_t *p, f32_vec a, int64_t n) { half_store_n(p, f16_round(a), n); }
 FBN_INLINE void f16_stream(uint16_t *p, f32_vec a) { f16_store(p, a); }
-FBN_INLINE f32_wide f16_wide_load(const uint16_t *p) { return f32_widen(f16_load(p)); }
 
 /* bfloat16, converted by integer operations, since AArch64 has an instruction for it only from version 8.6 on. */
 FBN_INLINE f32_vec bf16_exact(uint16x4_t a) { return vreinterpretq_f32_u32(vshll_n_u16(a, 16)); }
 FBN_INLINE uint16x4_t bf16_round(f32_vec a) {
     const uint32x4_t bits = vreinterpretq_u32_f32(a), odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
-    const uint32x4_t half = vaddq_u32(odd, vdupq_n_u32(0x7fff)), is_number = vceqq_f32(a, a);
-    return vshrn_n_u32(vaddq_u32(bits, vandq_u32(half, is_number)), 16);
+    return vshrn_n_u32(vaddq_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7fff))), 16);
 }
 FBN_INLINE double bf16_value(const uint16_t *p) { return vgetq_lane_f32(bf16_exact(vdup_n_u16(*p)), 0); }
 FBN_INLINE f32_vec bf16_load(const uint16_t *p) { return bf16_exact(vld1_u16(p)); }
@@ -204,7 +202,6 @@ FBN_INLINE f32_vec bf16_load_n(const uint16_t *p, int64_t n, f32_vec fill) {
 FBN_INLINE void bf16_store(uint16_t *p, f32_vec a) { vst1_u16(p, bf16_round(a)); }
 FBN_INLINE void bf16_store_n(uint16_t *p, f32_vec a, int64_t n) { half_store_n(p, bf16_round(a), n); }
 FBN_INLINE void bf16_stream(uint16_t *p, f32_vec a) { bf16_store(p, a); }
-FBN_INLINE f32_wide bf16_wide_load(const uint16_t *p) { return f32_widen(bf16_load(p)); }
 
 #if defined(_MSC_VER) && !defined(__clang__)
 FBN_INLINE void prefetch(const void *p) { __prefetch(p); }

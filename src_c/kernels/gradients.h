@@ -1,0 +1,36 @@
+/* gradients.h: what sums and maps of a gradient read: dz, the gradient of z, and x. */
+
+/* x, or gamma * xhat + beta, which takes its place if only y is known. */
+FBN_INLINE vec NAME(x_at)(const elem *x, const elem *residual, int64_t n, const NAME(constants) * k, NAME(parts) p) {
+    const vec v = NAME(load)(x, n);
+    if (!(p.activation & FBN_FROM_Y)) return v;
+    const vec z = NAME(inverse)(v, k->slope, p.activation);
+    return p.has_residual ? vsub(z, NAME(load)(residual, n)) : z;
+}
+
+/* |dy|: positions that do not count are left out where it is 0. */
+FBN_INLINE vec NAME(size_at)(const elem *dy, int64_t n) { return vsub(vset(0), vminus_abs(NAME(load)(dy, n))); }
+
+FBN_INLINE vec NAME(dz_of)(const elem *dy, const elem *x, const elem *residual, int64_t n, const NAME(constants) * k,
+                           NAME(parts) p) {
+    const vec g = NAME(load)(dy, n);
+    if ((p.activation & FBN_WHICH) == FBN_IDENTITY) return g;
+    const vec v = NAME(load)(x, n);
+    /* y has the sign of z. */
+    if (p.activation & FBN_FROM_Y) return NAME(activation_gradient)(g, v, k->slope, p.activation & ~FBN_FROM_Y);
+    const vec r = p.has_residual ? NAME(load)(residual, n) : vset(0);
+    return NAME(activation_gradient)(g, NAME(preactivation)(v, r, k, p), k->slope, p.activation);
+}
+
+FBN_APART vec NAME(dz_part)(const elem *dy, const elem *x, const elem *residual, int64_t n, const NAME(constants) * k,
+                            NAME(parts) p) {
+    p.activation |= NAME(ANY);
+    return NAME(dz_of)(dy, x, residual, n, k, p);
+}
+
+/* dz. Parts of vectors are left to a function that is not inlined, unless the activation's code is short. */
+FBN_INLINE vec NAME(dz_at)(const elem *dy, const elem *x, const elem *residual, int64_t n, const NAME(constants) * k,
+                           NAME(parts) p) {
+    return n == WIDTH || NAME(is_short)(p.activation) ? NAME(dz_of)(dy, x, residual, n, k, p)
+                                                      : NAME(dz_part)(dy, x, residual, n, k, p);
+}

@@ -1,0 +1,66 @@
+/* widened_sums.h: the sums of 16-bit values, which are widened to float32 a piece at a time and then added as such.
+ *
+ * The pieces lie in the nearest cache, from where they are read as fast as they could be widened to float64 in one
+ * loop, and the loops of float32 need not be compiled for each dtype.
+ */
+
+/* The values of an array that are widened at a time. */
+enum { NAME(PIECE) = 2048 };
+
+FBN_INLINE void NAME(widen)(const elem *from, int64_t n, int64_t ahead, float *to) {
+    int64_t i = 0;
+    for (; i + WIDTH <= n; i += WIDTH) {
+        prefetch((const char *)(from + i) + ahead);
+        f32_store(to + i, vload(from + i));
+    }
+    if (i < n) f32_store(to + i, vload_n(from + i, n - i, vset(0)));
+}
+
+/* Widens n elements from element i of each row on. */
+FBN_INLINE void NAME(widen_rows)(const void *from_, const fbn_stretch *s, int64_t i, int64_t n, int64_t ahead,
+                                 int64_t apart, float *to) {
+    const elem *from = (const elem *)from_ + s->at + i;
+    for (int64_t row = 0; row < s->rows; row++) NAME(widen)(from + row * s->apart, n, ahead, to + row * apart);
+}
+
+/* Adds the pieces of a stretch by a loop of float32. */
+FBN_INLINE void NAME(sum_pieces)(const fbn_operands *o, const fbn_stretch *s, fbn_loop *loop, int columns,
+                                 int backward) {
+    _Alignas(64) float x[NAME(PIECE)], dy[NAME(PIECE)], residual[NAME(PIECE)];
+    const int64_t most = NAME(PIECE) / s->rows / FBN_LANES * FBN_LANES;
+    const int has_residual = backward && o->residual && o->activation != FBN_IDENTITY;
+    fbn_operands own = *o;
+    fbn_stretch piece = *s;
+    own.x = x;
+    own.dy = backward ? dy : NULL;
+    own.residual = has_residual ? residual : NULL;
+    own.walk.ahead = 0;
+    piece.at = 0;
+    piece.apart = most;
+    for (int64_t i = 0; i < s->n; i += most) {
+        piece.n = NAME(least)(most, s->n - i);
+        NAME(widen_rows)(o->x, s, i, piece.n, o->walk.ahead, most, x);
+        if (backward) NAME(widen_rows)(o->dy, s, i, piece.n, o->walk.ahead, most, dy);
+        if (has_residual) NAME(widen_rows)(o->residual, s, i, piece.n, o->walk.ahead, most, residual);
+        if (columns) {
+            piece.sums = s->sums + i;
+            piece.others = s->others + i;
+            own.origin = o->origin + i;
+            for (int k = 0; k < FBN_CONSTANTS; k++) own.constants.of[k] = (float *)o->constants.of[k] + i;
+        }
+        loop(&own, &piece);
+    }
+}
+
+static void NAME(moments_plane)(const fbn_operands *o, const fbn_stretch *s) {
+    NAME(sum_pieces)(o, s, NAME_OF_REAL(moments_plane), 0, 0);
+}
+static void NAME(moments_columns)(const fbn_operands *o, const fbn_stretch *s) {
+    NAME(sum_pieces)(o, s, NAME_OF_REAL(moments_columns), 1, 0);
+}
+static void NAME(grad_moments_plane)(const fbn_operands *o, const fbn_stretch *s) {
+    NAME(sum_pieces)(o, s, NAME_OF_REAL(grad_moments_plane), 0, 1);
+}
+static void NAME(grad_moments_columns)(const fbn_operands *o, const fbn_stretch *s) {
+    NAME(sum_pieces)(o, s, NAME_OF_REAL(grad_moments_columns), 1, 1);
+}
