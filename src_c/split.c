@@ -104,19 +104,20 @@ static int is_large(int64_t result, const fbn_machine *machine, fbn_kind kind) {
 }
 
 fbn_split fbn_split_of(const fbn_problem *p, int arrays, fbn_kind kind) {
-    fbn_split s = {.outer = p->outer, .channels = p->channels, .inner = p->inner};
     const int64_t values = p->outer * p->channels * p->inner;
-    s.rows = p->inner == 1;
-    s.stretches = kind == FBN_MAPS && p->inner >= LEAST_JOINED;
-    s.columns = s.rows || (p->inner > 1 && kind != FBN_MASKED && !s.stretches && p->inner < SMALL_PLANE);
-    s.joins = s.stretches || (s.columns && !s.rows && p->inner >= LEAST_JOINED);
+    const int is_plane = p->channels == 1 && p->outer > 0; /* one channel is one plane */
+    fbn_split s = {.outer = is_plane ? 1 : p->outer, .channels = p->channels, .inner = is_plane ? values : p->inner};
+    s.rows = s.inner == 1;
+    s.stretches = kind == FBN_MAPS && s.inner >= LEAST_JOINED;
+    s.columns = s.rows || (s.inner > 1 && kind != FBN_MASKED && !s.stretches && s.inner < SMALL_PLANE);
+    s.joins = s.stretches || (s.columns && !s.rows && s.inner >= LEAST_JOINED);
     s.repeat = s.rows && values >= FBN_WORTH_JOINING ? repeat_of(p->channels, JOINED) : 1;
     s.map_repeat = smaller(s.repeat, repeat_of(p->channels, JOINED_TO_MAP));
     s.real = p->dtype == FBN_F64 ? 8 : 4;
     s.elem = (int64_t)fbn_element(p->dtype);
-    s.cut = s.stretches ? STRETCH : p->inner <= 2 * SEGMENT ? p->inner : SEGMENT;
-    s.cuts = s.rows || s.stretches ? 1 : divide_up(p->inner, larger(s.cut, 1));
-    s.units = s.stretches ? divide_up(values, STRETCH) : p->outer * s.cuts;
+    s.cut = s.stretches ? STRETCH : s.inner <= 2 * SEGMENT ? s.inner : SEGMENT;
+    s.cuts = s.rows || s.stretches ? 1 : divide_up(s.inner, larger(s.cut, 1));
+    s.units = s.stretches ? divide_up(values, STRETCH) : s.outer * s.cuts;
     s.segment = s.stretches ? larger(s.units, 1)
                 : s.rows    ? larger(SEGMENT_ROWS * s.repeat, divide_up(s.units, SEGMENTS_MOST))
                             : larger(FBN_IMAGES, SEGMENT / larger(s.cut, 1));

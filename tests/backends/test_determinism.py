@@ -59,6 +59,20 @@ def test_any_number_of_threads(kernel: cases.Kernel, dtype: str, shape: tuple[in
             cases.assert_same_bits(results(c), wanted, f"for {threads} threads")
 
 
+C_KERNELS = tuple(kernel for kernel in cases.KERNELS if kernel.backend == "c")
+
+
+@pytest.mark.parametrize("kernel", C_KERNELS, ids=str, indirect=True)
+def test_one_channel_in_any_shape(kernel: cases.Kernel, dtype: str) -> None:
+    """The C backend takes a single channel as one plane, whatever rows or planes it comes in."""
+    whole = cases.call((1, 1, 70_070), dtype)
+    wanted = [None if a is None else a.reshape(-1) for a in results(whole)]
+    for shape in ((70_070, 1), (10_010, 1, 7), (70, 1, 13, 77), (2, 1, 35_035)):
+        shaped = (a.reshape(shape) if a.size > 1 else a for a in whole)
+        found = [None if a is None else a.reshape(-1) for a in results(cases.Call(*shaped))]
+        cases.assert_same_bits(tuple(found), tuple(wanted), f"as {shape}")
+
+
 def test_every_call(kernel: cases.Kernel, dtype: str) -> None:
     """Also where earlier calls have left other values in memory."""
     c = call((40, 50, 9), dtype)

@@ -203,3 +203,21 @@ def test_offset(any_backend: cases.Kernel, half: str) -> None:
         c = cases.call((200, 7), half, offset=offset, spread=abs(offset) / 20)
         exact = oracle.forward(c.x, c.gamma, c.beta)
         cases.assert_y(fastbn.forward(c.x, c.gamma, c.beta).y, exact, c.gamma)
+
+
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, 0xFFFFFFFF, 0x7FC00001, 0xFFFF8000])
+@pytest.mark.parametrize("shape", [(40, 5), (3, 5, 9), (2, 5, 700)], ids=str)
+def test_any_nan_among_parameters(kernel: cases.Kernel, half: str, shape: tuple[int, ...], bits: int) -> None:
+    """Its last bits, which a half has no room for, do not turn it into a number, nor touch another channel."""
+    c = cases.call(shape, half)
+    for place in range(4):
+        parameters = [a.copy() for a in (c.gamma, c.beta, c.running_mean, c.running_var) if a is not None]
+        wanted = fastbn.infer(c.x, *parameters)
+        parameters[place].view(np.uint32)[1] = bits
+        y, made = fastbn.forward(c.x, *(a.copy() for a in parameters), training=False, residual=c.residual)
+        y, dx = (a.astype(np.float32) for a in (fastbn.infer(c.x, *parameters), fastbn.backward(c.dy, made).dx))
+        assert np.isnan(y[:, 1]).all()
+        assert place in (1, 2) or np.isnan(dx[:, 1]).all()
+        others = [0, 2, 3, 4]
+        cases.assert_same_bits(y[:, others], wanted.astype(np.float32)[:, others])
+        assert not np.isnan(dx[:, others]).any()
