@@ -21,6 +21,7 @@ typedef struct {
     fbn_constants constants;
     const double *origin;
     int usual, exact; /* as in fbn_operands */
+    char *dz;         /* where dz is kept for the map in a block of the thread's; NULL if it is not */
 } fbn_panel;
 
 /* Adds a tile to the sums of a panel. Columns are added to `sums` and `others`, planes to the lanes in `sums`. */
@@ -46,7 +47,8 @@ struct fbn_job {
     /* The large arrays. */
     const char *x, *residual, *dy;
     char *result, *dresidual;                    /* what the map fills: y or dx, and the residual's gradient */
-    char *dz;                                    /* where the sums leave dz for the map; NULL if they do not */
+    char *dz;                                    /* where the sums leave dz for the map; NULL if they do not ... */
+    char *dz_blocks;                             /* ... or do so in blocks, one for each thread */
     const unsigned char *reduce_mask, *map_mask; /* NULL where all positions are treated alike */
     int activation;                              /* with the flag FBN_FROM_Y where `x` holds y */
     int frozen;                                  /* whether x has no effect on the statistics */

@@ -16,11 +16,17 @@
 static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+/* The place of channel c in a thread's block of dz, which starts with channel c0. */
+static char *dz_at(const fbn_job *j, char *dz, int64_t c0, int64_t c) {
+    return dz ? dz + fbn_block_bytes(&j->split, c - c0) : NULL;
+}
+
 /* The sums of the segments [s0, s1) and the channels [c0, c1). */
-static void reduce(fbn_job *j, int64_t s0, int64_t s1, int64_t c0, int64_t c1, int thread, void *room) {
+static void reduce(fbn_job *j, int64_t s0, int64_t s1, int64_t c0, int64_t c1, int thread, void *room, char *dz) {
     double *lanes = j->lanes + thread * fbn_lane_doubles(&j->split);
     for (int64_t c = c0; c < c1; c += j->split.panel) {
-        const fbn_panel panel = fbn_panel_to_sum(j, c, smaller(c + j->split.panel, c1), lanes, room);
+        fbn_panel panel = fbn_panel_to_sum(j, c, smaller(c + j->split.panel, c1), lanes, room);
+        panel.dz = dz_at(j, dz, c0, c);
         for (int64_t s = s0; s < s1; s++) fbn_reduce_panel(j, s, &panel, lanes);
     }
 }
@@ -35,7 +41,7 @@ static void map_units(const fbn_job *j, int64_t first, int64_t last, const fbn_p
 }
 
 /* After a reduction the map goes from the end backwards, since the reduction has left the end in the cache. */
-static void map(const fbn_job *j, int64_t u0, int64_t u1, int64_t c0, int64_t c1, void *room) {
+static void map(const fbn_job *j, int64_t u0, int64_t u1, int64_t c0, int64_t c1, void *room, char *dz) {
     const int64_t chunk = fbn_chunk(&j->split, c1 - c0), chunks = divide_up(u1 - u0, chunk);
     const int one_panel = c1 - c0 <= j->split.map_panel;
     fbn_panel panel;
@@ -43,6 +49,7 @@ static void map(const fbn_job *j, int64_t u0, int64_t u1, int64_t c0, int64_t c1
         const int64_t first = u0 + (j->operation->reduce ? chunks - 1 - k : k) * chunk;
         for (int64_t c = c0; c < c1; c += j->split.map_panel) {
             if (k == 0 || !one_panel) panel = fbn_panel_to_map(j, c, smaller(c + j->split.map_panel, c1), room);
+            panel.dz = dz_at(j, dz, c0, c);
             map_units(j, first, smaller(first + chunk, u1), &panel);
         }
     }
@@ -60,12 +67,13 @@ static void work_by_channels(fbn_job *j, int64_t t, int threads) {
     _Alignas(64) double room[FBN_ROOM / sizeof(double)]; /* as kernels.h says of the stack */
     const fbn_operation *o = j->operation;
     const int64_t C = j->split.channels, block = j->split.block, blocks = divide_up(C, block);
+    char *dz = j->dz_blocks ? j->dz_blocks + t * fbn_block_bytes(&j->split, block) : NULL;
     for (int64_t b = blocks * t / threads; b < blocks * (t + 1) / threads; b++) {
         const int64_t c0 = b * block, c1 = smaller(c0 + block, C);
         o->prepare(j, c0, c1);
-        reduce(j, 0, j->split.segments, c0, c1, (int)t, room);
+        reduce(j, 0, j->split.segments, c0, c1, (int)t, room, dz);
         o->finish(j, c0, c1);
-        if (o->map) map(j, 0, j->split.units, c0, c1, room);
+        if (o->map) map(j, 0, j->split.units, c0, c1, room, dz);
     }
 }
 
@@ -88,12 +96,12 @@ static void work_by_steps(fbn_job *j, int64_t t, int threads) {
         barrier(threads);
     }
     if (o->reduce) {
-        reduce(j, j->split.segments * t / threads, j->split.segments * (t + 1) / threads, 0, C, (int)t, room);
+        reduce(j, j->split.segments * t / threads, j->split.segments * (t + 1) / threads, 0, C, (int)t, room, NULL);
         barrier(threads);
         o->finish(j, c0, c1);
         if (o->map) barrier(threads);
     }
-    if (o->map) map(j, j->split.units * t / threads, j->split.units * (t + 1) / threads, 0, C, room);
+    if (o->map) map(j, j->split.units * t / threads, j->split.units * (t + 1) / threads, 0, C, room, NULL);
 }
 
 void fbn_run(fbn_job *j) {

@@ -137,6 +137,8 @@ fbn_split fbn_split_of(const fbn_problem *p, int arrays, fbn_kind kind) {
 
 int64_t fbn_columns(const fbn_split *s, int64_t channels) { return channels * (s->rows ? s->repeat : s->inner); }
 
+int64_t fbn_block_bytes(const fbn_split *s, int64_t channels) { return channels * channel_bytes(s, 1); }
+
 int64_t fbn_lane_doubles(const fbn_split *s) {
     return s->columns ? 3 * fbn_padded(fbn_columns(s, s->panel)) : s->panel * 2 * FBN_LANES;
 }

@@ -60,6 +60,9 @@ int64_t fbn_columns(const fbn_split *split, int64_t channels);
 /* The channels in a panel that is mapped by so many constants of each. Those of rows stay in the nearest cache. */
 int64_t fbn_map_panel(const fbn_split *split, int constants);
 
+/* The bytes of a block of channels, of all units. */
+int64_t fbn_block_bytes(const fbn_split *split, int64_t channels);
+
 /* How many float64 numbers a thread needs to reduce a panel: lanes, or the columns' sums and origins. */
 int64_t fbn_lane_doubles(const fbn_split *split);
 

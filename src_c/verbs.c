@@ -14,10 +14,20 @@ static int64_t bytes_to(const fbn_job *j, const fbn_tile *t, int64_t c) {
     return (fbn_start(&j->split, t->unit, c) + t->from) * j->split.elem;
 }
 
-static fbn_planes planes_of(const fbn_tile *t, const fbn_panel *panel) {
+static fbn_planes planes_of(const fbn_job *j, const fbn_tile *t, const fbn_panel *panel) {
     fbn_planes planes = t->planes;
     planes.channels = panel->c1 - panel->c0;
+    if (panel->dz) {
+        planes.dz_apart = j->split.inner;
+        planes.dz_step = j->split.outer * j->split.inner;
+    }
     return planes;
+}
+
+/* Where a tile's dz is kept, or NULL. */
+static char *dz_of(const fbn_job *j, const fbn_tile *t, const fbn_panel *panel) {
+    if (panel->dz) return panel->dz + t->unit * j->split.inner * j->split.elem;
+    return j->dz ? j->dz + bytes_to(j, t, panel->c0) : NULL;
 }
 
 static fbn_operands operands_of(const fbn_job *j, const fbn_tile *t, const fbn_panel *panel) {
@@ -57,16 +67,16 @@ static void reduce_moments(const fbn_job *j, const fbn_tile *t, const fbn_panel 
     const fbn_dtype_kernels *k = j->sums;
     if (!t->counts) return;
     if (j->split.columns) sum_columns(j, k->moments_columns, FBN_ROWS, &o, t, panel, sums, others);
-    else fbn_sum_planes(k->moments_plane, &o, j->split.elem, planes_of(t, panel), sums);
+    else fbn_sum_planes(k->moments_plane, &o, j->split.elem, planes_of(j, t, panel), sums);
 }
 
 /* With an activation less is converted than computed, for which the longest vectors are best. */
 static void reduce_gradient(const fbn_job *j, const fbn_tile *t, const fbn_panel *panel, double *sums, double *others) {
     fbn_operands o = operands_of(j, t, panel);
-    o.dz = j->dz ? j->dz + bytes_to(j, t, panel->c0) : NULL;
+    o.dz = dz_of(j, t, panel);
     const fbn_dtype_kernels *k = (j->activation & FBN_WHICH) ? j->kernels : j->sums;
     if (j->split.columns) sum_columns(j, k->grad_moments_columns, FBN_GRAD_ROWS, &o, t, panel, sums, others);
-    else fbn_sum_planes(k->grad_moments_plane, &o, j->split.elem, planes_of(t, panel), sums);
+    else fbn_sum_planes(k->grad_moments_plane, &o, j->split.elem, planes_of(j, t, panel), sums);
 }
 
 /* A tile's stretches of memory, in which images recur. */
@@ -89,7 +99,7 @@ static void map_by(const fbn_job *j, const fbn_tile *t, const fbn_panel *panel, 
     const fbn_split *s = &j->split;
     if (s->stretches) fbn_map_runs(of_runs, o, s->elem, stretches_of(s, t));
     else if (s->columns) fbn_map_runs(of_runs, o, s->elem, rows_of(s, t, panel));
-    else fbn_map_planes(of_planes, o, s->elem, planes_of(t, panel));
+    else fbn_map_planes(of_planes, o, s->elem, planes_of(j, t, panel));
     if (o->stream) j->kernels->fence();
 }
 
@@ -107,8 +117,9 @@ static void map_gradient(const fbn_job *j, const fbn_tile *t, const fbn_panel *p
     o.out = j->result + skip;
     o.dresidual = j->dresidual ? j->dresidual + skip : NULL;
     o.frozen = j->frozen || !t->counts;
-    if (j->dz) {
-        o.dy = j->dz + skip;
+    o.dz = dz_of(j, t, panel);
+    if (o.dz) {
+        o.dy = o.dz;
         o.residual = NULL;
         o.dresidual = NULL;
         o.activation = FBN_IDENTITY;
@@ -149,6 +160,19 @@ static int64_t doubles_of(const fbn_split *s) {
     return rows * s->padded + arrays * s->joined + s->threads * fbn_lane_doubles(s);
 }
 
+static int is_costly(const fbn_problem *p) { return p->activation == FBN_SILU || p->activation == FBN_SIGMOID; }
+
+/* The arrays that a block of a gradient holds: x, dy, and the residual or a costly dz. */
+static int arrays_of(const fbn_problem *p, int has_residual) {
+    return p->activation && (has_residual || is_costly(p)) ? 3 : 2;
+}
+
+/* The bytes of the blocks of dz, one for each thread, of a call that keeps them; 0 where none does. */
+static size_t bytes_of_blocks(const fbn_problem *p, const fbn_split *s) {
+    if (!is_costly(p) || s->elem < 4 || !s->large || !s->by_channels || s->columns || s->cuts > 1) return 0;
+    return (size_t)(s->threads * fbn_block_bytes(s, s->block));
+}
+
 /* The bytes of so many doubles, and `more` bytes; 0 where a size_t cannot hold the sum. */
 static size_t bytes_of(int64_t doubles, size_t more) {
     return (uint64_t)doubles > (SIZE_MAX - more) / sizeof(double) ? 0 : (size_t)doubles * sizeof(double) + more;
@@ -163,7 +187,8 @@ size_t fbn_workspace_bytes(const fbn_problem *p) {
         const int64_t more = doubles_of(&masked);
         doubles = doubles > more ? doubles : more;
     }
-    return bytes_of(doubles, ALIGNMENT);
+    const fbn_split gradient = fbn_split_of(p, arrays_of(p, 0), FBN_REDUCES);
+    return bytes_of(doubles, 2 * ALIGNMENT + bytes_of_blocks(p, &gradient));
 }
 
 /* Whether a valid call has a workspace whose size a size_t can hold: one of 64 bits always can. */
@@ -216,7 +241,7 @@ static fbn_job job_of_x(const fbn_problem *p, const fbn_operation *operation, co
 /* A job that differentiates. Where `x` holds y, the rows that describe it are in the workspace. */
 static fbn_job job_of_dy(const fbn_problem *p, const fbn_operation *operation, const fbn_sums_args *a, void *dx,
                          void *workspace) {
-    fbn_job j = job_of(p, operation, a->residual && p->activation ? 3 : 2, a->mask != NULL, dx, workspace);
+    fbn_job j = job_of(p, operation, arrays_of(p, a->residual != NULL), a->mask != NULL, dx, workspace);
     j.dy = a->dy;
     j.x = a->x;
     j.residual = a->residual;
@@ -355,13 +380,17 @@ fbn_status fbn_backward_sums(const fbn_problem *p, const fbn_sums_args *a, void 
     return run(&j);
 }
 
-/* Where the sums leave dz, so that the map need not compute it again: in dresidual, which is dz, or in dx while that
- * stays in the cache. A dtype of 16 bits would round dz. With a mask the map must see whether dy is 0, and where `x`
- * holds y it needs the activation to find z. */
-static char *kept_dz(const fbn_job *j, const fbn_backward_args *a) {
-    if (!j->operation->reduce || !j->activation || a->from_y || a->mask || j->split.elem < 4) return NULL;
-    if (a->residual) return a->dresidual;
-    return j->split.large ? NULL : a->dx;
+/* Has the sums leave dz, so that the map need not compute it again: in dresidual, which is dz, or in dx while that
+ * stays in the cache, or else in a block for each thread. A dtype of 16 bits would round dz. With a mask the map must
+ * see whether dy is 0, and where `x` holds y it needs the activation to find z. */
+static void keep_dz(fbn_job *j, const fbn_backward_args *a) {
+    if (!j->operation->reduce || !j->activation || a->from_y || a->mask || j->split.elem < 4) return;
+    if (a->residual) j->dz = a->dresidual;
+    else if (!j->split.large) j->dz = a->dx;
+    else if (bytes_of_blocks(j->p, &j->split)) {
+        const uintptr_t end = (uintptr_t)(j->lanes + j->split.threads * fbn_lane_doubles(&j->split));
+        j->dz_blocks = (char *)((end + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);
+    }
 }
 
 fbn_status fbn_backward(const fbn_problem *p, const fbn_backward_args *a, void *workspace) {
@@ -376,10 +405,10 @@ fbn_status fbn_backward(const fbn_problem *p, const fbn_backward_args *a, void *
     j.given_sums = a->sums;
     j.dgamma = a->dgamma;
     j.dbeta = a->dbeta;
-    j.dz = kept_dz(&j, a);
+    keep_dz(&j, a);
     /* A map that computes dz reads the constants of y as well: with those of dx all but the two powers of two. */
     const int constants = FBN_CONSTANTS - j.kernels->first_constant - 2;
-    if (j.activation && !j.dz) j.split.map_panel = fbn_map_panel(&j.split, constants);
+    if (j.activation && !j.dz && !j.dz_blocks) j.split.map_panel = fbn_map_panel(&j.split, constants);
     return run(&j);
 }
 

@@ -22,21 +22,38 @@ static int64_t first_turn(const fbn_operands *o, int64_t elem, int64_t at, int64
     return turn + (int64_t)(-((uintptr_t)o->out + (uintptr_t)(at * elem)) % LINE) / elem;
 }
 
+/* The same operands for one plane of a channel, with `dz` such that it has the index that x has. */
+static fbn_operands with_dz(const fbn_operands *o, int64_t elem, const fbn_planes *p, int64_t c, int64_t image) {
+    fbn_operands own = *o;
+    if (p->dz_step == 0) return own;
+    const int64_t further = c * (p->dz_step - p->step) + image * (p->dz_apart - p->apart);
+    own.dz = (void *)((uintptr_t)o->dz + (uintptr_t)(further * elem));
+    return own;
+}
+
+/* Where dz lies otherwise, the planes are one stream: dz is computed or lies in a cache, and memory is not in a hurry.
+ */
+static int64_t streams_of_planes(const fbn_operands *o, const fbn_planes *p, int64_t most) {
+    return p->dz_step ? 1 : streams_of(o, o->walk.streams, most);
+}
+
 void fbn_sum_planes(fbn_loop *loop, const fbn_operands *o, int64_t elem, fbn_planes p, double *lanes) {
-    const int64_t streams = streams_of(o, o->walk.streams, p.images), turn = turn_of(o, elem, streams, p.inner);
+    const int64_t streams = streams_of_planes(o, &p, p.images), turn = turn_of(o, elem, streams, p.inner);
     for (int64_t c = 0; c < p.channels; c++, lanes += 2 * FBN_LANES) {
         _Alignas(64) double own[FBN_IMAGES][2 * FBN_LANES];
         for (int64_t s = 0; s < p.images; s++)
             for (int k = 0; k < 2 * FBN_LANES; k++) own[s][k] = 0;
-        for (int64_t image = 0; image < p.images; image += streams)
+        for (int64_t image = 0; image < p.images; image += streams) {
+            const fbn_operands operands = with_dz(o, elem, &p, c, image);
             for (int64_t i = 0; i < p.inner; i += turn)
-                loop(o, &(fbn_stretch){.at = c * p.step + image * p.apart + i,
-                                       .n = smaller(turn, p.inner - i),
-                                       .c = c,
-                                       .rows = smaller(streams, p.images - image),
-                                       .apart = p.apart,
-                                       .sums = own[image],
-                                       .others = own[image] + FBN_LANES});
+                loop(&operands, &(fbn_stretch){.at = c * p.step + image * p.apart + i,
+                                               .n = smaller(turn, p.inner - i),
+                                               .c = c,
+                                               .rows = smaller(streams, p.images - image),
+                                               .apart = p.apart,
+                                               .sums = own[image],
+                                               .others = own[image] + FBN_LANES});
+        }
         for (int64_t s = 0; s < p.images; s++)
             for (int k = 0; k < 2 * FBN_LANES; k++) lanes[k] += own[s][k];
     }
@@ -53,17 +70,20 @@ void fbn_sum_runs(fbn_loop *loop, const fbn_operands *o, int64_t rows, fbn_runs 
 }
 
 void fbn_map_planes(fbn_loop *loop, const fbn_operands *o, int64_t elem, fbn_planes p) {
-    const int64_t streams = streams_of(o, o->walk.streams, p.apart * elem % LINE ? 1 : p.images);
+    const int64_t streams = streams_of_planes(o, &p, p.apart * elem % LINE ? 1 : p.images);
     const int64_t turn = turn_of(o, elem, streams, p.inner);
     for (int64_t c = 0; c < p.channels; c++) {
         const int64_t start = c * p.step, first = first_turn(o, elem, start, turn);
-        for (int64_t image = 0; image < p.images; image += streams)
+        for (int64_t image = 0; image < p.images; image += streams) {
+            fbn_operands operands = with_dz(o, elem, &p, c, image);
+            if (p.dz_step) operands.dy = operands.dz;
             for (int64_t i = 0, n = smaller(first, p.inner); i < p.inner; i += n, n = smaller(turn, p.inner - i))
-                loop(o, &(fbn_stretch){.at = start + image * p.apart + i,
-                                       .n = n,
-                                       .c = c,
-                                       .rows = smaller(streams, p.images - image),
-                                       .apart = p.apart});
+                loop(&operands, &(fbn_stretch){.at = start + image * p.apart + i,
+                                               .n = n,
+                                               .c = c,
+                                               .rows = smaller(streams, p.images - image),
+                                               .apart = p.apart});
+        }
     }
 }
 

@@ -130,6 +130,27 @@ def test_bits_of_large_calls(shape: tuple[int, ...], axis: int, dtype: str) -> N
                     cases.assert_same_bits(results(c, axis, activation, bool(masked)), wanted, f"with habits {name}")
 
 
+@pytest.mark.parametrize("dtype", [*cases.DTYPES, "float16"])
+@pytest.mark.parametrize(("shape", "axis"), [*SHAPES, ((40, 130, 24, 24), 1), ((9, 37, 23, 41), 1)], ids=str)
+def test_bits_wherever_dz_is_kept(shape: tuple[int, ...], axis: int, dtype: str) -> None:
+    """In dx, in a block of each thread's, or not at all: which one depends on the habits, the activation and dx."""
+    c = call(shape, axis, dtype)
+
+    def gradients(activation: str, out: cases.Array | None) -> tuple[Any, ...]:
+        _, made = fastbn.forward(c.x, c.gamma, c.beta, axis=axis, activation=activation, backend="c")
+        return tuple(fastbn.backward(c.dy if out is None else out, made, out=out, backend="c"))
+
+    for activation in ("silu", "sigmoid", "relu"):
+        use(EXTREME["never streamed"])
+        with fastbn.use_num_threads(1):
+            wanted = gradients(activation, None)
+        for threads, name in enumerate(("streamed", "streamed, one by one", "random 1"), 1):
+            use(EVERY[name])
+            with fastbn.use_num_threads(threads):
+                cases.assert_same_bits(gradients(activation, None), wanted, f"{activation}, {name}")
+                cases.assert_same_bits(gradients(activation, c.dy.copy()), wanted, f"{activation}, {name}, over dy")
+
+
 def test_bits_of_calls_of_all_kinds() -> None:
     """Those of bits.py: dtypes, activations, residuals, masks, ways and extreme values, all streamed, in 8 streams.
 

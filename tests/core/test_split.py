@@ -72,6 +72,8 @@ class Tile(ct.Structure):
             "channels",
             "step",
             "inner",
+            "dz_apart",
+            "dz_step",
             "counts",
             "next_unit",
             "next_from",
