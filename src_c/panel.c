@@ -21,11 +21,12 @@ fbn_constants fbn_constants_at(const fbn_job *j, int64_t c) {
 /* Whether n constants from channel c on are all of this value. */
 static int all_are(const fbn_job *j, int which, int64_t c, int64_t n, double value) {
     const void *array = j->constants.of[which];
-    int64_t others = 0;
+    const float narrow = (float)value;
+    int others = 0;
     if (j->split.real == 8)
-        for (int64_t i = c; i < c + n; i++) others += ((const double *)array)[i] != value;
+        for (int64_t i = c; i < c + n; i++) others |= ((const double *)array)[i] != value;
     else
-        for (int64_t i = c; i < c + n; i++) others += ((const float *)array)[i] != (float)value;
+        for (int64_t i = c; i < c + n; i++) others |= ((const float *)array)[i] != narrow;
     return others == 0;
 }
 
@@ -109,10 +110,8 @@ void fbn_reduce_panel(const fbn_job *j, int64_t segment, const fbn_panel *panel,
     if (!j->split.columns) {
         memset(lanes, 0, (size_t)n * 2 * FBN_LANES * sizeof(double));
         add_tiles(j, segment, panel, lanes, NULL);
-        for (int64_t c = 0; c < n; c++, lanes += 2 * FBN_LANES) {
-            sums[c] = j->kernels->fold(lanes, FBN_LANES);
-            others[c] = j->kernels->fold(lanes + FBN_LANES, FBN_LANES);
-        }
+        j->kernels->fold(lanes, FBN_LANES, 2 * FBN_LANES, n, sums);
+        j->kernels->fold(lanes + FBN_LANES, FBN_LANES, 2 * FBN_LANES, n, others);
         return;
     }
     const int direct = columns == n;
@@ -126,8 +125,6 @@ void fbn_reduce_panel(const fbn_job *j, int64_t segment, const fbn_panel *panel,
         fold_rows(second, n, j->split.repeat, others);
         return;
     }
-    for (int64_t c = 0; c < n; c++) {
-        sums[c] = j->kernels->fold(first + c * j->split.inner, j->split.inner);
-        others[c] = j->kernels->fold(second + c * j->split.inner, j->split.inner);
-    }
+    j->kernels->fold(first, j->split.inner, j->split.inner, n, sums);
+    j->kernels->fold(second, j->split.inner, j->split.inner, n, others);
 }

@@ -40,17 +40,22 @@ static void map_units(const fbn_job *j, int64_t first, int64_t last, const fbn_p
     }
 }
 
-/* After a reduction the map goes from the end backwards, since the reduction has left the end in the cache. */
+/* After a reduction the map goes from the end backwards, chunk by chunk, since the reduction has left the end in the
+ * cache. Panels are prepared once, but small planes' if there are several, whose constants share the room. */
 static void map(const fbn_job *j, int64_t u0, int64_t u1, int64_t c0, int64_t c1, void *room, char *dz) {
-    const int64_t chunk = fbn_chunk(&j->split, c1 - c0), chunks = divide_up(u1 - u0, chunk);
-    const int one_panel = c1 - c0 <= j->split.map_panel;
-    fbn_panel panel;
-    for (int64_t k = 0; k < chunks; k++) {
-        const int64_t first = u0 + (j->operation->reduce ? chunks - 1 - k : k) * chunk;
-        for (int64_t c = c0; c < c1; c += j->split.map_panel) {
-            if (k == 0 || !one_panel) panel = fbn_panel_to_map(j, c, smaller(c + j->split.map_panel, c1), room);
-            panel.dz = dz_at(j, dz, c0, c);
-            map_units(j, first, smaller(first + chunk, u1), &panel);
+    enum { KEPT = 16 };
+    fbn_panel kept[KEPT];
+    const int64_t units = u1 > u0 ? u1 - u0 : 1, step = j->split.map_panel, panels = divide_up(c1 - c0, step);
+    const int64_t chunk = j->operation->reduce ? fbn_chunk(&j->split, c1 - c0) : units;
+    const int keeps = panels == 1 || (panels <= KEPT && j->split.rows);
+    for (int64_t left = divide_up(u1 - u0, chunk), first_time = 1; left > 0; left--, first_time = 0) {
+        const int64_t first = u0 + (left - 1) * chunk;
+        for (int64_t n = 0; n < panels; n++) {
+            const int64_t c = c0 + n * step;
+            fbn_panel *panel = &kept[keeps ? n : 0];
+            if (first_time || !keeps) *panel = fbn_panel_to_map(j, c, smaller(c + step, c1), room);
+            panel->dz = dz_at(j, dz, c0, c);
+            map_units(j, first, smaller(first + chunk, u1), panel);
         }
     }
 }

@@ -181,7 +181,7 @@ static void NAME(spread)(const void *from_, int64_t n, int64_t times, void *to_)
 }
 
 /* The sum of n float64 numbers, always added in this order: element i to lane i % FBN_LANES, and then these. */
-static double NAME(fold)(const double *values, int64_t n) {
+FBN_INLINE double NAME(fold_one)(const double *values, int64_t n) {
     enum { STEP = FBN_LANES / F64_WIDTH };
     f64_vec sums[STEP];
     double lanes[F64_WIDTH];
@@ -199,4 +199,8 @@ static double NAME(fold)(const double *values, int64_t n) {
     for (int half = F64_WIDTH / 2; half; half /= 2)
         for (int k = 0; k < half; k++) lanes[k] += lanes[k + half];
     return lanes[0];
+}
+
+static void NAME(fold)(const double *values, int64_t n, int64_t apart, int64_t count, double *sums) {
+    for (int64_t c = 0; c < count; c++) sums[c] = NAME(fold_one)(values + c * apart, n);
 }
