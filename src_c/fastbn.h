@@ -164,8 +164,8 @@ typedef struct {
 /* ---- the verbs ---- */
 
 /* The bytes of workspace that any verb needs for this problem; 0 if the problem is not valid. They depend on the shape,
- * the dtype, the activation, the threads, and the machine's caches and habits. Every verb that takes a workspace requires
- * it. */
+ * the dtype, the activation, the threads, and the machine's caches and habits. Every verb that takes a workspace
+ * requires it. */
 size_t fbn_workspace_bytes(const fbn_problem *problem);
 
 /* Training: y = activation(xhat * gamma + beta + residual), xhat = (x - mean) / sqrt(var + eps), with the batch's own

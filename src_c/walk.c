@@ -101,10 +101,20 @@ static void map_streams(fbn_loop *loop, const fbn_operands *o, int64_t elem, int
                                .ahead = ahead});
 }
 
+/* Whether streams would read at places of a page at which others have just written in theirs. They are at the same
+ * place if the columns recur with the pages, and on Zen 4 reads then take half as long again, if x is between an eighth
+ * and three quarters of a page behind the result. */
+static int collides(const fbn_operands *o, int64_t elem, const fbn_runs *r) {
+    enum { PAGE = 4096, MOST = 8 * PAGE };
+    const int64_t period = r->period * elem, lag = (int64_t)(((uintptr_t)o->out - (uintptr_t)o->x) % PAGE);
+    return period % PAGE == 0 && period <= MOST && lag >= PAGE / 8 && lag < PAGE / 4 * 3;
+}
+
 /* A long run is mapped in parts of whole periods, as streams, and then what is left of it. */
 static void map_long_run(fbn_loop *loop, const fbn_operands *o, int64_t elem, fbn_runs r) {
     enum { LEAST = 16384 }; /* bytes of a part */
-    const int64_t periods = r.length / r.period, streams = streams_of(o, o->walk.row_streams, FBN_IMAGES);
+    const int64_t most = collides(o, elem, &r) ? 1 : FBN_IMAGES;
+    const int64_t periods = r.length / r.period, streams = streams_of(o, o->walk.row_streams, most);
     const int64_t part = periods / streams * r.period, left = r.length - streams * part;
     if (streams == 1 || part * elem % LINE || part * elem < LEAST) map_streams(loop, o, elem, 0, 1, 0, r);
     else {

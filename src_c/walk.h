@@ -13,8 +13,9 @@
 enum { FBN_IMAGES = 8 };
 
 /* `images` times `channels` runs of `inner` contiguous elements. The runs of an image start `step` elements apart, and
- * images, of which there are at most FBN_IMAGES, start `apart` elements apart. Where dz lies otherwise than x, as images
- * of one channel after those of another, dz_step and dz_apart say so; a dz_step of 0 means that it lies as x does. */
+ * images, of which there are at most FBN_IMAGES, start `apart` elements apart. Where dz lies otherwise than x, as
+ * images of one channel after those of another, dz_step and dz_apart say so; a dz_step of 0 means that it lies as x
+ * does. */
 typedef struct {
     int64_t images, apart, channels, step, inner, dz_apart, dz_step;
 } fbn_planes;
@@ -25,8 +26,8 @@ typedef struct {
     int64_t count, apart, length, period, first;
 } fbn_runs;
 
-/* `elem` is the bytes of an element. Sums are added to `lanes`, [channels][2][FBN_LANES], or to `sums` and `others`. A map
- * of planes reads dz, if that lies otherwise than x, in the place of dy. */
+/* `elem` is the bytes of an element. Sums are added to `lanes`, [channels][2][FBN_LANES], or to `sums` and `others`. A
+ * map of planes reads dz, if that lies otherwise than x, in the place of dy. */
 void fbn_sum_planes(fbn_loop *loop, const fbn_operands *o, int64_t elem, fbn_planes planes, double *lanes);
 void fbn_sum_runs(fbn_loop *loop, const fbn_operands *o, int64_t rows, fbn_runs runs, double *sums, double *others);
 void fbn_map_planes(fbn_loop *loop, const fbn_operands *o, int64_t elem, fbn_planes planes);
