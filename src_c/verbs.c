@@ -173,6 +173,12 @@ static size_t bytes_of_blocks(const fbn_problem *p, const fbn_split *s) {
     return (size_t)(s->threads * fbn_block_bytes(s, s->block));
 }
 
+static size_t most_bytes_of_blocks(const fbn_problem *p) {
+    if (!is_costly(p)) return 0;
+    const fbn_split s = fbn_split_of(p, arrays_of(p, 0), FBN_REDUCES);
+    return bytes_of_blocks(p, &s);
+}
+
 /* The bytes of so many doubles, and `more` bytes; 0 where a size_t cannot hold the sum. */
 static size_t bytes_of(int64_t doubles, size_t more) {
     return (uint64_t)doubles > (SIZE_MAX - more) / sizeof(double) ? 0 : (size_t)doubles * sizeof(double) + more;
@@ -187,8 +193,7 @@ size_t fbn_workspace_bytes(const fbn_problem *p) {
         const int64_t more = doubles_of(&masked);
         doubles = doubles > more ? doubles : more;
     }
-    const fbn_split gradient = fbn_split_of(p, arrays_of(p, 0), FBN_REDUCES);
-    return bytes_of(doubles, 2 * ALIGNMENT + bytes_of_blocks(p, &gradient));
+    return bytes_of(doubles, 2 * ALIGNMENT + most_bytes_of_blocks(p));
 }
 
 /* Whether a valid call has a workspace whose size a size_t can hold: one of 64 bits always can. */
