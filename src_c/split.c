@@ -36,7 +36,7 @@ static int64_t to_multiple(int64_t n, int64_t power) {
 
 /* How many rows are joined to at least so many columns: to whole vectors, if that takes at most twice as many. */
 static int64_t repeat_of(int64_t channels, int64_t columns) {
-    if (channels == 0 || channels >= columns) return 1;
+    if (channels < 2 || channels >= columns) return 1; /* a single channel is a plane */
     const int64_t least = divide_up(columns, channels), whole = round_up(least, to_multiple(channels, FBN_CHANNEL_PAD));
     return whole * channels <= 2 * columns ? whole : least;
 }
