@@ -134,6 +134,7 @@ static fbn_status misaligned(call *c) {
     const int role = (int)below(ROLES);
     const int ignored = role == DRESIDUAL && !writes(c, role);
     if (!uses(c, role) || !c->at[role] || !c->memory[role].bytes || element(c, role) == 1 || ignored) return FBN_OK;
+    if ((uintptr_t)c->at[role] % element(c, role)) return FBN_OK; /* a second fault might align it again */
     c->at[role] = (char *)c->at[role] + 1 + below((int64_t)element(c, role) - 1);
     return FBN_MISALIGNED;
 }
