@@ -96,8 +96,8 @@ typedef void fbn_set_gradient(const fbn_channels *known, const double *sums, con
 /* Writes each of n constants `times` times, and may write FBN_CHANNEL_PAD values more. */
 typedef void fbn_spread(const void *from, int64_t n, int64_t times, void *to);
 
-/* `count` sums of n numbers each, which do not depend on the instruction set. The first of the numbers are `apart` from
- * each other. */
+/* Sets sums[i], 0 <= i < count, to the sum of the n numbers from values[i * apart] on, whose bits do not depend on the
+ * instruction set. */
 typedef void fbn_fold(const double *values, int64_t n, int64_t apart, int64_t count, double *sums);
 
 /* How to walk through memory, which changes no bit of a result: in how many streams that are far apart planes are read,

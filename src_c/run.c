@@ -41,7 +41,8 @@ static void map_units(const fbn_job *j, int64_t first, int64_t last, const fbn_p
 }
 
 /* After a reduction the map goes from the end backwards, chunk by chunk, since the reduction has left the end in the
- * cache. Panels are prepared once, but small planes' if there are several, whose constants share the room. */
+ * cache. A panel that is kept is prepared once: the only one, or one of a few of rows. Several of small planes are not
+ * kept, since their constants share the room. */
 static void map(const fbn_job *j, int64_t u0, int64_t u1, int64_t c0, int64_t c1, void *room, char *dz) {
     enum { KEPT = 16 };
     fbn_panel kept[KEPT];

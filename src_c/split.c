@@ -34,9 +34,10 @@ static int64_t to_multiple(int64_t n, int64_t power) {
     return power;
 }
 
-/* How many rows are joined to at least so many columns: to whole vectors, if that takes at most twice as many. */
+/* How many rows are joined to at least so many columns: to whole vectors, if that takes at most twice as many. Those of
+ * a single channel are not joined, since they are one plane. */
 static int64_t repeat_of(int64_t channels, int64_t columns) {
-    if (channels < 2 || channels >= columns) return 1; /* a single channel is a plane */
+    if (channels < 2 || channels >= columns) return 1;
     const int64_t least = divide_up(columns, channels), whole = round_up(least, to_multiple(channels, FBN_CHANNEL_PAD));
     return whole * channels <= 2 * columns ? whole : least;
 }

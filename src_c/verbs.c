@@ -167,21 +167,27 @@ static int arrays_of(const fbn_problem *p, int has_residual) {
     return p->activation && (has_residual || is_costly(p)) ? 3 : 2;
 }
 
-/* The bytes of the blocks of dz, one for each thread, of a call that keeps them; 0 where none does. */
-static size_t bytes_of_blocks(const fbn_problem *p, const fbn_split *s) {
+/* The bytes of the blocks of dz, one for each thread; 0 where dz is not kept in blocks. Whole planes alone have such
+ * blocks, since dz_of and planes_of say where it lies, and only where x, dy and dz of a block fit into the shared
+ * cache.
+ */
+static int64_t bytes_of_blocks(const fbn_problem *p, const fbn_split *s) {
     if (!is_costly(p) || s->elem < 4 || !s->large || !s->by_channels || s->columns || s->cuts > 1) return 0;
-    return (size_t)(s->threads * fbn_block_bytes(s, s->block));
+    const int64_t block = fbn_block_bytes(s, s->block);
+    return block <= p->machine->shared_cache / 6 ? s->threads * block : 0;
 }
 
-static size_t most_bytes_of_blocks(const fbn_problem *p) {
+static int64_t most_bytes_of_blocks(const fbn_problem *p) {
     if (!is_costly(p)) return 0;
     const fbn_split s = fbn_split_of(p, arrays_of(p, 0), FBN_REDUCES);
     return bytes_of_blocks(p, &s);
 }
 
 /* The bytes of so many doubles, and `more` bytes; 0 where a size_t cannot hold the sum. */
-static size_t bytes_of(int64_t doubles, size_t more) {
-    return (uint64_t)doubles > (SIZE_MAX - more) / sizeof(double) ? 0 : (size_t)doubles * sizeof(double) + more;
+static size_t bytes_of(int64_t doubles, int64_t more) {
+    const uint64_t most = SIZE_MAX, others = (uint64_t)more;
+    if (others > most || (uint64_t)doubles > (most - others) / sizeof(double)) return 0;
+    return (size_t)doubles * sizeof(double) + (size_t)others;
 }
 
 size_t fbn_workspace_bytes(const fbn_problem *p) {
@@ -259,8 +265,8 @@ static fbn_job job_of_dy(const fbn_problem *p, const fbn_operation *operation, c
 
 /* Counts the positions that count towards the statistics, and finds the first, a middle and the last of them. */
 static void set_mask(fbn_job *j, const unsigned char *mask) {
-    const int64_t positions = j->p->outer * j->p->inner, inner = j->p->inner;
-    int64_t first = 0, middle = j->p->outer / 2 * inner + inner / 2, last = positions - 1, count = 0;
+    const int64_t outer = j->split.outer, inner = j->split.inner, positions = outer * inner;
+    int64_t first = 0, middle = outer / 2 * inner + inner / 2, last = positions - 1, count = 0;
     j->reduce_mask = mask;
     for (int64_t i = 0; mask && i < positions; i++) count += mask[i] != 0;
     if (count) {
@@ -344,7 +350,7 @@ static label label_of(const fbn_problem *p, const void *plan) {
 size_t fbn_plan_bytes(int64_t channels) {
     if (!fbn_valid_channels(channels)) return 0;
     return bytes_of(FBN_CONSTANTS * fbn_joined(channels) + FBN_SAVED_ROWS * fbn_padded(channels),
-                    ALIGNMENT + sizeof(label));
+                    ALIGNMENT + (int64_t)sizeof(label));
 }
 
 fbn_status fbn_plan_set(const fbn_problem *p, const fbn_plan_args *a, void *plan) {

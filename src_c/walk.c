@@ -22,7 +22,7 @@ static int64_t first_turn(const fbn_operands *o, int64_t elem, int64_t at, int64
     return turn + (int64_t)(-((uintptr_t)o->out + (uintptr_t)(at * elem)) % LINE) / elem;
 }
 
-/* The same operands for one plane of a channel, with `dz` such that it has the index that x has. */
+/* The operands of one plane of a channel. Its dz is where x's index finds it, wherever it lies. */
 static fbn_operands with_dz(const fbn_operands *o, int64_t elem, const fbn_planes *p, int64_t c, int64_t image) {
     fbn_operands own = *o;
     if (p->dz_step == 0) return own;
@@ -31,8 +31,8 @@ static fbn_operands with_dz(const fbn_operands *o, int64_t elem, const fbn_plane
     return own;
 }
 
-/* Where dz lies otherwise, the planes are one stream: dz is computed or lies in a cache, and memory is not in a hurry.
- */
+/* Planes whose dz lies elsewhere are a single stream, since with_dz makes the operands of one plane. dz is costly to
+ * compute, or read from a cache, so memory can keep up. */
 static int64_t streams_of_planes(const fbn_operands *o, const fbn_planes *p, int64_t most) {
     return p->dz_step ? 1 : streams_of(o, o->walk.streams, most);
 }
@@ -101,9 +101,9 @@ static void map_streams(fbn_loop *loop, const fbn_operands *o, int64_t elem, int
                                .ahead = ahead});
 }
 
-/* Whether streams would read at places of a page at which others have just written in theirs. They are at the same
- * place if the columns recur with the pages, and on Zen 4 reads then take half as long again, if x is between an eighth
- * and three quarters of a page behind the result. */
+/* Whether streams would be in each other's way. If columns recur after whole pages, all streams are at the same place
+ * of their pages. On Zen 4 a read then waits for the writes of other streams, and takes half as long again, if the
+ * result is between an eighth and three quarters of a page ahead of x, counted from the start of a page. */
 static int collides(const fbn_operands *o, int64_t elem, const fbn_runs *r) {
     enum { PAGE = 4096, MOST = 8 * PAGE };
     const int64_t period = r->period * elem, lag = (int64_t)(((uintptr_t)o->out - (uintptr_t)o->x) % PAGE);

@@ -13,9 +13,9 @@
 enum { FBN_IMAGES = 8 };
 
 /* `images` times `channels` runs of `inner` contiguous elements. The runs of an image start `step` elements apart, and
- * images, of which there are at most FBN_IMAGES, start `apart` elements apart. Where dz lies otherwise than x, as
- * images of one channel after those of another, dz_step and dz_apart say so; a dz_step of 0 means that it lies as x
- * does. */
+ * images, of which there are at most FBN_IMAGES, start `apart` elements apart. dz may lie elsewhere: the images of a
+ * channel next to each other, dz_apart elements apart, and channels dz_step elements apart. A dz_step of 0 means that
+ * it lies as x does. */
 typedef struct {
     int64_t images, apart, channels, step, inner, dz_apart, dz_step;
 } fbn_planes;
@@ -27,7 +27,7 @@ typedef struct {
 } fbn_runs;
 
 /* `elem` is the bytes of an element. Sums are added to `lanes`, [channels][2][FBN_LANES], or to `sums` and `others`. A
- * map of planes reads dz, if that lies otherwise than x, in the place of dy. */
+ * map of planes reads dz in the place of dy if dz_step is not 0. */
 void fbn_sum_planes(fbn_loop *loop, const fbn_operands *o, int64_t elem, fbn_planes planes, double *lanes);
 void fbn_sum_runs(fbn_loop *loop, const fbn_operands *o, int64_t rows, fbn_runs runs, double *sums, double *others);
 void fbn_map_planes(fbn_loop *loop, const fbn_operands *o, int64_t elem, fbn_planes planes);

@@ -1,7 +1,8 @@
-/* widened_sums.h: the sums of 16-bit values, which are widened to float32 a piece at a time and then added as such.
+/* widened_sums.h: the sums of 16-bit values, which are widened to float32 a piece at a time and then added by the loops
+ * of float32.
  *
- * The pieces lie in the nearest cache, from where they are read as fast as they could be widened to float64 in one
- * loop, and the loops of float32 need not be compiled for each dtype.
+ * These need not be compiled for each dtype, and take no longer: a piece stays in the nearest cache. The bits are those
+ * of sums of the values themselves, since widening is exact and a piece is whole turns of the lanes.
  */
 
 /* The values of an array that are widened at a time. */

@@ -34,8 +34,9 @@
  *   T_wide_set, T_wide_add, T_wide_sub, T_wide_fma
  * H is f16 or bf16. Only elements in memory have 16 bits; the vectors are f32_vec.
  *   H_value, H_load, H_load_n                as for f32; exact, also for subnormals
- *   H_store, H_store_n, H_stream             rounded to nearest, ties to even. For bf16 the lower half of the bits of a
- *                         NaN must be 0: it is in constants, in what is loaded, and in what is computed from them
+ *   H_store, H_store_n, H_stream             rounded to nearest, ties to even. A NaN remains one if the lower half of
+ *                         its bits is 0, which bf16 may require: it is in constants and in what is loaded, and x86 and
+ *                         Arm compute only such NaN from them
  * prefetch(p)             may fetch the line at p into the cache; any address is allowed
  * stream_fence()          orders streamed stores before later ones
  */
@@ -377,11 +378,12 @@ FBN_INLINE void f16_store(uint16_t *p, f32_vec a) { half_store(p, f16_round(a));
 FBN_INLINE void f16_store_n(uint16_t *p, f32_vec a, int64_t n) { half_store_n(p, f16_round(a), n); }
 FBN_INLINE void f16_stream(uint16_t *p, f32_vec a) { f16_store(p, a); }
 
-/* bfloat16: the upper half of a float32 */
+/* bfloat16: the upper half of a float32. A NaN is cut off rather than rounded, which could carry into its sign: other
+ * processors may set any bits of a NaN that they compute. */
 FBN_INLINE f32_vec bf16_exact(f32_lanes a) { return f32_of_bits(a << 16); }
 FBN_INLINE f32_lanes bf16_round(f32_vec a) {
     const f32_lanes bits = f32_bits(a), half = 0x7fff + (bits >> 16 & 1);
-    return (bits + half) >> 16;
+    return (bits + (EACH(a == a) & half)) >> 16;
 }
 FBN_INLINE f32_vec bf16_load(const uint16_t *p) { return bf16_exact(half_load(p)); }
 FBN_INLINE f32_vec bf16_load_n(const uint16_t *p, int64_t n, f32_vec fill) {

@@ -17,15 +17,17 @@
 static int64_t pick(const int64_t *from, int n) { return from[below(n)]; }
 
 static void set_shape(fbn_problem *p, int large) {
-    static const int64_t channels[] = {1, 2, 3, 5, 16, 20, 64, 131, 257}, inner[] = {1, 1, 2, 9, 49, 196, 784, 70001};
+    static const int64_t channels[] = {1, 2, 3, 5, 16, 20, 64, 131, 257},
+                         inner[] = {1, 1, 2, 9, 49, 196, 784, 3001, 70001};
     if (large) {
         p->channels = pick(channels, 9);
-        p->inner = pick(inner, p->channels > 3 ? 7 : 8);
+        p->inner = pick(inner, p->channels > 3 ? 8 : 9);
         p->outer = (2 * FBN_WORK_PER_THREAD + below(100000)) / (p->channels * p->inner) + 1;
     } else {
         p->outer = below(one_in(4) ? 200 : 7);
         p->channels = below(one_in(4) ? 80 : 9);
         p->inner = one_in(3) ? 1 : below(one_in(4) ? 120 : 20);
+        if (p->outer * p->channels < 40 && one_in(4)) p->inner = 400 + below(600); /* planes, not columns */
     }
 }
 
@@ -132,6 +134,7 @@ static fbn_status misaligned(call *c) {
     const int role = (int)below(ROLES);
     const int ignored = role == DRESIDUAL && !writes(c, role);
     if (!uses(c, role) || !c->at[role] || !c->memory[role].bytes || element(c, role) == 1 || ignored) return FBN_OK;
+    if ((uintptr_t)c->at[role] % element(c, role)) return FBN_OK; /* a second fault might align it again */
     c->at[role] = (char *)c->at[role] + 1 + below((int64_t)element(c, role) - 1);
     return FBN_MISALIGNED;
 }

@@ -35,6 +35,15 @@ int main(void) {
     if (fbn_moments(&p, &a, memory) != FBN_BAD_SHAPE) return wrong("moments of an array that is too large");
     p.outer = 1 << 10;
     if (!fbn_workspace_bytes(&p)) return wrong("a workspace that fits");
+    /* SiLU's dz takes a channel of each of 7 threads: 7 / 5 of the array, which alone has almost 2**32 bytes. */
+    fbn_machine roomy = machine;
+    roomy.shared_cache = INT64_MAX;
+    roomy.habits.stream_from = 1;
+    fbn_problem silu = {.machine = &roomy, .activation = FBN_SILU, .channels = 5, .inner = 1 << 14, .threads = 7};
+    silu.outer = 13000;
+    if (fbn_workspace_bytes(&silu)) return wrong("blocks of dz that are too large");
+    silu.outer = 1000;
+    if (fbn_workspace_bytes(&silu) < 7000u << 16) return wrong("blocks of dz that fit");
     printf("right\n");
     return 0;
 }

@@ -205,3 +205,15 @@ def test_sizes_of_32_bits(tmp_path: Path) -> None:
         pytest.skip("this compiler has no libraries of 32 bits")
     assert done.returncode == 0, done.stderr
     assert c_api.run([program]) == "right\n"
+
+
+# Other processors ----------------------------------------------------------------------------------------------------
+
+
+def test_any_nan_that_a_processor_computes(tmp_path: Path) -> None:
+    """The baseline must not round one of SPARC's to -0."""
+    compiler, program = c_api.compiler("cc", "gcc", "clang"), tmp_path / "nans"
+    source = Path(__file__).with_name("nans.c")
+    for more in ([], ["-D__has_builtin(name)=0"]):
+        c_api.run([compiler, "-std=c11", "-O1", "-w", *more, source, "-lm", "-o", program])
+        assert c_api.run([program]) == "right\n"

@@ -66,6 +66,9 @@ def test_bits_of_infer(kernel: cases.Kernel, kind: str, activation: Any) -> None
         (2, 19, 5),
         (3, 16, 7, 7),
         (2, 1, 33),
+        (5_000, 1),
+        (40, 1, 7, 7),
+        (3, 1, 100, 50),
         (1, 70, 1),
         (2, 3, 2, 3, 4),
     ):
