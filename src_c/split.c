@@ -151,7 +151,6 @@ int64_t fbn_start(const fbn_split *s, int64_t unit, int64_t c) {
 }
 
 int64_t fbn_chunk(const fbn_split *s, int64_t n) {
-    if (s->stretches) return larger(s->units, 1);
     if (s->rows) return round_up(divide_up(s->large ? LARGE_CHUNK : CHUNK, n * s->elem), s->repeat);
     return s->columns ? SMALL_PLANES : FBN_IMAGES;
 }

@@ -50,8 +50,7 @@ def test_a_run(
     (saved,) = tmp_path.glob("*/ranks.jsonl")
     alone, together = (json.loads(line) for line in saved.read_text(encoding="utf-8").splitlines())
     assert (alone["ranks"], together["ranks"]) == (1, 2)
-    assert min(together["communication"], together["seconds"]) > 0  # on a busy machine, more cannot be said of times
-    assert together["waiting"] >= 0
+    assert 0 < together["communication"] + together["waiting"] <= together["seconds"] * 1.5
     header = importlib.import_module("fastbn._ranks").HEADER.itemsize
     message = 2 * (8 + header + 8) + 8 * 64 * (3 + 2)  # and its size
     assert together["sent"] == {"MPI": message, "gloo": 2 << 14}[transport]
