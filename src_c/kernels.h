@@ -136,7 +136,8 @@ typedef struct {
                                 * FBN_CHANNEL_PAD are repeated behind the last, so that a vector may reach into the next
                                 * period. Joined planes: columns are the elements of an image */
     int64_t rows, apart;       /* so many such stretches, `apart` elements from each other. Sums of columns add them up,
-                                * and c is 0; other loops take one after another: in maps, apart is whole cache lines */
+                                * and c is 0; other loops take one after another: in maps that stream, apart is whole cache
+                                * lines */
     int64_t ahead; /* maps of columns: they fetch what they read so many bytes ahead; 0: the processor does */
 } fbn_stretch;
 

@@ -84,11 +84,18 @@ fbn_panel fbn_panel_to_map(const fbn_job *j, int64_t c0, int64_t c1, void *room)
 
 /* ---- sums ---- */
 
-/* Adds up the columns of joined rows. */
+/* Adds up the columns of joined rows, in order, for some channels at a time, whose sums stay in registers. What is read
+ * behind the last channel is not used. */
 static void fold_rows(const double *columns, int64_t channels, int64_t rows, double *sums) {
-    memcpy(sums, columns, (size_t)channels * sizeof(double));
-    for (int64_t r = 1; r < rows; r++)
-        for (int64_t c = 0; c < channels; c++) sums[c] += columns[r * channels + c];
+    enum { SOME = 8 };
+    for (int64_t c = 0; c < channels; c += SOME) {
+        const int64_t n = channels - c < SOME ? channels - c : SOME;
+        double some[SOME];
+        for (int64_t k = 0; k < SOME; k++) some[k] = columns[c + k];
+        for (int64_t r = 1; r < rows; r++)
+            for (int64_t k = 0; k < SOME; k++) some[k] += columns[r * channels + c + k];
+        memcpy(sums + c, some, (size_t)n * sizeof(double));
+    }
 }
 
 /* Adds all tiles of a segment to the sums of a panel, which are 0 before. */

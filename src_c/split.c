@@ -4,6 +4,7 @@
 #include "values.h"
 
 enum {
+    LINE = 64,          /* bytes of a cache line */
     SEGMENT = 32768,    /* the least values of a channel in a channels-first segment; those in a cut plane's piece */
     SEGMENT_ROWS = 128, /* the least rows in a channels-last segment, counted after joining */
     SEGMENTS_MOST = 64, /* the most channels-last segments */
@@ -45,7 +46,7 @@ static int64_t repeat_of(int64_t channels, int64_t columns) {
 /* The channels of small planes that kernels get at once: as many as have FBN_COLUMN_BYTES of each constant, in whole
  * cache lines of elements if possible. */
 static int64_t panel_of(const fbn_split *s) {
-    return in_steps(FBN_COLUMN_BYTES / s->real / s->inner, to_multiple(s->inner, 64 / s->elem));
+    return in_steps(FBN_COLUMN_BYTES / s->real / s->inner, to_multiple(s->inner, LINE / s->elem));
 }
 
 /* The bytes of a channel in all the arrays that a call reads. */
@@ -65,8 +66,10 @@ static int64_t block_of(const fbn_split *s, const fbn_machine *machine, int arra
 
 int64_t fbn_map_panel(const fbn_split *s, int constants) {
     const int64_t most = MAPPED_BYTES / (constants * s->real);
+    const int ragged = s->large && s->channels * s->elem % LINE;
+    const int64_t whole = ragged ? 3 * most : most + most / (s->maps ? 3 : 8);
     if (!s->rows) return s->panel;
-    if (s->channels <= most) return s->channels;
+    if (s->channels <= whole) return s->channels;
     return round_up(divide_up(s->channels, divide_up(s->channels, most)), FBN_CHANNEL_PAD);
 }
 
@@ -109,7 +112,8 @@ fbn_split fbn_split_of(const fbn_problem *p, int arrays, fbn_kind kind) {
     const int is_plane = p->channels == 1 && p->outer > 0; /* one channel is one plane */
     fbn_split s = {.outer = is_plane ? 1 : p->outer, .channels = p->channels, .inner = is_plane ? values : p->inner};
     s.rows = s.inner == 1;
-    s.stretches = kind == FBN_MAPS && s.inner >= LEAST_JOINED;
+    s.maps = kind == FBN_MAPS;
+    s.stretches = s.maps && s.inner >= LEAST_JOINED;
     s.columns = s.rows || (s.inner > 1 && kind != FBN_MASKED && !s.stretches && s.inner < SMALL_PLANE);
     s.joins = s.stretches || (s.columns && !s.rows && s.inner >= LEAST_JOINED);
     s.repeat = s.rows && values >= FBN_WORTH_JOINING ? repeat_of(p->channels, JOINED) : 1;

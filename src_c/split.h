@@ -19,6 +19,7 @@
 
 typedef struct {
     int64_t outer, channels, inner;
+    int maps;                 /* nothing is reduced */
     int rows;                 /* channels-last */
     int columns;              /* kernels get columns: rows, or small planes */
     int stretches;            /* units are stretches of memory */
@@ -57,7 +58,9 @@ int64_t fbn_joined(int64_t channels);
 /* The columns of a panel of so many channels. */
 int64_t fbn_columns(const fbn_split *split, int64_t channels);
 
-/* The channels in a panel that is mapped by so many constants of each. Those of rows stay in the nearest cache. */
+/* The channels in a panel that is mapped by so many constants of each. Those of rows stay in the nearest cache. But
+ * whole rows are one run, which is faster than panels: they may have some more constants, and many more where panels
+ * would have the parts of cache lines written around the cache. */
 int64_t fbn_map_panel(const fbn_split *split, int constants);
 
 /* The bytes of a block of channels, of all units. */

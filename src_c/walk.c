@@ -127,7 +127,8 @@ static void map_long_run(fbn_loop *loop, const fbn_operands *o, int64_t elem, fb
  */
 void fbn_map_runs(fbn_loop *loop, const fbn_operands *o, int64_t elem, fbn_runs r) {
     const int64_t streams = streams_of(o, o->walk.row_streams, FBN_IMAGES);
-    const int64_t at_once = r.apart * elem % LINE ? 1 : streams == 1 ? r.count : streams;
+    const int alike = r.apart * elem % LINE == 0; /* all runs start at the same place of a cache line */
+    const int64_t at_once = streams == 1 && (alike || !o->stream) ? r.count : alike ? streams : 1;
     const int64_t ahead = (streams == 1 ? 1 : at_once) * r.apart * elem;
     if (r.count == 1) map_long_run(loop, o, elem, r);
     else

@@ -180,27 +180,30 @@ static void NAME(spread)(const void *from_, int64_t n, int64_t times, void *to_)
         for (int64_t i = 0; i < times; i += WIDTH) vstore(to + i, vset(from[c]));
 }
 
-/* The sum of n float64 numbers, always added in this order: element i to lane i % FBN_LANES, and then these. */
-FBN_INLINE double NAME(fold_one)(const double *values, int64_t n) {
+/* n float64 numbers, of which element i is added to lane i % FBN_LANES, and then the upper half of these to the lower
+ * until they are one vector. */
+FBN_INLINE f64_vec NAME(lanes_of)(const double *values, int64_t n) {
     enum { STEP = FBN_LANES / F64_WIDTH };
     f64_vec sums[STEP];
-    double lanes[F64_WIDTH];
-    int64_t i = 0;
+    const int64_t whole = n / FBN_LANES * FBN_LANES;
     for (int j = 0; j < STEP; j++) sums[j] = f64_set(0);
-    for (; i + FBN_LANES <= n; i += FBN_LANES)
+    for (int64_t i = 0; i < whole; i += FBN_LANES)
         for (int j = 0; j < STEP; j++) sums[j] = f64_add(sums[j], f64_load(values + i + j * F64_WIDTH));
-    for (int j = 0; j < STEP && i < n; j++, i += F64_WIDTH) {
-        const int64_t left = n - i < F64_WIDTH ? n - i : F64_WIDTH;
-        sums[j] = f64_add(sums[j], f64_load_n(values + i, left, f64_set(0)));
+    for (int j = 0; j < STEP; j++) {
+        const int64_t left = n - whole - j * F64_WIDTH, some = left < F64_WIDTH ? left : F64_WIDTH;
+        if (some > 0) sums[j] = f64_add(sums[j], f64_load_n(values + whole + j * F64_WIDTH, some, f64_set(0)));
     }
     for (int half = STEP / 2; half; half /= 2)
         for (int j = 0; j < half; j++) sums[j] = f64_add(sums[j], sums[j + half]);
-    f64_store(lanes, sums[0]);
-    for (int half = F64_WIDTH / 2; half; half /= 2)
-        for (int k = 0; k < half; k++) lanes[k] += lanes[k + half];
-    return lanes[0];
+    return sums[0];
 }
 
+/* The order of the additions is that of lanes_of, and then the same within the vector. */
 static void NAME(fold)(const double *values, int64_t n, int64_t apart, int64_t count, double *sums) {
-    for (int64_t c = 0; c < count; c++) sums[c] = NAME(fold_one)(values + c * apart, n);
+    for (int64_t c = 0; c < count; c += F64_WIDTH) {
+        const int64_t some = count - c < F64_WIDTH ? count - c : F64_WIDTH;
+        f64_vec lanes[F64_WIDTH];
+        for (int k = 0; k < F64_WIDTH; k++) lanes[k] = NAME(lanes_of)(values + (c + (k < some ? k : 0)) * apart, n);
+        f64_store_n(sums + c, f64_sums(lanes), some);
+    }
 }

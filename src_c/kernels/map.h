@@ -90,6 +90,44 @@ FBN_INLINE void NAME(map_columns)(const fbn_operands *o, const fbn_stretch *s, N
     }
 }
 
+/* Maps stretches of columns two at a time, which share the constants that a vector loads, and returns how many. */
+FBN_INLINE int64_t NAME(map_pairs)(const fbn_operands *o, const fbn_stretch *s, NAME(parts) p) {
+    const fbn_operands own = *o; /* see map_columns */
+    const int64_t n = s->n, apart = s->apart;
+    const int64_t head = apart % WIDTH ? 0 : NAME(least)(NAME(misaligned)(o, s->at), n);
+    const int64_t end = head + (n - head) / WIDTH * WIDTH;
+    int64_t row = 0;
+    for (; row + 2 <= s->rows; row += 2) {
+        const int64_t first = s->at + row * apart, second = first + apart;
+        for (int64_t k = head; k < end; k += WIDTH) {
+            const NAME(constants) constants = NAME(constants_at)(&own, s->c + k, 1, p);
+            NAME(affine_n)(&own, first + k, WIDTH, &constants, p);
+            NAME(affine_n)(&own, second + k, WIDTH, &constants, p);
+        }
+        for (int64_t at = first; at <= second; at += apart) {
+            NAME(map_part)(o, at, head, s->c, 1, 0);
+            NAME(map_part)(o, at + end, n - end, s->c + end, 1, 0);
+        }
+    }
+    return row;
+}
+
+/* In the cache loads are what takes time, so that pairs are faster where little is computed. Their columns must not
+ * recur. Returns how many stretches have been mapped. */
+FBN_APART int64_t NAME(affine_pairs)(const fbn_operands *o, const fbn_stretch *s) {
+    if (o->stream || !o->usual || o->residual || s->n > s->period - s->c) return 0;
+    switch (o->activation) {
+    case FBN_IDENTITY:
+        if (o->exact) return NAME(map_pairs)(o, s, (NAME(parts)){FBN_IDENTITY, 0, 1, 1, 0});
+        return NAME(map_pairs)(o, s, (NAME(parts)){FBN_IDENTITY, 0, 1, 0, 0});
+    case FBN_RELU:
+        if (o->exact) return NAME(map_pairs)(o, s, (NAME(parts)){FBN_RELU, 0, 1, 1, 0});
+        return NAME(map_pairs)(o, s, (NAME(parts)){FBN_RELU, 0, 1, 0, 0});
+    default:
+        return 0;
+    }
+}
+
 /* Maps parts of planes of channel c. */
 FBN_INLINE void NAME(map_plane)(const fbn_operands *o, const fbn_stretch *s, NAME(parts) p, int backward) {
     const fbn_operands own = *o; /* see map_columns */
@@ -243,7 +281,13 @@ static void NAME(affine_joined)(const fbn_operands *o, const fbn_stretch *s) {
     }
 }
 static void NAME(affine_plane)(const fbn_operands *o, const fbn_stretch *s) { NAME(affine)(o, s, 0); }
-static void NAME(affine_columns)(const fbn_operands *o, const fbn_stretch *s) { NAME(affine)(o, s, 1); }
+static void NAME(affine_columns)(const fbn_operands *o, const fbn_stretch *s) {
+    fbn_stretch rest = *s;
+    const int64_t paired = s->rows < 2 ? 0 : NAME(affine_pairs)(o, s);
+    rest.at += paired * s->apart;
+    rest.rows -= paired;
+    if (rest.rows) NAME(affine)(o, &rest, 1);
+}
 static void NAME(grad_affine_plane)(const fbn_operands *o, const fbn_stretch *s) { NAME(grad_affine)(o, s, 0); }
 static void NAME(grad_affine_columns)(const fbn_operands *o, const fbn_stretch *s) { NAME(grad_affine)(o, s, 1); }
 

@@ -60,6 +60,14 @@ FBN_INLINE f64_vec f64_scaled(f64_vec a, f64_vec shifted) {
 }
 FBN_INLINE int f64_all_less(f64_vec a, f64_vec b) { return _mm256_movemask_pd(_mm256_cmp_pd(a, b, _CMP_LT_OQ)) == 0xf; }
 FBN_INLINE f64_vec f64_zero_nan(f64_vec a) { return _mm256_and_pd(_mm256_cmp_pd(a, a, _CMP_ORD_Q), a); }
+FBN_INLINE f64_vec f64_halves(f64_vec a, f64_vec b) {
+    return f64_add(_mm256_permute2f128_pd(a, b, 0x20), _mm256_permute2f128_pd(a, b, 0x31));
+}
+FBN_INLINE f64_vec f64_sums(const f64_vec *a) {
+    const f64_vec first = f64_halves(a[0], a[1]), second = f64_halves(a[2], a[3]);
+    const f64_vec mixed = f64_add(_mm256_unpacklo_pd(first, second), _mm256_unpackhi_pd(first, second));
+    return _mm256_permute4x64_pd(mixed, 0xd8);
+}
 
 /* float32 */
 typedef __m256 f32_vec;

@@ -48,6 +48,18 @@ FBN_INLINE f64_vec f64_scaled(f64_vec a, f64_vec shifted) {
 }
 FBN_INLINE int f64_all_less(f64_vec a, f64_vec b) { return _mm512_cmp_pd_mask(a, b, _CMP_NLT_UQ) == 0; }
 FBN_INLINE f64_vec f64_zero_nan(f64_vec a) { return _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(a, a, _CMP_ORD_Q), a); }
+FBN_INLINE f64_vec f64_halves(f64_vec a, f64_vec b) {
+    return f64_add(_mm512_shuffle_f64x2(a, b, 0x44), _mm512_shuffle_f64x2(a, b, 0xee));
+}
+FBN_INLINE f64_vec f64_quarters(f64_vec a, f64_vec b) {
+    return f64_add(_mm512_shuffle_f64x2(a, b, 0x88), _mm512_shuffle_f64x2(a, b, 0xdd));
+}
+FBN_INLINE f64_vec f64_sums(const f64_vec *a) {
+    const f64_vec first = f64_quarters(f64_halves(a[0], a[1]), f64_halves(a[2], a[3]));
+    const f64_vec second = f64_quarters(f64_halves(a[4], a[5]), f64_halves(a[6], a[7]));
+    const f64_vec mixed = f64_add(_mm512_unpacklo_pd(first, second), _mm512_unpackhi_pd(first, second));
+    return _mm512_permutexvar_pd(_mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), mixed);
+}
 
 /* float32 */
 typedef __m512 f32_vec;

@@ -27,6 +27,7 @@
  *                         exponent to 0, or NaN if a is
  *   T_scaled(a, s)        a * 2^-k where s = 1.5 * 2^23 + k (f64: 1.5 * 2^52 + k); both are normal numbers
  *   T_all_less(a, b)      whether a < b in every lane
+ *   f64_sums(a)           the sums of the lanes of F64_WIDTH vectors: the upper half is added to the lower, and so on
  * A T_wide holds the T_WIDTH lanes of a T_vec in float64 (for f64 it is the vector itself):
  *   T_widen(a)            converted, exactly
  *   T_wide_load(p)        T_widen(T_load(p))
@@ -163,6 +164,17 @@ static inline int f64_all(f64_lanes a) {
     return all == -1;
 }
 FBN_INLINE int f64_all_less(f64_vec a, f64_vec b) { return f64_all(EACH(a < b)); }
+FBN_INLINE f64_vec f64_sums(const f64_vec *a) {
+    double sums[F64_WIDTH];
+    for (int i = 0; i < F64_WIDTH; i++) {
+        double lane[F64_WIDTH];
+        f64_store(lane, a[i]);
+        for (int half = F64_WIDTH / 2; half; half /= 2)
+            for (int k = 0; k < half; k++) lane[k] += lane[k + half];
+        sums[i] = lane[0];
+    }
+    return f64_load(sums);
+}
 FBN_INLINE f64_vec f64_fma(f64_vec a, f64_vec b, f64_vec c) { return a * b + c; }
 FBN_INLINE f64_vec f64_line(f64_vec a, f64_vec b, f64_vec b_low, f64_vec c, f64_vec low, int usual_b, int usual_c) {
     (void)b_low, (void)usual_b, (void)usual_c;

@@ -64,6 +64,7 @@ FBN_INLINE int f64_all_less(f64_vec a, f64_vec b) {
     return vminvq_u32(vreinterpretq_u32_u64(vcltq_f64(a, b))) == UINT32_MAX;
 }
 FBN_INLINE f64_vec f64_zero_nan(f64_vec a) { return vbslq_f64(vceqq_f64(a, a), a, f64_set(0)); }
+FBN_INLINE f64_vec f64_sums(const f64_vec *a) { return vpaddq_f64(a[0], a[1]); }
 
 /* float32 */
 typedef float32x4_t f32_vec;

@@ -15,7 +15,7 @@ SRC_C = cases.CHECKOUT / "src_c"
 pytestmark = pytest.mark.skipif(not SRC_C.is_dir(), reason="src_c is not beside the tests: no checkout")
 
 
-INTS = ("rows", "columns", "stretches", "joins", "threads", "by_channels", "shares_channels", "large")
+INTS = ("maps", "rows", "columns", "stretches", "joins", "threads", "by_channels", "shares_channels", "large")
 MAPS, REDUCES, MASKED = range(3)
 
 
@@ -28,6 +28,7 @@ class Split(ct.Structure):
             "outer",
             "channels",
             "inner",
+            "maps",
             "rows",
             "columns",
             "stretches",
@@ -188,3 +189,23 @@ def _position(where: np.ndarray[Any, Any], shape: tuple[int, int, int]) -> np.nd
     """The position, in (outer, inner), of elements."""
     _, channels, inner = shape
     return where // (channels * inner) * inner + where % inner
+
+
+@pytest.mark.parametrize(
+    ("shape", "kind", "most"),
+    [
+        ((100, 1024, 1), REDUCES, 1024),
+        ((100, 1152, 1), REDUCES, 1152),  # an eighth more is still one run
+        ((100, 1168, 1), REDUCES, 592),
+        ((100, 1365, 1), MAPS, 1365),  # and a third more, if nothing is reduced
+        ((100, 1366, 1), MAPS, 688),
+        ((100, 4096, 1), MAPS, 1024),
+        ((5000, 3071, 1), REDUCES, 3071),  # written around the cache, and no row is whole cache lines
+        ((5000, 3072, 1), REDUCES, 1024),
+        ((5000, 3073, 1), MAPS, 784),
+    ],
+)
+def test_rows_are_mapped_whole_or_in_panels(
+    split_c: ct.CDLL, shape: tuple[int, int, int], kind: int, most: int
+) -> None:
+    assert split_of(split_c, shape, 1, 1 << 20, kind=kind).map_panel == most
