@@ -83,14 +83,22 @@ static void set_moments(fbn_job *j, int64_t c0, int64_t c1) {
                             saved + FBN_MEAN * C, saved + FBN_MEAN_LOW * C, saved + FBN_VAR * C);
 }
 
+/* The kernels of an array whose values are of a compute type. */
+static const fbn_dtype_kernels *of_real(const fbn_job *j, fbn_dtype dtype) { return j->p->machine->kernels->of[dtype]; }
+
 /* Moves a running statistic towards that of the batch, batch[c] * factor. */
-static void blend(void *running, const double *batch, double factor, const fbn_running *r, int64_t c0, int64_t c1) {
-    const double momentum = r->momentum, kept = 1 - momentum;
+static void blend(const fbn_job *j, void *running, const double *batch, double factor, int64_t c0, int64_t c1) {
+    const fbn_running *r = &j->running;
+    const size_t size = fbn_element(r->dtype);
+    if (size >= sizeof(float)) {
+        of_real(j, r->dtype)->blend((char *)running + (size_t)c0 * size, batch + c0, r->momentum, factor, c1 - c0);
+        return;
+    }
     for (int64_t c = c0, n; c < c1; c += n) {
         double values[SOME];
         n = some(c1 - c);
         fbn_get_all(running, c, r->dtype, n, values);
-        for (int64_t k = 0; k < n; k++) values[k] = kept * values[k] + momentum * (batch[c + k] * factor);
+        of_real(j, FBN_F64)->blend(values, batch + c, r->momentum, factor, n);
         fbn_put_all(running, c, r->dtype, n, values);
     }
 }
@@ -99,8 +107,8 @@ static void update_running(const fbn_job *j, int64_t c0, int64_t c1) {
     const int64_t C = j->p->channels;
     const fbn_running *r = &j->running;
     if (!r->mean) return;
-    blend(r->mean, j->saved + FBN_MEAN * C, 1, r, c0, c1);
-    blend(r->var, j->saved + FBN_VAR * C, j->count / (j->count - r->correction), r, c0, c1);
+    blend(j, r->mean, j->saved + FBN_MEAN * C, 1, c0, c1);
+    blend(j, r->var, j->saved + FBN_VAR * C, j->count / (j->count - r->correction), c0, c1);
 }
 
 /* Fills a row of `saved` from an array of any dtype, or with `absent` where the array is NULL. */
@@ -108,6 +116,7 @@ static void set_row(fbn_job *j, int row, const void *array, fbn_dtype dtype, dou
     double *to = j->saved + row * j->p->channels;
     if (!array)
         for (int64_t c = c0; c < c1; c++) to[c] = absent;
+    else if (dtype == FBN_F32) of_real(j, dtype)->get((const float *)array + c0, c1 - c0, to + c0);
     else fbn_get_all(array, c0, dtype, c1 - c0, to + c0);
 }
 

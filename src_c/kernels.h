@@ -78,6 +78,12 @@ typedef struct {
 typedef void fbn_set_origin(const void *first, const void *middle, const void *last, int64_t n, int64_t apart,
                             double *origin);
 
+/* Converts n values of the compute type to double. */
+typedef void fbn_get_values(const void *from, int64_t n, double *to);
+
+/* Moves n running statistics, of the compute type, towards those of the batch, batch[c] * factor. */
+typedef void fbn_blend(void *running, const double *batch, double momentum, double factor, int64_t n);
+
 /* The statistics of n channels, from the sums of x - origin and of its square: the mean in two pieces, the variance,
  * and in the place of the sum of squares that about the mean. */
 typedef void fbn_set_moments(const double *origin, const double *sums, double count, int64_t n, double *squares,
@@ -167,6 +173,8 @@ typedef void fbn_fence(void);
 typedef struct {
     int first_constant; /* FBN_SCALE_LOW or, where that is not read, the one after it */
     fbn_set_origin *set_origin;
+    fbn_get_values *get;
+    fbn_blend *blend;
     fbn_set_moments *set_moments;
     fbn_invert *invert;
     fbn_set_line *set_line;
@@ -174,7 +182,8 @@ typedef struct {
     fbn_spread *spread;
     fbn_fold *fold;
     fbn_loop *moments_plane, *moments_columns, *grad_moments_plane, *grad_moments_columns;
-    fbn_loop *affine_plane, *affine_joined, *affine_columns, *grad_affine_plane, *grad_affine_columns;
+    fbn_loop *affine_plane, *affine_joined, *affine_columns;
+    fbn_loop *grad_affine_plane, *grad_affine_joined, *grad_affine_columns;
     fbn_fence *fence;
 } fbn_dtype_kernels;
 

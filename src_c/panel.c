@@ -78,7 +78,7 @@ fbn_panel fbn_panel_to_map(const fbn_job *j, int64_t c0, int64_t c1, void *room)
     panel.usual = all_are(j, FBN_PRESCALE, c0, c1 - c0, 1);
     if (backward) panel.usual &= all_are(j, FBN_POSTSCALE, c0, c1 - c0, 1);
     else panel.exact = !j->residual && all_are(j, FBN_SHIFT_LOW, c0, c1 - c0, 0);
-    if (spreads(&j->split) && !(j->split.joins && !backward)) spread(j, &panel, last, room);
+    if (spreads(&j->split) && !j->split.joins) spread(j, &panel, last, room);
     return panel;
 }
 

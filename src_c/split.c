@@ -9,7 +9,7 @@ enum {
     SEGMENT_ROWS = 128, /* the least rows in a channels-last segment, counted after joining */
     SEGMENTS_MOST = 64, /* the most channels-last segments */
     SMALL_PLANE = 512,  /* planes of fewer elements are taken as columns */
-    LEAST_JOINED = 32,  /* planes of so many elements can be joined: some vectors lie within one */
+    LEAST_JOINED = 40,  /* planes of so many elements are mapped joined: most vectors lie within one */
     STRETCH = 4096,     /* the elements of a unit of joined planes */
     SMALL_PLANES = 64,  /* the small planes of a channel that are mapped at a time */
     MAPPED_BYTES = 1 << 14,    /* of the constants of the channels of rows that are mapped at a time */
@@ -87,6 +87,11 @@ int64_t fbn_padded(int64_t channels) { return round_up(channels, FBN_CHANNEL_PAD
 
 int64_t fbn_joined(int64_t channels) { return fbn_padded(channels * repeat_of(channels, JOINED)); }
 
+/* Whether it is faster to map adjacent planes as one run: planes of two vectors or more are, if these are whole. */
+static int can_join(int64_t inner) {
+    return inner >= LEAST_JOINED || (inner >= 2 * FBN_LANES && inner % FBN_LANES == 0);
+}
+
 static int64_t or_usual(int64_t habit, int64_t usual) { return habit ? habit : usual; }
 
 /* What is in a cache is read best without streams: rows are if x and the result fit into it. A turn is a multiple of
@@ -113,9 +118,9 @@ fbn_split fbn_split_of(const fbn_problem *p, int arrays, fbn_kind kind) {
     fbn_split s = {.outer = is_plane ? 1 : p->outer, .channels = p->channels, .inner = is_plane ? values : p->inner};
     s.rows = s.inner == 1;
     s.maps = kind == FBN_MAPS;
-    s.stretches = s.maps && s.inner >= LEAST_JOINED;
+    s.stretches = s.maps && can_join(s.inner);
     s.columns = s.rows || (s.inner > 1 && kind != FBN_MASKED && !s.stretches && s.inner < SMALL_PLANE);
-    s.joins = s.stretches || (s.columns && !s.rows && s.inner >= LEAST_JOINED);
+    s.joins = s.stretches || (s.columns && !s.rows && can_join(s.inner));
     s.repeat = s.rows && values >= FBN_WORTH_JOINING ? repeat_of(p->channels, JOINED) : 1;
     s.map_repeat = smaller(s.repeat, repeat_of(p->channels, JOINED_TO_MAP));
     s.real = p->dtype == FBN_F64 ? 8 : 4;

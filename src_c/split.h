@@ -23,7 +23,7 @@ typedef struct {
     int rows;                 /* channels-last */
     int columns;              /* kernels get columns: rows, or small planes */
     int stretches;            /* units are stretches of memory */
-    int joins;                /* y of adjacent planes is mapped as one run */
+    int joins;                /* adjacent planes are mapped as one run */
     int64_t repeat;           /* rows that sums join; their constants are repeated as often */
     int64_t map_repeat;       /* rows that maps join */
     int64_t elem, real;       /* bytes of an element, and of a channel's constant */

@@ -24,15 +24,12 @@ static inline void fbn_put(void *array, int64_t i, double value, fbn_dtype dtype
     else ((uint16_t *)array)[i] = fbn_half_of(value, dtype);
 }
 
-/* n values from element i on. The loops of float32 are apart, so that compilers make vectors of them. */
+/* n values from element i on. */
 static inline void fbn_get_all(const void *array, int64_t i, fbn_dtype dtype, int64_t n, double *to) {
-    const float *floats = (const float *)array + (dtype == FBN_F32 ? i : 0);
-    if (dtype == FBN_F32)
-        for (int64_t k = 0; k < n; k++) to[k] = floats[k];
-    else
-        for (int64_t k = 0; k < n; k++) to[k] = fbn_get(array, i + k, dtype);
+    for (int64_t k = 0; k < n; k++) to[k] = fbn_get(array, i + k, dtype);
 }
 
+/* The loop of float32 is apart, so that compilers make vectors of it. */
 static inline void fbn_put_all(void *array, int64_t i, fbn_dtype dtype, int64_t n, const double *from) {
     float *floats = (float *)array + (dtype == FBN_F32 ? i : 0);
     if (dtype == FBN_F32)

@@ -124,7 +124,8 @@ static void map_gradient(const fbn_job *j, const fbn_tile *t, const fbn_panel *p
         o.dresidual = NULL;
         o.activation = FBN_IDENTITY;
     }
-    map_by(j, t, panel, j->kernels->grad_affine_plane, j->kernels->grad_affine_columns, &o);
+    const fbn_dtype_kernels *k = j->kernels;
+    map_by(j, t, panel, k->grad_affine_plane, j->split.joins ? k->grad_affine_joined : k->grad_affine_columns, &o);
 }
 
 /* ---- the operations: prepare, reduce, finish, map ---- */
@@ -223,7 +224,7 @@ static fbn_job job_of(const fbn_problem *p, const fbn_operation *operation, int 
                            : operation->map == map_affine && !operation->reduce ? FBN_MAPS
                                                                                 : FBN_REDUCES);
     /* Joined planes need no constants of their own for each column, so a panel may be as large as a block. */
-    if (j.split.joins && operation->map == map_affine) j.split.map_panel = j.split.block;
+    if (j.split.joins) j.split.map_panel = j.split.block;
     j.activation = (int)p->activation;
     j.result = out;
     const int64_t values = ALIGNMENT / j.split.real, elem = j.split.elem;
@@ -404,6 +405,15 @@ static void keep_dz(fbn_job *j, const fbn_backward_args *a) {
     }
 }
 
+/* Of gradients, those of identity and relu can be mapped as joined planes. A map that computes dz reads the constants of
+ * y as well: with those of dx all but the two powers of two. */
+static void set_map_panel(fbn_job *j) {
+    const int computes_dz = j->activation && !j->dz && !j->dz_blocks;
+    if (!computes_dz || (j->activation == FBN_RELU && !j->residual && j->split.joins)) return;
+    j->split.joins = 0;
+    j->split.map_panel = fbn_map_panel(&j->split, FBN_CONSTANTS - j->kernels->first_constant - 2);
+}
+
 fbn_status fbn_backward(const fbn_problem *p, const fbn_backward_args *a, void *workspace) {
     const fbn_status status = if_fits(p, fbn_check_backward(p, a, workspace));
     if (status) return status;
@@ -417,9 +427,7 @@ fbn_status fbn_backward(const fbn_problem *p, const fbn_backward_args *a, void *
     j.dgamma = a->dgamma;
     j.dbeta = a->dbeta;
     keep_dz(&j, a);
-    /* A map that computes dz reads the constants of y as well: with those of dx all but the two powers of two. */
-    const int constants = FBN_CONSTANTS - j.kernels->first_constant - 2;
-    if (j.activation && !j.dz && !j.dz_blocks) j.split.map_panel = fbn_map_panel(&j.split, constants);
+    set_map_panel(&j);
     return run(&j);
 }
 

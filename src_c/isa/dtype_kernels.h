@@ -17,6 +17,8 @@
 static const fbn_dtype_kernels NAME(kernels) = {
     .first_constant = SPLITS_SCALE ? FBN_SCALE_LOW : FBN_SCALE_LOW + 1,
     .set_origin = NAME(set_origin),
+    .get = NAME_OF_REAL(get),
+    .blend = NAME_OF_REAL(blend),
     .set_moments = NAME_OF_REAL(set_moments),
     .invert = NAME_OF_REAL(invert),
     .set_line = NAME_OF_REAL(set_line),
@@ -31,6 +33,7 @@ static const fbn_dtype_kernels NAME(kernels) = {
     .affine_joined = NAME(affine_joined),
     .affine_columns = NAME(affine_columns),
     .grad_affine_plane = NAME(grad_affine_plane),
+    .grad_affine_joined = NAME(grad_affine_joined),
     .grad_affine_columns = NAME(grad_affine_columns),
     .fence = NAME(fence),
 };

@@ -26,6 +26,17 @@ static void NAME(invert)(const double *restrict var, double eps, int64_t n, doub
     }
 }
 
+static void NAME(get)(const void *from_, int64_t n, double *restrict to) {
+    const real *restrict from = from_;
+    for (int64_t c = 0; c < n; c++) to[c] = from[c];
+}
+
+static void NAME(blend)(void *running_, const double *restrict batch, double momentum, double factor, int64_t n) {
+    real *restrict running = running_;
+    const double kept = 1 - momentum;
+    for (int64_t c = 0; c < n; c++) running[c] = (real)(kept * running[c] + momentum * (batch[c] * factor));
+}
+
 /* Exponents within +-USUAL need no powers of two. No exponent may exceed +-MOST. x - mean overflows for no finite x if
  * the exponent of the mean is less than LARGE. */
 enum {
@@ -105,12 +116,6 @@ FBN_INLINE int NAME(has_usual_line)(const fbn_channels *k, int64_t c) {
     return SPLITS_SCALE ? usual & (k->beta[c] < 0x1p100) & (k->beta[c] > -0x1p100) : usual;
 }
 
-static int NAME(all_usual)(const fbn_channels *k, int64_t n) {
-    int64_t usual = 0;
-    for (int64_t c = 0; c < n; c++) usual += NAME(has_usual_line)(k, c);
-    return usual == n;
-}
-
 /* Where the scale is split, loops take a prescale of 1 to mean that the line is usual, so that any other channel gets a
  * prescale that is not 1. */
 static double NAME(prescale_of)(const fbn_channels *k, int64_t c) {
@@ -119,10 +124,14 @@ static double NAME(prescale_of)(const fbn_channels *k, int64_t c) {
 }
 
 static void NAME(set_line)(const fbn_channels *k, int64_t n, const fbn_constants *to) {
-    if (NAME(all_usual)(k, n))
-        for (int64_t c = 0; c < n; c++) NAME(set_one_line)(k, c, 1, to);
-    else
-        for (int64_t c = 0; c < n; c++) NAME(set_one_line)(k, c, NAME(prescale_of)(k, c), to);
+    const fbn_channels known = *k; /* no store can change it */
+    const fbn_constants own = *to;
+    int64_t usual = 0;
+    for (int64_t c = 0; c < n; c++) {
+        NAME(set_one_line)(&known, c, 1, &own);
+        usual += NAME(has_usual_line)(&known, c);
+    }
+    for (int64_t c = 0; usual < n && c < n; c++) NAME(set_one_line)(&known, c, NAME(prescale_of)(&known, c), &own);
 }
 
 /* dx = gain (dz + B (x - mean) + D), with gain = gamma / std, B = -sum(dz (x - mean)) / (M var), D = -sum(dz) / M

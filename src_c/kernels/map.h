@@ -12,23 +12,32 @@ FBN_INLINE void NAME(affine_n)(const fbn_operands *o, int64_t i, int64_t n, cons
     NAME(put)((elem *)o->out + i, NAME(affine_of)(o, i, n, k, p), n, o->stream);
 }
 
-FBN_INLINE void NAME(grad_affine_n)(const fbn_operands *o, int64_t i, int64_t n, const NAME(constants) * k,
-                                    NAME(parts) p) {
+/* dx of n <= WIDTH elements from element i on, and *dz. */
+FBN_INLINE vec NAME(grad_affine_of)(const fbn_operands *o, int64_t i, int64_t n, const NAME(constants) * k,
+                                    NAME(parts) p, vec *dz) {
     const elem *x = (const elem *)o->x + i, *residual = p.has_residual ? (const elem *)o->residual + i : x;
-    vec dz = NAME(dz_at)((const elem *)o->dy + i, x, residual, n, k, p), d;
-    if (p.frozen) d = vmul(k->on_dy, dz);
+    vec d;
+    *dz = NAME(dz_at)((const elem *)o->dy + i, x, residual, n, k, p);
+    if (p.frozen) d = vmul(k->on_dy, *dz);
     else {
         const vec centred = NAME(centre)(NAME(x_at)(x, residual, n, k, p), k, p);
         /* Where products are rounded, too, each term passes four roundings at most: 2 epsilon of the sum of the terms.
          */
-        d = vmuladd(k->on_x, centred, vmuladd(k->on_dy, dz, k->constant));
+        d = vmuladd(k->on_x, centred, vmuladd(k->on_dy, *dz, k->constant));
     }
     if (!p.usual) d = vmul(d, k->postscale);
     if (p.activation & FBN_OUTSIDE) {
         const vec size = NAME(size_at)((const elem *)o->dy + i, n);
-        dz = vkeep_if_positive(size, dz);
+        *dz = vkeep_if_positive(size, *dz);
         d = vkeep_if_positive(size, d);
     }
+    return d;
+}
+
+FBN_INLINE void NAME(grad_affine_n)(const fbn_operands *o, int64_t i, int64_t n, const NAME(constants) * k,
+                                    NAME(parts) p) {
+    vec dz;
+    const vec d = NAME(grad_affine_of)(o, i, n, k, p, &dz);
     /* dx may be dy, which is not read after this. */
     NAME(put)((elem *)o->out + i, d, n, o->stream);
     if (p.has_residual && p.activation & FBN_WHICH) NAME(put)((elem *)o->dresidual + i, dz, n, 0);
@@ -143,39 +152,46 @@ FBN_INLINE void NAME(map_plane)(const fbn_operands *o, const fbn_stretch *s, NAM
     }
 }
 
+/* y or dx of a vector. */
+FBN_INLINE vec NAME(mapped)(const fbn_operands *o, int64_t i, const NAME(constants) * k, NAME(parts) p, int backward) {
+    vec dz;
+    return backward ? NAME(grad_affine_of)(o, i, WIDTH, k, p, &dz) : NAME(affine_of)(o, i, WIDTH, k, p);
+}
+
 /* Maps adjacent planes, from element i on, which is of channel c, as are the next left - 1. Planes have at least WIDTH
  * elements. A vector that reaches into the next plane is computed for either channel, so that whole vectors are
- * written. */
+ * written. There is no dresidual. */
 FBN_INLINE void NAME(map_joined_row)(const fbn_operands *o, int64_t i, int64_t n, int64_t c, int64_t left,
-                                     int64_t channels, NAME(parts) p) {
+                                     int64_t channels, NAME(parts) p, int backward) {
     const int64_t end = i + n, start = i + NAME(least)(NAME(misaligned)(o, i), n);
     while (i < end) {
         const NAME(constants) k = NAME(constants_at)(o, c, 0, p);
         const int64_t after = c + 1 < channels ? c + 1 : 0;
         const int64_t stop = NAME(least)(i + left, end), whole = i < start ? 0 : (stop - i) / WIDTH * WIDTH;
-        for (int64_t m = 0; m < whole; m += WIDTH) NAME(affine_n)(o, i + m, WIDTH, &k, p);
+        for (int64_t m = 0; m < whole; m += WIDTH) NAME(map_n)(o, i + m, WIDTH, &k, p, backward);
         i += whole;
         left -= whole;
         if (0 < left && left < WIDTH && i >= start && i + WIDTH <= end) {
             const NAME(constants) next = NAME(constants_at)(o, after, 0, p);
-            const vec first = NAME(affine_of)(o, i, WIDTH, &k, p), second = NAME(affine_of)(o, i, WIDTH, &next, p);
+            const vec first = NAME(mapped)(o, i, &k, p, backward), second = NAME(mapped)(o, i, &next, p, backward);
             NAME(put)((elem *)o->out + i, vjoin(first, second, left), WIDTH, o->stream);
             i += WIDTH;
             left -= WIDTH;
         } else if (i < stop) {
             const int64_t part = (i < start ? NAME(least)(stop, start) : stop) - i;
-            NAME(map_part)(o, i, part, c, 0, 0);
+            NAME(map_part)(o, i, part, c, 0, backward);
             i += part;
             left -= part;
         }
         if (left <= 0) left += o->inner, c = after;
     }
 }
-FBN_INLINE void NAME(map_joined)(const fbn_operands *o, const fbn_stretch *s, NAME(parts) p) {
+FBN_INLINE void NAME(map_joined)(const fbn_operands *o, const fbn_stretch *s, NAME(parts) p, int backward) {
     const fbn_operands own = *o; /* see map_columns */
     const int64_t inner = own.inner, c = s->c / inner, left = inner - s->c % inner;
     const int64_t at = s->at, n = s->n, rows = s->rows, apart = s->apart, channels = s->period / inner;
-    for (int64_t row = 0; row < rows; row++) NAME(map_joined_row)(&own, at + row * apart, n, c, left, channels, p);
+    for (int64_t row = 0; row < rows; row++)
+        NAME(map_joined_row)(&own, at + row * apart, n, c, left, channels, p, backward);
 }
 
 /* ---- which loop serves a call ---- */
@@ -256,29 +272,37 @@ static void NAME(affine_joined)(const fbn_operands *o, const fbn_stretch *s) {
     const NAME(parts) any = NAME(any_parts)(o);
     switch (o->usual && !o->residual ? o->activation : -1) {
     case FBN_IDENTITY:
-        NAME(map_joined)(o, s, (NAME(parts)){FBN_IDENTITY, 0, 1, 0, 0});
+        NAME(map_joined)(o, s, (NAME(parts)){FBN_IDENTITY, 0, 1, 0, 0}, 0);
         break;
     case FBN_RELU:
-        NAME(map_joined)(o, s, (NAME(parts)){FBN_RELU, 0, 1, 0, 0});
+        NAME(map_joined)(o, s, (NAME(parts)){FBN_RELU, 0, 1, 0, 0}, 0);
         break;
     case FBN_RELU6:
-        NAME(map_joined)(o, s, (NAME(parts)){FBN_RELU6, 0, 1, 0, 0});
+        NAME(map_joined)(o, s, (NAME(parts)){FBN_RELU6, 0, 1, 0, 0}, 0);
         break;
     case FBN_LEAKY_RELU:
-        NAME(map_joined)(o, s, (NAME(parts)){FBN_LEAKY_RELU, 0, 1, 0, 0});
+        NAME(map_joined)(o, s, (NAME(parts)){FBN_LEAKY_RELU, 0, 1, 0, 0}, 0);
         break;
     case FBN_HARDSWISH:
-        NAME(map_joined)(o, s, (NAME(parts)){FBN_HARDSWISH, 0, 1, 0, 0});
+        NAME(map_joined)(o, s, (NAME(parts)){FBN_HARDSWISH, 0, 1, 0, 0}, 0);
         break;
     case FBN_SILU:
-        NAME(map_joined)(o, s, (NAME(parts)){FBN_SILU, 0, 1, 0, 0});
+        NAME(map_joined)(o, s, (NAME(parts)){FBN_SILU, 0, 1, 0, 0}, 0);
         break;
     case FBN_SIGMOID:
-        NAME(map_joined)(o, s, (NAME(parts)){FBN_SIGMOID, 0, 1, 0, 0});
+        NAME(map_joined)(o, s, (NAME(parts)){FBN_SIGMOID, 0, 1, 0, 0}, 0);
         break;
     default:
-        NAME(map_joined)(o, s, any);
+        NAME(map_joined)(o, s, any, 0);
     }
+}
+
+/* Of identity and relu, without a residual. */
+static void NAME(grad_affine_joined)(const fbn_operands *o, const fbn_stretch *s) {
+    const NAME(parts) any = NAME(any_parts)(o);
+    if (!o->usual || o->frozen) NAME(map_joined)(o, s, any, 1);
+    else if (o->activation == FBN_RELU) NAME(map_joined)(o, s, (NAME(parts)){FBN_RELU, 0, 1, 0, 0}, 1);
+    else NAME(map_joined)(o, s, (NAME(parts)){FBN_IDENTITY, 0, 1, 0, 0}, 1);
 }
 static void NAME(affine_plane)(const fbn_operands *o, const fbn_stretch *s) { NAME(affine)(o, s, 0); }
 static void NAME(affine_columns)(const fbn_operands *o, const fbn_stretch *s) {
