@@ -32,7 +32,7 @@ static int all_are(const fbn_job *j, int which, int64_t c, int64_t n, double val
 
 /* Spreads the constants of a panel, up to `last`, over its columns, in `room`, without those that are not read. */
 static void spread(const fbn_job *j, fbn_panel *panel, int last, void *room) {
-    const int64_t columns = fbn_columns(&j->split, j->split.panel) + FBN_CHANNEL_PAD;
+    const int64_t columns = fbn_padded(fbn_columns(&j->split, j->split.panel)) - FBN_CHANNEL_PAD;
     char *next = room;
     for (int i = j->kernels->first_constant; i < last; i++) {
         if (panel->usual && (i == FBN_PRESCALE || i == FBN_POSTSCALE)) continue;

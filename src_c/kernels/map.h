@@ -102,8 +102,9 @@ FBN_INLINE void NAME(map_columns)(const fbn_operands *o, const fbn_stretch *s, N
 /* Maps stretches of columns two at a time, which share the constants that a vector loads, and returns how many. */
 FBN_INLINE int64_t NAME(map_pairs)(const fbn_operands *o, const fbn_stretch *s, NAME(parts) p) {
     const fbn_operands own = *o; /* see map_columns */
-    const int64_t n = s->n, apart = s->apart;
-    const int64_t head = apart % WIDTH ? 0 : NAME(least)(NAME(misaligned)(o, s->at), n);
+    const int64_t n = s->n, apart = s->apart,
+                  in_line = (int64_t)((uintptr_t)own.constants.of[FBN_SHIFT] / sizeof(real));
+    const int64_t head = NAME(least)(-(in_line + s->c) & (WIDTH - 1), n); /* then the constants are aligned */
     const int64_t end = head + (n - head) / WIDTH * WIDTH;
     int64_t row = 0;
     for (; row + 2 <= s->rows; row += 2) {
@@ -115,7 +116,9 @@ FBN_INLINE int64_t NAME(map_pairs)(const fbn_operands *o, const fbn_stretch *s, 
         }
         for (int64_t at = first; at <= second; at += apart) {
             NAME(map_part)(o, at, head, s->c, 1, 0);
-            NAME(map_part)(o, at + end, n - end, s->c + end, 1, 0);
+            if (end == n) continue;
+            const NAME(constants) constants = NAME(constants_at)(&own, s->c + end, 1, p);
+            NAME(affine_n)(&own, at + end, n - end, &constants, p);
         }
     }
     return row;
