@@ -133,17 +133,18 @@ typedef struct {
 } fbn_operands;
 
 /* The elements that a loop passes through. Compilers store two fields at once: those at the border of two cache lines,
- * `apart` and `ahead`, must not be set alike. */
+ * `apart` and `whole`, must not be set alike. */
 typedef struct {
     _Alignas(64) double *sums; /* where sums are added: a value per column, or FBN_LANES lanes, ... */
-    double *others;            /* ... those of the next stretch 2 * FBN_LANES further */
+    double *others;            /* ... those of the next stretch 2 * FBN_LANES further, unless it is `whole` */
     int64_t at, n, c;          /* n elements from element `at` on, which is of channel or column c */
     int64_t period;            /* maps of columns: these recur after so many, and the constants of the first
                                 * FBN_CHANNEL_PAD are repeated behind the last, so that a vector may reach into the next
                                 * period. Joined planes: columns are the elements of an image */
     int64_t rows, apart;       /* so many such stretches, `apart` elements from each other. Sums of columns add them up,
-                                * and c is 0; other loops take one after another: in maps that stream, apart is whole cache
-                                * lines */
+                                * and c is 0; other loops take one after another: in maps that stream, apart is whole
+                                * cache lines */
+    int whole;     /* sums of planes: each stretch is a plane, whose lanes start at 0 and are then added to `sums` */
     int64_t ahead; /* maps of columns: they fetch what they read so many bytes ahead; 0: the processor does */
 } fbn_stretch;
 

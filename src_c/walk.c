@@ -37,25 +37,41 @@ static int64_t streams_of_planes(const fbn_operands *o, const fbn_planes *p, int
     return p->dz_step ? 1 : streams_of(o, o->walk.streams, most);
 }
 
+/* Adds the planes of a channel in streams, in turns, each to lanes of its own. */
+static void sum_in_turns(fbn_loop *loop, const fbn_operands *o, int64_t streams, int64_t turn, const fbn_planes *p,
+                         int64_t c, double *lanes) {
+    _Alignas(64) double own[FBN_IMAGES][2 * FBN_LANES];
+    for (int64_t s = 0; s < p->images; s++)
+        for (int k = 0; k < 2 * FBN_LANES; k++) own[s][k] = 0;
+    for (int64_t image = 0; image < p->images; image += streams)
+        for (int64_t i = 0; i < p->inner; i += turn)
+            loop(o, &(fbn_stretch){.at = c * p->step + image * p->apart + i,
+                                   .n = smaller(turn, p->inner - i),
+                                   .c = c,
+                                   .rows = smaller(streams, p->images - image),
+                                   .apart = p->apart,
+                                   .sums = own[image],
+                                   .others = own[image] + FBN_LANES});
+    for (int64_t s = 0; s < p->images; s++)
+        for (int k = 0; k < 2 * FBN_LANES; k++) lanes[k] += own[s][k];
+}
+
 void fbn_sum_planes(fbn_loop *loop, const fbn_operands *o, int64_t elem, fbn_planes p, double *lanes) {
     const int64_t streams = streams_of_planes(o, &p, p.images), turn = turn_of(o, elem, streams, p.inner);
+    const int64_t together = p.dz_step ? 1 : p.images;
     for (int64_t c = 0; c < p.channels; c++, lanes += 2 * FBN_LANES) {
-        _Alignas(64) double own[FBN_IMAGES][2 * FBN_LANES];
-        for (int64_t s = 0; s < p.images; s++)
-            for (int k = 0; k < 2 * FBN_LANES; k++) own[s][k] = 0;
-        for (int64_t image = 0; image < p.images; image += streams) {
+        if (streams > 1) sum_in_turns(loop, o, streams, turn, &p, c, lanes);
+        for (int64_t image = 0; streams == 1 && image < p.images; image += together) {
             const fbn_operands operands = with_dz(o, elem, &p, c, image);
-            for (int64_t i = 0; i < p.inner; i += turn)
-                loop(&operands, &(fbn_stretch){.at = c * p.step + image * p.apart + i,
-                                               .n = smaller(turn, p.inner - i),
-                                               .c = c,
-                                               .rows = smaller(streams, p.images - image),
-                                               .apart = p.apart,
-                                               .sums = own[image],
-                                               .others = own[image] + FBN_LANES});
+            loop(&operands, &(fbn_stretch){.at = c * p.step + image * p.apart,
+                                           .n = p.inner,
+                                           .c = c,
+                                           .rows = together,
+                                           .apart = p.apart,
+                                           .sums = lanes,
+                                           .others = lanes + FBN_LANES,
+                                           .whole = 1});
         }
-        for (int64_t s = 0; s < p.images; s++)
-            for (int k = 0; k < 2 * FBN_LANES; k++) lanes[k] += own[s][k];
     }
 }
 
@@ -72,16 +88,17 @@ void fbn_sum_runs(fbn_loop *loop, const fbn_operands *o, int64_t rows, fbn_runs 
 void fbn_map_planes(fbn_loop *loop, const fbn_operands *o, int64_t elem, fbn_planes p) {
     const int64_t streams = streams_of_planes(o, &p, p.apart * elem % LINE ? 1 : p.images);
     const int64_t turn = turn_of(o, elem, streams, p.inner);
+    const int64_t together = streams > 1 || p.dz_step || o->stream ? streams : p.images;
     for (int64_t c = 0; c < p.channels; c++) {
         const int64_t start = c * p.step, first = first_turn(o, elem, start, turn);
-        for (int64_t image = 0; image < p.images; image += streams) {
+        for (int64_t image = 0; image < p.images; image += together) {
             fbn_operands operands = with_dz(o, elem, &p, c, image);
             if (p.dz_step) operands.dy = operands.dz;
             for (int64_t i = 0, n = smaller(first, p.inner); i < p.inner; i += n, n = smaller(turn, p.inner - i))
                 loop(&operands, &(fbn_stretch){.at = start + image * p.apart + i,
                                                .n = n,
                                                .c = c,
-                                               .rows = smaller(streams, p.images - image),
+                                               .rows = smaller(together, p.images - image),
                                                .apart = p.apart});
         }
     }

@@ -145,9 +145,9 @@ FBN_INLINE void NAME(map_plane)(const fbn_operands *o, const fbn_stretch *s, NAM
     const fbn_operands own = *o; /* see map_columns */
     const NAME(constants) k = NAME(constants_at)(&own, s->c, 0, p);
     const int64_t aligns = o->stream || s->n >= 4 * WIDTH;
-    const int64_t head = aligns ? NAME(least)(NAME(misaligned)(o, s->at), s->n) : 0;
     for (int64_t row = 0; row < s->rows; row++) {
         const int64_t at = s->at + row * s->apart, end = at + s->n;
+        const int64_t head = aligns ? NAME(least)(NAME(misaligned)(&own, at), s->n) : 0;
         NAME(map_part)(o, at, head, s->c, 0, backward);
         int64_t i = at + head;
         for (; i + WIDTH <= end; i += WIDTH) NAME(map_n)(&own, i, WIDTH, &k, p, backward);

@@ -46,21 +46,22 @@ FBN_INLINE void NAME(sum_n)(const fbn_operands *o, int64_t i, int64_t n, const N
     else NAME(moments_n)(o, i, n, origin, fill, sum, other);
 }
 
-/* Adds parts of planes of channel c, each to lanes of its own, of which the first is that of the part's first element.
- */
+/* Adds planes, or parts of them, of channel c, each to lanes of its own, of which the first is that of the part's first
+ * element. The lanes of whole planes are then added up. */
 FBN_INLINE void NAME(sum_plane)(const fbn_operands *o, const fbn_stretch *s, NAME(parts) p, int backward) {
     enum { STEP = FBN_LANES / WIDTH };
     const fbn_operands own = *o; /* see map_columns */
     const NAME(constants) k = NAME(constants_at)(&own, s->c, 0, p);
     const wide origin = wset(own.origin[s->c]);
     const vec fill = vset((real)own.origin[s->c]);
+    const int whole = s->whole;
     for (int64_t row = 0; row < s->rows; row++) {
-        double *sums = s->sums + row * 2 * FBN_LANES, *others = s->others + row * 2 * FBN_LANES;
+        double *sums = s->sums + (whole ? 0 : row * 2 * FBN_LANES), *others = sums + (s->others - s->sums);
         const int64_t end = s->at + row * s->apart + s->n;
         wide sum[STEP], other[STEP];
         for (int j = 0; j < STEP; j++) {
-            sum[j] = wget(sums + j * WIDTH);
-            other[j] = wget(others + j * WIDTH);
+            sum[j] = whole ? wset(0) : wget(sums + j * WIDTH);
+            other[j] = whole ? wset(0) : wget(others + j * WIDTH);
         }
         int64_t i = end - s->n;
         for (; i + FBN_LANES <= end; i += FBN_LANES) {
@@ -74,8 +75,8 @@ FBN_INLINE void NAME(sum_plane)(const fbn_operands *o, const fbn_stretch *s, NAM
             NAME(sum_n)(&own, i + j * WIDTH, n, &k, origin, fill, p, backward, &sum[j], &other[j]);
         }
         for (int j = 0; j < STEP; j++) {
-            wput(sums + j * WIDTH, sum[j]);
-            wput(others + j * WIDTH, other[j]);
+            wput(sums + j * WIDTH, whole ? wadd(wget(sums + j * WIDTH), sum[j]) : sum[j]);
+            wput(others + j * WIDTH, whole ? wadd(wget(others + j * WIDTH), other[j]) : other[j]);
         }
     }
 }

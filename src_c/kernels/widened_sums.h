@@ -53,14 +53,33 @@ FBN_INLINE void NAME(sum_pieces)(const fbn_operands *o, const fbn_stretch *s, fb
     }
 }
 
+/* The lanes of a plane in several pieces start at 0 once. */
+FBN_INLINE void NAME(sum_planes)(const fbn_operands *o, const fbn_stretch *s, fbn_loop *loop, int backward) {
+    for (int64_t row = 0; s->whole && row < s->rows; row++) {
+        double lanes[2 * FBN_LANES] = {0};
+        fbn_stretch plane = *s;
+        plane.sums = lanes;
+        plane.others = lanes + FBN_LANES;
+        plane.at += row * s->apart;
+        plane.rows = 1;
+        plane.whole = 0;
+        NAME(sum_pieces)(o, &plane, loop, 0, backward);
+        for (int k = 0; k < FBN_LANES; k++) {
+            s->sums[k] += plane.sums[k];
+            s->others[k] += plane.others[k];
+        }
+    }
+    if (!s->whole) NAME(sum_pieces)(o, s, loop, 0, backward);
+}
+
 static void NAME(moments_plane)(const fbn_operands *o, const fbn_stretch *s) {
-    NAME(sum_pieces)(o, s, NAME_OF_REAL(moments_plane), 0, 0);
+    NAME(sum_planes)(o, s, NAME_OF_REAL(moments_plane), 0);
 }
 static void NAME(moments_columns)(const fbn_operands *o, const fbn_stretch *s) {
     NAME(sum_pieces)(o, s, NAME_OF_REAL(moments_columns), 1, 0);
 }
 static void NAME(grad_moments_plane)(const fbn_operands *o, const fbn_stretch *s) {
-    NAME(sum_pieces)(o, s, NAME_OF_REAL(grad_moments_plane), 0, 1);
+    NAME(sum_planes)(o, s, NAME_OF_REAL(grad_moments_plane), 1);
 }
 static void NAME(grad_moments_columns)(const fbn_operands *o, const fbn_stretch *s) {
     NAME(sum_pieces)(o, s, NAME_OF_REAL(grad_moments_columns), 1, 1);
