@@ -144,8 +144,9 @@ typedef struct {
     int64_t rows, apart;       /* so many such stretches, `apart` elements from each other. Sums of columns add them up,
                                 * and c is 0; other loops take one after another: in maps that stream, apart is whole
                                 * cache lines */
-    int whole;     /* sums of planes: each stretch is a plane, whose lanes start at 0 and are then added to `sums` */
-    int64_t ahead; /* maps of columns: they fetch what they read so many bytes ahead; 0: the processor does */
+    int whole;        /* sums of planes: each stretch is a plane, whose lanes start at 0 and are then added to `sums` */
+    int64_t ahead;    /* maps of columns: they fetch what they read so many bytes ahead; 0: the processor does */
+    int64_t channels; /* sums of stacks: the planes of so many channels follow each other */
 } fbn_stretch;
 
 /* Sums are float64. The elements of a column are added in the order of the rows.
@@ -182,7 +183,8 @@ typedef struct {
     fbn_set_gradient *set_gradient;
     fbn_spread *spread;
     fbn_fold *fold;
-    fbn_loop *moments_plane, *moments_columns, *grad_moments_plane, *grad_moments_columns;
+    fbn_loop *moments_plane, *moments_stack, *moments_columns;
+    fbn_loop *grad_moments_plane, *grad_moments_stack, *grad_moments_columns;
     fbn_loop *affine_plane, *affine_joined, *affine_columns;
     fbn_loop *grad_affine_plane, *grad_affine_joined, *grad_affine_columns;
     fbn_fence *fence;

@@ -64,7 +64,7 @@ void fbn_repeat_columns(fbn_job *j, int64_t c0, int64_t c1, int first, int last)
 fbn_panel fbn_panel_to_sum(const fbn_job *j, int64_t c0, int64_t c1, double *lanes, void *room) {
     fbn_panel panel = {c0, c1, fbn_constants_at(j, c0), j->origin + c0, .usual = 1};
     if (j->dy && j->activation) panel.usual = all_are(j, FBN_PRESCALE, c0, c1 - c0, 1);
-    if (!spreads(&j->split)) return panel;
+    if (!spreads(&j->split) || j->split.stacks) return panel;
     double *origin = lanes + 2 * fbn_padded(fbn_columns(&j->split, j->split.panel));
     j->p->machine->kernels->of[FBN_F64]->spread(panel.origin, c1 - c0, j->split.inner, origin);
     panel.origin = origin;
@@ -114,7 +114,7 @@ static void add_tiles(const fbn_job *j, int64_t segment, const fbn_panel *panel,
 void fbn_reduce_panel(const fbn_job *j, int64_t segment, const fbn_panel *panel, double *lanes) {
     const int64_t n = panel->c1 - panel->c0, columns = fbn_columns(&j->split, n);
     double *sums = j->partial + 2 * segment * j->split.padded + panel->c0, *others = sums + j->split.padded;
-    if (!j->split.columns) {
+    if (!j->split.columns || j->split.stacks) {
         memset(lanes, 0, (size_t)n * 2 * FBN_LANES * sizeof(double));
         add_tiles(j, segment, panel, lanes, NULL);
         j->kernels->fold(lanes, FBN_LANES, 2 * FBN_LANES, n, sums);

@@ -24,8 +24,9 @@ static char *dz_at(const fbn_job *j, char *dz, int64_t c0, int64_t c) {
 /* The sums of the segments [s0, s1) and the channels [c0, c1). */
 static void reduce(fbn_job *j, int64_t s0, int64_t s1, int64_t c0, int64_t c1, int thread, void *room, char *dz) {
     double *lanes = j->lanes + thread * fbn_lane_doubles(&j->split);
-    for (int64_t c = c0; c < c1; c += j->split.panel) {
-        fbn_panel panel = fbn_panel_to_sum(j, c, smaller(c + j->split.panel, c1), lanes, room);
+    const int64_t step = j->split.stacks ? FBN_STACKS : j->split.panel;
+    for (int64_t c = c0; c < c1; c += step) {
+        fbn_panel panel = fbn_panel_to_sum(j, c, smaller(c + step, c1), lanes, room);
         panel.dz = dz_at(j, dz, c0, c);
         for (int64_t s = s0; s < s1; s++) fbn_reduce_panel(j, s, &panel, lanes);
     }

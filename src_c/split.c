@@ -9,6 +9,7 @@ enum {
     SEGMENT_ROWS = 128, /* the least rows in a channels-last segment, counted after joining */
     SEGMENTS_MOST = 64, /* the most channels-last segments */
     SMALL_PLANE = 512,  /* planes of fewer elements are taken as columns */
+    LARGE_STACK = 256,  /* planes of so many elements are summed channel by channel if there are FBN_ROWS images */
     LEAST_JOINED = 40,  /* planes of so many elements are mapped joined: most vectors lie within one */
     STRETCH = 4096,     /* the elements of a unit of joined planes */
     SMALL_PLANES = 64,  /* the small planes of a channel that are mapped at a time */
@@ -87,9 +88,17 @@ int64_t fbn_padded(int64_t channels) { return round_up(channels, FBN_CHANNEL_PAD
 
 int64_t fbn_joined(int64_t channels) { return fbn_padded(channels * repeat_of(channels, JOINED)); }
 
-/* Whether it is faster to map adjacent planes as one run: planes of two vectors or more are, if these are whole. */
-static int can_join(int64_t inner) {
-    return inner >= LEAST_JOINED || (inner >= 2 * FBN_LANES && inner % FBN_LANES == 0);
+/* Whether it is faster to sum small planes channel by channel, without storing the sums of columns: those of a few
+ * images are. */
+static int are_stacks(int64_t images, int64_t inner) {
+    return inner >= FBN_LANES && (images < FBN_ROWS || (images == FBN_ROWS && inner >= LARGE_STACK));
+}
+
+/* Whether it is faster to map adjacent planes as one run, in which constants need not be spread over columns. Planes of
+ * two vectors or more are if these are whole, or if there are few images. */
+static int can_join(int64_t images, int64_t inner) {
+    const int has_two = inner >= 2 * FBN_LANES;
+    return inner >= LEAST_JOINED || (has_two && (inner % FBN_LANES == 0 || images < FBN_ROWS));
 }
 
 static int64_t or_usual(int64_t habit, int64_t usual) { return habit ? habit : usual; }
@@ -118,9 +127,10 @@ fbn_split fbn_split_of(const fbn_problem *p, int arrays, fbn_kind kind) {
     fbn_split s = {.outer = is_plane ? 1 : p->outer, .channels = p->channels, .inner = is_plane ? values : p->inner};
     s.rows = s.inner == 1;
     s.maps = kind == FBN_MAPS;
-    s.stretches = s.maps && can_join(s.inner);
+    s.stretches = s.maps && can_join(s.outer, s.inner);
     s.columns = s.rows || (s.inner > 1 && kind != FBN_MASKED && !s.stretches && s.inner < SMALL_PLANE);
-    s.joins = s.stretches || (s.columns && !s.rows && can_join(s.inner));
+    s.stacks = s.columns && !s.rows && are_stacks(s.outer, s.inner);
+    s.joins = s.stretches || (s.columns && !s.rows && can_join(s.outer, s.inner));
     s.repeat = s.rows && values >= FBN_WORTH_JOINING ? repeat_of(p->channels, JOINED) : 1;
     s.map_repeat = smaller(s.repeat, repeat_of(p->channels, JOINED_TO_MAP));
     s.real = p->dtype == FBN_F64 ? 8 : 4;
@@ -150,7 +160,9 @@ int64_t fbn_columns(const fbn_split *s, int64_t channels) { return channels * (s
 int64_t fbn_block_bytes(const fbn_split *s, int64_t channels) { return channels * channel_bytes(s, 1); }
 
 int64_t fbn_lane_doubles(const fbn_split *s) {
-    return s->columns ? 3 * fbn_padded(fbn_columns(s, s->panel)) : s->panel * 2 * FBN_LANES;
+    const int64_t columns = 3 * fbn_padded(fbn_columns(s, s->panel));
+    const int64_t lanes = (s->columns ? FBN_STACKS : s->panel) * 2 * FBN_LANES;
+    return s->columns && (s->rows || columns > lanes) ? columns : lanes;
 }
 
 int64_t fbn_start(const fbn_split *s, int64_t unit, int64_t c) {

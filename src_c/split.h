@@ -22,6 +22,7 @@ typedef struct {
     int maps;                 /* nothing is reduced */
     int rows;                 /* channels-last */
     int columns;              /* kernels get columns: rows, or small planes */
+    int stacks;               /* small planes of a few images, which are summed one channel at a time */
     int stretches;            /* units are stretches of memory */
     int joins;                /* adjacent planes are mapped as one run */
     int64_t repeat;           /* rows that sums join; their constants are repeated as often */
@@ -65,6 +66,9 @@ int64_t fbn_map_panel(const fbn_split *split, int constants);
 
 /* The bytes of a block of channels, of all units. */
 int64_t fbn_block_bytes(const fbn_split *split, int64_t channels);
+
+/* The channels of stacks that kernels get at once. */
+enum { FBN_STACKS = 32 };
 
 /* How many float64 numbers a thread needs to reduce a panel: lanes, or the columns' sums and origins. */
 int64_t fbn_lane_doubles(const fbn_split *split);

@@ -62,11 +62,23 @@ static void sum_columns(const fbn_job *j, fbn_loop *loop, int64_t rows, const fb
     fbn_sum_runs(loop, &o, rows, (fbn_runs){1, rest, rest, 0, 0}, sums, others);
 }
 
+/* The images of a tile are units. */
+static void sum_stacks(const fbn_split *s, fbn_loop *loop, const fbn_operands *o, const fbn_tile *t,
+                       const fbn_panel *panel, double *lanes) {
+    loop(o, &(fbn_stretch){.n = s->inner,
+                           .channels = panel->c1 - panel->c0,
+                           .rows = t->rows,
+                           .apart = s->channels * s->inner,
+                           .sums = lanes,
+                           .others = lanes + FBN_LANES});
+}
+
 static void reduce_moments(const fbn_job *j, const fbn_tile *t, const fbn_panel *panel, double *sums, double *others) {
     const fbn_operands o = operands_of(j, t, panel);
     const fbn_dtype_kernels *k = j->sums;
     if (!t->counts) return;
-    if (j->split.columns) sum_columns(j, k->moments_columns, FBN_ROWS, &o, t, panel, sums, others);
+    if (j->split.stacks) sum_stacks(&j->split, k->moments_stack, &o, t, panel, sums);
+    else if (j->split.columns) sum_columns(j, k->moments_columns, FBN_ROWS, &o, t, panel, sums, others);
     else fbn_sum_planes(k->moments_plane, &o, j->split.elem, planes_of(j, t, panel), sums);
 }
 
@@ -75,7 +87,8 @@ static void reduce_gradient(const fbn_job *j, const fbn_tile *t, const fbn_panel
     fbn_operands o = operands_of(j, t, panel);
     o.dz = dz_of(j, t, panel);
     const fbn_dtype_kernels *k = (j->activation & FBN_WHICH) ? j->kernels : j->sums;
-    if (j->split.columns) sum_columns(j, k->grad_moments_columns, FBN_GRAD_ROWS, &o, t, panel, sums, others);
+    if (j->split.stacks) sum_stacks(&j->split, k->grad_moments_stack, &o, t, panel, sums);
+    else if (j->split.columns) sum_columns(j, k->grad_moments_columns, FBN_GRAD_ROWS, &o, t, panel, sums, others);
     else fbn_sum_planes(k->grad_moments_plane, &o, j->split.elem, planes_of(j, t, panel), sums);
 }
 
@@ -256,6 +269,9 @@ static fbn_job job_of_x(const fbn_problem *p, const fbn_operation *operation, co
     return j;
 }
 
+/* Whether dz is dy or its relu: there are such gradients of stacks and of joined planes. */
+static int is_simple(const fbn_job *j) { return !j->activation || (j->activation == FBN_RELU && !j->residual); }
+
 /* A job that differentiates. Where `x` holds y, the rows that describe it are in the workspace. */
 static fbn_job job_of_dy(const fbn_problem *p, const fbn_operation *operation, const fbn_sums_args *a, void *dx,
                          void *workspace) {
@@ -267,6 +283,7 @@ static fbn_job job_of_dy(const fbn_problem *p, const fbn_operation *operation, c
     j.of_x = a->saved;
     j.known = a->from_y ? j.saved : a->saved;
     j.activation |= a->from_y ? FBN_FROM_Y : 0;
+    j.split.stacks &= is_simple(&j);
     return j;
 }
 
@@ -411,13 +428,11 @@ static void keep_dz(fbn_job *j, const fbn_backward_args *a) {
     }
 }
 
-/* Of gradients, those of identity and relu can be mapped as joined planes. A map that computes dz reads the constants
- * of y as well: with those of dx all but the two powers of two. */
+/* A map that computes dz reads the constants of y as well: with those of dx all but the two powers of two. */
 static void set_map_panel(fbn_job *j) {
-    const int computes_dz = j->activation && !j->dz && !j->dz_blocks;
-    if (!computes_dz || (j->activation == FBN_RELU && !j->residual && j->split.joins)) return;
-    j->split.joins = 0;
-    j->split.map_panel = fbn_map_panel(&j->split, FBN_CONSTANTS - j->kernels->first_constant - 2);
+    if (!j->activation || j->dz || j->dz_blocks) return;
+    j->split.joins &= is_simple(j);
+    if (!j->split.joins) j->split.map_panel = fbn_map_panel(&j->split, FBN_CONSTANTS - j->kernels->first_constant - 2);
 }
 
 fbn_status fbn_backward(const fbn_problem *p, const fbn_backward_args *a, void *workspace) {

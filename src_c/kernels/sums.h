@@ -140,6 +140,46 @@ FBN_INLINE void NAME(sum_columns)(const fbn_operands *o, const fbn_stretch *s, N
     else NAME(moments_rest)(o, s, c);
 }
 
+/* Adds n <= WIDTH columns of a stack to sum and other, in the order in which sum_columns and fbn_sum_runs add rows. */
+FBN_INLINE void NAME(sum_stacked)(const fbn_operands *o, const fbn_stretch *s, int64_t i, int64_t n,
+                                  const NAME(constants) * k, wide origin, vec fill, NAME(parts) p, int backward,
+                                  wide *sum, wide *other) {
+    const int64_t together = backward ? FBN_GRAD_ROWS : FBN_ROWS, times = s->rows / together, apart = s->apart;
+    wide of_columns = wset(0), others = wset(0);
+    for (int64_t first = 0; first < times; first++)
+        for (int64_t row = first; row < times * together; row += times)
+            NAME(sum_n)(o, i + row * apart, n, k, origin, fill, p, backward, &of_columns, &others);
+    for (int64_t row = times * together; row < s->rows; row++)
+        NAME(sum_n)(o, i + row * apart, n, k, origin, fill, p, backward, &of_columns, &others);
+    *sum = wadd(*sum, of_columns);
+    *other = wadd(*other, others);
+}
+
+/* Adds the planes of a channel of a few images: each column first, and then the columns to lanes. The bits are those of
+ * sum_columns and a fold, but nothing is stored in between. */
+FBN_INLINE void NAME(sum_stack)(const fbn_operands *o, const fbn_stretch *s, int64_t channel, NAME(parts) p,
+                                int backward) {
+    const NAME(constants) k = NAME(constants_at)(o, channel, 0, p);
+    const wide origin = wset(o->origin[channel]);
+    const vec fill = vset((real)o->origin[channel]);
+    const int64_t start = s->at + channel * s->n, end = start + s->n;
+    for (int j = 0; j < FBN_LANES; j += WIDTH) {
+        double *sums = s->sums + channel * 2 * FBN_LANES + j, *others = sums + (s->others - s->sums);
+        wide sum = wget(sums), other = wget(others);
+        int64_t i = start + j;
+        for (; i + WIDTH <= end; i += FBN_LANES)
+            NAME(sum_stacked)(o, s, i, WIDTH, &k, origin, fill, p, backward, &sum, &other);
+        if (i < end) NAME(sum_stacked)(o, s, i, end - i, &k, origin, fill, p, backward, &sum, &other);
+        wput(sums, sum);
+        wput(others, other);
+    }
+}
+FBN_INLINE void NAME(sum_stacks)(const fbn_operands *o, const fbn_stretch *s, NAME(parts) p, int backward) {
+    const fbn_operands own = *o; /* see map_columns */
+    const fbn_stretch stretch = *s;
+    for (int64_t c = 0; c < stretch.channels; c++) NAME(sum_stack)(&own, &stretch, c, p, backward);
+}
+
 /* ---- which loop serves a call ---- */
 
 FBN_INLINE void NAME(sum_as)(const fbn_operands *o, const fbn_stretch *s, int columns, int backward, NAME(parts) p) {
@@ -177,6 +217,16 @@ FBN_INLINE void NAME(grad_moments)(const fbn_operands *o, const fbn_stretch *s, 
     }
 }
 
+static void NAME(moments_stack)(const fbn_operands *o, const fbn_stretch *s) {
+    NAME(sum_stacks)(o, s, (NAME(parts)){FBN_IDENTITY, 0, 1, 0, 0}, 0);
+}
+
+/* Of identity and relu, without a residual. */
+static void NAME(grad_moments_stack)(const fbn_operands *o, const fbn_stretch *s) {
+    if (!o->usual) NAME(sum_stacks)(o, s, NAME(any_parts)(o), 1);
+    else if (o->activation == FBN_RELU) NAME(sum_stacks)(o, s, (NAME(parts)){FBN_RELU, 0, 1, 0, 0}, 1);
+    else NAME(sum_stacks)(o, s, (NAME(parts)){FBN_IDENTITY, 0, 1, 0, 0}, 1);
+}
 static void NAME(moments_plane)(const fbn_operands *o, const fbn_stretch *s) {
     NAME(sum_as)(o, s, 0, 0, (NAME(parts)){FBN_IDENTITY, 0, 1, 0, 0});
 }

@@ -84,3 +84,23 @@ static void NAME(grad_moments_plane)(const fbn_operands *o, const fbn_stretch *s
 static void NAME(grad_moments_columns)(const fbn_operands *o, const fbn_stretch *s) {
     NAME(sum_pieces)(o, s, NAME_OF_REAL(grad_moments_columns), 1, 1);
 }
+FBN_INLINE void NAME(sum_stacks)(const fbn_operands *o, const fbn_stretch *s, fbn_loop *loop, int backward) {
+    fbn_operands own = *o;
+    fbn_stretch stack = *s;
+    stack.channels = 1;
+    for (int64_t c = 0; c < s->channels; c++) {
+        stack.at = s->at + c * s->n;
+        stack.sums = s->sums + c * 2 * FBN_LANES;
+        stack.others = s->others + c * 2 * FBN_LANES;
+        own.origin = o->origin + c;
+        for (int k = 0; k < FBN_CONSTANTS; k++) own.constants.of[k] = (float *)o->constants.of[k] + c;
+        NAME(sum_pieces)(&own, &stack, loop, 0, backward);
+    }
+}
+
+static void NAME(moments_stack)(const fbn_operands *o, const fbn_stretch *s) {
+    NAME(sum_stacks)(o, s, NAME_OF_REAL(moments_stack), 0);
+}
+static void NAME(grad_moments_stack)(const fbn_operands *o, const fbn_stretch *s) {
+    NAME(sum_stacks)(o, s, NAME_OF_REAL(grad_moments_stack), 1);
+}

@@ -15,7 +15,7 @@ SRC_C = cases.CHECKOUT / "src_c"
 pytestmark = pytest.mark.skipif(not SRC_C.is_dir(), reason="src_c is not beside the tests: no checkout")
 
 
-INTS = ("maps", "rows", "columns", "stretches", "joins", "threads", "by_channels", "shares_channels", "large")
+INTS = ("maps", "rows", "columns", "stacks", "stretches", "joins", "threads", "by_channels", "shares_channels", "large")
 MAPS, REDUCES, MASKED = range(3)
 
 
@@ -31,6 +31,7 @@ class Split(ct.Structure):
             "maps",
             "rows",
             "columns",
+            "stacks",
             "stretches",
             "joins",
             "repeat",
