@@ -30,16 +30,24 @@ static int all_are(const fbn_job *j, int which, int64_t c, int64_t n, double val
     return others == 0;
 }
 
-/* Spreads the constants of a panel, up to `last`, over its columns, in `room`, without those that are not read. */
+/* Writes n values of `size` bytes again behind themselves, until there are `all`. */
+static void recur(char *values, int64_t n, int64_t all, int64_t size) {
+    for (int64_t to = n; to < all; to += n)
+        memcpy(values + to * size, values, (size_t)((to + n < all ? n : all - to) * size));
+}
+
+/* Spreads the constants of a panel, up to `last`, over its columns, in `room`, without those that are not read. Those
+ * of all channels recur, as often as images are joined, and for vectors that reach into the next image. */
 static void spread(const fbn_job *j, fbn_panel *panel, int last, void *room) {
-    const int64_t columns = fbn_padded(fbn_columns(&j->split, j->split.panel)) - FBN_CHANNEL_PAD;
+    const int64_t columns = fbn_columns(&j->split, panel->c1 - panel->c0), joined = columns * j->split.map_repeat;
     char *next = room;
     for (int i = j->kernels->first_constant; i < last; i++) {
         if (panel->usual && (i == FBN_PRESCALE || i == FBN_POSTSCALE)) continue;
         if (panel->exact && i == FBN_SHIFT_LOW) continue;
         j->kernels->spread(panel->constants.of[i], panel->c1 - panel->c0, j->split.inner, next);
+        recur(next, columns, joined + FBN_CHANNEL_PAD, j->split.real);
         panel->constants.of[i] = next;
-        next += columns * j->split.real;
+        next += (fbn_padded(joined) - FBN_CHANNEL_PAD) * j->split.real;
     }
 }
 

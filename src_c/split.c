@@ -12,7 +12,7 @@ enum {
     LARGE_STACK = 256,  /* planes of so many elements are summed channel by channel if there are FBN_ROWS images */
     LEAST_JOINED = 40,  /* planes of so many elements are mapped joined: most vectors lie within one */
     STRETCH = 4096,     /* the elements of a unit of joined planes */
-    SMALL_PLANES = 64,  /* the small planes of a channel that are mapped at a time */
+    SMALL_PLANES = 64,  /* the least small planes of a channel that are mapped at a time */
     MAPPED_BYTES = 1 << 14,    /* of the constants of the channels of rows that are mapped at a time */
     JOINED = 512,              /* sums join shorter rows to so many columns */
     JOINED_TO_MAP = 256,       /* maps to so many, whose constants leave room in the nearest cache */
@@ -132,7 +132,6 @@ fbn_split fbn_split_of(const fbn_problem *p, int arrays, fbn_kind kind) {
     s.stacks = s.columns && !s.rows && are_stacks(s.outer, s.inner);
     s.joins = s.stretches || (s.columns && !s.rows && can_join(s.outer, s.inner));
     s.repeat = s.rows && values >= FBN_WORTH_JOINING ? repeat_of(p->channels, JOINED) : 1;
-    s.map_repeat = smaller(s.repeat, repeat_of(p->channels, JOINED_TO_MAP));
     s.real = p->dtype == FBN_F64 ? 8 : 4;
     s.elem = (int64_t)fbn_element(p->dtype);
     s.cut = s.stretches ? STRETCH : s.inner <= 2 * SEGMENT ? s.inner : SEGMENT;
@@ -148,6 +147,10 @@ fbn_split fbn_split_of(const fbn_problem *p, int arrays, fbn_kind kind) {
     s.block = block_of(&s, p->machine, arrays);
     s.by_channels = by_channels(&s, p->machine, arrays);
     s.panel = s.rows || !s.columns ? s.block : smaller(panel_of(&s), larger(p->channels, 1));
+    /* A panel of small planes has room for the constants of twice JOINED_TO_MAP columns. */
+    s.map_repeat = s.rows ? smaller(s.repeat, repeat_of(p->channels, JOINED_TO_MAP))
+                   : s.columns && s.panel == p->channels && !s.joins ? repeat_of(p->channels * s.inner, JOINED_TO_MAP)
+                                                                     : 1;
     s.large = is_large(values * s.elem, p->machine, kind);
     s.map_panel = fbn_map_panel(&s, 4);
     s.shares_channels = p->channels >= CHANNELS_TO_SHARE;
@@ -173,7 +176,7 @@ int64_t fbn_start(const fbn_split *s, int64_t unit, int64_t c) {
 
 int64_t fbn_chunk(const fbn_split *s, int64_t n) {
     if (s->rows) return round_up(divide_up(s->large ? LARGE_CHUNK : CHUNK, n * s->elem), s->repeat);
-    return s->columns ? SMALL_PLANES : FBN_IMAGES;
+    return s->columns ? larger(SMALL_PLANES, CHUNK / (n * s->inner * s->elem)) : FBN_IMAGES;
 }
 
 /* The elements in a unit, of one channel. */

@@ -26,7 +26,7 @@ typedef struct {
     int stretches;            /* units are stretches of memory */
     int joins;                /* adjacent planes are mapped as one run */
     int64_t repeat;           /* rows that sums join; their constants are repeated as often */
-    int64_t map_repeat;       /* rows that maps join */
+    int64_t map_repeat;       /* rows, or images of small planes, that maps join */
     int64_t elem, real;       /* bytes of an element, and of a channel's constant */
     int64_t cut, cuts;        /* elements in a piece of a plane; pieces in a plane */
     int64_t units, segment;   /* units in all; units in a segment */

@@ -99,17 +99,17 @@ static fbn_runs stretches_of(const fbn_split *s, const fbn_tile *t) {
     return (fbn_runs){1, 0, (end < all ? end : all) - start, image, start % image};
 }
 
-/* Whether the rows of a tile are one run, in which the columns recur. Longer rows that are not whole vectors are apart
- * in the cache: as they are, they can be taken in pairs, and the constants of a vector lie in one cache line. */
+/* Whether the images of a tile are one run, in which the columns recur. Longer rows that are not whole vectors are
+ * apart in the cache: as they are, they can be taken in pairs, and the constants of a vector lie in one cache line. */
 static int are_one_run(const fbn_split *s, const fbn_operands *o, const fbn_panel *panel) {
     const int whole = panel->c1 - panel->c0 == s->channels, ragged = s->channels % FBN_CHANNEL_PAD != 0;
-    return s->rows && whole && (s->repeat > 1 || !ragged || s->large || o->dy);
+    return whole && (!s->rows || s->repeat > 1 || !ragged || s->large || o->dy);
 }
 
-/* Small planes are runs of a panel's columns, and so are rows that are mapped in panels. */
-static fbn_runs rows_of(const fbn_split *s, const fbn_operands *o, const fbn_tile *t, const fbn_panel *panel) {
-    const int64_t n = panel->c1 - panel->c0, columns = n * s->inner;
-    if (are_one_run(s, o, panel)) return (fbn_runs){1, 0, t->rows * n, n * s->map_repeat, 0};
+/* Otherwise they are runs of a panel's columns. */
+static fbn_runs columns_of(const fbn_split *s, const fbn_operands *o, const fbn_tile *t, const fbn_panel *panel) {
+    const int64_t columns = (panel->c1 - panel->c0) * s->inner;
+    if (are_one_run(s, o, panel)) return (fbn_runs){1, 0, t->rows * columns, columns * s->map_repeat, 0};
     return (fbn_runs){t->rows, s->channels * s->inner, columns, columns, 0};
 }
 
@@ -117,7 +117,7 @@ static void map_by(const fbn_job *j, const fbn_tile *t, const fbn_panel *panel, 
                    const fbn_operands *o) {
     const fbn_split *s = &j->split;
     if (s->stretches) fbn_map_runs(of_runs, o, s->elem, stretches_of(s, t));
-    else if (s->columns) fbn_map_runs(of_runs, o, s->elem, rows_of(s, o, t, panel));
+    else if (s->columns) fbn_map_runs(of_runs, o, s->elem, columns_of(s, o, t, panel));
     else fbn_map_planes(of_planes, o, s->elem, planes_of(j, t, panel));
     if (o->stream) j->kernels->fence();
 }
