@@ -92,18 +92,21 @@ fbn_panel fbn_panel_to_map(const fbn_job *j, int64_t c0, int64_t c1, void *room)
 
 /* ---- sums ---- */
 
-/* Adds up the columns of joined rows, in order, for some channels at a time, whose sums stay in registers. What is read
- * behind the last channel is not used. */
+/* Adds up the columns of joined rows, in order. The sums of a few channels stay in registers: each would wait for the
+ * one before it in memory. */
 static void fold_rows(const double *columns, int64_t channels, int64_t rows, double *sums) {
-    enum { SOME = 8 };
-    for (int64_t c = 0; c < channels; c += SOME) {
-        const int64_t n = channels - c < SOME ? channels - c : SOME;
-        double some[SOME];
-        for (int64_t k = 0; k < SOME; k++) some[k] = columns[c + k];
+    enum { FEW = 8 };
+    double few[FEW];
+    if (channels < FEW) {
+        for (int64_t k = 0; k < FEW; k++) few[k] = columns[k]; /* what is behind the last channel is not used */
         for (int64_t r = 1; r < rows; r++)
-            for (int64_t k = 0; k < SOME; k++) some[k] += columns[r * channels + c + k];
-        memcpy(sums + c, some, (size_t)n * sizeof(double));
+            for (int64_t k = 0; k < FEW; k++) few[k] += columns[r * channels + k];
+        for (int64_t c = 0; c < channels; c++) sums[c] = few[c];
+        return;
     }
+    memcpy(sums, columns, (size_t)channels * sizeof(double));
+    for (int64_t r = 1; r < rows; r++)
+        for (int64_t c = 0; c < channels; c++) sums[c] += columns[r * channels + c];
 }
 
 /* Adds all tiles of a segment to the sums of a panel, which are 0 before. */

@@ -80,9 +80,10 @@ void fbn_sum_runs(fbn_loop *loop, const fbn_operands *o, int64_t rows, fbn_runs 
     const int64_t times = r.count / rows;
     fbn_stretch s = {.n = r.length, .rows = rows, .apart = times * r.apart, .sums = sums, .others = others};
     for (int64_t i = 0; i < times; i++, s.at += r.apart) loop(o, &s);
-    s.rows = 1;
     s.at = times * rows * r.apart;
-    for (int64_t i = times * rows; i < r.count; i++, s.at += r.apart) loop(o, &s);
+    s.rows = r.count - times * rows;
+    s.apart = r.apart;
+    if (s.rows) loop(o, &s);
 }
 
 void fbn_map_planes(fbn_loop *loop, const fbn_operands *o, int64_t elem, fbn_planes p) {

@@ -126,15 +126,12 @@ FBN_APART void NAME(grad_moments_rest)(const fbn_operands *o, const fbn_stretch 
 FBN_INLINE void NAME(sum_columns)(const fbn_operands *o, const fbn_stretch *s, NAME(parts) p, int backward) {
     const fbn_operands own = *o; /* see map_columns */
     const fbn_stretch stretch = *s;
-    const int rows = backward ? FBN_GRAD_ROWS : FBN_ROWS;
     int64_t c = 0;
     const int both = WIDTH < FBN_LANES && p.activation == FBN_IDENTITY; /* others need too many registers */
-    if (stretch.rows == rows) {
-        for (; both && c + 2 * WIDTH <= stretch.n; c += 2 * WIDTH)
-            NAME(sum_vectors)(&own, &stretch, c, 2, WIDTH, vset(0), rows, p, backward);
-        for (; c + WIDTH <= stretch.n; c += WIDTH)
-            NAME(sum_vectors)(&own, &stretch, c, 1, WIDTH, vset(0), rows, p, backward);
-    }
+    for (; both && c + 2 * WIDTH <= stretch.n; c += 2 * WIDTH)
+        NAME(sum_vectors)(&own, &stretch, c, 2, WIDTH, vset(0), stretch.rows, p, backward);
+    for (; c + WIDTH <= stretch.n; c += WIDTH)
+        NAME(sum_vectors)(&own, &stretch, c, 1, WIDTH, vset(0), stretch.rows, p, backward);
     if (c == stretch.n) return;
     if (backward) NAME(grad_moments_rest)(o, s, c);
     else NAME(moments_rest)(o, s, c);
