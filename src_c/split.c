@@ -74,11 +74,14 @@ int64_t fbn_map_panel(const fbn_split *s, int constants) {
     return round_up(divide_up(s->channels, divide_up(s->channels, most)), FBN_CHANNEL_PAD);
 }
 
-/* Going block by block saves memory traffic, but the blocks must divide well among the threads: at most two
- * sevenths of the threads' time may be lost. A block must fit into the shared cache; a plane is a block in any case. */
+/* Going block by block saves memory traffic, but the blocks must divide well among the threads: at most two sevenths of
+ * the threads' time may be lost. A block must fit into the shared cache; a plane is a block in any case. Where no block
+ * fits into a core's cache, but x as a whole into the shared one, joined planes are passed through from end to end. */
 static int by_channels(const fbn_split *s, const fbn_machine *machine, int arrays) {
+    const int64_t bytes = channel_bytes(s, arrays), all = s->channels * channel_bytes(s, 1);
     if (s->rows) return 0;
-    if (s->columns && s->block * channel_bytes(s, arrays) > machine->shared_cache / 2) return 0;
+    if (s->columns && s->block * bytes > machine->shared_cache / 2) return 0;
+    if (s->joins && s->block * bytes > machine->core_cache && all <= machine->shared_cache / 2) return 0;
     const int64_t blocks = divide_up(s->channels, s->block);
     return 5 * divide_up(blocks, s->threads) * s->threads <= 7 * blocks;
 }

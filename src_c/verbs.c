@@ -243,7 +243,7 @@ static fbn_job job_of(const fbn_problem *p, const fbn_operation *operation, int 
                            : operation->map == map_affine && !operation->reduce ? FBN_MAPS
                                                                                 : FBN_REDUCES);
     /* Joined planes need no constants of their own for each column, so a panel may be as large as a block. */
-    if (j.split.joins) j.split.map_panel = j.split.block;
+    if (j.split.joins) j.split.map_panel = j.split.by_channels ? j.split.block : p->channels;
     j.activation = (int)p->activation;
     j.result = out;
     const int64_t values = ALIGNMENT / j.split.real, elem = j.split.elem;

@@ -55,6 +55,7 @@ FBN_INLINE void NAME(sum_plane)(const fbn_operands *o, const fbn_stretch *s, NAM
     const wide origin = wset(own.origin[s->c]);
     const vec fill = vset((real)own.origin[s->c]);
     const int whole = s->whole;
+    const int64_t ahead = own.walk.ahead / (int64_t)sizeof(elem), further = s->apart - s->n; /* to the next plane */
     for (int64_t row = 0; row < s->rows; row++) {
         double *sums = s->sums + (whole ? 0 : row * 2 * FBN_LANES), *others = sums + (s->others - s->sums);
         const int64_t end = s->at + row * s->apart + s->n;
@@ -65,8 +66,9 @@ FBN_INLINE void NAME(sum_plane)(const fbn_operands *o, const fbn_stretch *s, NAM
         }
         int64_t i = end - s->n;
         for (; i + FBN_LANES <= end; i += FBN_LANES) {
-            prefetch((const char *)((const elem *)own.x + i) + own.walk.ahead);
-            if (backward) prefetch((const char *)((const elem *)own.dy + i) + own.walk.ahead);
+            const int64_t next = i + ahead + (whole && i + ahead >= end ? further : 0);
+            prefetch((const elem *)own.x + next);
+            if (backward) prefetch((const elem *)own.dy + next);
             for (int j = 0; j < STEP; j++)
                 NAME(sum_n)(&own, i + j * WIDTH, WIDTH, &k, origin, fill, p, backward, &sum[j], &other[j]);
         }
