@@ -146,10 +146,12 @@ typedef struct {
                                 * cache lines */
     int whole;        /* sums of planes: each stretch is a plane, whose lanes start at 0 and are then added to `sums` */
     int64_t ahead;    /* maps of columns: they fetch what they read so many bytes ahead; 0: the processor does */
-    int64_t channels; /* sums of stacks: the planes of so many channels follow each other */
+    int64_t channels; /* sums of stacks: planes of n elements, of so many channels, follow each other in each of `rows`
+                       * images. The lanes of a channel are 2 * FBN_LANES from those of the one before it */
 } fbn_stretch;
 
-/* Sums are float64. The elements of a column are added in the order of the rows.
+/* Sums are float64. The elements of a column are added in the order of the rows. Those of stacks are added likewise,
+ * and then the columns of a channel to its lanes.
  *
  * moments: x - origin, and its square. The origin must be representable in the dtype, since parts of vectors are filled
  * up with it.

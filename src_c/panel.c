@@ -32,14 +32,14 @@ static int all_are(const fbn_job *j, int which, int64_t c, int64_t n, double val
 
 /* Writes n values of `size` bytes again behind themselves, until there are `all`. */
 static void recur(char *values, int64_t n, int64_t all, int64_t size) {
-    for (int64_t to = n; to < all; to += n)
-        memcpy(values + to * size, values, (size_t)((to + n < all ? n : all - to) * size));
+    for (int64_t to = n; to < all; to *= 2) /* `to` is n times a power of two, so the copy goes on where it stops */
+        memcpy(values + to * size, values, (size_t)((2 * to < all ? to : all - to) * size));
 }
 
-/* Spreads the constants of a panel, up to `last`, over its columns, in `room`, without those that are not read. Those
- * of all channels recur, as often as images are joined, and for vectors that reach into the next image. */
-static void spread(const fbn_job *j, fbn_panel *panel, int last, void *room) {
-    const int64_t columns = fbn_columns(&j->split, panel->c1 - panel->c0), joined = columns * j->split.map_repeat;
+/* Spreads the constants of a panel, up to `last`, over the columns of so many joined images, in `room`, without those
+ * that are not read. The first of them recur for vectors that reach into the next image. */
+static void spread(const fbn_job *j, fbn_panel *panel, int last, int64_t images, void *room) {
+    const int64_t columns = fbn_columns(&j->split, panel->c1 - panel->c0), joined = columns * images;
     char *next = room;
     for (int i = j->kernels->first_constant; i < last; i++) {
         if (panel->usual && (i == FBN_PRESCALE || i == FBN_POSTSCALE)) continue;
@@ -76,7 +76,7 @@ fbn_panel fbn_panel_to_sum(const fbn_job *j, int64_t c0, int64_t c1, double *lan
     double *origin = lanes + 2 * fbn_padded(fbn_columns(&j->split, j->split.panel));
     j->p->machine->kernels->of[FBN_F64]->spread(panel.origin, c1 - c0, j->split.inner, origin);
     panel.origin = origin;
-    if (j->dy && j->activation) spread(j, &panel, FBN_CONSTANTS_OF_Y, room);
+    if (j->dy && j->activation) spread(j, &panel, FBN_CONSTANTS_OF_Y, 1, room);
     return panel;
 }
 
@@ -86,14 +86,14 @@ fbn_panel fbn_panel_to_map(const fbn_job *j, int64_t c0, int64_t c1, void *room)
     panel.usual = all_are(j, FBN_PRESCALE, c0, c1 - c0, 1);
     if (backward) panel.usual &= all_are(j, FBN_POSTSCALE, c0, c1 - c0, 1);
     else panel.exact = !j->residual && all_are(j, FBN_SHIFT_LOW, c0, c1 - c0, 0);
-    if (spreads(&j->split) && !j->split.joins) spread(j, &panel, last, room);
+    if (spreads(&j->split) && !j->split.joins) spread(j, &panel, last, j->split.map_repeat, room);
     return panel;
 }
 
 /* ---- sums ---- */
 
-/* Adds up the columns of joined rows, in order. The sums of a few channels stay in registers: each would wait for the
- * one before it in memory. */
+/* Adds up the columns of joined rows, in order. Those of a few channels are added in registers, since in memory each
+ * sum would wait until the one before it is stored. */
 static void fold_rows(const double *columns, int64_t channels, int64_t rows, double *sums) {
     enum { FEW = 8 };
     double few[FEW];

@@ -24,6 +24,9 @@ enum {
     LONGEST_TURN = 1 << 20     /* bytes */
 };
 
+/* repeat_of gives up to twice as many columns. */
+_Static_assert(2 * JOINED_TO_MAP * (int)sizeof(double) <= FBN_COLUMN_BYTES, "a panel needs room for joined images");
+
 static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 static int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -42,6 +45,14 @@ static int64_t repeat_of(int64_t channels, int64_t columns) {
     if (channels < 2 || channels >= columns) return 1;
     const int64_t least = divide_up(columns, channels), whole = round_up(least, to_multiple(channels, FBN_CHANNEL_PAD));
     return whole * channels <= 2 * columns ? whole : least;
+}
+
+/* How many rows, or images of small planes, maps join. Images are joined only where a panel has all of their channels,
+ * and no more of them than there are, since their constants are spread anew in each call. */
+static int64_t map_repeat_of(const fbn_split *s) {
+    if (s->rows) return smaller(s->repeat, repeat_of(s->channels, JOINED_TO_MAP));
+    if (!s->columns || s->joins || s->panel < s->channels) return 1;
+    return smaller(larger(s->outer, 1), repeat_of(s->channels * s->inner, JOINED_TO_MAP));
 }
 
 /* The channels of small planes that kernels get at once: as many as have FBN_COLUMN_BYTES of each constant, in whole
@@ -150,10 +161,7 @@ fbn_split fbn_split_of(const fbn_problem *p, int arrays, fbn_kind kind) {
     s.block = block_of(&s, p->machine, arrays);
     s.by_channels = by_channels(&s, p->machine, arrays);
     s.panel = s.rows || !s.columns ? s.block : smaller(panel_of(&s), larger(p->channels, 1));
-    /* A panel of small planes has room for the constants of twice JOINED_TO_MAP columns. */
-    s.map_repeat = s.rows ? smaller(s.repeat, repeat_of(p->channels, JOINED_TO_MAP))
-                   : s.columns && s.panel == p->channels && !s.joins ? repeat_of(p->channels * s.inner, JOINED_TO_MAP)
-                                                                     : 1;
+    s.map_repeat = map_repeat_of(&s);
     s.large = is_large(values * s.elem, p->machine, kind);
     s.map_panel = fbn_map_panel(&s, 4);
     s.shares_channels = p->channels >= CHANNELS_TO_SHARE;
@@ -166,9 +174,9 @@ int64_t fbn_columns(const fbn_split *s, int64_t channels) { return channels * (s
 int64_t fbn_block_bytes(const fbn_split *s, int64_t channels) { return channels * channel_bytes(s, 1); }
 
 int64_t fbn_lane_doubles(const fbn_split *s) {
-    const int64_t columns = 3 * fbn_padded(fbn_columns(s, s->panel));
-    const int64_t lanes = (s->columns ? FBN_STACKS : s->panel) * 2 * FBN_LANES;
-    return s->columns && (s->rows || columns > lanes) ? columns : lanes;
+    const int64_t columns = s->columns ? 3 * fbn_padded(fbn_columns(s, s->panel)) : 0;
+    const int64_t channels = s->stacks ? FBN_STACKS : s->columns ? 0 : s->panel; /* with lanes */
+    return larger(columns, channels * 2 * FBN_LANES);
 }
 
 int64_t fbn_start(const fbn_split *s, int64_t unit, int64_t c) {

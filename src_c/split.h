@@ -22,7 +22,7 @@ typedef struct {
     int maps;                 /* nothing is reduced */
     int rows;                 /* channels-last */
     int columns;              /* kernels get columns: rows, or small planes */
-    int stacks;               /* small planes of a few images, which are summed one channel at a time */
+    int stacks;               /* small planes of a few images, which are summed channel by channel */
     int stretches;            /* units are stretches of memory */
     int joins;                /* adjacent planes are mapped as one run */
     int64_t repeat;           /* rows that sums join; their constants are repeated as often */
@@ -59,9 +59,9 @@ int64_t fbn_joined(int64_t channels);
 /* The columns of a panel of so many channels. */
 int64_t fbn_columns(const fbn_split *split, int64_t channels);
 
-/* The channels in a panel that is mapped by so many constants of each. Those of rows stay in the nearest cache. But
- * whole rows are one run, which is faster than panels: they may have some more constants, and many more where panels
- * would have the parts of cache lines written around the cache. */
+/* The channels in a panel that is mapped by so many constants of each. Those of rows stay in the nearest cache. Since
+ * whole rows are one run, which is faster than panels, rows with a few more constants are not cut, nor are longer ones
+ * where panels would write parts of cache lines around the cache. */
 int64_t fbn_map_panel(const fbn_split *split, int constants);
 
 /* The bytes of a block of channels, of all units. */
@@ -70,7 +70,8 @@ int64_t fbn_block_bytes(const fbn_split *split, int64_t channels);
 /* The channels of stacks that kernels get at once. */
 enum { FBN_STACKS = 32 };
 
-/* How many float64 numbers a thread needs to reduce a panel: lanes, or the columns' sums and origins. */
+/* How many float64 numbers a thread needs to reduce a panel: lanes, or the columns' sums and origins. Stacks have room
+ * for either, since some gradients sum them as columns. */
 int64_t fbn_lane_doubles(const fbn_split *split);
 
 /* The most columns in a panel of small planes, by the bytes of their constants. */

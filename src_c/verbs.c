@@ -62,7 +62,7 @@ static void sum_columns(const fbn_job *j, fbn_loop *loop, int64_t rows, const fb
     fbn_sum_runs(loop, &o, rows, (fbn_runs){1, rest, rest, 0, 0}, sums, others);
 }
 
-/* The images of a tile are units. */
+/* The units of a tile are images. */
 static void sum_stacks(const fbn_split *s, fbn_loop *loop, const fbn_operands *o, const fbn_tile *t,
                        const fbn_panel *panel, double *lanes) {
     loop(o, &(fbn_stretch){.n = s->inner,
@@ -99,17 +99,19 @@ static fbn_runs stretches_of(const fbn_split *s, const fbn_tile *t) {
     return (fbn_runs){1, 0, (end < all ? end : all) - start, image, start % image};
 }
 
-/* Whether the images of a tile are one run, in which the columns recur. Longer rows that are not whole vectors are
- * apart in the cache: as they are, they can be taken in pairs, and the constants of a vector lie in one cache line. */
-static int are_one_run(const fbn_split *s, const fbn_operands *o, const fbn_panel *panel) {
-    const int whole = panel->c1 - panel->c0 == s->channels, ragged = s->channels % FBN_CHANNEL_PAD != 0;
-    return whole && (!s->rows || s->repeat > 1 || !ragged || s->large || o->dy);
+/* Whether y of rows in the cache is mapped row by row, though a panel has all channels. Rows that are not whole vectors
+ * are: they can be taken in pairs, and the constants of a vector lie in one cache line. Joined rows, and those that are
+ * shorter than a vector, are faster as one run. */
+static int are_apart(const fbn_split *s, const fbn_operands *o) {
+    const int ragged = s->channels > FBN_CHANNEL_PAD && s->channels % FBN_CHANNEL_PAD;
+    return s->rows && s->repeat == 1 && ragged && !s->large && !o->dy;
 }
 
-/* Otherwise they are runs of a panel's columns. */
+/* The columns of a tile: one run, in which they recur, or a run for each row or image. */
 static fbn_runs columns_of(const fbn_split *s, const fbn_operands *o, const fbn_tile *t, const fbn_panel *panel) {
-    const int64_t columns = (panel->c1 - panel->c0) * s->inner;
-    if (are_one_run(s, o, panel)) return (fbn_runs){1, 0, t->rows * columns, columns * s->map_repeat, 0};
+    const int64_t channels = panel->c1 - panel->c0, columns = channels * s->inner;
+    if (channels == s->channels && !are_apart(s, o))
+        return (fbn_runs){1, 0, t->rows * columns, columns * s->map_repeat, 0};
     return (fbn_runs){t->rows, s->channels * s->inner, columns, columns, 0};
 }
 
@@ -242,7 +244,7 @@ static fbn_job job_of(const fbn_problem *p, const fbn_operation *operation, int 
                            masked                                               ? FBN_MASKED
                            : operation->map == map_affine && !operation->reduce ? FBN_MAPS
                                                                                 : FBN_REDUCES);
-    /* Joined planes need no constants of their own for each column, so a panel may be as large as a block. */
+    /* Joined planes need no constants for each column, so a panel may be as large as a block, or have all channels. */
     if (j.split.joins) j.split.map_panel = j.split.by_channels ? j.split.block : p->channels;
     j.activation = (int)p->activation;
     j.result = out;
@@ -269,7 +271,7 @@ static fbn_job job_of_x(const fbn_problem *p, const fbn_operation *operation, co
     return j;
 }
 
-/* Whether dz is dy or its relu: there are such gradients of stacks and of joined planes. */
+/* Whether dz is dy, or that of a relu without a residual. The gradients of stacks and of joined planes are of these. */
 static int is_simple(const fbn_job *j) { return !j->activation || (j->activation == FBN_RELU && !j->residual); }
 
 /* A job that differentiates. Where `x` holds y, the rows that describe it are in the workspace. */

@@ -47,6 +47,9 @@ PLACES = tuple((shape, axis) for shapes, axis in ((PLANES, 1), (LAST, -1), (ROWS
 FEW = (((4, 16, 7, 7), 1), ((3, 67, 7, 7), 1), ((2, 5, 28, 28), 1), ((2, 3, 33, 37), 1), ((1, 2, 65_537), 1),
        ((3, 7, 7, 20), -1), ((130, 257), 1))  # fmt: skip
 """Every way through the kernels once, for what varies more than the shape does."""
+PLAIN = (((8, 40, 19, 19), 1), ((7, 35, 6, 5), 1), ((2, 9, 8, 8), 1), ((12, 5, 7, 7), 1), ((33, 3, 2, 2), 1),
+         ((9, 1030), 1), ((3, 3001), 1), ((1001, 3), 1))  # fmt: skip
+"""Ways that calls without a residual take: stacks, joined planes and images, rows in pairs, whole, and short."""
 
 
 class Case(NamedTuple):
@@ -91,6 +94,10 @@ def cases() -> Iterator[Case]:
             yield Case(*place, activation="relu", values=values, way="mask")
         for way in WAYS:
             yield Case(*place, activation=("leaky_relu", 0.25), way=way)
+    for place in PLAIN:
+        for dtype in FORMATS:
+            for activation in (None, "relu"):
+                yield Case(*place, dtype, activation)
 
 
 # Inputs --------------------------------------------------------------------------------------------------------------

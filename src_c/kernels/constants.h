@@ -124,14 +124,15 @@ static double NAME(prescale_of)(const fbn_channels *k, int64_t c) {
 }
 
 static void NAME(set_line)(const fbn_channels *k, int64_t n, const fbn_constants *to) {
-    const fbn_channels known = *k; /* no store can change it */
+    const fbn_channels known = *k; /* no store can change these, so the loops need not read them again */
     const fbn_constants own = *to;
     int64_t usual = 0;
     for (int64_t c = 0; c < n; c++) {
         NAME(set_one_line)(&known, c, 1, &own);
         usual += NAME(has_usual_line)(&known, c);
     }
-    for (int64_t c = 0; usual < n && c < n; c++) NAME(set_one_line)(&known, c, NAME(prescale_of)(&known, c), &own);
+    if (usual == n) return;
+    for (int64_t c = 0; c < n; c++) NAME(set_one_line)(&known, c, NAME(prescale_of)(&known, c), &own);
 }
 
 /* dx = gain (dz + B (x - mean) + D), with gain = gamma / std, B = -sum(dz (x - mean)) / (M var), D = -sum(dz) / M
@@ -189,8 +190,8 @@ static void NAME(spread)(const void *from_, int64_t n, int64_t times, void *to_)
         for (int64_t i = 0; i < times; i += WIDTH) vstore(to + i, vset(from[c]));
 }
 
-/* n float64 numbers, of which element i is added to lane i % FBN_LANES, and then the upper half of these to the lower
- * until they are one vector. */
+/* The sums of n float64 numbers in the lanes of a vector: number i is added to lane i % FBN_LANES, and then the upper
+ * half of the lanes to the lower, until they are one vector. */
 FBN_INLINE f64_vec NAME(lanes_of)(const double *values, int64_t n) {
     enum { STEP = FBN_LANES / F64_WIDTH };
     f64_vec sums[STEP];
@@ -207,7 +208,7 @@ FBN_INLINE f64_vec NAME(lanes_of)(const double *values, int64_t n) {
     return sums[0];
 }
 
-/* The order of the additions is that of lanes_of, and then the same within the vector. */
+/* Within a vector the upper half of the lanes is added to the lower, too, for as many sums at once as fill a vector. */
 static void NAME(fold)(const double *values, int64_t n, int64_t apart, int64_t count, double *sums) {
     for (int64_t c = 0; c < count; c += F64_WIDTH) {
         const int64_t some = count - c < F64_WIDTH ? count - c : F64_WIDTH;

@@ -102,9 +102,9 @@ FBN_INLINE void NAME(map_columns)(const fbn_operands *o, const fbn_stretch *s, N
 /* Maps stretches of columns two at a time, which share the constants that a vector loads, and returns how many. */
 FBN_INLINE int64_t NAME(map_pairs)(const fbn_operands *o, const fbn_stretch *s, NAME(parts) p) {
     const fbn_operands own = *o; /* see map_columns */
-    const int64_t n = s->n, apart = s->apart,
-                  in_line = (int64_t)((uintptr_t)own.constants.of[FBN_SHIFT] / sizeof(real));
-    const int64_t head = NAME(least)(-(in_line + s->c) & (WIDTH - 1), n); /* then the constants are aligned */
+    const int64_t n = s->n, apart = s->apart;
+    const uintptr_t constant = (uintptr_t)((const real *)own.constants.of[FBN_SHIFT] + s->c) / sizeof(real);
+    const int64_t head = NAME(least)((int64_t)(-constant % WIDTH), n); /* behind it the constants are aligned */
     const int64_t end = head + (n - head) / WIDTH * WIDTH;
     int64_t row = 0;
     for (; row + 2 <= s->rows; row += 2) {
@@ -124,8 +124,8 @@ FBN_INLINE int64_t NAME(map_pairs)(const fbn_operands *o, const fbn_stretch *s, 
     return row;
 }
 
-/* In the cache loads are what takes time, so that pairs are faster where little is computed. Their columns must not
- * recur. Returns how many stretches have been mapped. */
+/* In the cache loads are what takes time, so pairs are faster where little is computed. No column may recur in a
+ * stretch. Returns how many stretches have been mapped: all or all but one, or none where pairs are not faster. */
 FBN_APART int64_t NAME(affine_pairs)(const fbn_operands *o, const fbn_stretch *s) {
     if (o->stream || !o->usual || o->residual || s->n > s->period - s->c) return 0;
     switch (o->activation) {
@@ -300,7 +300,7 @@ static void NAME(affine_joined)(const fbn_operands *o, const fbn_stretch *s) {
     }
 }
 
-/* Of identity and relu, without a residual. */
+/* dz is dy, or was kept in its place, or is that of a relu without a residual. */
 static void NAME(grad_affine_joined)(const fbn_operands *o, const fbn_stretch *s) {
     const NAME(parts) any = NAME(any_parts)(o);
     if (!o->usual || o->frozen) NAME(map_joined)(o, s, any, 1);

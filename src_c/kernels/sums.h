@@ -46,8 +46,8 @@ FBN_INLINE void NAME(sum_n)(const fbn_operands *o, int64_t i, int64_t n, const N
     else NAME(moments_n)(o, i, n, origin, fill, sum, other);
 }
 
-/* Adds planes, or parts of them, of channel c, each to lanes of its own, of which the first is that of the part's first
- * element. The lanes of whole planes are then added up. */
+/* Adds parts of planes of channel c, each to lanes of its own, of which the first is that of the part's first element.
+ * The lanes of whole planes are then added up. */
 FBN_INLINE void NAME(sum_plane)(const fbn_operands *o, const fbn_stretch *s, NAME(parts) p, int backward) {
     enum { STEP = FBN_LANES / WIDTH };
     const fbn_operands own = *o; /* see map_columns */
@@ -154,8 +154,8 @@ FBN_INLINE void NAME(sum_stacked)(const fbn_operands *o, const fbn_stretch *s, i
     *other = wadd(*other, others);
 }
 
-/* Adds the planes of a channel of a few images: each column first, and then the columns to lanes. The bits are those of
- * sum_columns and a fold, but nothing is stored in between. */
+/* Adds the planes of a channel of a few images: the elements of each column first, and then the columns to lanes. The
+ * bits are those of sum_columns and a fold, but the sums of columns are not stored. */
 FBN_INLINE void NAME(sum_stack)(const fbn_operands *o, const fbn_stretch *s, int64_t channel, NAME(parts) p,
                                 int backward) {
     const NAME(constants) k = NAME(constants_at)(o, channel, 0, p);
@@ -173,6 +173,7 @@ FBN_INLINE void NAME(sum_stack)(const fbn_operands *o, const fbn_stretch *s, int
         wput(others, other);
     }
 }
+
 FBN_INLINE void NAME(sum_stacks)(const fbn_operands *o, const fbn_stretch *s, NAME(parts) p, int backward) {
     const fbn_operands own = *o; /* see map_columns */
     const fbn_stretch stretch = *s;
@@ -220,12 +221,13 @@ static void NAME(moments_stack)(const fbn_operands *o, const fbn_stretch *s) {
     NAME(sum_stacks)(o, s, (NAME(parts)){FBN_IDENTITY, 0, 1, 0, 0}, 0);
 }
 
-/* Of identity and relu, without a residual. */
+/* dz is dy, or that of a relu without a residual. */
 static void NAME(grad_moments_stack)(const fbn_operands *o, const fbn_stretch *s) {
     if (!o->usual) NAME(sum_stacks)(o, s, NAME(any_parts)(o), 1);
     else if (o->activation == FBN_RELU) NAME(sum_stacks)(o, s, (NAME(parts)){FBN_RELU, 0, 1, 0, 0}, 1);
     else NAME(sum_stacks)(o, s, (NAME(parts)){FBN_IDENTITY, 0, 1, 0, 0}, 1);
 }
+
 static void NAME(moments_plane)(const fbn_operands *o, const fbn_stretch *s) {
     NAME(sum_as)(o, s, 0, 0, (NAME(parts)){FBN_IDENTITY, 0, 1, 0, 0});
 }

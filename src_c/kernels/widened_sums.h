@@ -53,9 +53,13 @@ FBN_INLINE void NAME(sum_pieces)(const fbn_operands *o, const fbn_stretch *s, fb
     }
 }
 
-/* The lanes of a plane in several pieces start at 0 once. */
+/* Parts of planes, or whole ones. Since a plane has several pieces, its lanes are here. */
 FBN_INLINE void NAME(sum_planes)(const fbn_operands *o, const fbn_stretch *s, fbn_loop *loop, int backward) {
-    for (int64_t row = 0; s->whole && row < s->rows; row++) {
+    if (!s->whole) {
+        NAME(sum_pieces)(o, s, loop, 0, backward);
+        return;
+    }
+    for (int64_t row = 0; row < s->rows; row++) {
         double lanes[2 * FBN_LANES] = {0};
         fbn_stretch plane = *s;
         plane.sums = lanes;
@@ -69,21 +73,8 @@ FBN_INLINE void NAME(sum_planes)(const fbn_operands *o, const fbn_stretch *s, fb
             s->others[k] += plane.others[k];
         }
     }
-    if (!s->whole) NAME(sum_pieces)(o, s, loop, 0, backward);
 }
 
-static void NAME(moments_plane)(const fbn_operands *o, const fbn_stretch *s) {
-    NAME(sum_planes)(o, s, NAME_OF_REAL(moments_plane), 0);
-}
-static void NAME(moments_columns)(const fbn_operands *o, const fbn_stretch *s) {
-    NAME(sum_pieces)(o, s, NAME_OF_REAL(moments_columns), 1, 0);
-}
-static void NAME(grad_moments_plane)(const fbn_operands *o, const fbn_stretch *s) {
-    NAME(sum_planes)(o, s, NAME_OF_REAL(grad_moments_plane), 1);
-}
-static void NAME(grad_moments_columns)(const fbn_operands *o, const fbn_stretch *s) {
-    NAME(sum_pieces)(o, s, NAME_OF_REAL(grad_moments_columns), 1, 1);
-}
 FBN_INLINE void NAME(sum_stacks)(const fbn_operands *o, const fbn_stretch *s, fbn_loop *loop, int backward) {
     fbn_operands own = *o;
     fbn_stretch stack = *s;
@@ -98,6 +89,18 @@ FBN_INLINE void NAME(sum_stacks)(const fbn_operands *o, const fbn_stretch *s, fb
     }
 }
 
+static void NAME(moments_plane)(const fbn_operands *o, const fbn_stretch *s) {
+    NAME(sum_planes)(o, s, NAME_OF_REAL(moments_plane), 0);
+}
+static void NAME(moments_columns)(const fbn_operands *o, const fbn_stretch *s) {
+    NAME(sum_pieces)(o, s, NAME_OF_REAL(moments_columns), 1, 0);
+}
+static void NAME(grad_moments_plane)(const fbn_operands *o, const fbn_stretch *s) {
+    NAME(sum_planes)(o, s, NAME_OF_REAL(grad_moments_plane), 1);
+}
+static void NAME(grad_moments_columns)(const fbn_operands *o, const fbn_stretch *s) {
+    NAME(sum_pieces)(o, s, NAME_OF_REAL(grad_moments_columns), 1, 1);
+}
 static void NAME(moments_stack)(const fbn_operands *o, const fbn_stretch *s) {
     NAME(sum_stacks)(o, s, NAME_OF_REAL(moments_stack), 0);
 }

@@ -27,7 +27,8 @@
  *                         exponent to 0, or NaN if a is
  *   T_scaled(a, s)        a * 2^-k where s = 1.5 * 2^23 + k (f64: 1.5 * 2^52 + k); both are normal numbers
  *   T_all_less(a, b)      whether a < b in every lane
- *   f64_sums(a)           the sums of the lanes of F64_WIDTH vectors: the upper half is added to the lower, and so on
+ *   f64_sums(a)           lane i: the sum of the lanes of vector a[i]. Their upper half is added to the lower until one
+ *                         is left
  * A T_wide holds the T_WIDTH lanes of a T_vec in float64 (for f64 it is the vector itself):
  *   T_widen(a)            converted, exactly
  *   T_wide_load(p)        T_widen(T_load(p))

@@ -27,7 +27,8 @@ static void set_shape(fbn_problem *p, int large) {
         p->outer = below(one_in(4) ? 200 : 7);
         p->channels = below(one_in(4) ? 80 : 9);
         p->inner = one_in(3) ? 1 : below(one_in(4) ? 120 : 20);
-        if (p->outer * p->channels < 40 && one_in(4)) p->inner = 400 + below(600); /* planes, not columns */
+        if (p->outer * p->channels < 40 && one_in(4)) p->inner = 400 + below(600); /* planes, or the longest columns */
+        if (p->outer < 40 && p->inner == 1 && one_in(3)) p->channels = 500 + below(3000); /* long rows */
     }
 }
 

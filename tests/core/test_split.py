@@ -210,3 +210,19 @@ def test_rows_are_mapped_whole_or_in_panels(
     split_c: ct.CDLL, shape: tuple[int, int, int], kind: int, most: int
 ) -> None:
     assert split_of(split_c, shape, 1, 1 << 20, kind=kind).map_panel == most
+
+
+@pytest.mark.parametrize(
+    ("shape", "images"),
+    [
+        ((45_220, 17, 4), 4),
+        ((1000, 3, 4), 24),  # 288 columns are whole vectors
+        ((20, 2, 2), 20),  # no more than there are
+        ((2, 3, 4), 2),
+        ((100, 300, 4), 1),  # columns enough
+        ((100, 2, 49), 1),  # joined as planes
+        ((100, 1024, 9), 1),  # several panels
+    ],
+)
+def test_images_of_few_columns_are_mapped_together(split_c: ct.CDLL, shape: tuple[int, int, int], images: int) -> None:
+    assert split_of(split_c, shape, 1, 1 << 20).map_repeat == images
