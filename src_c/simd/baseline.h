@@ -156,7 +156,7 @@ FBN_INLINE f64_vec f64_ldexp(f64_vec a, f64_vec k) {
     return a * f64_power_of_2(half) * f64_power_of_2(e - half);
 }
 FBN_INLINE f64_vec f64_scaled(f64_vec a, f64_vec shifted) {
-    return f64_of_bits(f64_bits(a) - (f64_lanes)((f64_unsigned)f64_bits(shifted) << 52));
+    return f64_of_bits((f64_lanes)((f64_unsigned)f64_bits(a) - ((f64_unsigned)f64_bits(shifted) << 52)));
 }
 static inline int f64_all(f64_lanes a) {
     int64_t lane[F64_WIDTH], all = -1;
@@ -261,7 +261,7 @@ static inline int f32_all(f32_lanes a) {
 }
 FBN_INLINE int f32_all_less(f32_vec a, f32_vec b) { return f32_all(EACH(a < b)); }
 FBN_INLINE f32_vec f32_scaled(f32_vec a, f32_vec shifted) {
-    return f32_of_bits(f32_bits(a) - (f32_lanes)((f32_unsigned)f32_bits(shifted) << 23));
+    return f32_of_bits((f32_lanes)((f32_unsigned)f32_bits(a) - ((f32_unsigned)f32_bits(shifted) << 23)));
 }
 
 /* float32 widened to float64. A vector of one number has no upper half; the compiler removes the code for it. */
