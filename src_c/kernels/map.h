@@ -124,20 +124,21 @@ FBN_INLINE int64_t NAME(map_pairs)(const fbn_operands *o, const fbn_stretch *s, 
     return row;
 }
 
-/* In the cache loads are what takes time, so pairs are faster where little is computed. No column may recur in a
- * stretch. Returns how many stretches have been mapped: all or all but one, or none where pairs are not faster. */
-FBN_APART int64_t NAME(affine_pairs)(const fbn_operands *o, const fbn_stretch *s) {
-    if (o->stream || !o->usual || o->residual || s->n > s->period - s->c) return 0;
-    switch (o->activation) {
-    case FBN_IDENTITY:
-        if (o->exact) return NAME(map_pairs)(o, s, (NAME(parts)){FBN_IDENTITY, 0, 1, 1, 0});
-        return NAME(map_pairs)(o, s, (NAME(parts)){FBN_IDENTITY, 0, 1, 0, 0});
-    case FBN_RELU:
+/* Whether pairs are faster: in the cache, where loads are what takes time, if little is computed. No column may recur
+ * in a stretch. */
+FBN_INLINE int NAME(has_pairs)(const fbn_operands *o, const fbn_stretch *s) {
+    const int computes_little = !o->residual && (o->activation == FBN_IDENTITY || o->activation == FBN_RELU);
+    return s->rows > 1 && !o->stream && o->usual && computes_little && s->n <= s->period - s->c;
+}
+
+/* Returns how many stretches have been mapped: all or all but one. */
+FBN_INLINE int64_t NAME(affine_pairs)(const fbn_operands *o, const fbn_stretch *s) {
+    if (o->activation == FBN_RELU) {
         if (o->exact) return NAME(map_pairs)(o, s, (NAME(parts)){FBN_RELU, 0, 1, 1, 0});
         return NAME(map_pairs)(o, s, (NAME(parts)){FBN_RELU, 0, 1, 0, 0});
-    default:
-        return 0;
     }
+    if (o->exact) return NAME(map_pairs)(o, s, (NAME(parts)){FBN_IDENTITY, 0, 1, 1, 0});
+    return NAME(map_pairs)(o, s, (NAME(parts)){FBN_IDENTITY, 0, 1, 0, 0});
 }
 
 /* Maps parts of planes of channel c. */
@@ -308,12 +309,17 @@ static void NAME(grad_affine_joined)(const fbn_operands *o, const fbn_stretch *s
     else NAME(map_joined)(o, s, (NAME(parts)){FBN_IDENTITY, 0, 1, 0, 0}, 1);
 }
 static void NAME(affine_plane)(const fbn_operands *o, const fbn_stretch *s) { NAME(affine)(o, s, 0); }
-static void NAME(affine_columns)(const fbn_operands *o, const fbn_stretch *s) {
+static void NAME(affine_columns)(const fbn_operands *o, const fbn_stretch *s);
+FBN_APART void NAME(affine_in_pairs)(const fbn_operands *o, const fbn_stretch *s) {
+    const int64_t paired = NAME(affine_pairs)(o, s);
     fbn_stretch rest = *s;
-    const int64_t paired = s->rows < 2 ? 0 : NAME(affine_pairs)(o, s);
     rest.at += paired * s->apart;
     rest.rows -= paired;
-    if (rest.rows) NAME(affine)(o, &rest, 1);
+    if (rest.rows) NAME(affine_columns)(o, &rest);
+}
+static void NAME(affine_columns)(const fbn_operands *o, const fbn_stretch *s) {
+    if (NAME(has_pairs)(o, s)) NAME(affine_in_pairs)(o, s);
+    else NAME(affine)(o, s, 1);
 }
 static void NAME(grad_affine_plane)(const fbn_operands *o, const fbn_stretch *s) { NAME(grad_affine)(o, s, 0); }
 static void NAME(grad_affine_columns)(const fbn_operands *o, const fbn_stretch *s) { NAME(grad_affine)(o, s, 1); }
