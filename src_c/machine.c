@@ -10,6 +10,8 @@
 
 #include "machine.h"
 
+#include <string.h>
+
 #include "dispatch.h"
 #include "processor.h"
 
@@ -188,14 +190,17 @@ int64_t fbn_cache_bytes(int level) {
     return believed ? believed : fbn_believed_cache(level, &last, 1);
 }
 
-/* By measurement on AMD's Zen 4. Others get the defaults, which were chosen on Intel's Ice Lake. */
-static fbn_habits habits_of_processor(void) {
-    const fbn_habits usual = {0, 0, 0, 0, 0, 0},
-                     amd = {.streams = 8, .row_streams = 3, .turn = 512, .ahead = 3072, .stream_from = 6 << 20};
-    return fbn_is_amd() ? amd : usual;
+/* By measurement on AMD's Zen 4 and Zen 3; the latter, without AVX-512, reads several streams no faster than one. Others
+ * get the defaults, which were chosen on Intel's Ice Lake. */
+static fbn_habits habits_of_processor(const fbn_kernels *best) {
+    fbn_habits amd = {.streams = 8, .row_streams = 3, .turn = 512, .ahead = 3072, .stream_from = 6 << 20};
+    if (!fbn_is_amd()) return (fbn_habits){0, 0, 0, 0, 0, 0};
+    if (strcmp(fbn_kernels_name(best), "avx512") != 0) amd.streams = amd.row_streams = 1;
+    return amd;
 }
 
 fbn_machine fbn_this_machine(void) {
     const int64_t core = fbn_cache_bytes(2), shared = fbn_cache_bytes(3);
-    return (fbn_machine){fbn_kernels_at(0), core ? core : 1 << 20, shared ? shared : 8 << 20, habits_of_processor()};
+    const fbn_kernels *best = fbn_kernels_at(0);
+    return (fbn_machine){best, core ? core : 1 << 20, shared ? shared : 8 << 20, habits_of_processor(best)};
 }
