@@ -22,7 +22,11 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> ct.CDLL:
     """machine.c alone, with its inner functions."""
     folder = tmp_path_factory.mktemp("machine")
     stub = folder / "stub.c"
-    stub.write_text("const void *fbn_kernels_at(int index) { (void)index; return 0; }\n", encoding="utf-8")
+    stub.write_text(
+        "const void *fbn_kernels_at(int index) { (void)index; return 0; }\n"
+        'const char *fbn_kernels_name(const void *kernels) { (void)kernels; return ""; }\n',
+        encoding="utf-8",
+    )
     library = folder / "machine.so"
     c_api.run([c_api.compiler("cc", "gcc", "clang"), "-shared", "-fPIC", SRC_C / "machine.c", stub, "-o", library])
     loaded = ct.CDLL(str(library))
