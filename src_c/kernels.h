@@ -25,8 +25,8 @@
 #define FBN_APART static __attribute__((noinline))
 #endif
 
-/* Before a loop that maps a vector a pass: two passes at a time, which take up to a third less time where x and y are
- * in a cache. What such a loop tests of its operands is taken out of it by the compiler. */
+/* Before a loop of a vector or a row a pass: two passes at a time. In a cache that takes up to a third less time; what
+ * such a loop tests of its operands is taken out of it by the compiler. */
 #if defined(__clang__)
 #define FBN_TWO_AT_A_TIME _Pragma("clang loop unroll_count(2)")
 #elif defined(__GNUC__)
