@@ -25,16 +25,6 @@
 #define FBN_APART static __attribute__((noinline))
 #endif
 
-/* Before a loop of a vector or a row a pass: two passes at a time. In a cache that takes up to a third less time; what
- * such a loop tests of its operands is taken out of it by the compiler. */
-#if defined(__clang__)
-#define FBN_TWO_AT_A_TIME _Pragma("clang loop unroll_count(2)")
-#elif defined(__GNUC__)
-#define FBN_TWO_AT_A_TIME _Pragma("GCC unroll 2")
-#else
-#define FBN_TWO_AT_A_TIME
-#endif
-
 /* The lanes of a sum over a plane: element i is added to lane i % FBN_LANES on every instruction set. All instruction
  * sets with a fused multiply-add therefore give the same bits. */
 enum { FBN_LANES = 16 };

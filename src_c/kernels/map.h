@@ -86,7 +86,6 @@ FBN_INLINE void NAME(map_columns)(const fbn_operands *o, const fbn_stretch *s, N
         while (i + WIDTH <= end) {
             const int64_t recur = (period - c + WIDTH - 1) / WIDTH * WIDTH;
             const int64_t whole = NAME(least)((end - i) / WIDTH * WIDTH, recur);
-            FBN_TWO_AT_A_TIME
             for (int64_t k = 0; k < whole; k += WIDTH) {
                 const NAME(constants) constants = NAME(constants_at)(&own, c + k, 1, p);
                 if (ahead) prefetch((const char *)((const elem *)own.x + i + k) + ahead);
@@ -152,7 +151,6 @@ FBN_INLINE void NAME(map_plane)(const fbn_operands *o, const fbn_stretch *s, NAM
         const int64_t head = aligns ? NAME(least)(NAME(misaligned)(&own, at), s->n) : 0;
         NAME(map_part)(o, at, head, s->c, 0, backward);
         int64_t i = at + head;
-        FBN_TWO_AT_A_TIME
         for (; i + WIDTH <= end; i += WIDTH) NAME(map_n)(&own, i, WIDTH, &k, p, backward);
         NAME(map_part)(o, i, end - i, s->c, 0, backward);
     }
@@ -174,7 +172,6 @@ FBN_INLINE void NAME(map_joined_row)(const fbn_operands *o, int64_t i, int64_t n
         const NAME(constants) k = NAME(constants_at)(o, c, 0, p);
         const int64_t after = c + 1 < channels ? c + 1 : 0;
         const int64_t stop = NAME(least)(i + left, end), whole = i < start ? 0 : (stop - i) / WIDTH * WIDTH;
-        FBN_TWO_AT_A_TIME
         for (int64_t m = 0; m < whole; m += WIDTH) NAME(map_n)(o, i + m, WIDTH, &k, p, backward);
         i += whole;
         left -= whole;
@@ -313,8 +310,6 @@ static void NAME(grad_affine_joined)(const fbn_operands *o, const fbn_stretch *s
 }
 static void NAME(affine_plane)(const fbn_operands *o, const fbn_stretch *s) { NAME(affine)(o, s, 0); }
 static void NAME(affine_columns)(const fbn_operands *o, const fbn_stretch *s);
-
-/* Apart, since a call seldom has pairs: what it keeps on the stack would slow down the others. */
 FBN_APART void NAME(affine_in_pairs)(const fbn_operands *o, const fbn_stretch *s) {
     const int64_t paired = NAME(affine_pairs)(o, s);
     fbn_stretch rest = *s;

@@ -83,23 +83,11 @@ FBN_INLINE void NAME(sum_plane)(const fbn_operands *o, const fbn_stretch *s, NAM
     }
 }
 
-/* Adds n columns of each vector, from element i on. */
-FBN_INLINE void NAME(sum_row)(const fbn_operands *o, int64_t i, int vectors, int64_t n, const NAME(constants) * k,
-                              const wide *origin, vec fill, NAME(parts) p, int backward, wide *sum, wide *other) {
-    enum { LINE = 64 };
-    for (int64_t b = o->walk.ahead; b < o->walk.ahead + vectors * WIDTH * (int)sizeof(elem); b += LINE) {
-        prefetch((const char *)((const elem *)o->x + i) + b);
-        if (backward) prefetch((const char *)((const elem *)o->dy + i) + b);
-    }
-    for (int j = 0; j < vectors; j++)
-        NAME(sum_n)(o, i + j * WIDTH, n, &k[j], origin[j], fill, p, backward, &sum[j], &other[j]);
-}
-
 /* Adds the columns of one or two vectors from column c on, of `rows` rows. A single vector may be a part of one, with n
- * columns. Two have twice as many sums that do not wait for each other. Gradients of what is in a cache take two rows a
- * pass, which take up to an eighth less time; beyond it that gains nothing. */
+ * columns. Two have twice as many sums that do not wait for each other. */
 FBN_INLINE void NAME(sum_vectors)(const fbn_operands *o, const fbn_stretch *s, int64_t c, int vectors, int64_t n,
                                   vec fill, int64_t rows, NAME(parts) p, int backward) {
+    enum { LINE = 64 };
     wide origin[2], sum[2], other[2];
     NAME(constants) k[2];
     for (int j = 0; j < vectors; j++) {
@@ -108,14 +96,14 @@ FBN_INLINE void NAME(sum_vectors)(const fbn_operands *o, const fbn_stretch *s, i
         sum[j] = wget(s->sums + c + j * WIDTH);
         other[j] = wget(s->others + c + j * WIDTH);
     }
-    const int64_t at = s->at + c, apart = s->apart;
-    if (backward && !o->stream) {
-        FBN_TWO_AT_A_TIME
-        for (int64_t r = 0; r < rows; r++)
-            NAME(sum_row)(o, at + r * apart, vectors, n, k, origin, fill, p, backward, sum, other);
-    } else
-        for (int64_t r = 0; r < rows; r++)
-            NAME(sum_row)(o, at + r * apart, vectors, n, k, origin, fill, p, backward, sum, other);
+    for (int64_t r = 0, i = s->at + c; r < rows; r++, i += s->apart) {
+        for (int64_t b = o->walk.ahead; b < o->walk.ahead + vectors * WIDTH * (int)sizeof(elem); b += LINE) {
+            prefetch((const char *)((const elem *)o->x + i) + b);
+            if (backward) prefetch((const char *)((const elem *)o->dy + i) + b);
+        }
+        for (int j = 0; j < vectors; j++)
+            NAME(sum_n)(o, i + j * WIDTH, n, &k[j], origin[j], fill, p, backward, &sum[j], &other[j]);
+    }
     for (int j = 0; j < vectors; j++) {
         wput(s->sums + c + j * WIDTH, sum[j]);
         wput(s->others + c + j * WIDTH, other[j]);
