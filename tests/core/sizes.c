@@ -10,6 +10,7 @@ static const fbn_dtype_kernels *const dtypes[] = {&none, &none, &none, &none};
 static const fbn_kernels tables = {"none", dtypes, dtypes};
 
 const fbn_kernels *fbn_kernels_at(int index) { return index ? NULL : &tables; }
+const char *fbn_kernels_name(const fbn_kernels *kernels) { return kernels->name; }
 
 static int wrong(const char *what) {
     printf("%s\n", what);
