@@ -310,6 +310,8 @@ static void NAME(grad_affine_joined)(const fbn_operands *o, const fbn_stretch *s
 }
 static void NAME(affine_plane)(const fbn_operands *o, const fbn_stretch *s) { NAME(affine)(o, s, 0); }
 static void NAME(affine_columns)(const fbn_operands *o, const fbn_stretch *s);
+
+/* Apart, since a call seldom has pairs: what it keeps on the stack would slow down the others. */
 FBN_APART void NAME(affine_in_pairs)(const fbn_operands *o, const fbn_stretch *s) {
     const int64_t paired = NAME(affine_pairs)(o, s);
     fbn_stretch rest = *s;
