@@ -441,7 +441,12 @@ def test_tracers(lenient: None, way: str, training: bool) -> None:
             for z, net in ((y, model), (wanted, theirs))
         ]
         for one, other in zip(*grads, strict=True):
-            torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+            if way == "amp":
+                # A sum of bfloat16 terms that cancel is off by their size, not by its own, in torch as here: how far
+                # depends on the processor's convolution. The gradient as a whole is much closer.
+                assert (one - other).norm() <= 0.05 * other.norm() + 0.05
+            else:
+                torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
 
 
 def test_double_backward_and_forward_mode(lenient: None) -> None:
