@@ -112,7 +112,9 @@ def read_by_compiler(source):
         file = waiting.pop()
         if file not in found:
             found.add(file)
-            names = re.findall(r'^ *# *include "(.+)"', Path(file).read_text(encoding="utf-8"), flags=re.MULTILINE)
+            # A macro may name a file that is included by that name.
+            text = Path(file).read_text(encoding="utf-8")
+            names = re.findall(r'^ *# *(?:include|define \w+) "(.+\.h)"', text, flags=re.MULTILINE)
             waiting += [os.path.normpath(Path(file).parent / name) for name in names]
     return sorted(found)
 

@@ -64,6 +64,21 @@ FBN_INLINE void NAME(map_part)(const fbn_operands *o, int64_t i, int64_t n, int6
     else NAME(affine_part)(o, i, n, c, each);
 }
 
+/* Whether a loop computes so little that tests and jumps are a good part of its time where its arrays are in a cache.
+ * Such loops are compiled for either kind of store and take two vectors at a time. */
+FBN_INLINE int NAME(is_light)(NAME(parts) p) {
+    const int is_float = sizeof(elem) == sizeof(float) && !SPLITS_SCALE; /* whose code is short */
+    return is_float && p.usual && !p.has_residual && (p.activation == FBN_IDENTITY || p.activation == FBN_RELU);
+}
+
+/* What a map works on, in a copy that no store can change, so that loops need not read it again. Where `stream` is a
+ * constant, they do not test it. */
+FBN_INLINE fbn_operands NAME(with_stream)(const fbn_operands *o, int stream) {
+    fbn_operands own = *o;
+    own.stream = stream;
+    return own;
+}
+
 /* The number of elements from element i of the result to its next whole vector. */
 FBN_INLINE int64_t NAME(misaligned)(const fbn_operands *o, int64_t i) {
     return (int64_t)(-((uintptr_t)((elem *)o->out + i) / sizeof(elem)) % WIDTH);
@@ -75,9 +90,22 @@ FBN_INLINE int64_t NAME(onward)(int64_t c, int64_t n, int64_t period) {
     return on < period ? on : on < 2 * period ? on - period : on % period;
 }
 
+/* Maps so many vectors of columns, from column c on, and fetches what comes `ahead` bytes later. */
+FBN_INLINE void NAME(map_vectors)(const fbn_operands *o, int64_t i, int64_t c, int vectors, int64_t ahead,
+                                  NAME(parts) p, int backward) {
+    prefetch((const char *)((const elem *)o->x + i) + ahead);
+    if (backward) prefetch((const char *)((const elem *)o->dy + i) + ahead);
+    for (int j = 0; j < vectors; j++) {
+        const NAME(constants) k = NAME(constants_at)(o, c + j * WIDTH, 1, p);
+        NAME(map_n)(o, i + j * WIDTH, WIDTH, &k, p, backward);
+    }
+}
+
 /* Maps columns, from column c on. */
-FBN_INLINE void NAME(map_columns)(const fbn_operands *o, const fbn_stretch *s, NAME(parts) p, int backward) {
-    const fbn_operands own = *o; /* no store can change it, so the loop need not read it again */
+FBN_INLINE void NAME(map_columns)(const fbn_operands *o, const fbn_stretch *s, NAME(parts) p, int backward,
+                                  int stream) {
+    const fbn_operands own = NAME(with_stream)(o, stream);
+    const int light = NAME(is_light)(p);
     const int64_t period = s->period, ahead = s->ahead, head = NAME(least)(NAME(misaligned)(o, s->at), s->n);
     for (int64_t row = 0; row < s->rows; row++) {
         const int64_t at = s->at + row * s->apart, end = at + s->n;
@@ -86,12 +114,10 @@ FBN_INLINE void NAME(map_columns)(const fbn_operands *o, const fbn_stretch *s, N
         while (i + WIDTH <= end) {
             const int64_t recur = (period - c + WIDTH - 1) / WIDTH * WIDTH;
             const int64_t whole = NAME(least)((end - i) / WIDTH * WIDTH, recur);
-            for (int64_t k = 0; k < whole; k += WIDTH) {
-                const NAME(constants) constants = NAME(constants_at)(&own, c + k, 1, p);
-                if (ahead) prefetch((const char *)((const elem *)own.x + i + k) + ahead);
-                if (ahead && backward) prefetch((const char *)((const elem *)own.dy + i + k) + ahead);
-                NAME(map_n)(&own, i + k, WIDTH, &constants, p, backward);
-            }
+            int64_t k = 0;
+            for (; light && k + 2 * WIDTH <= whole; k += 2 * WIDTH)
+                NAME(map_vectors)(&own, i + k, c + k, 2, ahead, p, backward);
+            for (; k < whole; k += WIDTH) NAME(map_vectors)(&own, i + k, c + k, 1, ahead, p, backward);
             i += whole;
             c = NAME(onward)(c, whole, period);
         }
@@ -101,7 +127,7 @@ FBN_INLINE void NAME(map_columns)(const fbn_operands *o, const fbn_stretch *s, N
 
 /* Maps stretches of columns two at a time, which share the constants that a vector loads, and returns how many. */
 FBN_INLINE int64_t NAME(map_pairs)(const fbn_operands *o, const fbn_stretch *s, NAME(parts) p) {
-    const fbn_operands own = *o; /* see map_columns */
+    const fbn_operands own = NAME(with_stream)(o, 0);
     const int64_t n = s->n, apart = s->apart;
     const uintptr_t constant = (uintptr_t)((const real *)own.constants.of[FBN_SHIFT] + s->c) / sizeof(real);
     const int64_t head = NAME(least)((int64_t)(-constant % WIDTH), n); /* behind it the constants are aligned */
@@ -142,15 +168,18 @@ FBN_INLINE int64_t NAME(affine_pairs)(const fbn_operands *o, const fbn_stretch *
 }
 
 /* Maps parts of planes of channel c. */
-FBN_INLINE void NAME(map_plane)(const fbn_operands *o, const fbn_stretch *s, NAME(parts) p, int backward) {
-    const fbn_operands own = *o; /* see map_columns */
+FBN_INLINE void NAME(map_plane)(const fbn_operands *o, const fbn_stretch *s, NAME(parts) p, int backward, int stream) {
+    const fbn_operands own = NAME(with_stream)(o, stream);
     const NAME(constants) k = NAME(constants_at)(&own, s->c, 0, p);
-    const int64_t aligns = o->stream || s->n >= 4 * WIDTH;
+    const int light = NAME(is_light)(p);
+    const int64_t aligns = stream || s->n >= 4 * WIDTH;
     for (int64_t row = 0; row < s->rows; row++) {
         const int64_t at = s->at + row * s->apart, end = at + s->n;
         const int64_t head = aligns ? NAME(least)(NAME(misaligned)(&own, at), s->n) : 0;
         NAME(map_part)(o, at, head, s->c, 0, backward);
         int64_t i = at + head;
+        for (; light && i + 2 * WIDTH <= end; i += 2 * WIDTH)
+            for (int j = 0; j < 2; j++) NAME(map_n)(&own, i + j * WIDTH, WIDTH, &k, p, backward);
         for (; i + WIDTH <= end; i += WIDTH) NAME(map_n)(&own, i, WIDTH, &k, p, backward);
         NAME(map_part)(o, i, end - i, s->c, 0, backward);
     }
@@ -190,19 +219,31 @@ FBN_INLINE void NAME(map_joined_row)(const fbn_operands *o, int64_t i, int64_t n
         if (left <= 0) left += o->inner, c = after;
     }
 }
-FBN_INLINE void NAME(map_joined)(const fbn_operands *o, const fbn_stretch *s, NAME(parts) p, int backward) {
-    const fbn_operands own = *o; /* see map_columns */
+FBN_INLINE void NAME(map_joined_as)(const fbn_operands *o, const fbn_stretch *s, NAME(parts) p, int backward,
+                                    int stream) {
+    const fbn_operands own = NAME(with_stream)(o, stream);
     const int64_t inner = own.inner, c = s->c / inner, left = inner - s->c % inner;
     const int64_t at = s->at, n = s->n, rows = s->rows, apart = s->apart, channels = s->period / inner;
     for (int64_t row = 0; row < rows; row++)
         NAME(map_joined_row)(&own, at + row * apart, n, c, left, channels, p, backward);
 }
+FBN_INLINE void NAME(map_joined)(const fbn_operands *o, const fbn_stretch *s, NAME(parts) p, int backward) {
+    if (!NAME(is_light)(p)) NAME(map_joined_as)(o, s, p, backward, o->stream);
+    else if (o->stream) NAME(map_joined_as)(o, s, p, backward, 1);
+    else NAME(map_joined_as)(o, s, p, backward, 0);
+}
 
 /* ---- which loop serves a call ---- */
 
+FBN_INLINE void NAME(map_to)(const fbn_operands *o, const fbn_stretch *s, int columns, int backward, NAME(parts) p,
+                             int stream) {
+    if (columns) NAME(map_columns)(o, s, p, backward, stream);
+    else NAME(map_plane)(o, s, p, backward, stream);
+}
 FBN_INLINE void NAME(map_as)(const fbn_operands *o, const fbn_stretch *s, int columns, int backward, NAME(parts) p) {
-    if (columns) NAME(map_columns)(o, s, p, backward);
-    else NAME(map_plane)(o, s, p, backward);
+    if (!NAME(is_light)(p)) NAME(map_to)(o, s, columns, backward, p, o->stream);
+    else if (o->stream) NAME(map_to)(o, s, columns, backward, p, 1);
+    else NAME(map_to)(o, s, columns, backward, p, 0);
 }
 
 FBN_INLINE void NAME(affine)(const fbn_operands *o, const fbn_stretch *s, int columns) {
