@@ -117,14 +117,22 @@ static int can_join(int64_t images, int64_t inner) {
 
 static int64_t or_usual(int64_t habit, int64_t usual) { return habit ? habit : usual; }
 
+/* Sums of columns read FBN_ROWS rows in turns. What all of them fetch ahead must leave room in the nearest cache, so
+ * they share it. */
+static int64_t ahead_of(const fbn_habits *h, int columns) {
+    enum { LEAST_OF_ROW = 256 };
+    const int64_t all = smaller(larger(or_usual(h->ahead, 1024), 0), LONGEST_TURN);
+    return columns ? smaller(all, larger(all / FBN_ROWS, LEAST_OF_ROW)) : all;
+}
+
 /* What is in a cache is read best without streams: rows are if x and the result fit into it. A turn is a multiple of
  * FBN_LANES elements of any dtype. */
-static fbn_walk walk_of(const fbn_habits *h, int large, int beyond_cache) {
+static fbn_walk walk_of(const fbn_habits *h, int large, int beyond_cache, int columns) {
     const int64_t turn = smaller(or_usual(h->turn, 256), LONGEST_TURN);
     return (fbn_walk){.streams = large ? or_usual(h->streams, FBN_IMAGES) : 1,
                       .row_streams = beyond_cache ? smaller(or_usual(h->row_streams, 4), FBN_IMAGES) : 1,
                       .turn = in_steps(larger(turn, FBN_LANES * 8), FBN_LANES * 8),
-                      .ahead = smaller(larger(or_usual(h->ahead, 1024), 0), LONGEST_TURN)};
+                      .ahead = ahead_of(h, columns)};
 }
 
 /* Whether a result of so many bytes is written around the cache. That saves the read of each line that is written, but
@@ -165,7 +173,7 @@ fbn_split fbn_split_of(const fbn_problem *p, int arrays, fbn_kind kind) {
     s.large = is_large(values * s.elem, p->machine, kind);
     s.map_panel = fbn_map_panel(&s, 4);
     s.shares_channels = p->channels >= CHANNELS_TO_SHARE;
-    s.walk = walk_of(&p->machine->habits, s.large, values * s.elem > p->machine->shared_cache / 2);
+    s.walk = walk_of(&p->machine->habits, s.large, values * s.elem > p->machine->shared_cache / 2, s.columns);
     return s;
 }
 

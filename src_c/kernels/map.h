@@ -167,21 +167,27 @@ FBN_INLINE int64_t NAME(affine_pairs)(const fbn_operands *o, const fbn_stretch *
     return NAME(map_pairs)(o, s, (NAME(parts)){FBN_IDENTITY, 0, 1, 0, 0});
 }
 
+/* Maps n elements of one channel, which are whole vectors, from element i on. */
+FBN_INLINE void NAME(map_whole)(const fbn_operands *o, int64_t i, int64_t n, const NAME(constants) * k, NAME(parts) p,
+                                int backward) {
+    int64_t m = 0;
+    for (; NAME(is_light)(p) && m + 2 * WIDTH <= n; m += 2 * WIDTH)
+        for (int j = 0; j < 2; j++) NAME(map_n)(o, i + m + j * WIDTH, WIDTH, k, p, backward);
+    for (; m < n; m += WIDTH) NAME(map_n)(o, i + m, WIDTH, k, p, backward);
+}
+
 /* Maps parts of planes of channel c. */
 FBN_INLINE void NAME(map_plane)(const fbn_operands *o, const fbn_stretch *s, NAME(parts) p, int backward, int stream) {
     const fbn_operands own = NAME(with_stream)(o, stream);
     const NAME(constants) k = NAME(constants_at)(&own, s->c, 0, p);
-    const int light = NAME(is_light)(p);
     const int64_t aligns = stream || s->n >= 4 * WIDTH;
     for (int64_t row = 0; row < s->rows; row++) {
         const int64_t at = s->at + row * s->apart, end = at + s->n;
         const int64_t head = aligns ? NAME(least)(NAME(misaligned)(&own, at), s->n) : 0;
         NAME(map_part)(o, at, head, s->c, 0, backward);
-        int64_t i = at + head;
-        for (; light && i + 2 * WIDTH <= end; i += 2 * WIDTH)
-            for (int j = 0; j < 2; j++) NAME(map_n)(&own, i + j * WIDTH, WIDTH, &k, p, backward);
-        for (; i + WIDTH <= end; i += WIDTH) NAME(map_n)(&own, i, WIDTH, &k, p, backward);
-        NAME(map_part)(o, i, end - i, s->c, 0, backward);
+        const int64_t i = at + head, whole = (end - i) / WIDTH * WIDTH;
+        NAME(map_whole)(&own, i, whole, &k, p, backward);
+        NAME(map_part)(o, i + whole, end - i - whole, s->c, 0, backward);
     }
 }
 
@@ -201,7 +207,7 @@ FBN_INLINE void NAME(map_joined_row)(const fbn_operands *o, int64_t i, int64_t n
         const NAME(constants) k = NAME(constants_at)(o, c, 0, p);
         const int64_t after = c + 1 < channels ? c + 1 : 0;
         const int64_t stop = NAME(least)(i + left, end), whole = i < start ? 0 : (stop - i) / WIDTH * WIDTH;
-        for (int64_t m = 0; m < whole; m += WIDTH) NAME(map_n)(o, i + m, WIDTH, &k, p, backward);
+        NAME(map_whole)(o, i, whole, &k, p, backward);
         i += whole;
         left -= whole;
         if (0 < left && left < WIDTH && i >= start && i + WIDTH <= end) {
