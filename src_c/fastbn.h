@@ -93,7 +93,8 @@ typedef struct {
     int64_t streams;     /* planes and arrays that are far apart and read in turns, at most 8 planes at once */
     int64_t row_streams; /* the same for rows and small planes */
     int64_t turn;        /* the bytes of a turn */
-    int64_t ahead;       /* bytes that are fetched ahead, by all rows together; negative: none, the processor does so */
+    int64_t ahead;       /* how many bytes ahead sums fetch what they read, all rows together if row_streams is 1;
+                          * negative: the processor is left to do so */
     int64_t stream_from; /* a result of at least so many bytes is written around the cache, one of a call that only maps
                           * from half as many again; negative: none is */
     int64_t block;       /* the bytes of arrays that stay in a core's cache from one step of a call to the next */

@@ -107,9 +107,10 @@ typedef void fbn_spread(const void *from, int64_t n, int64_t times, void *to);
 typedef void fbn_fold(const double *values, int64_t n, int64_t apart, int64_t count, double *sums);
 
 /* How to walk through memory, which changes no bit of a result: in how many streams that are far apart planes are read,
- * and rows, in turns of how many bytes, and how many bytes ahead sums of a plane or a row and long runs are fetched. */
+ * and rows, in turns of how many bytes, and how many bytes ahead sums fetch what they read, and maps of one long run of
+ * rows. */
 typedef struct {
-    int64_t streams, row_streams, turn, ahead;
+    int64_t streams, row_streams, turn, ahead, run_ahead;
 } fbn_walk;
 
 /* What a call works on. Which fields a loop reads is said below.

@@ -117,12 +117,12 @@ static int can_join(int64_t images, int64_t inner) {
 
 static int64_t or_usual(int64_t habit, int64_t usual) { return habit ? habit : usual; }
 
-/* Sums of columns read FBN_ROWS rows in turns. What all of them fetch ahead must leave room in the nearest cache, so
- * they share it. */
+/* How far ahead is fetched. Processors that read rows best in one stream fetch into the nearest cache, in which the
+ * FBN_ROWS rows that sums read in turns must have room, so they share it. Others fetch into the second one. */
 static int64_t ahead_of(const fbn_habits *h, int columns) {
     enum { LEAST_OF_ROW = 256 };
     const int64_t all = smaller(larger(or_usual(h->ahead, 1024), 0), LONGEST_TURN);
-    return columns ? smaller(all, larger(all / FBN_ROWS, LEAST_OF_ROW)) : all;
+    return columns && h->row_streams == 1 ? smaller(all, larger(all / FBN_ROWS, LEAST_OF_ROW)) : all;
 }
 
 /* What is in a cache is read best without streams: rows are if x and the result fit into it. A turn is a multiple of
@@ -132,7 +132,8 @@ static fbn_walk walk_of(const fbn_habits *h, int large, int beyond_cache, int co
     return (fbn_walk){.streams = large ? or_usual(h->streams, FBN_IMAGES) : 1,
                       .row_streams = beyond_cache ? smaller(or_usual(h->row_streams, 4), FBN_IMAGES) : 1,
                       .turn = in_steps(larger(turn, FBN_LANES * 8), FBN_LANES * 8),
-                      .ahead = ahead_of(h, columns)};
+                      .ahead = ahead_of(h, columns),
+                      .run_ahead = large && h->row_streams == 1 ? ahead_of(h, columns) : 0};
 }
 
 /* Whether a result of so many bytes is written around the cache. That saves the read of each line that is written, but

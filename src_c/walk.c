@@ -135,7 +135,7 @@ static void map_long_run(fbn_loop *loop, const fbn_operands *o, int64_t elem, fb
     const int64_t periods = r.length / r.period, streams = streams_of(o, o->walk.row_streams, most);
     const int64_t part = periods / streams * r.period, left = r.length - streams * part;
     if (streams == 1 || part * elem % LINE || part * elem < LEAST)
-        map_streams(loop, o, elem, 0, 1, o->stream ? o->walk.ahead : 0, r);
+        map_streams(loop, o, elem, 0, 1, o->walk.run_ahead, r);
     else {
         map_streams(loop, o, elem, 0, streams, 0, (fbn_runs){streams, part, part, r.period, r.first});
         if (left) map_streams(loop, o, elem, streams * part, 1, 0, (fbn_runs){1, 0, left, r.period, r.first});
