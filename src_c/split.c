@@ -117,8 +117,9 @@ static int can_join(int64_t images, int64_t inner) {
 
 static int64_t or_usual(int64_t habit, int64_t usual) { return habit ? habit : usual; }
 
-/* How far ahead is fetched. Processors that read rows best in one stream fetch into the nearest cache, in which the
- * FBN_ROWS rows that sums read in turns must have room, so they share it. Others fetch into the second one. */
+/* How far ahead is fetched. Sums of rows and small planes read up to FBN_ROWS of them in turns. Where one stream of
+ * rows is best (Zen 3), what all of them fetch would push itself out of the nearest cache, so they share the distance.
+ */
 static int64_t ahead_of(const fbn_habits *h, int columns) {
     enum { LEAST_OF_ROW = 256 };
     const int64_t all = smaller(larger(or_usual(h->ahead, 1024), 0), LONGEST_TURN);

@@ -67,7 +67,7 @@ FBN_INLINE void NAME(map_part)(const fbn_operands *o, int64_t i, int64_t n, int6
 /* Whether a loop computes so little that tests and jumps are a good part of its time where its arrays are in a cache.
  * Such loops are compiled for either kind of store and take two vectors at a time. */
 FBN_INLINE int NAME(is_light)(NAME(parts) p) {
-    const int is_float = sizeof(elem) == sizeof(float) && !SPLITS_SCALE; /* whose code is short */
+    const int is_float = sizeof(elem) == sizeof(float) && !SPLITS_SCALE; /* others would make the library larger */
     return is_float && p.usual && !p.has_residual && (p.activation == FBN_IDENTITY || p.activation == FBN_RELU);
 }
 
@@ -90,11 +90,14 @@ FBN_INLINE int64_t NAME(onward)(int64_t c, int64_t n, int64_t period) {
     return on < period ? on : on < 2 * period ? on - period : on % period;
 }
 
-/* Maps so many vectors of columns, from column c on, and fetches what comes `ahead` bytes later. */
+/* Maps so many vectors of columns, from column c on, and fetches the lines that come `ahead` bytes later. */
 FBN_INLINE void NAME(map_vectors)(const fbn_operands *o, int64_t i, int64_t c, int vectors, int64_t ahead,
                                   NAME(parts) p, int backward) {
-    prefetch((const char *)((const elem *)o->x + i) + ahead);
-    if (backward) prefetch((const char *)((const elem *)o->dy + i) + ahead);
+    enum { LINE = 64 };
+    for (int64_t b = ahead; b < ahead + vectors * WIDTH * (int)sizeof(elem); b += LINE) {
+        prefetch((const char *)((const elem *)o->x + i) + b);
+        if (backward) prefetch((const char *)((const elem *)o->dy + i) + b);
+    }
     for (int j = 0; j < vectors; j++) {
         const NAME(constants) k = NAME(constants_at)(o, c + j * WIDTH, 1, p);
         NAME(map_n)(o, i + j * WIDTH, WIDTH, &k, p, backward);

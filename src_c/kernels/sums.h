@@ -50,7 +50,7 @@ FBN_INLINE void NAME(sum_n)(const fbn_operands *o, int64_t i, int64_t n, const N
  * The lanes of whole planes are then added up. */
 FBN_INLINE void NAME(sum_plane)(const fbn_operands *o, const fbn_stretch *s, NAME(parts) p, int backward) {
     enum { STEP = FBN_LANES / WIDTH };
-    const fbn_operands own = *o; /* see map_columns */
+    const fbn_operands own = *o; /* no store can change it, so loops need not read it again */
     const NAME(constants) k = NAME(constants_at)(&own, s->c, 0, p);
     const wide origin = wset(own.origin[s->c]);
     const vec fill = vset((real)own.origin[s->c]);
@@ -126,7 +126,7 @@ FBN_APART void NAME(grad_moments_rest)(const fbn_operands *o, const fbn_stretch 
 
 /* Adds the columns of some rows. */
 FBN_INLINE void NAME(sum_columns)(const fbn_operands *o, const fbn_stretch *s, NAME(parts) p, int backward) {
-    const fbn_operands own = *o; /* see map_columns */
+    const fbn_operands own = *o; /* no store can change it, so loops need not read it again */
     const fbn_stretch stretch = *s;
     int64_t c = 0;
     const int both = WIDTH < FBN_LANES && p.activation == FBN_IDENTITY; /* others need too many registers */
@@ -175,7 +175,7 @@ FBN_INLINE void NAME(sum_stack)(const fbn_operands *o, const fbn_stretch *s, int
 }
 
 FBN_INLINE void NAME(sum_stacks)(const fbn_operands *o, const fbn_stretch *s, NAME(parts) p, int backward) {
-    const fbn_operands own = *o; /* see map_columns */
+    const fbn_operands own = *o; /* no store can change it, so loops need not read it again */
     const fbn_stretch stretch = *s;
     for (int64_t c = 0; c < stretch.channels; c++) NAME(sum_stack)(&own, &stretch, c, p, backward);
 }

@@ -56,6 +56,7 @@ class Split(ct.Structure):
             "row_streams",
             "turn",
             "ahead",
+            "run_ahead",
         ]
     )
 
@@ -144,6 +145,28 @@ def test_sums_are_cut_by_the_shape_alone(split_c: ct.CDLL, shape: tuple[int, int
         for s in [split_of(split_c, shape, threads, core, arrays, habits=habits)]
     }
     assert len(cuts) == 1
+
+
+@pytest.mark.parametrize(
+    ("ahead", "shared"), [(0, 256), (-1, 0), (100, 100), (512, 256), (2048, 256), (3072, 384), (1 << 40, 1 << 17)]
+)
+def test_rows_of_one_stream_share_what_is_fetched_ahead(split_c: ct.CDLL, ahead: int, shared: int) -> None:
+    """Planes do not, nor do rows in several streams."""
+    alone = min(max(ahead or 1024, 0), 1 << 20)
+    for shape, row_streams, wanted, run in (
+        ((100_000, 64, 1), 1, shared, shared),
+        ((32, 2048, 49), 1, shared, 0),
+        ((8, 64, 3136), 1, alone, 0),
+        ((100_000, 64, 1), 3, alone, 0),
+        ((100_000, 64, 1), 0, alone, 0),
+        ((100, 64, 1), 1, shared, 0),
+    ):
+        habits = (1, row_streams, 512, ahead)
+        sums, maps = (split_of(split_c, shape, 1, 1 << 20, 1, kind, habits) for kind in (REDUCES, MAPS))
+        assert (sums.row_streams > 1) == (row_streams != 1 and shape[0] > 1000)
+        assert sums.ahead == wanted
+        if shape[2] == 1:
+            assert maps.run_ahead == run
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
