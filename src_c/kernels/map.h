@@ -65,9 +65,11 @@ FBN_INLINE void NAME(map_part)(const fbn_operands *o, int64_t i, int64_t n, int6
 }
 
 /* Whether a loop computes so little that tests and jumps are a good part of its time where its arrays are in a cache.
- * Such loops are compiled for either kind of store and take two vectors at a time. */
+ * Such loops are compiled for either kind of store and take two vectors at a time. Vectors of a whole cache line gain
+ * nothing by it (Zen 4); other dtypes are left out since the library would be larger. */
 FBN_INLINE int NAME(is_light)(NAME(parts) p) {
-    const int is_float = sizeof(elem) == sizeof(float) && !SPLITS_SCALE; /* others would make the library larger */
+    enum { LINE = 64 };
+    const int is_float = sizeof(elem) == sizeof(float) && WIDTH * (int)sizeof(elem) < LINE && !SPLITS_SCALE;
     return is_float && p.usual && !p.has_residual && (p.activation == FBN_IDENTITY || p.activation == FBN_RELU);
 }
 
