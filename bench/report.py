@@ -12,7 +12,7 @@ from typing import Any
 from .answer import RESULT_WORDS, Answer, answers
 from .compare import Change
 from .extras import extra
-from .rows import FASTBN, PEER, Row, Run, races
+from .rows import FASTBN, LIMIT, PEER, Row, Run, races
 from .shapes import written
 from .summary import columns, of_fewer, summary
 from .targets import bound, faster_peers, threads_in_words, verdicts
@@ -97,13 +97,15 @@ def beforehand(races: int, seconds: float) -> str:
     )
 
 
-def _target(row: Row) -> str:
+def _target(row: Row, race: Sequence[Row]) -> str:
+    """The time over the limit, what it may be, and whether it is."""
     most = bound(row)
-    if most is None:
+    if most is None or row.over_limit is None:
         return ""
-    if row.noisy:
+    if any(one.noisy for one in race if one is row or one.kind == LIMIT):
         return "[dim]~[/]"
-    return f"[green]{most:g} ✓[/]" if row.to_copy <= most else f"[red]{most:g} ✗[/]"
+    met = row.over_limit <= most
+    return f"[{'green' if met else 'red'}]{row.over_limit:.2f} of {most:g} {'✓' if met else '✗'}[/]"
 
 
 def _ratio(row: Row, name: str, race: Sequence[Row]) -> str:
@@ -144,14 +146,14 @@ def _table(by_race: Sequence[Sequence[Row]], targets: bool) -> Any:
     varied, results = any(row.variant.extras for row in rows), len({row.result for row in rows}) > 1
     compared = columns(rows)
     left = ["shape", "", *(["operation"] if varied else []), *(["backend"] if several else [])]
-    table = _grid(left, ["time", "±", "GB/s", *(["over copy: target"] if bounded else []), *compared])
+    table = _grid(left, ["time", "±", "GB/s", *(["over limit: target"] if bounded else []), *compared])
     for race in by_race:
         for row in race:
             if row.kind == FASTBN:
                 cells = [written(row.shape), row.layout, *([_operation(row, results)] if varied else [])]
                 cells += [row.contestant.removeprefix("fastbn ")] if several else []
                 cells += [duration(row.seconds), f"{'~' * row.noisy}{row.spread:.0%}", f"{row.gb_per_s:.1f}"]
-                cells += [_target(row)] if bounded else []
+                cells += [_target(row, race)] if bounded else []
                 table.add_row(*cells, *(_ratio(row, name, race) for name in compared))
     return table
 

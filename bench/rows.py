@@ -65,6 +65,11 @@ class Row:
         return 1 / self.others[COPY]
 
     @property
+    def over_limit(self) -> float | None:
+        """The time over that of the plainest loops that move the same bytes, if these were timed."""
+        return 1 / self.others[LIMIT] if LIMIT in self.others else None
+
+    @property
     def over(self) -> dict[str, float]:
         """Each peer's time over this one."""
         return {name: ratio for name, ratio in self.others.items() if name not in (COPY, LIMIT, *self.variant.bases())}

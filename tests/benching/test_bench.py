@@ -152,7 +152,7 @@ def test_parse_says_what_is_wrong(text, names):
 
 def test_targets_are_of_shapes_in_the_targets_set():
     known = set(shapes.parse("targets"))
-    assert {shape for shape, _ in targets.TABLE} | {shape for _, shape, _, _ in targets.SMALL} <= known
+    assert set(targets.TABLE) | {shape for _, shape, _, _ in targets.SMALL} <= known
 
 
 def test_layouts_are_one_set_of_values_in_two_orders():
