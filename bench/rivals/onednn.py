@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from fastbn._backends import select
+
 from ..problem import EPS, Array, Contestant, Problem
 from .dnnl_library import RUNTIMES, few_processors, library
 
@@ -19,10 +21,12 @@ FORWARD_TRAINING, FORWARD_INFERENCE, BACKWARD = 64, 96, 128
 USE_GLOBAL_STATS, USE_SCALE, USE_SHIFT = 1, 2, 4
 SRC, DST, MEAN, VARIANCE, SCALE, SHIFT = 1, 17, 49, 50, 51, 52
 DIFF_SRC, DIFF_DST, DIFF_SCALE, DIFF_SHIFT = 129, 145, 255, 256
-BLOCKED_TAGS = {3: 56, 4: 78, 5: 121}  # nCw16c, nChw16c, nCdhw16c, by the number of dimensions
+BLOCKED_TAGS = {
+    16: {3: 56, 4: 78, 5: 121},  # nCw16c, nChw16c, nCdhw16c, by the number of dimensions
+    8: {3: 69, 4: 102, 5: 142},  # nCw8c, nChw8c, nCdhw8c
+}
 MOST_DIMS = 12
 
-BLOCK = 16
 ALIGNMENT = 64
 
 Dims = ctypes.c_int64 * MOST_DIMS
@@ -71,28 +75,34 @@ class _Plain:
         return self._problem.channels_first(array)
 
 
+def _block() -> int:
+    """The channels of a block for which oneDNN has fast loops on this processor: a vector of AVX-512, or of AVX2."""
+    usable: tuple[str, ...] = select("c").isas()  # type: ignore[attr-defined]
+    return 16 if "avx512" in usable else 8
+
+
 class _Blocked:
-    """Copies of the arrays in blocks of 16 adjacent channels, of which the last block is padded with zeros."""
+    """Copies of the arrays in blocks of adjacent channels, of which the last block is padded with zeros."""
 
     def __init__(self, problem: Problem) -> None:
         self._problem = problem
         n, c, *spatial = problem.shape
-        self._blocks = -(-c // BLOCK)
-        self._seen = (n, self._blocks, BLOCK, int(np.prod(spatial)))
+        block = _block()
+        self._tags, self._blocks = BLOCKED_TAGS[block], -(-c // block)
+        self._seen = (n, self._blocks, block, int(np.prod(spatial)))
 
     def describe(self, api: _Api) -> ctypes.c_void_p:
         shape, kind = self._problem.shape, DATA_TYPES[self._problem.dtype]
-        return api.create("dnnl_memory_desc_create_with_tag", len(shape), Dims(*shape), kind, BLOCKED_TAGS[len(shape)])
+        return api.create("dnnl_memory_desc_create_with_tag", len(shape), Dims(*shape), kind, self._tags[len(shape)])
 
     def target(self) -> Array:
         return _aligned(int(np.prod(self._seen)), self._problem.x.dtype)
 
     def source(self, array: Array) -> Array:
-        n, c = self._problem.shape[:2]
-        padded = np.zeros((n, self._blocks * BLOCK, self._seen[3]), array.dtype)
-        padded[:, :c] = array.reshape(n, c, -1)
-        blocked = self.target()
         n, blocks, block, inner = self._seen
+        padded = np.zeros((n, blocks * block, inner), array.dtype)
+        padded[:, : self._problem.channels] = array.reshape(n, -1, inner)
+        blocked = self.target()
         blocked.reshape(n, blocks, inner, block)[...] = padded.reshape(self._seen).swapaxes(2, 3)
         return blocked
 
@@ -165,7 +175,7 @@ class Rival:
         if problem.dtype not in DATA_TYPES or self._api.threads != self._threads:
             return []
         contestants = [self._contestant("oneDNN", _Plain(problem), problem, pass_)]
-        if problem.layout == "nchw" and len(problem.shape) in BLOCKED_TAGS:
+        if problem.layout == "nchw" and len(problem.shape) in BLOCKED_TAGS[16]:
             contestants.append(self._contestant("oneDNN blocked", _Blocked(problem), problem, pass_))
         return contestants
 
