@@ -17,12 +17,16 @@
 #error "fastbn needs arithmetic without excess precision: compile for 32-bit x86 with -msse2 -mfpmath=sse"
 #endif
 
+/* FBN_APART is for what is seldom run, or called from many places: it is compiled once, not in each of them. */
 #if defined(_MSC_VER)
 #define FBN_INLINE static __forceinline
 #define FBN_APART static __declspec(noinline)
-#else
+#elif defined(__clang__)
 #define FBN_INLINE static inline __attribute__((always_inline))
 #define FBN_APART static __attribute__((noinline))
+#else /* GCC, which would copy a function for each constant that it is called with */
+#define FBN_INLINE static inline __attribute__((always_inline))
+#define FBN_APART static __attribute__((noinline, noclone))
 #endif
 
 /* The lanes of a sum over a plane: element i is added to lane i % FBN_LANES on every instruction set. All instruction

@@ -9,7 +9,8 @@ enum {
     SEGMENT_ROWS = 128, /* the least rows in a channels-last segment, counted after joining */
     SEGMENTS_MOST = 64, /* the most channels-last segments */
     SMALL_PLANE = 512,  /* planes of fewer elements are taken as columns */
-    LARGE_STACK = 256,  /* planes of so many elements are summed channel by channel if there are FBN_ROWS images */
+    LARGE_STACK = 64,   /* planes of so many elements are summed channel by channel if there are FBN_ROWS images, ... */
+    LARGE_STACKS = 256, /* ... and those of so many where more than x is read */
     LEAST_JOINED = 40,  /* planes of so many elements are mapped joined: most vectors lie within one */
     STRETCH = 4096,     /* the elements of a unit of joined planes */
     SMALL_PLANES = 64,  /* the least small planes of a channel that are mapped at a time */
@@ -104,8 +105,9 @@ int64_t fbn_joined(int64_t channels) { return fbn_padded(channels * repeat_of(ch
 
 /* Whether it is faster to sum small planes channel by channel, without storing the sums of columns: those of a few
  * images are. */
-static int are_stacks(int64_t images, int64_t inner) {
-    return inner >= FBN_LANES && (images < FBN_ROWS || (images == FBN_ROWS && inner >= LARGE_STACK));
+static int are_stacks(int64_t images, int64_t inner, int arrays) {
+    const int64_t large = arrays == 1 ? LARGE_STACK : LARGE_STACKS;
+    return inner >= FBN_LANES && (images < FBN_ROWS || (images == FBN_ROWS && inner >= large));
 }
 
 /* Whether it is faster to map adjacent planes as one run, in which constants need not be spread over columns. Planes of
@@ -153,7 +155,7 @@ fbn_split fbn_split_of(const fbn_problem *p, int arrays, fbn_kind kind) {
     s.maps = kind == FBN_MAPS;
     s.stretches = s.maps && can_join(s.outer, s.inner);
     s.columns = s.rows || (s.inner > 1 && kind != FBN_MASKED && !s.stretches && s.inner < SMALL_PLANE);
-    s.stacks = s.columns && !s.rows && are_stacks(s.outer, s.inner);
+    s.stacks = s.columns && !s.rows && are_stacks(s.outer, s.inner, arrays);
     s.joins = s.stretches || (s.columns && !s.rows && can_join(s.outer, s.inner));
     s.repeat = s.rows && values >= FBN_WORTH_JOINING ? repeat_of(p->channels, JOINED) : 1;
     s.real = p->dtype == FBN_F64 ? 8 : 4;

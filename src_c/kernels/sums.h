@@ -139,45 +139,69 @@ FBN_INLINE void NAME(sum_columns)(const fbn_operands *o, const fbn_stretch *s, N
     else NAME(moments_rest)(o, s, c);
 }
 
-/* Adds n <= WIDTH columns of a stack to sum and other, in the order in which sum_columns and fbn_sum_runs add rows. */
-FBN_INLINE void NAME(sum_stacked)(const fbn_operands *o, const fbn_stretch *s, int64_t i, int64_t n,
-                                  const NAME(constants) * k, wide origin, vec fill, NAME(parts) p, int backward,
-                                  wide *sum, wide *other) {
-    const int64_t together = backward ? FBN_GRAD_ROWS : FBN_ROWS, times = s->rows / together, apart = s->apart;
-    wide of_columns = wset(0), others = wset(0);
+/* Adds columns of a stack to some vectors of sums, in the order in which sum_columns and fbn_sum_runs add rows. A
+ * single vector may be a part of one, with n columns. */
+FBN_INLINE void NAME(sum_stacked)(const fbn_operands *o, const fbn_stretch *s, int64_t i, int vectors, int64_t n,
+                                  int64_t rows, const NAME(constants) * k, wide origin, vec fill, NAME(parts) p,
+                                  int backward, wide *sum, wide *other) {
+    enum { MOST = FBN_LANES / WIDTH };
+    const int64_t together = backward ? FBN_GRAD_ROWS : FBN_ROWS, times = rows / together, apart = s->apart;
+    wide of_columns[MOST], others[MOST];
+    for (int j = 0; j < vectors; j++) of_columns[j] = others[j] = wset(0);
     for (int64_t first = 0; first < times; first++)
         for (int64_t row = first; row < times * together; row += times)
-            NAME(sum_n)(o, i + row * apart, n, k, origin, fill, p, backward, &of_columns, &others);
-    for (int64_t row = times * together; row < s->rows; row++)
-        NAME(sum_n)(o, i + row * apart, n, k, origin, fill, p, backward, &of_columns, &others);
-    *sum = wadd(*sum, of_columns);
-    *other = wadd(*other, others);
+            for (int j = 0; j < vectors; j++)
+                NAME(sum_n)(o, i + row * apart + j * WIDTH, n, k, origin, fill, p, backward, &of_columns[j],
+                            &others[j]);
+    for (int64_t row = times * together; row < rows; row++)
+        for (int j = 0; j < vectors; j++)
+            NAME(sum_n)(o, i + row * apart + j * WIDTH, n, k, origin, fill, p, backward, &of_columns[j], &others[j]);
+    for (int j = 0; j < vectors; j++) {
+        sum[j] = wadd(sum[j], of_columns[j]);
+        other[j] = wadd(other[j], others[j]);
+    }
 }
 
 /* Adds the planes of a channel of a few images: the elements of each column first, and then the columns to lanes. The
- * bits are those of sum_columns and a fold, but the sums of columns are not stored. */
-FBN_INLINE void NAME(sum_stack)(const fbn_operands *o, const fbn_stretch *s, int64_t channel, NAME(parts) p,
-                                int backward) {
+ * bits are those of sum_columns and a fold, but the sums of columns are not stored. All the lanes at once have more
+ * sums that do not wait for each other; those of gradients would need too many registers. */
+FBN_INLINE void NAME(sum_stack)(const fbn_operands *o, const fbn_stretch *s, int64_t channel, int64_t rows,
+                                NAME(parts) p, int backward) {
+    enum { STEP = FBN_LANES / WIDTH };
     const NAME(constants) k = NAME(constants_at)(o, channel, 0, p);
     const wide origin = wset(o->origin[channel]);
     const vec fill = vset((real)o->origin[channel]);
     const int64_t start = s->at + channel * s->n, end = start + s->n;
-    for (int j = 0; j < FBN_LANES; j += WIDTH) {
-        double *sums = s->sums + channel * 2 * FBN_LANES + j, *others = sums + (s->others - s->sums);
-        wide sum = wget(sums), other = wget(others);
-        int64_t i = start + j;
-        for (; i + WIDTH <= end; i += FBN_LANES)
-            NAME(sum_stacked)(o, s, i, WIDTH, &k, origin, fill, p, backward, &sum, &other);
-        if (i < end) NAME(sum_stacked)(o, s, i, end - i, &k, origin, fill, p, backward, &sum, &other);
-        wput(sums, sum);
-        wput(others, other);
+    const int vectors = backward ? 1 : STEP;
+    for (int lane = 0; lane < FBN_LANES; lane += vectors * WIDTH) {
+        double *sums = s->sums + channel * 2 * FBN_LANES + lane, *others = sums + (s->others - s->sums);
+        wide sum[STEP], other[STEP];
+        for (int j = 0; j < vectors; j++) {
+            sum[j] = wget(sums + j * WIDTH);
+            other[j] = wget(others + j * WIDTH);
+        }
+        int64_t i = start + lane;
+        for (; i + vectors * WIDTH <= end; i += FBN_LANES)
+            NAME(sum_stacked)(o, s, i, vectors, WIDTH, rows, &k, origin, fill, p, backward, sum, other);
+        for (int j = 0; j < vectors && i + j * WIDTH < end; j++) {
+            const int64_t at = i + j * WIDTH, n = NAME(least)(end - at, WIDTH);
+            NAME(sum_stacked)(o, s, at, 1, n, rows, &k, origin, fill, p, backward, &sum[j], &other[j]);
+        }
+        for (int j = 0; j < vectors; j++) {
+            wput(sums + j * WIDTH, sum[j]);
+            wput(others + j * WIDTH, other[j]);
+        }
     }
 }
 
 FBN_INLINE void NAME(sum_stacks)(const fbn_operands *o, const fbn_stretch *s, NAME(parts) p, int backward) {
     const fbn_operands own = *o; /* no store can change it, so loops need not read it again */
     const fbn_stretch stretch = *s;
-    for (int64_t c = 0; c < stretch.channels; c++) NAME(sum_stack)(&own, &stretch, c, p, backward);
+    const int64_t channels = stretch.channels, rows = stretch.rows;
+    if (p.usual && rows == 1) /* which needs no loop over rows */
+        for (int64_t c = 0; c < channels; c++) NAME(sum_stack)(&own, &stretch, c, 1, p, backward);
+    else
+        for (int64_t c = 0; c < channels; c++) NAME(sum_stack)(&own, &stretch, c, rows, p, backward);
 }
 
 /* ---- which loop serves a call ---- */
@@ -217,7 +241,7 @@ FBN_INLINE void NAME(grad_moments)(const fbn_operands *o, const fbn_stretch *s, 
     }
 }
 
-static void NAME(moments_stack)(const fbn_operands *o, const fbn_stretch *s) {
+FBN_APART void NAME(moments_stack)(const fbn_operands *o, const fbn_stretch *s) {
     NAME(sum_stacks)(o, s, (NAME(parts)){FBN_IDENTITY, 0, 1, 0, 0}, 0);
 }
 
@@ -228,7 +252,7 @@ static void NAME(grad_moments_stack)(const fbn_operands *o, const fbn_stretch *s
     else NAME(sum_stacks)(o, s, (NAME(parts)){FBN_IDENTITY, 0, 1, 0, 0}, 1);
 }
 
-static void NAME(moments_plane)(const fbn_operands *o, const fbn_stretch *s) {
+FBN_APART void NAME(moments_plane)(const fbn_operands *o, const fbn_stretch *s) {
     NAME(sum_as)(o, s, 0, 0, (NAME(parts)){FBN_IDENTITY, 0, 1, 0, 0});
 }
 static void NAME(moments_columns)(const fbn_operands *o, const fbn_stretch *s) {
