@@ -97,7 +97,7 @@ typedef struct {
                           * of those that are read in turns fetches an eighth, but not less than 256 where ahead is more,
                           * as do long runs of rows that are mapped; negative: the processor is left to do so */
     int64_t stream_from; /* a result of at least so many bytes is written around the cache, one of a call that only maps
-                          * from half as many again; negative: none is */
+                          * from half as many again, one that replaces an input never; negative: none is */
     int64_t block;       /* the bytes of arrays that stay in a core's cache from one step of a call to the next */
 } fbn_habits;
 

@@ -30,6 +30,12 @@ static char *dz_of(const fbn_job *j, const fbn_tile *t, const fbn_panel *panel) 
     return j->dz ? j->dz + bytes_to(j, t, panel->c0) : NULL;
 }
 
+/* Whether the result is written around the cache. One that replaces an input is not, however large: its cache lines
+ * have been read anyway. */
+static int is_written_around(const fbn_job *j) {
+    return j->split.large && j->result != j->x && j->result != j->dy && j->result != j->residual;
+}
+
 static fbn_operands operands_of(const fbn_job *j, const fbn_tile *t, const fbn_panel *panel) {
     const int64_t skip = bytes_to(j, t, panel->c0);
     return (fbn_operands){.x = j->x + skip,
@@ -41,7 +47,7 @@ static fbn_operands operands_of(const fbn_job *j, const fbn_tile *t, const fbn_p
                           .activation = j->activation | (t->counts || !j->dy ? 0 : FBN_OUTSIDE),
                           .usual = panel->usual,
                           .exact = panel->exact,
-                          .stream = j->split.large,
+                          .stream = is_written_around(j),
                           .inner = j->split.inner,
                           .walk = j->split.walk};
 }
