@@ -80,7 +80,7 @@ static int64_t block_of(const fbn_split *s, const fbn_machine *machine, int arra
 int64_t fbn_map_panel(const fbn_split *s, int constants) {
     const int64_t most = MAPPED_BYTES / (constants * s->real);
     const int ragged = s->large && s->channels * s->elem % LINE;
-    const int64_t whole = ragged ? 3 * most : most + most / (s->maps ? 3 : 8);
+    const int64_t whole = ragged ? 8 * most : most + most / (s->maps ? 3 : 8);
     if (!s->rows) return s->panel;
     if (s->channels <= whole) return s->channels;
     return round_up(divide_up(s->channels, divide_up(s->channels, most)), FBN_CHANNEL_PAD);

@@ -8,8 +8,9 @@ FBN_INLINE vec NAME(affine_of)(const fbn_operands *o, int64_t i, int64_t n, cons
 }
 
 /* Maps n <= WIDTH elements from element i on. */
-FBN_INLINE void NAME(affine_n)(const fbn_operands *o, int64_t i, int64_t n, const NAME(constants) * k, NAME(parts) p) {
-    NAME(put)((elem *)o->out + i, NAME(affine_of)(o, i, n, k, p), n, o->stream);
+FBN_INLINE void NAME(affine_n)(const fbn_operands *o, int64_t i, int64_t n, const NAME(constants) * k, NAME(parts) p,
+                               int stream) {
+    NAME(put)((elem *)o->out + i, NAME(affine_of)(o, i, n, k, p), n, stream);
 }
 
 /* dx of n <= WIDTH elements from element i on, and *dz. */
@@ -35,35 +36,29 @@ FBN_INLINE vec NAME(grad_affine_of)(const fbn_operands *o, int64_t i, int64_t n,
 }
 
 FBN_INLINE void NAME(grad_affine_n)(const fbn_operands *o, int64_t i, int64_t n, const NAME(constants) * k,
-                                    NAME(parts) p) {
+                                    NAME(parts) p, int stream) {
     vec dz;
     const vec d = NAME(grad_affine_of)(o, i, n, k, p, &dz);
     /* dx may be dy, which is not read after this. */
-    NAME(put)((elem *)o->out + i, d, n, o->stream);
+    NAME(put)((elem *)o->out + i, d, n, stream);
     if (p.has_residual && p.activation & FBN_WHICH) NAME(put)((elem *)o->dresidual + i, dz, n, 0);
 }
 
 FBN_INLINE void NAME(map_n)(const fbn_operands *o, int64_t i, int64_t n, const NAME(constants) * k, NAME(parts) p,
                             int backward) {
-    if (backward) NAME(grad_affine_n)(o, i, n, k, p);
-    else NAME(affine_n)(o, i, n, k, p);
+    if (backward) NAME(grad_affine_n)(o, i, n, k, p, o->stream);
+    else NAME(affine_n)(o, i, n, k, p, o->stream);
 }
 
-/* Maps a part of a vector, from column c on or of channel c. */
+/* Maps a vector or a part of one, from column c on or of channel c. */
 FBN_APART void NAME(affine_part)(const fbn_operands *o, int64_t i, int64_t n, int64_t c, int each) {
     const NAME(constants) k = NAME(constants_at)(o, c, each, NAME(any_parts)(o));
-    NAME(affine_n)(o, i, n, &k, NAME(any_parts)(o));
+    NAME(affine_n)(o, i, n, &k, NAME(any_parts)(o), 0);
 }
 FBN_APART void NAME(grad_affine_part)(const fbn_operands *o, int64_t i, int64_t n, int64_t c, int each) {
     const NAME(constants) k = NAME(constants_at)(o, c, each, NAME(any_parts)(o));
-    NAME(grad_affine_n)(o, i, n, &k, NAME(any_parts)(o));
+    NAME(grad_affine_n)(o, i, n, &k, NAME(any_parts)(o), 0);
 }
-FBN_INLINE void NAME(map_part)(const fbn_operands *o, int64_t i, int64_t n, int64_t c, int each, int backward) {
-    if (n == 0) return;
-    if (backward) NAME(grad_affine_part)(o, i, n, c, each);
-    else NAME(affine_part)(o, i, n, c, each);
-}
-
 /* Whether a loop computes so little that tests and jumps are a good part of its time where its arrays are in a cache.
  * Such loops are compiled for either kind of store and take two vectors at a time. Vectors of a whole cache line gain
  * nothing by it (Zen 4); other dtypes are left out since the library would be larger. */
@@ -81,15 +76,34 @@ FBN_INLINE fbn_operands NAME(with_stream)(const fbn_operands *o, int stream) {
     return own;
 }
 
-/* The number of elements from element i of the result to its next whole vector. */
-FBN_INLINE int64_t NAME(misaligned)(const fbn_operands *o, int64_t i) {
-    return (int64_t)(-((uintptr_t)((elem *)o->out + i) / sizeof(elem)) % WIDTH);
+/* The elements that are written together, a power of two: a vector, or a cache line where results are written around
+ * the cache, since writing a part of a line there is slow. */
+FBN_INLINE int64_t NAME(step_of)(int stream) {
+    enum { OF_LINE = 64 / sizeof(elem) };
+    return stream && OF_LINE > WIDTH ? OF_LINE : WIDTH;
+}
+
+/* The number of elements from element i of the result to the next multiple of a step. */
+FBN_INLINE int64_t NAME(misaligned)(const fbn_operands *o, int64_t i, int64_t step) {
+    return (int64_t)(-((uintptr_t)((elem *)o->out + i) / sizeof(elem)) & (uintptr_t)(step - 1));
 }
 
 /* The column of the element that comes n elements after one of column c. */
 FBN_INLINE int64_t NAME(onward)(int64_t c, int64_t n, int64_t period) {
     const int64_t on = c + n;
     return on < period ? on : on < 2 * period ? on - period : on % period;
+}
+
+/* Maps n elements, fewer than a step, with usual stores: from column c on, or of channel c where the period is 0. */
+FBN_INLINE void NAME(map_edge)(const fbn_operands *o, int64_t i, int64_t n, int64_t c, int64_t period, int backward) {
+    const int64_t end = i + n;
+    while (i < end) {
+        const int64_t to_next = NAME(misaligned)(o, i, WIDTH), part = NAME(least)(to_next ? to_next : WIDTH, end - i);
+        if (backward) NAME(grad_affine_part)(o, i, part, c, period > 0);
+        else NAME(affine_part)(o, i, part, c, period > 0);
+        i += part;
+        if (period) c = NAME(onward)(c, part, period);
+    }
 }
 
 /* Maps so many vectors of columns, from column c on, and fetches the lines that come `ahead` bytes later. */
@@ -111,14 +125,15 @@ FBN_INLINE void NAME(map_columns)(const fbn_operands *o, const fbn_stretch *s, N
                                   int stream) {
     const fbn_operands own = NAME(with_stream)(o, stream);
     const int light = NAME(is_light)(p);
-    const int64_t period = s->period, ahead = s->ahead, head = NAME(least)(NAME(misaligned)(o, s->at), s->n);
+    const int64_t period = s->period, ahead = s->ahead, step = NAME(step_of)(stream);
+    const int64_t head = NAME(least)(NAME(misaligned)(o, s->at, step), s->n);
     for (int64_t row = 0; row < s->rows; row++) {
         const int64_t at = s->at + row * s->apart, end = at + s->n;
-        NAME(map_part)(o, at, head, s->c, 1, backward);
+        NAME(map_edge)(o, at, head, s->c, period, backward);
         int64_t i = at + head, c = NAME(onward)(s->c, head, period);
-        while (i + WIDTH <= end) {
-            const int64_t recur = (period - c + WIDTH - 1) / WIDTH * WIDTH;
-            const int64_t whole = NAME(least)((end - i) / WIDTH * WIDTH, recur);
+        const int64_t last = i + ((end - i) & -step);
+        while (i < last) {
+            const int64_t recur = (period - c + WIDTH - 1) / WIDTH * WIDTH, whole = NAME(least)(last - i, recur);
             int64_t k = 0;
             for (; light && k + 2 * WIDTH <= whole; k += 2 * WIDTH)
                 NAME(map_vectors)(&own, i + k, c + k, 2, ahead, p, backward);
@@ -126,7 +141,7 @@ FBN_INLINE void NAME(map_columns)(const fbn_operands *o, const fbn_stretch *s, N
             i += whole;
             c = NAME(onward)(c, whole, period);
         }
-        NAME(map_part)(o, i, end - i, c, 1, backward);
+        NAME(map_edge)(o, i, end - i, c, period, backward);
     }
 }
 
@@ -142,14 +157,14 @@ FBN_INLINE int64_t NAME(map_pairs)(const fbn_operands *o, const fbn_stretch *s, 
         const int64_t first = s->at + row * apart, second = first + apart;
         for (int64_t k = head; k < end; k += WIDTH) {
             const NAME(constants) constants = NAME(constants_at)(&own, s->c + k, 1, p);
-            NAME(affine_n)(&own, first + k, WIDTH, &constants, p);
-            NAME(affine_n)(&own, second + k, WIDTH, &constants, p);
+            NAME(affine_n)(&own, first + k, WIDTH, &constants, p, 0);
+            NAME(affine_n)(&own, second + k, WIDTH, &constants, p, 0);
         }
         for (int64_t at = first; at <= second; at += apart) {
-            NAME(map_part)(o, at, head, s->c, 1, 0);
+            if (head) NAME(affine_part)(o, at, head, s->c, 1);
             if (end == n) continue;
             const NAME(constants) constants = NAME(constants_at)(&own, s->c + end, 1, p);
-            NAME(affine_n)(&own, at + end, n - end, &constants, p);
+            NAME(affine_n)(&own, at + end, n - end, &constants, p, 0);
         }
     }
     return row;
@@ -185,14 +200,14 @@ FBN_INLINE void NAME(map_whole)(const fbn_operands *o, int64_t i, int64_t n, con
 FBN_INLINE void NAME(map_plane)(const fbn_operands *o, const fbn_stretch *s, NAME(parts) p, int backward, int stream) {
     const fbn_operands own = NAME(with_stream)(o, stream);
     const NAME(constants) k = NAME(constants_at)(&own, s->c, 0, p);
-    const int64_t aligns = stream || s->n >= 4 * WIDTH;
+    const int64_t step = NAME(step_of)(stream), aligns = stream || s->n >= 4 * WIDTH;
     for (int64_t row = 0; row < s->rows; row++) {
         const int64_t at = s->at + row * s->apart, end = at + s->n;
-        const int64_t head = aligns ? NAME(least)(NAME(misaligned)(&own, at), s->n) : 0;
-        NAME(map_part)(o, at, head, s->c, 0, backward);
-        const int64_t i = at + head, whole = (end - i) / WIDTH * WIDTH;
+        const int64_t head = aligns ? NAME(least)(NAME(misaligned)(&own, at, step), s->n) : 0;
+        NAME(map_edge)(o, at, head, s->c, 0, backward);
+        const int64_t i = at + head, whole = (end - i) & -step;
         NAME(map_whole)(&own, i, whole, &k, p, backward);
-        NAME(map_part)(o, i + whole, end - i - whole, s->c, 0, backward);
+        NAME(map_edge)(o, i + whole, end - i - whole, s->c, 0, backward);
     }
 }
 
@@ -207,25 +222,26 @@ FBN_INLINE vec NAME(mapped)(const fbn_operands *o, int64_t i, const NAME(constan
  * written. There is no dresidual. */
 FBN_INLINE void NAME(map_joined_row)(const fbn_operands *o, int64_t i, int64_t n, int64_t c, int64_t left,
                                      int64_t channels, NAME(parts) p, int backward) {
-    const int64_t end = i + n, start = i + NAME(least)(NAME(misaligned)(o, i), n);
+    const int64_t end = i + n, step = NAME(step_of)(o->stream);
+    const int64_t start = i + NAME(least)(NAME(misaligned)(o, i, step), n), last = start + ((end - start) & -step);
     while (i < end) {
         const NAME(constants) k = NAME(constants_at)(o, c, 0, p);
         const int64_t after = c + 1 < channels ? c + 1 : 0;
-        const int64_t stop = NAME(least)(i + left, end), whole = i < start ? 0 : (stop - i) / WIDTH * WIDTH;
+        const int64_t stop = NAME(least)(i + left, i < start ? start : i < last ? last : end);
+        const int64_t whole = i < start || i >= last ? 0 : (stop - i) / WIDTH * WIDTH;
         NAME(map_whole)(o, i, whole, &k, p, backward);
         i += whole;
         left -= whole;
-        if (0 < left && left < WIDTH && i >= start && i + WIDTH <= end) {
+        if (0 < left && left < WIDTH && i >= start && i < last) {
             const NAME(constants) next = NAME(constants_at)(o, after, 0, p);
             const vec first = NAME(mapped)(o, i, &k, p, backward), second = NAME(mapped)(o, i, &next, p, backward);
             NAME(put)((elem *)o->out + i, vjoin(first, second, left), WIDTH, o->stream);
             i += WIDTH;
             left -= WIDTH;
         } else if (i < stop) {
-            const int64_t part = (i < start ? NAME(least)(stop, start) : stop) - i;
-            NAME(map_part)(o, i, part, c, 0, backward);
-            i += part;
-            left -= part;
+            NAME(map_edge)(o, i, stop - i, c, 0, backward);
+            left -= stop - i;
+            i = stop;
         }
         if (left <= 0) left += o->inner, c = after;
     }
