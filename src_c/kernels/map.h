@@ -50,15 +50,6 @@ FBN_INLINE void NAME(map_n)(const fbn_operands *o, int64_t i, int64_t n, const N
     else NAME(affine_n)(o, i, n, k, p, o->stream);
 }
 
-/* Maps a vector or a part of one, from column c on or of channel c. */
-FBN_APART void NAME(affine_part)(const fbn_operands *o, int64_t i, int64_t n, int64_t c, int each) {
-    const NAME(constants) k = NAME(constants_at)(o, c, each, NAME(any_parts)(o));
-    NAME(affine_n)(o, i, n, &k, NAME(any_parts)(o), 0);
-}
-FBN_APART void NAME(grad_affine_part)(const fbn_operands *o, int64_t i, int64_t n, int64_t c, int each) {
-    const NAME(constants) k = NAME(constants_at)(o, c, each, NAME(any_parts)(o));
-    NAME(grad_affine_n)(o, i, n, &k, NAME(any_parts)(o), 0);
-}
 /* Whether a loop computes so little that tests and jumps are a good part of its time where its arrays are in a cache.
  * Such loops are compiled for either kind of store and take two vectors at a time. Vectors of a whole cache line gain
  * nothing by it (Zen 4); other dtypes are left out since the library would be larger. */
@@ -94,16 +85,35 @@ FBN_INLINE int64_t NAME(onward)(int64_t c, int64_t n, int64_t period) {
     return on < period ? on : on < 2 * period ? on - period : on % period;
 }
 
-/* Maps n elements, fewer than a step, with usual stores: from column c on, or of channel c where the period is 0. */
-FBN_INLINE void NAME(map_edge)(const fbn_operands *o, int64_t i, int64_t n, int64_t c, int64_t period, int backward) {
-    const int64_t end = i + n;
-    while (i < end) {
-        const int64_t to_next = NAME(misaligned)(o, i, WIDTH), part = NAME(least)(to_next ? to_next : WIDTH, end - i);
-        if (backward) NAME(grad_affine_part)(o, i, part, c, period > 0);
-        else NAME(affine_part)(o, i, part, c, period > 0);
-        i += part;
+/* The next part of an edge: at most one vector of the result. */
+FBN_INLINE int64_t NAME(part_at)(const fbn_operands *o, int64_t i, int64_t end) {
+    const int64_t to_next = NAME(misaligned)(o, i, WIDTH);
+    return NAME(least)(to_next ? to_next : WIDTH, end - i);
+}
+
+/* Map n elements, fewer than a step, with usual stores: from column c on, or of channel c where the period is 0. */
+FBN_APART void NAME(affine_edge)(const fbn_operands *o, int64_t i, int64_t n, int64_t c, int64_t period) {
+    const NAME(parts) p = NAME(any_parts)(o);
+    for (int64_t part, end = i + n; i < end; i += part) {
+        const NAME(constants) k = NAME(constants_at)(o, c, period > 0, p);
+        part = NAME(part_at)(o, i, end);
+        NAME(affine_n)(o, i, part, &k, p, 0);
         if (period) c = NAME(onward)(c, part, period);
     }
+}
+FBN_APART void NAME(grad_affine_edge)(const fbn_operands *o, int64_t i, int64_t n, int64_t c, int64_t period) {
+    const NAME(parts) p = NAME(any_parts)(o);
+    for (int64_t part, end = i + n; i < end; i += part) {
+        const NAME(constants) k = NAME(constants_at)(o, c, period > 0, p);
+        part = NAME(part_at)(o, i, end);
+        NAME(grad_affine_n)(o, i, part, &k, p, 0);
+        if (period) c = NAME(onward)(c, part, period);
+    }
+}
+FBN_INLINE void NAME(map_edge)(const fbn_operands *o, int64_t i, int64_t n, int64_t c, int64_t period, int backward) {
+    if (n == 0) return;
+    if (backward) NAME(grad_affine_edge)(o, i, n, c, period);
+    else NAME(affine_edge)(o, i, n, c, period);
 }
 
 /* Maps so many vectors of columns, from column c on, and fetches the lines that come `ahead` bytes later. */
@@ -161,7 +171,7 @@ FBN_INLINE int64_t NAME(map_pairs)(const fbn_operands *o, const fbn_stretch *s, 
             NAME(affine_n)(&own, second + k, WIDTH, &constants, p, 0);
         }
         for (int64_t at = first; at <= second; at += apart) {
-            if (head) NAME(affine_part)(o, at, head, s->c, 1);
+            NAME(map_edge)(o, at, head, s->c, s->period, 0);
             if (end == n) continue;
             const NAME(constants) constants = NAME(constants_at)(&own, s->c + end, 1, p);
             NAME(affine_n)(&own, at + end, n - end, &constants, p, 0);
@@ -171,10 +181,11 @@ FBN_INLINE int64_t NAME(map_pairs)(const fbn_operands *o, const fbn_stretch *s, 
 }
 
 /* Whether pairs are faster: in the cache, where loads are what takes time, if little is computed. No column may recur
- * in a stretch. */
+ * in a stretch. The baseline's 16-bit conversions take longer than loads, and much code. */
 FBN_INLINE int NAME(has_pairs)(const fbn_operands *o, const fbn_stretch *s) {
+    const int converts = SPLITS_SCALE && sizeof(elem) < sizeof(float);
     const int computes_little = !o->residual && (o->activation == FBN_IDENTITY || o->activation == FBN_RELU);
-    return s->rows > 1 && !o->stream && o->usual && computes_little && s->n <= s->period - s->c;
+    return !converts && s->rows > 1 && !o->stream && o->usual && computes_little && s->n <= s->period - s->c;
 }
 
 /* Returns how many stretches have been mapped: all or all but one. */
