@@ -151,6 +151,45 @@ def test_bits_wherever_dz_is_kept(shape: tuple[int, ...], axis: int, dtype: str)
                 cases.assert_same_bits(gradients(activation, c.dy.copy()), wanted, f"{activation}, {name}, over dy")
 
 
+@pytest.mark.parametrize("dtype", [*cases.DTYPES, "float16"])
+@pytest.mark.parametrize(
+    ("shape", "axis"),
+    [
+        ((5, 13, 7, 7), 1),
+        ((11, 9, 3, 3), 1),
+        ((3, 130, 3, 3), 1),
+        ((2, 3, 600), 1),
+        ((37, 21), -1),
+        ((41, 5), -1),
+        ((9, 1030), -1),
+    ],
+    ids=str,
+)
+def test_results_that_begin_anywhere_in_a_cache_line(shape: tuple[int, ...], axis: int, dtype: str) -> None:
+    """Their lines are written around the cache as far as they are theirs, and what lies beside them stays."""
+    c = call(shape, axis, dtype)
+    given = (c.gamma, c.beta, c.running_mean, c.running_var)
+
+    def results(out: Any) -> Iterator[Any]:
+        yield fastbn.infer(c.x, *given, axis=axis, activation="relu", out=out)
+        y, made = fastbn.forward(c.x, c.gamma, c.beta, axis=axis, out=out)
+        yield y
+        yield fastbn.backward(c.dy, made, out=out).dx
+
+    with fastbn.use_backend("c"), fastbn.use_num_threads(1):
+        use(EXTREME["never streamed"])
+        wanted = [result.copy() for result in results(None)]
+        for name in ("streamed", "streamed, one by one"):
+            use(EXTREME[name])
+            for start in range(64 // c.x.itemsize):
+                room = np.full(c.x.size + 128, 7, c.x.dtype)
+                out = room[start : start + c.x.size].reshape(shape)
+                for result, expected in zip(results(out), wanted, strict=True):
+                    cases.assert_same_bits(result, expected, f"{name}, from element {start} on")
+                    assert (room[:start] == 7).all()
+                    assert (room[start + c.x.size :] == 7).all()
+
+
 def test_bits_of_calls_of_all_kinds() -> None:
     """Those of bits.py: dtypes, activations, residuals, masks, ways and extreme values, all streamed, in 8 streams.
 

@@ -169,6 +169,22 @@ def test_rows_of_one_stream_share_what_is_fetched_ahead(split_c: ct.CDLL, ahead:
             assert maps.run_ahead == run
 
 
+def test_planes_of_a_few_images_are_summed_channel_by_channel(split_c: ct.CDLL) -> None:
+    """Those of 8 images from a size on, which is larger for gradients. The workspace is that of sums of x."""
+
+    def stacks(images: int, inner: int, arrays: int) -> bool:
+        return bool(split_of(split_c, (images, 300, inner), 1, 1 << 20, arrays).stacks)
+
+    for arrays in (1, 2, 3):
+        assert stacks(1, 400, arrays)
+        assert stacks(7, 16, arrays)
+        assert not stacks(7, 15, arrays)
+        assert not stacks(9, 400, arrays)
+        assert stacks(8, 256, arrays)
+    assert [stacks(8, inner, 1) for inner in (63, 64, 255)] == [False, True, True]
+    assert not stacks(8, 255, 2)
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("threads", [1, 2, 1024])
 def test_blocks(split_c: ct.CDLL, shape: tuple[int, int, int], threads: int) -> None:
@@ -226,7 +242,8 @@ def _position(where: np.ndarray[Any, Any], shape: tuple[int, int, int]) -> np.nd
         ((100, 4096, 1), MAPS, 1024),
         ((5000, 3071, 1), REDUCES, 3071),  # written around the cache, and no row is whole cache lines
         ((5000, 3072, 1), REDUCES, 1024),
-        ((5000, 3073, 1), MAPS, 784),
+        ((5000, 8191, 1), MAPS, 8191),
+        ((5000, 8193, 1), MAPS, 912),
     ],
 )
 def test_rows_are_mapped_whole_or_in_panels(
