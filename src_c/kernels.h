@@ -181,6 +181,7 @@ typedef void fbn_fence(void);
 
 typedef struct {
     int first_constant; /* FBN_SCALE_LOW or, where that is not read, the one after it */
+    int fast_parts;     /* storing a part of a vector takes no longer than storing all of it */
     fbn_set_origin *set_origin;
     fbn_get_values *get;
     fbn_blend *blend;

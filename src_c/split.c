@@ -77,10 +77,16 @@ static int64_t block_of(const fbn_split *s, const fbn_machine *machine, int arra
     return smaller(larger(in_steps(in_steps(most, FBN_CHANNEL_PAD), panel), panel), larger(s->channels, 1));
 }
 
+/* Whether rows had better be mapped whole than in panels that begin and end within a cache line: where results are
+ * written around the cache, or parts of vectors are slow to store. */
+static int are_whole(const fbn_split *s, const fbn_problem *p) {
+    const int slow_parts = !p->machine->kernels->of[p->dtype]->fast_parts;
+    return s->rows && s->channels * s->elem % LINE && (s->large || slow_parts);
+}
+
 int64_t fbn_map_panel(const fbn_split *s, int constants) {
     const int64_t most = MAPPED_BYTES / (constants * s->real);
-    const int ragged = s->large && s->channels * s->elem % LINE;
-    const int64_t whole = ragged ? 8 * most : most + most / (s->maps ? 3 : 8);
+    const int64_t whole = s->whole_rows ? 8 * most : most + most / (s->maps ? 3 : 8);
     if (!s->rows) return s->panel;
     if (s->channels <= whole) return s->channels;
     return round_up(divide_up(s->channels, divide_up(s->channels, most)), FBN_CHANNEL_PAD);
@@ -175,6 +181,7 @@ fbn_split fbn_split_of(const fbn_problem *p, int arrays, fbn_kind kind) {
     s.panel = s.rows || !s.columns ? s.block : smaller(panel_of(&s), larger(p->channels, 1));
     s.map_repeat = map_repeat_of(&s);
     s.large = is_large(values * s.elem, p->machine, kind);
+    s.whole_rows = are_whole(&s, p);
     s.map_panel = fbn_map_panel(&s, 4);
     s.shares_channels = p->channels >= CHANNELS_TO_SHARE;
     s.walk = walk_of(&p->machine->habits, s.large, values * s.elem > p->machine->shared_cache / 2, s.columns);

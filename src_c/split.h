@@ -34,6 +34,7 @@ typedef struct {
     int64_t joined;           /* the columns of joined rows, with padding */
     int64_t block, panel;     /* channels in a block, and in a panel */
     int64_t map_panel;        /* channels in a panel that is mapped, if a map reads four constants of each */
+    int whole_rows;           /* rows are mapped whole, even if their constants do not stay in the nearest cache */
     int threads;              /* how many threads have enough work */
     int by_channels;          /* a thread does all steps on one block before it turns to the next */
     int shares_channels;      /* there are so many channels that threads share the work done once per channel */

@@ -16,6 +16,7 @@
 
 static const fbn_dtype_kernels NAME(kernels) = {
     .first_constant = SPLITS_SCALE ? FBN_SCALE_LOW : FBN_SCALE_LOW + 1,
+    .fast_parts = FAST_PARTS,
     .set_origin = NAME(set_origin),
     .get = NAME_OF_REAL(get),
     .blend = NAME_OF_REAL(blend),

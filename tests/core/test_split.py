@@ -15,7 +15,19 @@ SRC_C = cases.CHECKOUT / "src_c"
 pytestmark = pytest.mark.skipif(not SRC_C.is_dir(), reason="src_c is not beside the tests: no checkout")
 
 
-INTS = ("maps", "rows", "columns", "stacks", "stretches", "joins", "threads", "by_channels", "shares_channels", "large")
+INTS = (
+    "maps",
+    "rows",
+    "columns",
+    "stacks",
+    "stretches",
+    "joins",
+    "threads",
+    "by_channels",
+    "shares_channels",
+    "large",
+    "whole_rows",
+)
 MAPS, REDUCES, MASKED = range(3)
 
 
@@ -48,6 +60,7 @@ class Split(ct.Structure):
             "block",
             "panel",
             "map_panel",
+            "whole_rows",
             "threads",
             "by_channels",
             "shares_channels",
@@ -59,6 +72,18 @@ class Split(ct.Structure):
             "run_ahead",
         ]
     )
+
+
+class DtypeKernels(ct.Structure):
+    """The first fields of fbn_dtype_kernels, which are all that a split asks for."""
+
+    _fields_ = (("first_constant", ct.c_int), ("fast_parts", ct.c_int))
+
+
+class Kernels(ct.Structure):
+    """The first fields of fbn_kernels."""
+
+    _fields_ = (("name", ct.c_char_p), ("of", ct.POINTER(ct.POINTER(DtypeKernels))))
 
 
 class Tile(ct.Structure):
@@ -105,8 +130,10 @@ def split_of(
     arrays: int = 1,
     kind: int = REDUCES,
     habits: Any = (),
+    fast_parts: bool = True,
 ) -> Any:
-    machine = c_api.Machine(None, core, 8 << 20, c_api.Habits(*habits))
+    kernels = Kernels(None, (ct.POINTER(DtypeKernels) * 4)(*[ct.pointer(DtypeKernels(0, fast_parts))] * 4))
+    machine = c_api.Machine(ct.addressof(kernels), core, 8 << 20, c_api.Habits(*habits))
     problem = c_api.Problem(ct.pointer(machine), 0, 0, 0.0, *shape, threads)
     return split_c.fbn_split_of(ct.byref(problem), arrays, kind)
 
@@ -250,6 +277,16 @@ def test_rows_are_mapped_whole_or_in_panels(
     split_c: ct.CDLL, shape: tuple[int, int, int], kind: int, most: int
 ) -> None:
     assert split_of(split_c, shape, 1, 1 << 20, kind=kind).map_panel == most
+
+
+def test_ragged_rows_are_mapped_whole_where_parts_of_vectors_are_slow(split_c: ct.CDLL) -> None:
+    """In the cache, too. Rows of whole cache lines, of 16 float32 values, have no such parts."""
+    for fast_parts, wanted in ((True, [592, 1024, 1024, 912]), (False, [1169, 4095, 1024, 912])):
+        found = [
+            split_of(split_c, (20, channels, 1), 1, 1 << 20, fast_parts=fast_parts).map_panel
+            for channels in (1169, 4095, 4096, 8193)
+        ]
+        assert found == wanted
 
 
 @pytest.mark.parametrize(
