@@ -27,7 +27,7 @@ TABLE: dict[Shape, Bounds] = {
     (256, 1024): ANY_OTHER,
     (1, 256, 56, 56): ANY_OTHER,
 }
-"""The bounds of the shapes that are always judged. ANY_OTHER bounds those that `is_bounded` admits."""
+"""The bounds of single shapes. ANY_OTHER bounds all others that `is_bounded` admits."""
 
 LEAST_VALUES, LEAST_OF_CHANNEL, MOST_CHANNELS = 1 << 18, 64, 4096
 
@@ -65,9 +65,14 @@ def is_bounded(shape: Shape) -> bool:
     return values >= max(LEAST_VALUES, LEAST_OF_CHANNEL * channels) and channels <= MOST_CHANNELS
 
 
+def is_plain(row: Row) -> bool:
+    """Whether a row is of what the targets are for: the C backend on one thread, float32, out= and nothing else."""
+    return is_c(row) and row.threads == 1 and row.variant == Variant()
+
+
 def bound(row: Row) -> float | None:
     """The largest ratio to the limit that this row may have, or None."""
-    if not is_c(row) or row.variant != Variant() or row.over_limit is None or not is_bounded(row.shape):
+    if not is_plain(row) or row.over_limit is None or not is_bounded(row.shape):
         return None
     layout = "nchw" if row.layout == "nc" else row.layout
     return TABLE.get(row.shape, ANY_OTHER)[_COLUMNS.get((row.pass_, layout), 4)]
@@ -137,7 +142,7 @@ def _no_faster_peer(rows: list[Row]) -> Iterator[Verdict]:
 
 def _torch(rows: list[Row]) -> Iterator[Verdict]:
     for pass_, least in GEOMETRIC_MEANS.items():
-        fitting = [row for row in rows if row.shape in TABLE and bound(row) and row.pass_ == pass_]
+        fitting = [row for row in rows if is_plain(row) and row.shape in TABLE and row.pass_ == pass_]
         ratios = [row.over["torch reused"] for row in fitting if "torch reused" in row.over]
         if ratios:
             mean = geometric_mean(ratios)

@@ -33,6 +33,8 @@
  * sets with a fused multiply-add therefore give the same bits. */
 enum { FBN_LANES = 16 };
 
+enum { FBN_LINE = 64 }; /* bytes of a cache line */
+
 /* Arrays with a value per channel or per column have room for this many values more, so that kernels may load and store
  * whole vectors. */
 enum { FBN_CHANNEL_PAD = 16 };

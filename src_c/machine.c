@@ -190,8 +190,9 @@ int64_t fbn_cache_bytes(int level) {
     return believed ? believed : fbn_believed_cache(level, &last, 1);
 }
 
-/* By measurement on AMD's Zen 4 and Zen 3. The latter, without AVX-512, reads several streams no faster than one, and
- * gains earlier by writing around the cache. Others get the defaults, which were chosen on Intel's Ice Lake. */
+/* By measurement on AMD's Zen 4 and Zen 3. The latter reads several streams no faster than one, and gains earlier by
+ * writing around the cache; so may older ones, which have no AVX-512 either. Others get the defaults, which were chosen
+ * on Intel's Ice Lake. */
 static fbn_habits habits_of_processor(const fbn_kernels *best) {
     fbn_habits amd = {.streams = 8, .row_streams = 3, .turn = 512, .ahead = 3072, .stream_from = 6 << 20};
     if (!fbn_is_amd()) return (fbn_habits){0, 0, 0, 0, 0, 0};

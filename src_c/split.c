@@ -10,7 +10,7 @@ enum {
     SEGMENTS_MOST = 64, /* the most channels-last segments */
     SMALL_PLANE = 512,  /* planes of fewer elements are taken as columns */
     LARGE_STACK = 64,   /* planes of so many elements are summed channel by channel if there are FBN_ROWS images, ... */
-    LARGE_STACKS = 256, /* ... and those of so many where more than x is read */
+    LARGE_STACKS = 256, /* ... and those of so many in calls that read more than x */
     LEAST_JOINED = 40,  /* planes of so many elements are mapped joined: most vectors lie within one */
     STRETCH = 4096,     /* the elements of a unit of joined planes */
     SMALL_PLANES = 64,  /* the least small planes of a channel that are mapped at a time */
@@ -21,7 +21,7 @@ enum {
     CHUNK = 1 << 18,           /* bytes of rows that are mapped at a time, on the way from the end backwards */
     LARGE_CHUNK = 1 << 22,     /* the same where memory, not a cache, is read: changes of direction are slow there */
     CHANNELS_TO_SHARE = 16384, /* from so many channels on, threads share what is done once per channel */
-    PART_OF_CACHE = 8,         /* a result larger than this part of the shared cache is written around it */
+    PART_OF_CACHE = 8,         /* a result larger than this part of the shared cache is large */
     LONGEST_TURN = 1 << 20     /* bytes */
 };
 
@@ -89,7 +89,7 @@ int64_t fbn_map_panel(const fbn_split *s, int constants) {
     const int64_t whole = s->whole_rows ? 8 * most : most + most / (s->maps ? 3 : 8);
     if (!s->rows) return s->panel;
     if (s->channels <= whole) return s->channels;
-    return round_up(divide_up(s->channels, divide_up(s->channels, most)), FBN_CHANNEL_PAD);
+    return round_up(divide_up(s->channels, divide_up(s->channels, most)), larger(FBN_CHANNEL_PAD, LINE / s->elem));
 }
 
 /* Going block by block saves memory traffic, but the blocks must divide well among the threads: at most two sevenths of
@@ -145,9 +145,9 @@ static fbn_walk walk_of(const fbn_habits *h, int large, int beyond_cache, int co
                       .run_ahead = large && h->row_streams == 1 ? ahead_of(h, columns) : 0};
 }
 
-/* Whether a result of so many bytes is written around the cache. That saves the read of each line that is written, but
- * drops from the cache what could have stayed there. A call that only maps reads nothing twice, so that the cache holds
- * half as large a result again. */
+/* Whether a result of so many bytes is written around the cache, unless it replaces an input. That saves the read of
+ * each line that is written, but drops from the cache what could have stayed there. A call that only maps reads nothing
+ * twice, so that the cache holds half as large a result again. */
 static int is_large(int64_t result, const fbn_machine *machine, fbn_kind kind) {
     const int64_t from = machine->habits.stream_from, bytes = kind == FBN_MAPS ? result / 3 * 2 : result;
     return from ? from > 0 && bytes >= from : bytes > machine->shared_cache / PART_OF_CACHE;

@@ -38,7 +38,7 @@ typedef struct {
     int threads;              /* how many threads have enough work */
     int by_channels;          /* a thread does all steps on one block before it turns to the next */
     int shares_channels;      /* there are so many channels that threads share the work done once per channel */
-    int large;                /* a result is so large that it is written around the cache */
+    int large; /* a result is so large that it is written around the cache, unless it replaces an input */
     fbn_walk walk;
 } fbn_split;
 
@@ -62,7 +62,7 @@ int64_t fbn_columns(const fbn_split *split, int64_t channels);
 
 /* The channels in a panel that is mapped by so many constants of each. Those of rows stay in the nearest cache. Since
  * whole rows are one run, which is faster than panels, rows with a few more constants are not cut, nor are longer ones
- * where panels would write parts of cache lines around the cache. */
+ * that are `whole_rows`. */
 int64_t fbn_map_panel(const fbn_split *split, int constants);
 
 /* The bytes of a block of channels, of all units. */

@@ -32,9 +32,7 @@ static char *dz_of(const fbn_job *j, const fbn_tile *t, const fbn_panel *panel) 
 
 /* Whether the result is written around the cache. One that replaces an input is not, however large: its cache lines
  * have been read anyway. */
-static int is_written_around(const fbn_job *j) {
-    return j->split.large && j->result != j->x && j->result != j->dy && j->result != j->residual;
-}
+static int is_written_around(const fbn_job *j) { return j->split.large && j->result != j->x && j->result != j->dy; }
 
 static fbn_operands operands_of(const fbn_job *j, const fbn_tile *t, const fbn_panel *panel) {
     const int64_t skip = bytes_to(j, t, panel->c0);

@@ -54,8 +54,7 @@ FBN_INLINE void NAME(map_n)(const fbn_operands *o, int64_t i, int64_t n, const N
  * Such loops are compiled for either kind of store and take two vectors at a time. Vectors of a whole cache line gain
  * nothing by it (Zen 4); other dtypes are left out since the library would be larger. */
 FBN_INLINE int NAME(is_light)(NAME(parts) p) {
-    enum { LINE = 64 };
-    const int is_float = sizeof(elem) == sizeof(float) && WIDTH * (int)sizeof(elem) < LINE && !SPLITS_SCALE;
+    const int is_float = sizeof(elem) == sizeof(float) && WIDTH * (int)sizeof(elem) < FBN_LINE && !SPLITS_SCALE;
     return is_float && p.usual && !p.has_residual && (p.activation == FBN_IDENTITY || p.activation == FBN_RELU);
 }
 
@@ -70,8 +69,8 @@ FBN_INLINE fbn_operands NAME(with_stream)(const fbn_operands *o, int stream) {
 /* The elements that are written together, a power of two: a vector, or a cache line where results are written around
  * the cache, since writing a part of a line there is slow. */
 FBN_INLINE int64_t NAME(step_of)(int stream) {
-    enum { OF_LINE = 64 / sizeof(elem) };
-    return stream && OF_LINE > WIDTH ? OF_LINE : WIDTH;
+    const int of_line = FBN_LINE / (int)sizeof(elem);
+    return STREAMS && stream && of_line > WIDTH ? of_line : WIDTH;
 }
 
 /* The number of elements from element i of the result to the next multiple of a step. */
@@ -119,11 +118,7 @@ FBN_INLINE void NAME(map_edge)(const fbn_operands *o, int64_t i, int64_t n, int6
 /* Maps so many vectors of columns, from column c on, and fetches the lines that come `ahead` bytes later. */
 FBN_INLINE void NAME(map_vectors)(const fbn_operands *o, int64_t i, int64_t c, int vectors, int64_t ahead,
                                   NAME(parts) p, int backward) {
-    enum { LINE = 64 };
-    for (int64_t b = ahead; b < ahead + vectors * WIDTH * (int)sizeof(elem); b += LINE) {
-        prefetch((const char *)((const elem *)o->x + i) + b);
-        if (backward) prefetch((const char *)((const elem *)o->dy + i) + b);
-    }
+    NAME(fetch)(o, i, vectors, ahead, backward);
     for (int j = 0; j < vectors; j++) {
         const NAME(constants) k = NAME(constants_at)(o, c + j * WIDTH, 1, p);
         NAME(map_n)(o, i + j * WIDTH, WIDTH, &k, p, backward);

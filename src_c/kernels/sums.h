@@ -87,7 +87,6 @@ FBN_INLINE void NAME(sum_plane)(const fbn_operands *o, const fbn_stretch *s, NAM
  * columns. Two have twice as many sums that do not wait for each other. */
 FBN_INLINE void NAME(sum_vectors)(const fbn_operands *o, const fbn_stretch *s, int64_t c, int vectors, int64_t n,
                                   vec fill, int64_t rows, NAME(parts) p, int backward) {
-    enum { LINE = 64 };
     wide origin[2], sum[2], other[2];
     NAME(constants) k[2];
     for (int j = 0; j < vectors; j++) {
@@ -97,10 +96,7 @@ FBN_INLINE void NAME(sum_vectors)(const fbn_operands *o, const fbn_stretch *s, i
         other[j] = wget(s->others + c + j * WIDTH);
     }
     for (int64_t r = 0, i = s->at + c; r < rows; r++, i += s->apart) {
-        for (int64_t b = o->walk.ahead; b < o->walk.ahead + vectors * WIDTH * (int)sizeof(elem); b += LINE) {
-            prefetch((const char *)((const elem *)o->x + i) + b);
-            if (backward) prefetch((const char *)((const elem *)o->dy + i) + b);
-        }
+        NAME(fetch)(o, i, vectors, o->walk.ahead, backward);
         for (int j = 0; j < vectors; j++)
             NAME(sum_n)(o, i + j * WIDTH, n, &k[j], origin[j], fill, p, backward, &sum[j], &other[j]);
     }
@@ -129,7 +125,7 @@ FBN_INLINE void NAME(sum_columns)(const fbn_operands *o, const fbn_stretch *s, N
     const fbn_operands own = *o; /* no store can change it, so loops need not read it again */
     const fbn_stretch stretch = *s;
     int64_t c = 0;
-    const int both = WIDTH < FBN_LANES && p.activation == FBN_IDENTITY; /* others need too many registers */
+    const int both = (int)WIDTH < FBN_LANES && p.activation == FBN_IDENTITY; /* others need too many registers */
     for (; both && c + 2 * WIDTH <= stretch.n; c += 2 * WIDTH)
         NAME(sum_vectors)(&own, &stretch, c, 2, WIDTH, vset(0), stretch.rows, p, backward);
     for (; c + WIDTH <= stretch.n; c += WIDTH)

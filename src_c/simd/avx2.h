@@ -71,7 +71,7 @@ FBN_INLINE f64_vec f64_sums(const f64_vec *a) {
 
 /* float32 */
 typedef __m256 f32_vec;
-enum { F32_WIDTH = 8, F32_SPLITS_B = 0, FAST_PARTS = 0 };
+enum { F32_WIDTH = 8, F32_SPLITS_B = 0, FAST_PARTS = 0, STREAMS = 1 };
 
 FBN_INLINE __m256i f32_first(int64_t n) {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32((int)n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));

@@ -63,7 +63,7 @@ FBN_INLINE f64_vec f64_sums(const f64_vec *a) {
 
 /* float32 */
 typedef __m512 f32_vec;
-enum { F32_WIDTH = 16, F32_SPLITS_B = 0, FAST_PARTS = 1 };
+enum { F32_WIDTH = 16, F32_SPLITS_B = 0, FAST_PARTS = 1, STREAMS = 1 };
 
 FBN_INLINE __mmask16 f32_first(int64_t n) { return (__mmask16)((1u << n) - 1u); }
 FBN_INLINE f32_vec f32_set(float s) { return _mm512_set1_ps(s); }

@@ -6,7 +6,7 @@
  *   T_load(p), T_store    T_WIDTH elements, any alignment
  *   T_load_n(p, n, fill)  the first n elements, 0 <= n <= T_WIDTH, and fill in the other lanes; touches no other memory
  *   T_store_n(p, a, n)    writes the first n lanes only. FAST_PARTS: whether it takes no longer than T_store
- *   T_stream(p, a)        T_store, around the cache if the processor can; p is aligned to the vector's size
+ *   T_stream(p, a)        T_store, around the cache if the processor can (STREAMS); p is aligned to the vector's size
  *   T_join(a, b, n)       the first n lanes of a, then those of b
  *   T_add, T_mul, T_sub   lane by lane
  *   T_fma(a, b, c)        a * b + c, rounded once. Here float32 is computed in float64, where the product is exact, and
@@ -96,7 +96,7 @@ static inline f32_vec f32_both(f32_half lo, f32_half hi) {
 }
 #endif
 
-enum { F64_SPLITS_B = 0, F32_SPLITS_B = 1, FAST_PARTS = 0 };
+enum { F64_SPLITS_B = 0, F32_SPLITS_B = 1, FAST_PARTS = 0, STREAMS = 0 };
 
 /* float64 */
 static inline f64_lanes f64_bits(f64_vec a) {

@@ -68,7 +68,7 @@ FBN_INLINE f64_vec f64_sums(const f64_vec *a) { return vpaddq_f64(a[0], a[1]); }
 
 /* float32 */
 typedef float32x4_t f32_vec;
-enum { F32_WIDTH = 4, F32_SPLITS_B = 0, FAST_PARTS = 0 };
+enum { F32_WIDTH = 4, F32_SPLITS_B = 0, FAST_PARTS = 0, STREAMS = 0 };
 
 FBN_INLINE f32_vec f32_set(float s) { return vdupq_n_f32(s); }
 FBN_INLINE double f32_value(const float *p) { return *p; }

@@ -262,7 +262,7 @@ def test_numpys_rows_agree_with_fastbn(pass_, layout):
 @pytest.mark.parametrize("title", ["PyTorch", "oneDNN", "ONNX Runtime"])
 @pytest.mark.parametrize("layout", problem.LAYOUTS)
 def test_installed_peers_agree_with_fastbn(title, layout):
-    """A channel count that is no multiple of 16 has oneDNN's blocked layout pad."""
+    """A channel count that is no multiple of 8 or 16 has oneDNN's blocked layout pad."""
     name = next(name for name, entry in rivals.ENTRIES.items() if entry.title == title)
     loaded = rivals.load([name])
     if loaded.missing:

@@ -151,7 +151,7 @@ def test_bits_wherever_dz_is_kept(shape: tuple[int, ...], axis: int, dtype: str)
                 cases.assert_same_bits(gradients(activation, c.dy.copy()), wanted, f"{activation}, {name}, over dy")
 
 
-@pytest.mark.parametrize("dtype", [*cases.DTYPES, "float16"])
+@pytest.mark.parametrize("dtype", [*cases.DTYPES, *cases.HALVES])
 @pytest.mark.parametrize(
     ("shape", "axis"),
     [
@@ -172,9 +172,16 @@ def test_results_that_begin_anywhere_in_a_cache_line(shape: tuple[int, ...], axi
 
     def results(out: Any) -> Iterator[Any]:
         yield fastbn.infer(c.x, *given, axis=axis, activation="relu", out=out)
-        y, made = fastbn.forward(c.x, c.gamma, c.beta, axis=axis, out=out)
-        yield y
-        yield fastbn.backward(c.dy, made, out=out).dx
+        for options in ({}, {"activation": "relu", "residual": c.residual, "mask": mask_of(shape, axis)}):
+            y, made = fastbn.forward(c.x, c.gamma, c.beta, axis=axis, out=out, **options)
+            yield y
+            gradients = fastbn.backward(c.dy, made, out=out)
+            yield gradients.dx
+            if options:
+                yield gradients.dresidual
+        in_place = np.empty_like(c.x) if out is None else out
+        in_place[...] = c.x
+        yield fastbn.infer(in_place, *given, axis=axis, out=in_place)
 
     with fastbn.use_backend("c"), fastbn.use_num_threads(1):
         use(EXTREME["never streamed"])

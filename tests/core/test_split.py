@@ -131,10 +131,11 @@ def split_of(
     kind: int = REDUCES,
     habits: Any = (),
     fast_parts: bool = True,
+    dtype: int = 0,
 ) -> Any:
     kernels = Kernels(None, (ct.POINTER(DtypeKernels) * 4)(*[ct.pointer(DtypeKernels(0, fast_parts))] * 4))
     machine = c_api.Machine(ct.addressof(kernels), core, 8 << 20, c_api.Habits(*habits))
-    problem = c_api.Problem(ct.pointer(machine), 0, 0, 0.0, *shape, threads)
+    problem = c_api.Problem(ct.pointer(machine), dtype, 0, 0.0, *shape, threads)
     return split_c.fbn_split_of(ct.byref(problem), arrays, kind)
 
 
@@ -277,6 +278,11 @@ def test_rows_are_mapped_whole_or_in_panels(
     split_c: ct.CDLL, shape: tuple[int, int, int], kind: int, most: int
 ) -> None:
     assert split_of(split_c, shape, 1, 1 << 20, kind=kind).map_panel == most
+
+
+def test_panels_of_16_bit_rows_are_whole_cache_lines(split_c: ct.CDLL) -> None:
+    """47 lines of float16 are not two panels of 23 and a half."""
+    assert split_of(split_c, (100, 1504, 1), 1, 1 << 20, dtype=2).map_panel == 768
 
 
 def test_ragged_rows_are_mapped_whole_where_parts_of_vectors_are_slow(split_c: ct.CDLL) -> None:
