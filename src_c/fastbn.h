@@ -88,7 +88,7 @@ typedef enum {
 typedef struct fbn_kernels fbn_kernels;
 
 /* How this machine's memory is used best. A field that is 0 stands for fastbn's default. No bit of a result depends on
- * them, and any number is valid. */
+ * them, but for the sign and payload of a NaN, and any number is valid. */
 typedef struct {
     int64_t streams;     /* planes and arrays that are far apart and read in turns, at most 8 planes at once */
     int64_t row_streams; /* the same for rows and small planes */
