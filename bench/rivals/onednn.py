@@ -77,7 +77,7 @@ class _Plain:
 
 
 def _block() -> int:
-    """The channels of a block for which oneDNN has fast loops on this processor: a vector of AVX-512, or of AVX2."""
+    """The channels of a block for which oneDNN has fast loops on this processor: one vector of AVX-512 or AVX2."""
     usable = getattr(select("c"), "isas", tuple)() if "c" in fastbn.backends() else ()
     return 16 if "avx512" in usable else 8
 

@@ -90,24 +90,23 @@ FBN_INLINE int64_t NAME(part_at)(const fbn_operands *o, int64_t i, int64_t end) 
     return NAME(least)(to_next ? to_next : WIDTH, end - i);
 }
 
-/* Map n elements, fewer than a step, with usual stores: from column c on, or of channel c where the period is 0. */
-FBN_APART void NAME(affine_edge)(const fbn_operands *o, int64_t i, int64_t n, int64_t c, int64_t period) {
+/* Maps n elements, fewer than a step, with usual stores: from column c on, or of channel c where the period is 0. One
+ * function for either direction serves every call. */
+FBN_INLINE void NAME(map_parts)(const fbn_operands *o, int64_t i, int64_t n, int64_t c, int64_t period, int backward) {
     const NAME(parts) p = NAME(any_parts)(o);
     for (int64_t part, end = i + n; i < end; i += part) {
         const NAME(constants) k = NAME(constants_at)(o, c, period > 0, p);
         part = NAME(part_at)(o, i, end);
-        NAME(affine_n)(o, i, part, &k, p, 0);
+        if (backward) NAME(grad_affine_n)(o, i, part, &k, p, 0);
+        else NAME(affine_n)(o, i, part, &k, p, 0);
         if (period) c = NAME(onward)(c, part, period);
     }
 }
+FBN_APART void NAME(affine_edge)(const fbn_operands *o, int64_t i, int64_t n, int64_t c, int64_t period) {
+    NAME(map_parts)(o, i, n, c, period, 0);
+}
 FBN_APART void NAME(grad_affine_edge)(const fbn_operands *o, int64_t i, int64_t n, int64_t c, int64_t period) {
-    const NAME(parts) p = NAME(any_parts)(o);
-    for (int64_t part, end = i + n; i < end; i += part) {
-        const NAME(constants) k = NAME(constants_at)(o, c, period > 0, p);
-        part = NAME(part_at)(o, i, end);
-        NAME(grad_affine_n)(o, i, part, &k, p, 0);
-        if (period) c = NAME(onward)(c, part, period);
-    }
+    NAME(map_parts)(o, i, n, c, period, 1);
 }
 FBN_INLINE void NAME(map_edge)(const fbn_operands *o, int64_t i, int64_t n, int64_t c, int64_t period, int backward) {
     if (n == 0) return;

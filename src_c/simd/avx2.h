@@ -84,7 +84,7 @@ FBN_INLINE f32_vec f32_load_n(const float *p, int64_t n, f32_vec fill) {
     return _mm256_blendv_ps(fill, _mm256_maskload_ps(p, first), _mm256_castsi256_ps(first));
 }
 FBN_INLINE void f32_store(float *p, f32_vec a) { _mm256_storeu_ps(p, a); }
-/* By halves, since a masked store takes longer than all the others together (Zen). */
+/* In halves: a masked store takes longer than all of these together (Zen 3). */
 FBN_INLINE void f32_store_n(float *p, f32_vec a, int64_t n) {
     __m128 rest = _mm256_castps256_ps128(a);
     if (n >= F32_WIDTH) {
