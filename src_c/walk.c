@@ -90,9 +90,9 @@ void fbn_map_planes(fbn_loop *loop, const fbn_operands *o, int64_t elem, fbn_pla
     const int64_t streams = streams_of_planes(o, &p, p.apart * elem % LINE ? 1 : p.images);
     const int64_t turn = turn_of(o, elem, streams, p.inner);
     const int64_t together = streams > 1 || p.dz_step || o->stream ? streams : p.images;
-    for (int64_t c = 0; c < p.channels; c++) {
-        const int64_t start = c * p.step, first = first_turn(o, elem, start, turn);
-        for (int64_t image = 0; image < p.images; image += together) {
+    for (int64_t image = 0; image < p.images; image += together) {
+        for (int64_t c = 0; c < p.channels; c++) { /* adjacent planes follow each other */
+            const int64_t start = c * p.step, first = first_turn(o, elem, start, turn);
             fbn_operands operands = with_dz(o, elem, &p, c, image);
             if (p.dz_step) operands.dy = operands.dz;
             for (int64_t i = 0, n = smaller(first, p.inner); i < p.inner; i += n, n = smaller(turn, p.inner - i))

@@ -6,6 +6,7 @@
 #define vec f32_vec
 #define WIDTH F32_WIDTH
 #define SPLITS_SCALE F32_SPLITS_B
+#define WIDENS 1
 #define SUMS "../kernels/widened_sums.h"
 #define value_of bf16_value
 #define vset f32_set
@@ -15,6 +16,10 @@
 #define vstore_n bf16_store_n
 #define vstream bf16_stream
 #define vget f32_load
+#ifdef BF16_MIXES_TWO
+#define vload_two bf16_load_two
+#define vstore_two bf16_store_two
+#endif
 #define vjoin f32_join
 #define vadd f32_add
 #define vsub f32_sub
@@ -33,3 +38,13 @@
 #define vmuladd f32_muladd
 #define vrelu f32_relu
 #define vkeep_if_positive f32_keep_if_positive
+#define wide f32_wide
+#define wset f32_wide_set
+#define wadd f32_wide_add
+#define wsub f32_wide_sub
+#define wfma f32_wide_fma
+#define wkeep_if_positive f32_wide_keep_if_positive
+#define widen f32_widen
+#define wload bf16_wide_load
+#define wget f32_wide_get
+#define wput f32_wide_put

@@ -6,6 +6,7 @@
 #define vec f32_vec
 #define WIDTH F32_WIDTH
 #define SPLITS_SCALE F32_SPLITS_B
+#define WIDENS 1
 #define SUMS "../kernels/widened_sums.h"
 #define value_of f16_value
 #define vset f32_set
@@ -33,3 +34,13 @@
 #define vmuladd f32_muladd
 #define vrelu f32_relu
 #define vkeep_if_positive f32_keep_if_positive
+#define wide f32_wide
+#define wset f32_wide_set
+#define wadd f32_wide_add
+#define wsub f32_wide_sub
+#define wfma f32_wide_fma
+#define wkeep_if_positive f32_wide_keep_if_positive
+#define widen f32_widen
+#define wload f16_wide_load
+#define wget f32_wide_get
+#define wput f32_wide_put

@@ -6,7 +6,8 @@
 #define vec f32_vec
 #define WIDTH F32_WIDTH
 #define SPLITS_SCALE F32_SPLITS_B
-#define SUMS "../kernels/sums.h"
+#define WIDENS 0
+#define SUMS "../kernels/float_sums.h"
 #define value_of f32_value
 #define vset f32_set
 #define vload f32_load

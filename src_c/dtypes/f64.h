@@ -6,7 +6,8 @@
 #define vec f64_vec
 #define WIDTH F64_WIDTH
 #define SPLITS_SCALE F64_SPLITS_B
-#define SUMS "../kernels/sums.h"
+#define WIDENS 0
+#define SUMS "../kernels/float_sums.h"
 #define value_of f64_value
 #define vset f64_set
 #define vload f64_load

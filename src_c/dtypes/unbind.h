@@ -6,6 +6,7 @@
 #undef vec
 #undef WIDTH
 #undef SPLITS_SCALE
+#undef WIDENS
 #undef SUMS
 #undef value_of
 #undef vset
@@ -15,6 +16,8 @@
 #undef vstore_n
 #undef vstream
 #undef vget
+#undef vload_two
+#undef vstore_two
 #undef vjoin
 #undef vadd
 #undef vsub

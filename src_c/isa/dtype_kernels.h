@@ -10,6 +10,8 @@
 
 #include "../kernels/gradients.h"
 
+#include "../kernels/sums.h"
+
 #include SUMS
 
 #include "../kernels/map.h"

@@ -64,6 +64,23 @@ FBN_INLINE void NAME(put)(elem *to, vec v, int64_t n, int stream) {
     else vstore(to, v);
 }
 
+/* Two vectors of adjacent elements. Where it is faster their lanes are mixed, which makes no difference if all elements
+ * have the same constants. */
+FBN_INLINE void NAME(load_two)(const elem *p, vec *to) {
+#ifdef vload_two
+    vload_two(p, to);
+#else
+    for (int j = 0; j < 2; j++) to[j] = vload(p + j * WIDTH);
+#endif
+}
+FBN_INLINE void NAME(put_two)(elem *to, const vec *v, int stream) {
+#ifdef vstore_two
+    vstore_two(to, v, stream);
+#else
+    for (int j = 0; j < 2; j++) NAME(put)(to + j * WIDTH, v[j], WIDTH, stream);
+#endif
+}
+
 FBN_INLINE int64_t NAME(least)(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* Fetches the lines that lie so many bytes behind some vectors of x, and of dy. */

@@ -13,20 +13,19 @@ FBN_INLINE void NAME(affine_n)(const fbn_operands *o, int64_t i, int64_t n, cons
     NAME(put)((elem *)o->out + i, NAME(affine_of)(o, i, n, k, p), n, stream);
 }
 
+/* dx. Where products are rounded, too, each term passes four roundings at most: 2 epsilon of the sum of the terms. */
+FBN_INLINE vec NAME(dx_of)(vec dz, vec x, const NAME(constants) * k, NAME(parts) p) {
+    const vec of_dy = p.frozen ? vmul(k->on_dy, dz) : vmuladd(k->on_dy, dz, k->constant);
+    const vec d = p.frozen ? of_dy : vmuladd(k->on_x, NAME(centre)(x, k, p), of_dy);
+    return p.usual ? d : vmul(d, k->postscale);
+}
+
 /* dx of n <= WIDTH elements from element i on, and *dz. */
 FBN_INLINE vec NAME(grad_affine_of)(const fbn_operands *o, int64_t i, int64_t n, const NAME(constants) * k,
                                     NAME(parts) p, vec *dz) {
     const elem *x = (const elem *)o->x + i, *residual = p.has_residual ? (const elem *)o->residual + i : x;
-    vec d;
     *dz = NAME(dz_at)((const elem *)o->dy + i, x, residual, n, k, p);
-    if (p.frozen) d = vmul(k->on_dy, *dz);
-    else {
-        const vec centred = NAME(centre)(NAME(x_at)(x, residual, n, k, p), k, p);
-        /* Where products are rounded, too, each term passes four roundings at most: 2 epsilon of the sum of the terms.
-         */
-        d = vmuladd(k->on_x, centred, vmuladd(k->on_dy, *dz, k->constant));
-    }
-    if (!p.usual) d = vmul(d, k->postscale);
+    vec d = NAME(dx_of)(*dz, p.frozen ? vset(0) : NAME(x_at)(x, residual, n, k, p), k, p);
     if (p.activation & FBN_OUTSIDE) {
         const vec size = NAME(size_at)((const elem *)o->dy + i, n);
         *dz = vkeep_if_positive(size, *dz);
@@ -55,7 +54,8 @@ FBN_INLINE void NAME(map_n)(const fbn_operands *o, int64_t i, int64_t n, const N
  * nothing by it (Zen 4); other dtypes are left out since the library would be larger. */
 FBN_INLINE int NAME(is_light)(NAME(parts) p) {
     const int is_float = sizeof(elem) == sizeof(float) && WIDTH * (int)sizeof(elem) < FBN_LINE && !SPLITS_SCALE;
-    return is_float && p.usual && !p.has_residual && (p.activation == FBN_IDENTITY || p.activation == FBN_RELU);
+    const int has_loops = is_float || (LIGHT_HALVES && sizeof(elem) < sizeof(float));
+    return has_loops && p.usual && !p.has_residual && (p.activation == FBN_IDENTITY || p.activation == FBN_RELU);
 }
 
 /* What a map works on, in a copy that no store can change, so that loops need not read it again. Where `stream` is a
@@ -112,6 +112,20 @@ FBN_INLINE void NAME(map_edge)(const fbn_operands *o, int64_t i, int64_t n, int6
     if (n == 0) return;
     if (backward) NAME(grad_affine_edge)(o, i, n, c, period);
     else NAME(affine_edge)(o, i, n, c, period);
+}
+
+/* Maps two vectors of one channel in a light loop. */
+FBN_INLINE void NAME(map_two)(const fbn_operands *o, int64_t i, const NAME(constants) * k, NAME(parts) p,
+                              int backward) {
+    vec x[2], dy[2], out[2];
+    NAME(load_two)((const elem *)o->x + i, x);
+    if (backward) NAME(load_two)((const elem *)o->dy + i, dy);
+    for (int j = 0; j < 2; j++) {
+        const vec z = NAME(preactivation)(x[j], vset(0), k, p);
+        if (!backward) out[j] = NAME(activate)(z, k->slope, p.activation);
+        else out[j] = NAME(dx_of)(NAME(activation_gradient)(dy[j], z, k->slope, p.activation), x[j], k, p);
+    }
+    NAME(put_two)((elem *)o->out + i, out, o->stream);
 }
 
 /* Maps so many vectors of columns, from column c on, and fetches the lines that come `ahead` bytes later. */
@@ -196,8 +210,10 @@ FBN_INLINE int64_t NAME(affine_pairs)(const fbn_operands *o, const fbn_stretch *
 FBN_INLINE void NAME(map_whole)(const fbn_operands *o, int64_t i, int64_t n, const NAME(constants) * k, NAME(parts) p,
                                 int backward) {
     int64_t m = 0;
-    for (; NAME(is_light)(p) && m + 2 * WIDTH <= n; m += 2 * WIDTH)
-        for (int j = 0; j < 2; j++) NAME(map_n)(o, i + m + j * WIDTH, WIDTH, k, p, backward);
+    for (; NAME(is_light)(p) && m + 2 * WIDTH <= n; m += 2 * WIDTH) {
+        if (sizeof(elem) < sizeof(float)) NAME(fetch)(o, i + m, 2, o->walk.ahead, backward);
+        NAME(map_two)(o, i + m, k, p, backward);
+    }
     for (; m < n; m += WIDTH) NAME(map_n)(o, i + m, WIDTH, k, p, backward);
 }
 
@@ -265,6 +281,55 @@ FBN_INLINE void NAME(map_joined)(const fbn_operands *o, const fbn_stretch *s, NA
     else NAME(map_joined_as)(o, s, p, backward, 0);
 }
 
+/* ---- 16-bit values by the loops of float32 ---- */
+
+#if WIDENS
+/* Rounds n values, and writes the whole cache lines among them around the cache if `stream`. */
+FBN_INLINE void NAME(narrow_part)(const float *from, int64_t n, elem *to, int stream) {
+    for (int64_t i = 0; i < n; i += WIDTH) NAME(put)(to + i, vget(from + i), NAME(least)(n - i, WIDTH), stream);
+}
+FBN_INLINE void NAME(narrow)(const float *from, const fbn_operands *o, int64_t i, int64_t n) {
+    const int64_t step = NAME(step_of)(o->stream), head = NAME(least)(NAME(misaligned)(o, i, step), n);
+    const int64_t end = head + ((n - head) & -step);
+    elem *to = (elem *)o->out + i;
+    NAME(narrow_part)(from, head, to, 0);
+    NAME(narrow_part)(from + head, end - head, to + head, o->stream);
+    NAME(narrow_part)(from + end, n - end, to + end, 0);
+}
+
+/* Maps stretches in pieces that stay in the nearest cache, where they are widened, mapped and rounded. All pieces of a
+ * row but the first begin with a cache line. */
+FBN_APART void NAME(map_pieces)(const fbn_operands *o, const fbn_stretch *s, fbn_loop *loop) {
+    enum { OF_LINE = FBN_LINE / sizeof(elem), ROOM = NAME(PIECE) + FBN_LANES };
+    _Alignas(64) float x[ROOM], dy[ROOM], residual[ROOM];
+    const int64_t ahead = o->walk.ahead;
+    fbn_operands own = *o;
+    fbn_stretch piece = *s;
+    own.x = x;
+    own.dy = dy;
+    own.out = o->dy ? dy : x;
+    own.residual = o->residual ? residual : NULL;
+    own.dresidual = residual; /* elements of either are read before they are written */
+    own.stream = 0;
+    piece.at = 0;
+    piece.rows = 1;
+    piece.ahead = 0;
+    for (int64_t row = 0; row < s->rows; row++) {
+        const int64_t at = s->at + row * s->apart, end = at + s->n;
+        for (int64_t i = at; i < end; i += piece.n) {
+            piece.n = NAME(least)(NAME(PIECE) - OF_LINE + NAME(misaligned)(o, i, OF_LINE), end - i);
+            piece.c = s->period ? (s->c + i - at) % s->period : s->c;
+            NAME(widen)((const elem *)o->x + i, piece.n, ahead, x);
+            if (o->dy) NAME(widen)((const elem *)o->dy + i, piece.n, ahead, dy);
+            if (o->residual) NAME(widen)((const elem *)o->residual + i, piece.n, ahead, residual);
+            loop(&own, &piece);
+            NAME(narrow)(own.out, o, i, piece.n);
+            if (o->dy && o->residual) NAME(narrow_part)(residual, piece.n, (elem *)o->dresidual + i, 0);
+        }
+    }
+}
+#endif
+
 /* ---- which loop serves a call ---- */
 
 FBN_INLINE void NAME(map_to)(const fbn_operands *o, const fbn_stretch *s, int columns, int backward, NAME(parts) p,
@@ -277,6 +342,26 @@ FBN_INLINE void NAME(map_as)(const fbn_operands *o, const fbn_stretch *s, int co
     else if (o->stream) NAME(map_to)(o, s, columns, backward, p, 1);
     else NAME(map_to)(o, s, columns, backward, p, 0);
 }
+
+/* The SiLU and the sigmoid, whose code is long, are not compiled for 16-bit values. */
+#if WIDENS
+FBN_INLINE void NAME(map_heavy)(const fbn_operands *o, const fbn_stretch *s, int columns, int backward, NAME(parts) p) {
+    (void)p;
+    if (backward) NAME(map_pieces)(o, s, columns ? NAME_OF_REAL(grad_affine_columns) : NAME_OF_REAL(grad_affine_plane));
+    else NAME(map_pieces)(o, s, columns ? NAME_OF_REAL(affine_columns) : NAME_OF_REAL(affine_plane));
+}
+FBN_INLINE void NAME(map_joined_heavy)(const fbn_operands *o, const fbn_stretch *s, NAME(parts) p) {
+    (void)p;
+    NAME(map_pieces)(o, s, NAME_OF_REAL(affine_joined));
+}
+#else
+FBN_INLINE void NAME(map_heavy)(const fbn_operands *o, const fbn_stretch *s, int columns, int backward, NAME(parts) p) {
+    NAME(map_as)(o, s, columns, backward, p);
+}
+FBN_INLINE void NAME(map_joined_heavy)(const fbn_operands *o, const fbn_stretch *s, NAME(parts) p) {
+    NAME(map_joined)(o, s, p, 0);
+}
+#endif
 
 FBN_INLINE void NAME(affine)(const fbn_operands *o, const fbn_stretch *s, int columns) {
     const NAME(parts) any = NAME(any_parts)(o);
@@ -302,10 +387,10 @@ FBN_INLINE void NAME(affine)(const fbn_operands *o, const fbn_stretch *s, int co
         NAME(map_as)(o, s, columns, 0, (NAME(parts)){FBN_HARDSWISH, any.has_residual, 1, exact, 0});
         break;
     case FBN_SILU:
-        NAME(map_as)(o, s, columns, 0, (NAME(parts)){FBN_SILU, any.has_residual, 1, exact, 0});
+        NAME(map_heavy)(o, s, columns, 0, (NAME(parts)){FBN_SILU, any.has_residual, 1, exact, 0});
         break;
     case FBN_SIGMOID:
-        NAME(map_as)(o, s, columns, 0, (NAME(parts)){FBN_SIGMOID, any.has_residual, 1, exact, 0});
+        NAME(map_heavy)(o, s, columns, 0, (NAME(parts)){FBN_SIGMOID, any.has_residual, 1, exact, 0});
         break;
     default:
         NAME(map_as)(o, s, columns, 0, any);
@@ -335,10 +420,10 @@ FBN_INLINE void NAME(grad_affine)(const fbn_operands *o, const fbn_stretch *s, i
         NAME(map_as)(o, s, columns, 1, (NAME(parts)){FBN_HARDSWISH, any.has_residual, 1, 0, any.frozen});
         break;
     case FBN_SILU:
-        NAME(map_as)(o, s, columns, 1, (NAME(parts)){FBN_SILU, any.has_residual, 1, 0, any.frozen});
+        NAME(map_heavy)(o, s, columns, 1, (NAME(parts)){FBN_SILU, any.has_residual, 1, 0, any.frozen});
         break;
     case FBN_SIGMOID:
-        NAME(map_as)(o, s, columns, 1, (NAME(parts)){FBN_SIGMOID, any.has_residual, 1, 0, any.frozen});
+        NAME(map_heavy)(o, s, columns, 1, (NAME(parts)){FBN_SIGMOID, any.has_residual, 1, 0, any.frozen});
         break;
     default:
         NAME(map_as)(o, s, columns, 1, any);
@@ -364,10 +449,10 @@ static void NAME(affine_joined)(const fbn_operands *o, const fbn_stretch *s) {
         NAME(map_joined)(o, s, (NAME(parts)){FBN_HARDSWISH, 0, 1, 0, 0}, 0);
         break;
     case FBN_SILU:
-        NAME(map_joined)(o, s, (NAME(parts)){FBN_SILU, 0, 1, 0, 0}, 0);
+        NAME(map_joined_heavy)(o, s, (NAME(parts)){FBN_SILU, 0, 1, 0, 0});
         break;
     case FBN_SIGMOID:
-        NAME(map_joined)(o, s, (NAME(parts)){FBN_SIGMOID, 0, 1, 0, 0}, 0);
+        NAME(map_joined_heavy)(o, s, (NAME(parts)){FBN_SIGMOID, 0, 1, 0, 0});
         break;
     default:
         NAME(map_joined)(o, s, any, 0);

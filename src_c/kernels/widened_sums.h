@@ -54,7 +54,7 @@ FBN_INLINE void NAME(sum_pieces)(const fbn_operands *o, const fbn_stretch *s, fb
 }
 
 /* Parts of planes, or whole ones. Since a plane has several pieces, its lanes are here. */
-FBN_INLINE void NAME(sum_planes)(const fbn_operands *o, const fbn_stretch *s, fbn_loop *loop, int backward) {
+FBN_INLINE void NAME(sum_plane_pieces)(const fbn_operands *o, const fbn_stretch *s, fbn_loop *loop, int backward) {
     if (!s->whole) {
         NAME(sum_pieces)(o, s, loop, 0, backward);
         return;
@@ -75,7 +75,7 @@ FBN_INLINE void NAME(sum_planes)(const fbn_operands *o, const fbn_stretch *s, fb
     }
 }
 
-FBN_INLINE void NAME(sum_stacks)(const fbn_operands *o, const fbn_stretch *s, fbn_loop *loop, int backward) {
+FBN_INLINE void NAME(sum_stack_pieces)(const fbn_operands *o, const fbn_stretch *s, fbn_loop *loop, int backward) {
     fbn_operands own = *o;
     fbn_stretch stack = *s;
     stack.channels = 1;
@@ -89,21 +89,28 @@ FBN_INLINE void NAME(sum_stacks)(const fbn_operands *o, const fbn_stretch *s, fb
     }
 }
 
-static void NAME(moments_plane)(const fbn_operands *o, const fbn_stretch *s) {
-    NAME(sum_planes)(o, s, NAME_OF_REAL(moments_plane), 0);
+/* The loops for plain sums and a relu's are compiled for 16-bit values, too, where these are read as fast (AVX2). */
+FBN_INLINE void NAME(moments)(const fbn_operands *o, const fbn_stretch *s, int columns) {
+    if (LIGHT_HALVES) NAME(sum_as)(o, s, columns, 0, (NAME(parts)){FBN_IDENTITY, 0, 1, 0, 0});
+    else if (columns) NAME(sum_pieces)(o, s, NAME_OF_REAL(moments_columns), 1, 0);
+    else NAME(sum_plane_pieces)(o, s, NAME_OF_REAL(moments_plane), 0);
 }
-static void NAME(moments_columns)(const fbn_operands *o, const fbn_stretch *s) {
-    NAME(sum_pieces)(o, s, NAME_OF_REAL(moments_columns), 1, 0);
+FBN_INLINE void NAME(grad_moments)(const fbn_operands *o, const fbn_stretch *s, int columns) {
+    const int is_relu = o->activation == FBN_RELU && !o->residual;
+    if (LIGHT_HALVES && o->usual && o->activation == FBN_IDENTITY)
+        NAME(sum_as)(o, s, columns, 1, (NAME(parts)){FBN_IDENTITY, 0, 1, 0, 0});
+    else if (LIGHT_HALVES && o->usual && is_relu) NAME(sum_as)(o, s, columns, 1, (NAME(parts)){FBN_RELU, 0, 1, 0, 0});
+    else if (columns) NAME(sum_pieces)(o, s, NAME_OF_REAL(grad_moments_columns), 1, 1);
+    else NAME(sum_plane_pieces)(o, s, NAME_OF_REAL(grad_moments_plane), 1);
 }
-static void NAME(grad_moments_plane)(const fbn_operands *o, const fbn_stretch *s) {
-    NAME(sum_planes)(o, s, NAME_OF_REAL(grad_moments_plane), 1);
-}
-static void NAME(grad_moments_columns)(const fbn_operands *o, const fbn_stretch *s) {
-    NAME(sum_pieces)(o, s, NAME_OF_REAL(grad_moments_columns), 1, 1);
-}
+
+static void NAME(moments_plane)(const fbn_operands *o, const fbn_stretch *s) { NAME(moments)(o, s, 0); }
+static void NAME(moments_columns)(const fbn_operands *o, const fbn_stretch *s) { NAME(moments)(o, s, 1); }
+static void NAME(grad_moments_plane)(const fbn_operands *o, const fbn_stretch *s) { NAME(grad_moments)(o, s, 0); }
+static void NAME(grad_moments_columns)(const fbn_operands *o, const fbn_stretch *s) { NAME(grad_moments)(o, s, 1); }
 static void NAME(moments_stack)(const fbn_operands *o, const fbn_stretch *s) {
-    NAME(sum_stacks)(o, s, NAME_OF_REAL(moments_stack), 0);
+    NAME(sum_stack_pieces)(o, s, NAME_OF_REAL(moments_stack), 0);
 }
 static void NAME(grad_moments_stack)(const fbn_operands *o, const fbn_stretch *s) {
-    NAME(sum_stacks)(o, s, NAME_OF_REAL(grad_moments_stack), 1);
+    NAME(sum_stack_pieces)(o, s, NAME_OF_REAL(grad_moments_stack), 1);
 }

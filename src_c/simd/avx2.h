@@ -71,7 +71,7 @@ FBN_INLINE f64_vec f64_sums(const f64_vec *a) {
 
 /* float32 */
 typedef __m256 f32_vec;
-enum { F32_WIDTH = 8, F32_SPLITS_B = 0, FAST_PARTS = 0, STREAMS = 1 };
+enum { F32_WIDTH = 8, F32_SPLITS_B = 0, FAST_PARTS = 0, STREAMS = 1, LIGHT_HALVES = 1 };
 
 FBN_INLINE __m256i f32_first(int64_t n) {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32((int)n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
@@ -231,16 +231,23 @@ FBN_INLINE f32_vec f16_load_n(const uint16_t *p, int64_t n, f32_vec fill) {
 FBN_INLINE void f16_store(uint16_t *p, f32_vec a) { half_store(p, f16_round(a)); }
 FBN_INLINE void f16_store_n(uint16_t *p, f32_vec a, int64_t n) { half_store_n(p, f16_round(a), n); }
 FBN_INLINE void f16_stream(uint16_t *p, f32_vec a) { half_stream(p, f16_round(a)); }
+FBN_INLINE f64_vec f16_wide_half(const uint16_t *p) {
+    return _mm256_cvtps_pd(_mm_cvtph_ps(_mm_loadl_epi64((const __m128i *)p)));
+}
+FBN_INLINE f32_wide f16_wide_load(const uint16_t *p) { return (f32_wide){f16_wide_half(p), f16_wide_half(p + 4)}; }
 
 /* bfloat16 */
 FBN_INLINE f32_vec bf16_exact(__m128i a) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(a), 16));
 }
-FBN_INLINE __m128i bf16_round(f32_vec a) {
+FBN_INLINE __m256i bf16_bits(f32_vec a) {
     const __m256i bits = _mm256_castps_si256(a), high = _mm256_srli_epi32(bits, 16);
     const __m256i odd = _mm256_and_si256(high, _mm256_set1_epi32(1));
     const __m256i half = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
-    const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, half), 16);
+    return _mm256_srli_epi32(_mm256_add_epi32(bits, half), 16);
+}
+FBN_INLINE __m128i bf16_round(f32_vec a) {
+    const __m256i rounded = bf16_bits(a);
     return _mm_packus_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1));
 }
 FBN_INLINE double bf16_value(const uint16_t *p) {
@@ -253,6 +260,26 @@ FBN_INLINE f32_vec bf16_load_n(const uint16_t *p, int64_t n, f32_vec fill) {
 FBN_INLINE void bf16_store(uint16_t *p, f32_vec a) { half_store(p, bf16_round(a)); }
 FBN_INLINE void bf16_store_n(uint16_t *p, f32_vec a, int64_t n) { half_store_n(p, bf16_round(a), n); }
 FBN_INLINE void bf16_stream(uint16_t *p, f32_vec a) { half_stream(p, bf16_round(a)); }
+FBN_INLINE f32_wide bf16_wide_load(const uint16_t *p) {
+    const __m128i zero = _mm_setzero_si128(), a = half_load(p);
+    return (f32_wide){_mm256_cvtps_pd(_mm_castsi128_ps(_mm_unpacklo_epi16(zero, a))),
+                      _mm256_cvtps_pd(_mm_castsi128_ps(_mm_unpackhi_epi16(zero, a)))};
+}
+
+/* Two vectors whose lanes are mixed, as AVX2's instructions have them: 0-3 and 8-11, 4-7 and 12-15. */
+#define BF16_MIXES_TWO
+FBN_INLINE void bf16_load_two(const uint16_t *p, f32_vec *to) {
+    const __m256i zero = _mm256_setzero_si256(), a = _mm256_loadu_si256((const __m256i *)p);
+    to[0] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(zero, a));
+    to[1] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(zero, a));
+}
+FBN_INLINE void bf16_store_two(uint16_t *p, const f32_vec *a, int stream) {
+    const __m256i both = _mm256_packus_epi32(bf16_bits(a[0]), bf16_bits(a[1]));
+    if (stream) {
+        half_stream(p, _mm256_castsi256_si128(both));
+        half_stream(p + F32_WIDTH, _mm256_extracti128_si256(both, 1));
+    } else _mm256_storeu_si256((__m256i *)p, both);
+}
 
 FBN_INLINE void prefetch(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T1); }
 FBN_INLINE void stream_fence(void) { _mm_sfence(); }

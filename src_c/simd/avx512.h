@@ -63,7 +63,7 @@ FBN_INLINE f64_vec f64_sums(const f64_vec *a) {
 
 /* float32 */
 typedef __m512 f32_vec;
-enum { F32_WIDTH = 16, F32_SPLITS_B = 0, FAST_PARTS = 1, STREAMS = 1 };
+enum { F32_WIDTH = 16, F32_SPLITS_B = 0, FAST_PARTS = 1, STREAMS = 1, LIGHT_HALVES = 0 };
 
 FBN_INLINE __mmask16 f32_first(int64_t n) { return (__mmask16)((1u << n) - 1u); }
 FBN_INLINE f32_vec f32_set(float s) { return _mm512_set1_ps(s); }
@@ -163,6 +163,7 @@ FBN_INLINE f32_vec f16_load_n(const uint16_t *p, int64_t n, f32_vec fill) {
 FBN_INLINE void f16_store(uint16_t *p, f32_vec a) { half_store(p, f16_round(a)); }
 FBN_INLINE void f16_store_n(uint16_t *p, f32_vec a, int64_t n) { half_store_n(p, f16_round(a), n); }
 FBN_INLINE void f16_stream(uint16_t *p, f32_vec a) { half_stream(p, f16_round(a)); }
+FBN_INLINE f32_wide f16_wide_load(const uint16_t *p) { return f32_widen(f16_load(p)); }
 
 /* bfloat16, converted by integer operations, since vcvtneps2bf16 treats subnormals as 0 */
 FBN_INLINE f32_vec bf16_exact(__m256i a) {
@@ -188,6 +189,7 @@ FBN_INLINE f32_vec bf16_load_n(const uint16_t *p, int64_t n, f32_vec fill) {
 FBN_INLINE void bf16_store(uint16_t *p, f32_vec a) { half_store(p, bf16_round(a)); }
 FBN_INLINE void bf16_store_n(uint16_t *p, f32_vec a, int64_t n) { half_store_n(p, bf16_round(a), n); }
 FBN_INLINE void bf16_stream(uint16_t *p, f32_vec a) { half_stream(p, bf16_round(a)); }
+FBN_INLINE f32_wide bf16_wide_load(const uint16_t *p) { return f32_widen(bf16_load(p)); }
 
 FBN_INLINE void prefetch(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T1); }
 FBN_INLINE void stream_fence(void) { _mm_sfence(); }

@@ -96,7 +96,7 @@ static inline f32_vec f32_both(f32_half lo, f32_half hi) {
 }
 #endif
 
-enum { F64_SPLITS_B = 0, F32_SPLITS_B = 1, FAST_PARTS = 0, STREAMS = 0 };
+enum { F64_SPLITS_B = 0, F32_SPLITS_B = 1, FAST_PARTS = 0, STREAMS = 0, LIGHT_HALVES = 0 };
 
 /* float64 */
 static inline f64_lanes f64_bits(f64_vec a) {
@@ -390,6 +390,7 @@ FBN_INLINE double f16_value(const uint16_t *p) {
 FBN_INLINE void f16_store(uint16_t *p, f32_vec a) { half_store(p, f16_round(a)); }
 FBN_INLINE void f16_store_n(uint16_t *p, f32_vec a, int64_t n) { half_store_n(p, f16_round(a), n); }
 FBN_INLINE void f16_stream(uint16_t *p, f32_vec a) { f16_store(p, a); }
+FBN_INLINE f32_wide f16_wide_load(const uint16_t *p) { return f32_widen(f16_load(p)); }
 
 /* bfloat16: the upper half of a float32. A NaN is cut off rather than rounded, which could carry into its sign: other
  * processors may set any bits of a NaN that they compute. */
@@ -410,6 +411,7 @@ FBN_INLINE double bf16_value(const uint16_t *p) {
 FBN_INLINE void bf16_store(uint16_t *p, f32_vec a) { half_store(p, bf16_round(a)); }
 FBN_INLINE void bf16_store_n(uint16_t *p, f32_vec a, int64_t n) { half_store_n(p, bf16_round(a), n); }
 FBN_INLINE void bf16_stream(uint16_t *p, f32_vec a) { bf16_store(p, a); }
+FBN_INLINE f32_wide bf16_wide_load(const uint16_t *p) { return f32_widen(bf16_load(p)); }
 
 FBN_INLINE void prefetch(const void *p) { (void)p; }
 FBN_INLINE void stream_fence(void) {}

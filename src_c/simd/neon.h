@@ -68,7 +68,7 @@ FBN_INLINE f64_vec f64_sums(const f64_vec *a) { return vpaddq_f64(a[0], a[1]); }
 
 /* float32 */
 typedef float32x4_t f32_vec;
-enum { F32_WIDTH = 4, F32_SPLITS_B = 0, FAST_PARTS = 0, STREAMS = 0 };
+enum { F32_WIDTH = 4, F32_SPLITS_B = 0, FAST_PARTS = 0, STREAMS = 0, LIGHT_HALVES = 0 };
 
 FBN_INLINE f32_vec f32_set(float s) { return vdupq_n_f32(s); }
 FBN_INLINE double f32_value(const float *p) { return *p; }
@@ -188,6 +188,7 @@ FBN_INLINE f32_vec f16_load_n(const uint16_t *p, int64_t n, f32_vec fill) {
 FBN_INLINE void f16_store(uint16_t *p, f32_vec a) { vst1_u16(p, f16_round(a)); }
 FBN_INLINE void f16_store_n(uint16_t *p, f32_vec a, int64_t n) { half_store_n(p, f16_round(a), n); }
 FBN_INLINE void f16_stream(uint16_t *p, f32_vec a) { f16_store(p, a); }
+FBN_INLINE f32_wide f16_wide_load(const uint16_t *p) { return f32_widen(f16_load(p)); }
 
 /* bfloat16, converted by integer operations, since AArch64 has an instruction for it only from version 8.6 on. */
 FBN_INLINE f32_vec bf16_exact(uint16x4_t a) { return vreinterpretq_f32_u32(vshll_n_u16(a, 16)); }
@@ -203,6 +204,7 @@ FBN_INLINE f32_vec bf16_load_n(const uint16_t *p, int64_t n, f32_vec fill) {
 FBN_INLINE void bf16_store(uint16_t *p, f32_vec a) { vst1_u16(p, bf16_round(a)); }
 FBN_INLINE void bf16_store_n(uint16_t *p, f32_vec a, int64_t n) { half_store_n(p, bf16_round(a), n); }
 FBN_INLINE void bf16_stream(uint16_t *p, f32_vec a) { bf16_store(p, a); }
+FBN_INLINE f32_wide bf16_wide_load(const uint16_t *p) { return f32_widen(bf16_load(p)); }
 
 #if defined(_MSC_VER) && !defined(__clang__)
 FBN_INLINE void prefetch(const void *p) { __prefetch(p); }
