@@ -7,6 +7,7 @@
 #define WIDTH F32_WIDTH
 #define SPLITS_SCALE F32_SPLITS_B
 #define WIDENS 1
+#define LONG_CONVERSIONS F32_SPLITS_B
 #define SUMS "../kernels/widened_sums.h"
 #define value_of f16_value
 #define vset f32_set

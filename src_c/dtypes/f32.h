@@ -7,6 +7,7 @@
 #define WIDTH F32_WIDTH
 #define SPLITS_SCALE F32_SPLITS_B
 #define WIDENS 0
+#define LONG_CONVERSIONS 0
 #define SUMS "../kernels/float_sums.h"
 #define value_of f32_value
 #define vset f32_set

@@ -7,6 +7,7 @@
 #define WIDTH F64_WIDTH
 #define SPLITS_SCALE F64_SPLITS_B
 #define WIDENS 0
+#define LONG_CONVERSIONS 0
 #define SUMS "../kernels/float_sums.h"
 #define value_of f64_value
 #define vset f64_set

@@ -7,6 +7,7 @@
 #undef WIDTH
 #undef SPLITS_SCALE
 #undef WIDENS
+#undef LONG_CONVERSIONS
 #undef SUMS
 #undef value_of
 #undef vset

@@ -7,7 +7,11 @@
  * functions that are not inlined.
  */
 
-FBN_INLINE int NAME(all_near)(vec z) { return vall_less(vset(-NAME(NEAR)), vminus_abs(z)); }
+FBN_INLINE int NAME(all_near)(const vec *z, int count) {
+    int all = 1;
+    for (int j = 0; j < count; j++) all &= vall_less(vset(-NAME(NEAR)), vminus_abs(z[j]));
+    return all;
+}
 
 /* The lanes of `near` where z is near, else those of `far`. */
 FBN_INLINE vec NAME(by_distance)(vec z, vec near, vec far) {
@@ -24,9 +28,12 @@ FBN_APART vec NAME(far_sigmoid)(vec z, vec near, int times_z) {
     const vec large = times_z ? z : vadd(one, NAME(times_far_exp)(one, z)); /* 1, or NaN */
     return NAME(by_distance)(z, near, vwhere_less(z, zero, small, large));
 }
-FBN_INLINE vec NAME(sigmoid)(vec z, int times_z) {
-    const vec one = vset(1), near = vdiv(times_z ? z : one, vadd(one, NAME(near_exp)(z)));
-    return NAME(all_near)(z) ? near : NAME(far_sigmoid)(z, near, times_z);
+FBN_INLINE void NAME(sigmoids)(const vec *z, int count, int times_z, vec *to) {
+    const vec one = vset(1);
+    NAME(near_exps)(z, count, to);
+    for (int j = 0; j < count; j++) to[j] = vdiv(times_z ? z[j] : one, vadd(one, to[j]));
+    if (NAME(all_near)(z, count)) return;
+    for (int j = 0; j < count; j++) to[j] = NAME(far_sigmoid)(z[j], to[j], times_z);
 }
 
 /* Its derivative: (1 + (1 + z) e) / (1 + e)^2 if times_z, else e / (1 + e)^2. */
@@ -36,15 +43,31 @@ FBN_APART vec NAME(far_derivative)(vec z, vec near, int times_z) {
     const vec large = times_z ? vmuladd(finite, vset(0), one) : small;
     return NAME(by_distance)(z, near, vwhere_less(z, zero, small, large));
 }
-FBN_INLINE vec NAME(sigmoid_derivative)(vec z, int times_z) {
-    const vec one = vset(1), e = NAME(near_exp)(z), more = vadd(one, e);
-    const vec near = vdiv(times_z ? vmuladd(vadd(one, z), e, one) : e, vmul(more, more));
-    return NAME(all_near)(z) ? near : NAME(far_derivative)(z, near, times_z);
+FBN_INLINE void NAME(sigmoid_derivatives)(const vec *z, int count, int times_z, vec *to) {
+    const vec one = vset(1);
+    vec e[NAME(AT_ONCE)], more[NAME(AT_ONCE)];
+    NAME(near_exps)(z, count, e);
+    for (int j = 0; j < count; j++) more[j] = vadd(one, e[j]);
+    for (int j = 0; j < count; j++)
+        to[j] = vdiv(times_z ? vmuladd(vadd(one, z[j]), e[j], one) : e[j], vmul(more[j], more[j]));
+    if (NAME(all_near)(z, count)) return;
+    for (int j = 0; j < count; j++) to[j] = NAME(far_derivative)(z[j], to[j], times_z);
+}
+
+/* The sigmoid, or the SiLU if times_z: values or, if `derives`, dy times the derivatives. */
+FBN_INLINE void NAME(smooth)(const vec *z, const vec *dy, int count, int times_z, int derives, vec *to) {
+    if (!derives) {
+        NAME(sigmoids)(z, count, times_z, to);
+        return;
+    }
+    NAME(sigmoid_derivatives)(z, count, times_z, to);
+    for (int j = 0; j < count; j++) to[j] = vmul(dy[j], to[j]);
 }
 
 /* Each activation: its value at z or, if `derives`, dy times its derivative. */
 FBN_INLINE vec NAME(pointwise)(vec z, vec dy, real slope, int activation, int derives) {
     const vec zero = vset(0), given = derives ? dy : z;
+    vec result;
     switch (activation) {
     case FBN_RELU:
         return derives ? vkeep_if_positive(z, dy) : vrelu(z);
@@ -54,9 +77,9 @@ FBN_INLINE vec NAME(pointwise)(vec z, vec dy, real slope, int activation, int de
     case FBN_LEAKY_RELU:
         return vwhere_less(zero, z, given, vmul(given, vset(slope)));
     case FBN_SILU:
-        return derives ? vmul(dy, NAME(sigmoid_derivative)(z, 1)) : NAME(sigmoid)(z, 1);
     case FBN_SIGMOID:
-        return derives ? vmul(dy, NAME(sigmoid_derivative)(z, 0)) : NAME(sigmoid)(z, 0);
+        NAME(smooth)(&z, &dy, 1, activation == FBN_SILU, derives, &result);
+        return result;
     case FBN_HARDSWISH:
         if (!derives) return vmul(z, vdiv(vmin(vset(6), vrelu(vadd(z, vset(3)))), vset(6)));
         const vec between = vmul(dy, vmuladd(z, vset((real)(1.0 / 3)), vset((real)0.5)));
@@ -92,5 +115,5 @@ FBN_INLINE vec NAME(inverse)(vec y, real slope, int activation) {
 
 /* Whether an activation's code is short, or a call, so that loops may also compute parts of vectors. */
 FBN_INLINE int NAME(is_short)(int activation) {
-    return (activation != FBN_SILU && activation != FBN_SIGMOID) || activation & NAME(ANY);
+    return activation == FBN_IDENTITY || activation == FBN_RELU || activation & NAME(ANY);
 }

@@ -7,6 +7,10 @@
  * ulp.
  */
 
+/* The most vectors at once, `count`. Operations on several take turns: those on one vector wait for each other, and
+ * processors do not look far enough ahead to find others. */
+enum { NAME(AT_ONCE) = 4 };
+
 /* 2^-k (1 - less), |less| < 1/2. k was added to a shift, which rounded it to an integer. */
 typedef struct {
     vec less, shifted;
@@ -26,29 +30,37 @@ FBN_INLINE vec NAME(terms)(const double *c, vec r, vec square) {
     return vmuladd(vmuladd(third, square, second), square, first);
 }
 
-FBN_INLINE NAME(parts_of_exp) NAME(exp_of_minus)(vec z) {
+FBN_INLINE void NAME(exps_of_minus)(const vec *z, int count, NAME(parts_of_exp) * e) {
     static const double best[] = {-0x1.fffffcp-2, 0x1.555492p-3, -0x1.5558f2p-5, 0x1.1239d6p-7, -0x1.6a2448p-10};
     static const double factors[] = {-1.0 / 2,       1.0 / 6,        -1.0 / 24,        1.0 / 120,
                                      -1.0 / 720,     1.0 / 5040,     -1.0 / 40320,     1.0 / 362880,
                                      -1.0 / 3628800, 1.0 / 39916800, -1.0 / 479001600, 1.0 / 6227020800};
     const double high = sizeof(real) == 8 ? 0x1.62e42feep-1 : 0x1.62e4p-1;
     const double low = sizeof(real) == 8 ? 0x1.a39ef35793c76p-33 : 0x1.7f7d1cf79abcap-20;
-    const vec shifted = vmuladd(z, vset((real)0x1.71547652b82fep0), NAME(shift)()), k = vsub(shifted, NAME(shift)());
-    const vec r = vmuladd(k, vset((real)-low), vmuladd(k, vset((real)-high), z)), square = vmul(r, r);
-    vec c = NAME(terms)(sizeof(real) == 8 ? factors : best, r, square);
-    if (sizeof(real) == 8) c = vmuladd(NAME(terms)(factors + 6, r, square), vmul(vmul(square, square), square), c);
-    return (NAME(parts_of_exp)){vmuladd(square, c, r), shifted};
+    vec k[NAME(AT_ONCE)], r[NAME(AT_ONCE)], square[NAME(AT_ONCE)], c[NAME(AT_ONCE)];
+    for (int j = 0; j < count; j++) e[j].shifted = vmuladd(z[j], vset((real)0x1.71547652b82fep0), NAME(shift)());
+    for (int j = 0; j < count; j++) k[j] = vsub(e[j].shifted, NAME(shift)());
+    for (int j = 0; j < count; j++) r[j] = vmuladd(k[j], vset((real)-high), z[j]);
+    for (int j = 0; j < count; j++) r[j] = vmuladd(k[j], vset((real)-low), r[j]);
+    for (int j = 0; j < count; j++) square[j] = vmul(r[j], r[j]);
+    for (int j = 0; j < count; j++) c[j] = NAME(terms)(sizeof(real) == 8 ? factors : best, r[j], square[j]);
+    for (int j = 0; sizeof(real) == 8 && j < count; j++)
+        c[j] = vmuladd(NAME(terms)(factors + 6, r[j], square[j]), vmul(vmul(square[j], square[j]), square[j]), c[j]);
+    for (int j = 0; j < count; j++) e[j].less = vmuladd(square[j], c[j], r[j]);
 }
 
 /* exp(-z) where |z| < NEAR */
-FBN_INLINE vec NAME(near_exp)(vec z) {
-    const NAME(parts_of_exp) e = NAME(exp_of_minus)(z);
-    return vscaled(vsub(vset(1), e.less), e.shifted);
+FBN_INLINE void NAME(near_exps)(const vec *z, int count, vec *to) {
+    NAME(parts_of_exp) e[NAME(AT_ONCE)];
+    NAME(exps_of_minus)(z, count, e);
+    for (int j = 0; j < count; j++) to[j] = vscaled(vsub(vset(1), e[j].less), e[j].shifted);
 }
 
 /* a * exp(-min(|z|, FAR)). A power of two is multiplied by last, so that a subnormal result is rounded only once. */
 FBN_INLINE vec NAME(times_far_exp)(vec a, vec z) {
     const vec size = vsub(vset(0), vminus_abs(z));
-    const NAME(parts_of_exp) e = NAME(exp_of_minus)(vmin(vset(NAME(FAR)), size));
+    const vec limited = vmin(vset(NAME(FAR)), size);
+    NAME(parts_of_exp) e;
+    NAME(exps_of_minus)(&limited, 1, &e);
     return vldexp(vmuladd(a, vsub(vset(0), e.less), a), vsub(NAME(shift)(), e.shifted));
 }

@@ -22,6 +22,25 @@ FBN_INLINE vec NAME(dz_of)(const elem *dy, const elem *x, const elem *residual, 
     return NAME(activation_gradient)(g, NAME(preactivation)(v, r, k, p), k->slope, p.activation);
 }
 
+/* Whether several vectors of a SiLU or a sigmoid are computed at once, for which the baseline has too few registers. */
+FBN_INLINE int NAME(is_smooth)(NAME(parts) p) {
+    const int smooth = p.activation == FBN_SILU || p.activation == FBN_SIGMOID;
+    return smooth && p.usual && sizeof(elem) == sizeof(float) && !SPLITS_SCALE;
+}
+
+/* activation(z) or dz of so many vectors of one channel, from element i on. */
+FBN_INLINE void NAME(smooth_of)(const fbn_operands *o, int64_t i, int count, const NAME(constants) * k, NAME(parts) p,
+                                int derives, vec *to) {
+    vec z[NAME(AT_ONCE)], dy[NAME(AT_ONCE)];
+    for (int j = 0; j < count; j++) {
+        const int64_t at = i + j * WIDTH;
+        const vec r = p.has_residual ? vload((const elem *)o->residual + at) : vset(0);
+        z[j] = NAME(preactivation)(vload((const elem *)o->x + at), r, k, p);
+        if (derives) dy[j] = vload((const elem *)o->dy + at);
+    }
+    NAME(smooth)(z, dy, count, p.activation == FBN_SILU, derives, to);
+}
+
 FBN_APART vec NAME(dz_part)(const elem *dy, const elem *x, const elem *residual, int64_t n, const NAME(constants) * k,
                             NAME(parts) p) {
     p.activation |= NAME(ANY);

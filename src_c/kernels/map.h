@@ -51,10 +51,10 @@ FBN_INLINE void NAME(map_n)(const fbn_operands *o, int64_t i, int64_t n, const N
 
 /* Whether a loop computes so little that tests and jumps are a good part of its time where its arrays are in a cache.
  * Such loops are compiled for either kind of store and take two vectors at a time. Vectors of a whole cache line gain
- * nothing by it (Zen 4); other dtypes are left out since the library would be larger. */
+ * nothing by it (Zen 4). Of 16-bit values there are such loops only for AVX2, since the library would be larger. */
 FBN_INLINE int NAME(is_light)(NAME(parts) p) {
-    const int is_float = sizeof(elem) == sizeof(float) && WIDTH * (int)sizeof(elem) < FBN_LINE && !SPLITS_SCALE;
-    const int has_loops = is_float || (LIGHT_HALVES && sizeof(elem) < sizeof(float));
+    const int is_half = sizeof(elem) < sizeof(float), is_line = WIDTH * (int)sizeof(elem) == FBN_LINE;
+    const int has_loops = is_half ? LIGHT_HALVES : !is_line && !SPLITS_SCALE;
     return has_loops && p.usual && !p.has_residual && (p.activation == FBN_IDENTITY || p.activation == FBN_RELU);
 }
 
@@ -128,6 +128,20 @@ FBN_INLINE void NAME(map_two)(const fbn_operands *o, int64_t i, const NAME(const
     NAME(put_two)((elem *)o->out + i, out, o->stream);
 }
 
+/* Maps AT_ONCE vectors of one channel. */
+FBN_INLINE void NAME(map_smooth)(const fbn_operands *o, int64_t i, const NAME(constants) * k, NAME(parts) p,
+                                 int backward) {
+    vec v[NAME(AT_ONCE)];
+    NAME(smooth_of)(o, i, NAME(AT_ONCE), k, p, backward, v);
+    for (int j = 0; j < NAME(AT_ONCE); j++) {
+        const int64_t at = i + j * WIDTH;
+        const vec x = backward && !p.frozen ? vload((const elem *)o->x + at) : vset(0);
+        const vec out = backward ? NAME(dx_of)(v[j], x, k, p) : v[j];
+        NAME(put)((elem *)o->out + at, out, WIDTH, o->stream);
+        if (backward && p.has_residual) NAME(put)((elem *)o->dresidual + at, v[j], WIDTH, 0);
+    }
+}
+
 /* Maps so many vectors of columns, from column c on, and fetches the lines that come `ahead` bytes later. */
 FBN_INLINE void NAME(map_vectors)(const fbn_operands *o, int64_t i, int64_t c, int vectors, int64_t ahead,
                                   NAME(parts) p, int backward) {
@@ -189,9 +203,10 @@ FBN_INLINE int64_t NAME(map_pairs)(const fbn_operands *o, const fbn_stretch *s, 
 }
 
 /* Whether pairs are faster: in the cache, where loads are what takes time, if little is computed. No column may recur
- * in a stretch. The baseline's 16-bit conversions take longer than loads, and much code. */
+ * in a stretch. The baseline's conversions of 16-bit values take longer than loads, and light loops leave nothing to
+ * gain. */
 FBN_INLINE int NAME(has_pairs)(const fbn_operands *o, const fbn_stretch *s) {
-    const int converts = SPLITS_SCALE && sizeof(elem) < sizeof(float);
+    const int converts = (SPLITS_SCALE || LIGHT_HALVES) && sizeof(elem) < sizeof(float);
     const int computes_little = !o->residual && (o->activation == FBN_IDENTITY || o->activation == FBN_RELU);
     return !converts && s->rows > 1 && !o->stream && o->usual && computes_little && s->n <= s->period - s->c;
 }
@@ -210,6 +225,8 @@ FBN_INLINE int64_t NAME(affine_pairs)(const fbn_operands *o, const fbn_stretch *
 FBN_INLINE void NAME(map_whole)(const fbn_operands *o, int64_t i, int64_t n, const NAME(constants) * k, NAME(parts) p,
                                 int backward) {
     int64_t m = 0;
+    for (; NAME(is_smooth)(p) && m + NAME(AT_ONCE) * WIDTH <= n; m += NAME(AT_ONCE) * WIDTH)
+        NAME(map_smooth)(o, i + m, k, p, backward);
     for (; NAME(is_light)(p) && m + 2 * WIDTH <= n; m += 2 * WIDTH) {
         if (sizeof(elem) < sizeof(float)) NAME(fetch)(o, i + m, 2, o->walk.ahead, backward);
         NAME(map_two)(o, i + m, k, p, backward);
@@ -343,28 +360,35 @@ FBN_INLINE void NAME(map_as)(const fbn_operands *o, const fbn_stretch *s, int co
     else NAME(map_to)(o, s, columns, backward, p, 0);
 }
 
-/* The SiLU and the sigmoid, whose code is long, are not compiled for 16-bit values. */
+/* The SiLU and the sigmoid, whose code is long, are not compiled for 16-bit values; nor is anything
+ * where conversions are long. */
+enum { NAME(ALL_HEAVY) = LONG_CONVERSIONS };
+
 #if WIDENS
 FBN_INLINE void NAME(map_heavy)(const fbn_operands *o, const fbn_stretch *s, int columns, int backward, NAME(parts) p) {
     (void)p;
     if (backward) NAME(map_pieces)(o, s, columns ? NAME_OF_REAL(grad_affine_columns) : NAME_OF_REAL(grad_affine_plane));
     else NAME(map_pieces)(o, s, columns ? NAME_OF_REAL(affine_columns) : NAME_OF_REAL(affine_plane));
 }
-FBN_INLINE void NAME(map_joined_heavy)(const fbn_operands *o, const fbn_stretch *s, NAME(parts) p) {
+FBN_INLINE void NAME(map_joined_heavy)(const fbn_operands *o, const fbn_stretch *s, NAME(parts) p, int backward) {
     (void)p;
-    NAME(map_pieces)(o, s, NAME_OF_REAL(affine_joined));
+    NAME(map_pieces)(o, s, backward ? NAME_OF_REAL(grad_affine_joined) : NAME_OF_REAL(affine_joined));
 }
 #else
 FBN_INLINE void NAME(map_heavy)(const fbn_operands *o, const fbn_stretch *s, int columns, int backward, NAME(parts) p) {
     NAME(map_as)(o, s, columns, backward, p);
 }
-FBN_INLINE void NAME(map_joined_heavy)(const fbn_operands *o, const fbn_stretch *s, NAME(parts) p) {
-    NAME(map_joined)(o, s, p, 0);
+FBN_INLINE void NAME(map_joined_heavy)(const fbn_operands *o, const fbn_stretch *s, NAME(parts) p, int backward) {
+    NAME(map_joined)(o, s, p, backward);
 }
 #endif
 
 FBN_INLINE void NAME(affine)(const fbn_operands *o, const fbn_stretch *s, int columns) {
     const NAME(parts) any = NAME(any_parts)(o);
+    if (NAME(ALL_HEAVY)) {
+        NAME(map_heavy)(o, s, columns, 0, any);
+        return;
+    }
     const int exact = columns && o->exact; /* in planes the loop is as fast without it */
     switch (o->usual ? o->activation : -1) {
     case FBN_IDENTITY:
@@ -399,6 +423,10 @@ FBN_INLINE void NAME(affine)(const fbn_operands *o, const fbn_stretch *s, int co
 
 FBN_INLINE void NAME(grad_affine)(const fbn_operands *o, const fbn_stretch *s, int columns) {
     const NAME(parts) any = NAME(any_parts)(o);
+    if (NAME(ALL_HEAVY)) {
+        NAME(map_heavy)(o, s, columns, 1, any);
+        return;
+    }
     switch (o->usual ? o->activation : -1) {
     case FBN_IDENTITY:
         if (o->frozen) NAME(map_as)(o, s, columns, 1, (NAME(parts)){FBN_IDENTITY, 0, 1, 0, 1});
@@ -432,6 +460,10 @@ FBN_INLINE void NAME(grad_affine)(const fbn_operands *o, const fbn_stretch *s, i
 
 static void NAME(affine_joined)(const fbn_operands *o, const fbn_stretch *s) {
     const NAME(parts) any = NAME(any_parts)(o);
+    if (NAME(ALL_HEAVY)) {
+        NAME(map_joined_heavy)(o, s, any, 0);
+        return;
+    }
     switch (o->usual && !o->residual ? o->activation : -1) {
     case FBN_IDENTITY:
         NAME(map_joined)(o, s, (NAME(parts)){FBN_IDENTITY, 0, 1, 0, 0}, 0);
@@ -449,10 +481,10 @@ static void NAME(affine_joined)(const fbn_operands *o, const fbn_stretch *s) {
         NAME(map_joined)(o, s, (NAME(parts)){FBN_HARDSWISH, 0, 1, 0, 0}, 0);
         break;
     case FBN_SILU:
-        NAME(map_joined_heavy)(o, s, (NAME(parts)){FBN_SILU, 0, 1, 0, 0});
+        NAME(map_joined_heavy)(o, s, (NAME(parts)){FBN_SILU, 0, 1, 0, 0}, 0);
         break;
     case FBN_SIGMOID:
-        NAME(map_joined_heavy)(o, s, (NAME(parts)){FBN_SIGMOID, 0, 1, 0, 0});
+        NAME(map_joined_heavy)(o, s, (NAME(parts)){FBN_SIGMOID, 0, 1, 0, 0}, 0);
         break;
     default:
         NAME(map_joined)(o, s, any, 0);
@@ -462,6 +494,10 @@ static void NAME(affine_joined)(const fbn_operands *o, const fbn_stretch *s) {
 /* dz is dy, or was kept in its place, or is that of a relu without a residual. */
 static void NAME(grad_affine_joined)(const fbn_operands *o, const fbn_stretch *s) {
     const NAME(parts) any = NAME(any_parts)(o);
+    if (NAME(ALL_HEAVY)) {
+        NAME(map_joined_heavy)(o, s, any, 1);
+        return;
+    }
     if (!o->usual || o->frozen) NAME(map_joined)(o, s, any, 1);
     else if (o->activation == FBN_RELU) NAME(map_joined)(o, s, (NAME(parts)){FBN_RELU, 0, 1, 0, 0}, 1);
     else NAME(map_joined)(o, s, (NAME(parts)){FBN_IDENTITY, 0, 1, 0, 0}, 1);
