@@ -51,10 +51,11 @@ FBN_INLINE void NAME(map_n)(const fbn_operands *o, int64_t i, int64_t n, const N
 
 /* Whether a loop computes so little that tests and jumps are a good part of its time where its arrays are in a cache.
  * Such loops are compiled for either kind of store and take two vectors at a time. Vectors of a whole cache line gain
- * nothing by it (Zen 4). Of 16-bit values there are such loops only for AVX2, since the library would be larger. */
+ * nothing by it (Zen 4), nor does the baseline. Of 16-bit values there are such loops only for AVX2, since the library
+ * would be larger. */
 FBN_INLINE int NAME(is_light)(NAME(parts) p) {
     const int is_half = sizeof(elem) < sizeof(float), is_line = WIDTH * (int)sizeof(elem) == FBN_LINE;
-    const int has_loops = is_half ? LIGHT_HALVES : !is_line && !SPLITS_SCALE;
+    const int has_loops = is_half ? LIGHT_HALVES : !is_line && !F32_SPLITS_B;
     return has_loops && p.usual && !p.has_residual && (p.activation == FBN_IDENTITY || p.activation == FBN_RELU);
 }
 
