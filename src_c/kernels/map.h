@@ -299,7 +299,7 @@ FBN_INLINE void NAME(map_joined)(const fbn_operands *o, const fbn_stretch *s, NA
     else NAME(map_joined_as)(o, s, p, backward, 0);
 }
 
-/* ---- 16-bit values by the loops of float32 ---- */
+/* ---- 16-bit values by the loops of float32, for dtypes that define WIDENS as 1 ---- */
 
 #if WIDENS
 /* Rounds n values, and writes the whole cache lines among them around the cache if `stream`. */
@@ -321,6 +321,7 @@ FBN_APART void NAME(map_pieces)(const fbn_operands *o, const fbn_stretch *s, fbn
     enum { OF_LINE = FBN_LINE / sizeof(elem), ROOM = NAME(PIECE) + FBN_LANES };
     _Alignas(64) float x[ROOM], dy[ROOM], residual[ROOM];
     const int64_t ahead = o->walk.ahead;
+    const int writes_dz = o->dy && o->residual && o->activation & FBN_WHICH;
     fbn_operands own = *o;
     fbn_stretch piece = *s;
     own.x = x;
@@ -342,7 +343,7 @@ FBN_APART void NAME(map_pieces)(const fbn_operands *o, const fbn_stretch *s, fbn
             if (o->residual) NAME(widen)((const elem *)o->residual + i, piece.n, ahead, residual);
             loop(&own, &piece);
             NAME(narrow)(own.out, o, i, piece.n);
-            if (o->dy && o->residual) NAME(narrow_part)(residual, piece.n, (elem *)o->dresidual + i, 0);
+            if (writes_dz) NAME(narrow_part)(residual, piece.n, (elem *)o->dresidual + i, 0);
         }
     }
 }

@@ -39,6 +39,10 @@
  *   H_store, H_store_n, H_stream             rounded to nearest, ties to even. A NaN remains one if the lower half of
  *                         its bits is 0, which bf16 may require: it is in constants and in what is loaded, and x86 and
  *                         Arm compute only such NaN from them
+ *   H_wide_load(p)          T_widen(H_load(p))
+ *   LIGHT_HALVES          whether light loops and plain sums are compiled for 16-bit elements (see kernels/map.h)
+ *   bf16_load_two, bf16_store_two            two vectors of adjacent elements, whose lanes may be mixed, where the
+ *                         instruction set does so faster: BF16_MIXES_TWO is defined there
  * prefetch(p)             may fetch the line at p into the cache; any address is allowed
  * stream_fence()          orders streamed stores before later ones
  */

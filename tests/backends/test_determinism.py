@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,47 @@ def test_instruction_sets_with_fused_multiply_add_agree(dtype: str, shape: tuple
             found.append(results(call(shape, dtype)))
     for other in found[1:]:
         cases.assert_same_bits(other, found[0])
+
+
+# Planes and rows that are longer than what is widened at a time, small planes, joined ones, and few images.
+ROUNDED = (
+    ((3, 2500), 1),
+    ((2, 3, 4200), 1),
+    ((3, 130, 9, 9), 1),
+    ((11, 60, 3, 3), 1),
+    ((9, 7, 5, 29), -1),
+    ((4, 5, 20, 20), 1),
+)
+
+
+@pytest.mark.parametrize("kernel", C_KERNELS, ids=str, indirect=True)
+@pytest.mark.parametrize("dtype", cases.HALVES)
+@pytest.mark.parametrize("activation", cases.ACTIVATIONS, ids=str)
+@pytest.mark.parametrize(("shape", "axis"), ROUNDED, ids=str)
+def test_16_bit_results_are_those_of_float32(
+    kernel: cases.Kernel, dtype: str, shape: tuple[int, ...], axis: int, activation: Any
+) -> None:
+    """Rounded: what is computed with values of 16 bits does not depend on how they are stored."""
+    given = cases.call(shape, dtype, axis)
+    mask = cases.random_mask(shape, axis)
+
+    def found(*data: cases.Array) -> Iterator[cases.Array]:
+        x, dy, residual = data
+        known = (given.gamma, given.beta, given.running_mean, given.running_var)
+        fused: dict[str, Any] = {"axis": axis, "activation": activation}
+        yield fastbn.infer(x, *known, **fused)
+        for more in ({}, {"residual": residual}, {"residual": residual, "mask": mask}):
+            y, made = fastbn.forward(x, given.gamma, given.beta, **fused, **more)
+            yield y
+            yield from fastbn.backward(dy, made)
+        y, made = fastbn.forward(x, *known, **fused, residual=residual, training=False)
+        gradients = fastbn.backward(dy, made, out=dy.copy())
+        yield from (y, *gradients, gradients.dresidual)
+
+    data = (given.x, given.dy, given.residual)
+    narrow, wide = found(*data), found(*(a.astype(np.float32) for a in data))
+    for number, (result, exact) in enumerate(zip(narrow, wide, strict=True)):
+        cases.assert_same_bits(result, exact.astype(result.dtype), f"result {number}")
 
 
 # The rest of the operation: every dtype, smooth activations, masks, in place, moments and sums.
