@@ -7,8 +7,9 @@
  * ulp.
  */
 
-/* The most vectors at once, `count`. Operations on several take turns: those on one vector wait for each other, and
- * processors do not look far enough ahead to find others. */
+/* The most vectors that are computed at once, of which there are `count`. Each operation is done for all of them before
+ * the next, since those on one vector wait for each other, and processors do not look far enough ahead to find others.
+ */
 enum { NAME(AT_ONCE) = 4 };
 
 /* 2^-k (1 - less), |less| < 1/2. k was added to a shift, which rounded it to an integer. */

@@ -22,7 +22,8 @@ FBN_INLINE vec NAME(dz_of)(const elem *dy, const elem *x, const elem *residual, 
     return NAME(activation_gradient)(g, NAME(preactivation)(v, r, k, p), k->slope, p.activation);
 }
 
-/* Whether several vectors of a SiLU or a sigmoid are computed at once, for which the baseline has too few registers. */
+/* Whether several vectors of a SiLU or a sigmoid are computed at once: of float32, where there are registers enough.
+ * That was not tried for float64; the baseline has too few. */
 FBN_INLINE int NAME(is_smooth)(NAME(parts) p) {
     const int smooth = p.activation == FBN_SILU || p.activation == FBN_SIGMOID;
     return smooth && p.usual && sizeof(elem) == sizeof(float) && !SPLITS_SCALE;

@@ -51,8 +51,8 @@ FBN_INLINE void NAME(map_n)(const fbn_operands *o, int64_t i, int64_t n, const N
 
 /* Whether a loop computes so little that tests and jumps are a good part of its time where its arrays are in a cache.
  * Such loops are compiled for either kind of store and take two vectors at a time. Vectors of a whole cache line gain
- * nothing by it (Zen 4), nor does the baseline. Of 16-bit values there are such loops only for AVX2, since the library
- * would be larger. */
+ * nothing by it (Zen 4), nor does the baseline, which is where float32's scale is split. Of 16-bit values there are
+ * such loops only for AVX2, since the library would be larger. */
 FBN_INLINE int NAME(is_light)(NAME(parts) p) {
     const int is_half = sizeof(elem) < sizeof(float), is_line = WIDTH * (int)sizeof(elem) == FBN_LINE;
     const int has_loops = is_half ? LIGHT_HALVES : !is_line && !F32_SPLITS_B;
@@ -204,8 +204,8 @@ FBN_INLINE int64_t NAME(map_pairs)(const fbn_operands *o, const fbn_stretch *s, 
 }
 
 /* Whether pairs are faster: in the cache, where loads are what takes time, if little is computed. No column may recur
- * in a stretch. The baseline's conversions of 16-bit values take longer than loads, and light loops leave nothing to
- * gain. */
+ * in a stretch. 16-bit values gain nothing by them in the baseline, whose conversions take longer than loads, nor
+ * beside light loops. */
 FBN_INLINE int NAME(has_pairs)(const fbn_operands *o, const fbn_stretch *s) {
     const int converts = (SPLITS_SCALE || LIGHT_HALVES) && sizeof(elem) < sizeof(float);
     const int computes_little = !o->residual && (o->activation == FBN_IDENTITY || o->activation == FBN_RELU);
@@ -225,11 +225,12 @@ FBN_INLINE int64_t NAME(affine_pairs)(const fbn_operands *o, const fbn_stretch *
 /* Maps n elements of one channel, which are whole vectors, from element i on. */
 FBN_INLINE void NAME(map_whole)(const fbn_operands *o, int64_t i, int64_t n, const NAME(constants) * k, NAME(parts) p,
                                 int backward) {
+    const int64_t ahead = o->walk.ahead;
     int64_t m = 0;
     for (; NAME(is_smooth)(p) && m + NAME(AT_ONCE) * WIDTH <= n; m += NAME(AT_ONCE) * WIDTH)
         NAME(map_smooth)(o, i + m, k, p, backward);
     for (; NAME(is_light)(p) && m + 2 * WIDTH <= n; m += 2 * WIDTH) {
-        if (sizeof(elem) < sizeof(float)) NAME(fetch)(o, i + m, 2, o->walk.ahead, backward);
+        if (sizeof(elem) < sizeof(float) && ahead) NAME(fetch)(o, i + m, 2, ahead, backward);
         NAME(map_two)(o, i + m, k, p, backward);
     }
     for (; m < n; m += WIDTH) NAME(map_n)(o, i + m, WIDTH, k, p, backward);
@@ -315,35 +316,31 @@ FBN_INLINE void NAME(narrow)(const float *from, const fbn_operands *o, int64_t i
     NAME(narrow_part)(from + end, n - end, to + end, 0);
 }
 
-/* Maps stretches in pieces that stay in the nearest cache, where they are widened, mapped and rounded. All pieces of a
- * row but the first begin with a cache line. */
+/* Maps stretches in pieces that stay in the nearest cache, where they are widened, mapped and rounded. All pieces but
+ * the first of a stretch begin where a cache line of the result does. */
 FBN_APART void NAME(map_pieces)(const fbn_operands *o, const fbn_stretch *s, fbn_loop *loop) {
     enum { OF_LINE = FBN_LINE / sizeof(elem), ROOM = NAME(PIECE) + FBN_LANES };
     _Alignas(64) float x[ROOM], dy[ROOM], residual[ROOM];
     const int64_t ahead = o->walk.ahead;
     const int writes_dz = o->dy && o->residual && o->activation & FBN_WHICH;
     fbn_operands own = *o;
-    fbn_stretch piece = *s;
     own.x = x;
     own.dy = dy;
     own.out = o->dy ? dy : x;
     own.residual = o->residual ? residual : NULL;
     own.dresidual = residual; /* elements of either are read before they are written */
     own.stream = 0;
-    piece.at = 0;
-    piece.rows = 1;
-    piece.ahead = 0;
     for (int64_t row = 0; row < s->rows; row++) {
         const int64_t at = s->at + row * s->apart, end = at + s->n;
-        for (int64_t i = at; i < end; i += piece.n) {
-            piece.n = NAME(least)(NAME(PIECE) - OF_LINE + NAME(misaligned)(o, i, OF_LINE), end - i);
-            piece.c = s->period ? (s->c + i - at) % s->period : s->c;
-            NAME(widen)((const elem *)o->x + i, piece.n, ahead, x);
-            if (o->dy) NAME(widen)((const elem *)o->dy + i, piece.n, ahead, dy);
-            if (o->residual) NAME(widen)((const elem *)o->residual + i, piece.n, ahead, residual);
-            loop(&own, &piece);
-            NAME(narrow)(own.out, o, i, piece.n);
-            if (writes_dz) NAME(narrow_part)(residual, piece.n, (elem *)o->dresidual + i, 0);
+        for (int64_t i = at, n; i < end; i += n) {
+            n = NAME(least)(NAME(PIECE) - OF_LINE + NAME(misaligned)(o, i, OF_LINE), end - i);
+            NAME(widen)((const elem *)o->x + i, n, ahead, x);
+            if (o->dy) NAME(widen)((const elem *)o->dy + i, n, ahead, dy);
+            if (o->residual) NAME(widen)((const elem *)o->residual + i, n, ahead, residual);
+            const int64_t c = s->period ? (s->c + i - at) % s->period : s->c;
+            loop(&own, &(fbn_stretch){.n = n, .c = c, .period = s->period, .rows = 1});
+            NAME(narrow)(own.out, o, i, n);
+            if (writes_dz) NAME(narrow_part)(residual, n, (elem *)o->dresidual + i, 0);
         }
     }
 }
@@ -362,8 +359,8 @@ FBN_INLINE void NAME(map_as)(const fbn_operands *o, const fbn_stretch *s, int co
     else NAME(map_to)(o, s, columns, backward, p, 0);
 }
 
-/* The SiLU and the sigmoid, whose code is long, are not compiled for 16-bit values; nor is anything
- * where conversions are long. */
+/* Heavy maps are those of the SiLU and the sigmoid, whose loops are long. For 16-bit values they have none of their
+ * own; nor does any map where conversions are long. */
 enum { NAME(ALL_HEAVY) = LONG_CONVERSIONS };
 
 #if WIDENS

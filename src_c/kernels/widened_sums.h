@@ -1,8 +1,8 @@
-/* widened_sums.h: the sums of 16-bit values, which are widened to float32 a piece at a time and then added by the loops
- * of float32.
+/* widened_sums.h: 16-bit values by the loops of float32, which need not be compiled for each dtype: a piece at a time
+ * is widened, and then added. Plain sums, which would take longer that way with AVX2, have loops of their own there.
  *
- * These need not be compiled for each dtype, and take no longer: a piece stays in the nearest cache. The bits are those
- * of sums of the values themselves, since widening is exact and a piece is whole turns of the lanes.
+ * A piece stays in the nearest cache. The bits are those of sums of the values themselves, since widening is exact and
+ * a piece is whole turns of the lanes. map.h maps pieces likewise.
  */
 
 /* The values of an array that are widened at a time. */

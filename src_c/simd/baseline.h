@@ -41,8 +41,8 @@
  *                         Arm compute only such NaN from them
  *   H_wide_load(p)          T_widen(H_load(p))
  *   LIGHT_HALVES          whether light loops and plain sums are compiled for 16-bit elements (see kernels/map.h)
- *   bf16_load_two, bf16_store_two            two vectors of adjacent elements, whose lanes may be mixed, where the
- *                         instruction set does so faster: BF16_MIXES_TWO is defined there
+ *   bf16_load_two, bf16_store_two            two vectors of adjacent elements, whose lanes may be mixed. Only where
+ *                         that is faster, and BF16_MIXES_TWO is defined. The last takes `stream`
  * prefetch(p)             may fetch the line at p into the cache; any address is allowed
  * stream_fence()          orders streamed stores before later ones
  */
