@@ -14,6 +14,10 @@
 
 #include SUMS
 
+#if WIDENS
+#include "../kernels/widened_maps.h"
+#endif
+
 #include "../kernels/map.h"
 
 static const fbn_dtype_kernels NAME(kernels) = {

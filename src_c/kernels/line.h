@@ -81,6 +81,18 @@ FBN_INLINE void NAME(put_two)(elem *to, const vec *v, int stream) {
 #endif
 }
 
+/* The elements that are written together, a power of two: a vector, or a cache line where results are written around
+ * the cache, since writing a part of a line there is slow. */
+FBN_INLINE int64_t NAME(step_of)(int stream) {
+    const int of_line = FBN_LINE / (int)sizeof(elem);
+    return STREAMS && stream && of_line > WIDTH ? of_line : WIDTH;
+}
+
+/* The number of elements from element i of the result to the next multiple of a step. */
+FBN_INLINE int64_t NAME(misaligned)(const fbn_operands *o, int64_t i, int64_t step) {
+    return (int64_t)(-((uintptr_t)((elem *)o->out + i) / sizeof(elem)) & (uintptr_t)(step - 1));
+}
+
 FBN_INLINE int64_t NAME(least)(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* Fetches the lines that lie so many bytes behind some vectors of x, and of dy. */

@@ -71,7 +71,7 @@ FBN_INLINE void NAME(sum_plane)(const fbn_operands *o, const fbn_stretch *s, NAM
             const int64_t next = i + ahead + (whole && i + ahead >= end ? further : 0);
             prefetch((const elem *)own.x + next);
             if (backward) prefetch((const elem *)own.dy + next);
-            if (backward && NAME(is_smooth)(p) && STEP <= NAME(AT_ONCE)) {
+            if (backward && NAME(is_smooth)(p) && (int)STEP <= (int)NAME(AT_ONCE)) {
                 vec dz[STEP];
                 NAME(smooth_of)(&own, i, STEP, &k, p, 1, dz);
                 for (int j = 0; j < STEP; j++)

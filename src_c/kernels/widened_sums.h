@@ -2,7 +2,7 @@
  * is widened, and then added. Plain sums, which would take longer that way with AVX2, have loops of their own there.
  *
  * A piece stays in the nearest cache. The bits are those of sums of the values themselves, since widening is exact and
- * a piece is whole turns of the lanes. map.h maps pieces likewise.
+ * a piece is whole turns of the lanes. widened_maps.h maps pieces likewise.
  */
 
 /* The values of an array that are widened at a time. */
