@@ -2,6 +2,7 @@
  * of channels are in the compute type, so 16-bit dtypes use the functions of float32 for them. */
 #include <float.h>
 #include <math.h>
+#include <string.h>
 
 #define PASTE_(what, dtype, isa) what##_##dtype##_##isa
 #define PASTE(what, dtype, isa) PASTE_(what, dtype, isa)

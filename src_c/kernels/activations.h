@@ -54,14 +54,10 @@ FBN_INLINE void NAME(sigmoid_derivatives)(const vec *z, int count, int times_z, 
     for (int j = 0; j < count; j++) to[j] = NAME(far_derivative)(z[j], to[j], times_z);
 }
 
-/* The sigmoid, or the SiLU if times_z: values or, if `derives`, dy times the derivatives. */
-FBN_INLINE void NAME(smooth)(const vec *z, const vec *dy, int count, int times_z, int derives, vec *to) {
-    if (!derives) {
-        NAME(sigmoids)(z, count, times_z, to);
-        return;
-    }
-    NAME(sigmoid_derivatives)(z, count, times_z, to);
-    for (int j = 0; j < count; j++) to[j] = vmul(dy[j], to[j]);
+/* The sigmoid, or the SiLU if times_z: values or, if `derives`, derivatives. */
+FBN_INLINE void NAME(smooth)(const vec *z, int count, int times_z, int derives, vec *to) {
+    if (derives) NAME(sigmoid_derivatives)(z, count, times_z, to);
+    else NAME(sigmoids)(z, count, times_z, to);
 }
 
 /* Each activation: its value at z or, if `derives`, dy times its derivative. */
@@ -78,8 +74,8 @@ FBN_INLINE vec NAME(pointwise)(vec z, vec dy, real slope, int activation, int de
         return vwhere_less(zero, z, given, vmul(given, vset(slope)));
     case FBN_SILU:
     case FBN_SIGMOID:
-        NAME(smooth)(&z, &dy, 1, activation == FBN_SILU, derives, &result);
-        return result;
+        NAME(smooth)(&z, 1, activation == FBN_SILU, derives, &result);
+        return derives ? vmul(dy, result) : result;
     case FBN_HARDSWISH:
         if (!derives) return vmul(z, vdiv(vmin(vset(6), vrelu(vadd(z, vset(3)))), vset(6)));
         const vec between = vmul(dy, vmuladd(z, vset((real)(1.0 / 3)), vset((real)0.5)));

@@ -7,10 +7,10 @@
  * ulp.
  */
 
-/* The most vectors that are computed at once, of which there are `count`. Each operation is done for all of them before
- * the next, since those on one vector wait for each other, and processors do not look far enough ahead to find others.
- */
-enum { NAME(AT_ONCE) = 4 };
+/* How many vectors loops compute at once; functions compute `count`, which may be 1. Each operation is done for all of
+ * them before the next, since those on one vector wait for each other, and processors do not look far enough ahead to
+ * find others. Where float32's scale is split there are too few registers. */
+enum { NAME(AT_ONCE) = F32_SPLITS_B ? 1 : 4 };
 
 /* 2^-k (1 - less), |less| < 1/2. k was added to a shift, which rounded it to an integer. */
 typedef struct {

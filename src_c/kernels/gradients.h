@@ -22,24 +22,24 @@ FBN_INLINE vec NAME(dz_of)(const elem *dy, const elem *x, const elem *residual, 
     return NAME(activation_gradient)(g, NAME(preactivation)(v, r, k, p), k->slope, p.activation);
 }
 
-/* Whether several vectors of a SiLU or a sigmoid are computed at once: of float32, where there are registers enough.
- * That was not tried for float64; the baseline has too few. */
+/* Whether AT_ONCE vectors of a SiLU or a sigmoid are computed at once. */
 FBN_INLINE int NAME(is_smooth)(NAME(parts) p) {
-    const int smooth = p.activation == FBN_SILU || p.activation == FBN_SIGMOID;
-    return smooth && p.usual && sizeof(elem) == sizeof(float) && !SPLITS_SCALE;
+    return p.usual && (p.activation == FBN_SILU || p.activation == FBN_SIGMOID);
 }
 
-/* activation(z) or dz of so many vectors of one channel, from element i on. */
-FBN_INLINE void NAME(smooth_of)(const fbn_operands *o, int64_t i, int count, const NAME(constants) * k, NAME(parts) p,
-                                int derives, vec *to) {
-    vec z[NAME(AT_ONCE)], dy[NAME(AT_ONCE)];
-    for (int j = 0; j < count; j++) {
+/* activation(z) or dz of AT_ONCE vectors from element i on: of one channel, whose constants are k, or of columns from
+ * column c on. */
+FBN_INLINE void NAME(smooth_of)(const fbn_operands *o, int64_t i, int64_t c, int columns, const NAME(constants) * k,
+                                NAME(parts) p, int derives, vec *to) {
+    vec z[NAME(AT_ONCE)];
+    for (int j = 0; j < NAME(AT_ONCE); j++) {
         const int64_t at = i + j * WIDTH;
+        const NAME(constants) own = columns ? NAME(constants_at)(o, c + j * WIDTH, 1, p) : *k;
         const vec r = p.has_residual ? vload((const elem *)o->residual + at) : vset(0);
-        z[j] = NAME(preactivation)(vload((const elem *)o->x + at), r, k, p);
-        if (derives) dy[j] = vload((const elem *)o->dy + at);
+        z[j] = NAME(preactivation)(vload((const elem *)o->x + at), r, &own, p);
     }
-    NAME(smooth)(z, dy, count, p.activation == FBN_SILU, derives, to);
+    NAME(smooth)(z, NAME(AT_ONCE), p.activation == FBN_SILU, derives, to);
+    for (int j = 0; derives && j < NAME(AT_ONCE); j++) to[j] = vmul(vload((const elem *)o->dy + i + j * WIDTH), to[j]);
 }
 
 FBN_APART vec NAME(dz_part)(const elem *dy, const elem *x, const elem *residual, int64_t n, const NAME(constants) * k,

@@ -117,15 +117,16 @@ FBN_INLINE void NAME(map_two)(const fbn_operands *o, int64_t i, const NAME(const
     NAME(put_two)((elem *)o->out + i, out, o->stream);
 }
 
-/* Maps AT_ONCE vectors of one channel. */
-FBN_INLINE void NAME(map_smooth)(const fbn_operands *o, int64_t i, const NAME(constants) * k, NAME(parts) p,
-                                 int backward) {
+/* Maps AT_ONCE vectors of one channel, whose constants are k, or of columns from column c on. */
+FBN_INLINE void NAME(map_smooth)(const fbn_operands *o, int64_t i, int64_t c, int columns, const NAME(constants) * k,
+                                 NAME(parts) p, int backward) {
     vec v[NAME(AT_ONCE)];
-    NAME(smooth_of)(o, i, NAME(AT_ONCE), k, p, backward, v);
+    NAME(smooth_of)(o, i, c, columns, k, p, backward, v);
     for (int j = 0; j < NAME(AT_ONCE); j++) {
         const int64_t at = i + j * WIDTH;
+        const NAME(constants) own = columns ? NAME(constants_at)(o, c + j * WIDTH, 1, p) : *k;
         const vec x = backward && !p.frozen ? vload((const elem *)o->x + at) : vset(0);
-        const vec out = backward ? NAME(dx_of)(v[j], x, k, p) : v[j];
+        const vec out = backward ? NAME(dx_of)(v[j], x, &own, p) : v[j];
         NAME(put)((elem *)o->out + at, out, WIDTH, o->stream);
         if (backward && p.has_residual) NAME(put)((elem *)o->dresidual + at, v[j], WIDTH, 0);
     }
@@ -144,6 +145,7 @@ FBN_INLINE void NAME(map_vectors)(const fbn_operands *o, int64_t i, int64_t c, i
 /* Maps columns, from column c on. */
 FBN_INLINE void NAME(map_columns)(const fbn_operands *o, const fbn_stretch *s, NAME(parts) p, int backward,
                                   int stream) {
+    enum { SMOOTH = NAME(AT_ONCE) * WIDTH };
     const fbn_operands own = NAME(with_stream)(o, stream);
     const int light = NAME(is_light)(p);
     const int64_t period = s->period, ahead = s->ahead, step = NAME(step_of)(stream);
@@ -156,6 +158,10 @@ FBN_INLINE void NAME(map_columns)(const fbn_operands *o, const fbn_stretch *s, N
         while (i < last) {
             const int64_t recur = (period - c + WIDTH - 1) / WIDTH * WIDTH, whole = NAME(least)(last - i, recur);
             int64_t k = 0;
+            for (; NAME(is_smooth)(p) && k + SMOOTH <= whole; k += SMOOTH) {
+                NAME(fetch)(&own, i + k, NAME(AT_ONCE), ahead, backward);
+                NAME(map_smooth)(&own, i + k, c + k, 1, NULL, p, backward);
+            }
             for (; light && k + 2 * WIDTH <= whole; k += 2 * WIDTH)
                 NAME(map_vectors)(&own, i + k, c + k, 2, ahead, p, backward);
             for (; k < whole; k += WIDTH) NAME(map_vectors)(&own, i + k, c + k, 1, ahead, p, backward);
@@ -216,7 +222,7 @@ FBN_INLINE void NAME(map_whole)(const fbn_operands *o, int64_t i, int64_t n, con
     const int64_t ahead = o->walk.ahead;
     int64_t m = 0;
     for (; NAME(is_smooth)(p) && m + NAME(AT_ONCE) * WIDTH <= n; m += NAME(AT_ONCE) * WIDTH)
-        NAME(map_smooth)(o, i + m, k, p, backward);
+        NAME(map_smooth)(o, i + m, 0, 0, k, p, backward);
     for (; NAME(is_light)(p) && m + 2 * WIDTH <= n; m += 2 * WIDTH) {
         if (sizeof(elem) < sizeof(float) && ahead) NAME(fetch)(o, i + m, 2, ahead, backward);
         NAME(map_two)(o, i + m, k, p, backward);

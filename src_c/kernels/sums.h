@@ -19,14 +19,12 @@ FBN_INLINE void NAME(moments_n)(const fbn_operands *o, int64_t i, int64_t n, wid
     *other = wfma(d, d, *other);
 }
 
-/* dz is computed here unless it is known. */
 FBN_INLINE void NAME(grad_moments_n)(const fbn_operands *o, int64_t i, int64_t n, const NAME(constants) * k,
-                                     wide origin, NAME(parts) p, const vec *known, wide *sum, wide *other) {
+                                     wide origin, NAME(parts) p, wide *sum, wide *other) {
     const elem *dy = (const elem *)o->dy + i, *x = (const elem *)o->x + i;
     const elem *residual = p.has_residual ? (const elem *)o->residual + i : x;
     const int plain = n == WIDTH && !(p.activation & FBN_FROM_Y), given_dz = plain && p.activation == FBN_IDENTITY;
-    wide g =
-        given_dz ? wload(dy) : widen(NAME(kept_dz)(o, i, n, known ? *known : NAME(dz_at)(dy, x, residual, n, k, p)));
+    wide g = given_dz ? wload(dy) : widen(NAME(kept_dz)(o, i, n, NAME(dz_at)(dy, x, residual, n, k, p)));
     wide d = wsub(plain ? wload(x) : widen(NAME(x_at)(x, residual, n, k, p)), origin);
     if (n < WIDTH) { /* where x is filled up with 0, the derivative may have no value, and the mean may be infinite */
         const wide given = widen(vjoin(vset(1), vset(0), n));
@@ -44,7 +42,7 @@ FBN_INLINE void NAME(grad_moments_n)(const fbn_operands *o, int64_t i, int64_t n
 
 FBN_INLINE void NAME(sum_n)(const fbn_operands *o, int64_t i, int64_t n, const NAME(constants) * k, wide origin,
                             vec fill, NAME(parts) p, int backward, wide *sum, wide *other) {
-    if (backward) NAME(grad_moments_n)(o, i, n, k, origin, p, NULL, sum, other);
+    if (backward) NAME(grad_moments_n)(o, i, n, k, origin, p, sum, other);
     else NAME(moments_n)(o, i, n, origin, fill, sum, other);
 }
 
@@ -71,14 +69,8 @@ FBN_INLINE void NAME(sum_plane)(const fbn_operands *o, const fbn_stretch *s, NAM
             const int64_t next = i + ahead + (whole && i + ahead >= end ? further : 0);
             prefetch((const elem *)own.x + next);
             if (backward) prefetch((const elem *)own.dy + next);
-            if (backward && NAME(is_smooth)(p) && (int)STEP <= (int)NAME(AT_ONCE)) {
-                vec dz[STEP];
-                NAME(smooth_of)(&own, i, STEP, &k, p, 1, dz);
-                for (int j = 0; j < STEP; j++)
-                    NAME(grad_moments_n)(&own, i + j * WIDTH, WIDTH, &k, origin, p, &dz[j], &sum[j], &other[j]);
-            } else
-                for (int j = 0; j < STEP; j++)
-                    NAME(sum_n)(&own, i + j * WIDTH, WIDTH, &k, origin, fill, p, backward, &sum[j], &other[j]);
+            for (int j = 0; j < STEP; j++)
+                NAME(sum_n)(&own, i + j * WIDTH, WIDTH, &k, origin, fill, p, backward, &sum[j], &other[j]);
         }
         for (int j = 0; j < STEP && i + j * WIDTH < end; j++) {
             const int64_t n = NAME(least)(end - i - j * WIDTH, WIDTH);
@@ -211,4 +203,32 @@ FBN_INLINE void NAME(sum_stacks)(const fbn_operands *o, const fbn_stretch *s, NA
 FBN_INLINE void NAME(sum_as)(const fbn_operands *o, const fbn_stretch *s, int columns, int backward, NAME(parts) p) {
     if (columns) NAME(sum_columns)(o, s, p, backward);
     else NAME(sum_plane)(o, s, p, backward);
+}
+
+/* Adds a stretch in pieces that stay in the nearest cache. */
+typedef void NAME(sum_pieces_of)(const fbn_operands *o, const fbn_stretch *s, int columns, int backward);
+
+/* Parts of planes, or whole ones. Where a plane has several pieces, its lanes are here. */
+FBN_INLINE void NAME(sum_plane_pieces)(const fbn_operands *o, const fbn_stretch *s, int64_t piece,
+                                       NAME(sum_pieces_of) * sum, int backward) {
+    if (!s->whole) {
+        sum(o, s, 0, backward);
+        return;
+    }
+    for (int64_t row = 0; row < s->rows; row++) {
+        double lanes[2 * FBN_LANES] = {0};
+        fbn_stretch plane = *s;
+        plane.at += row * s->apart;
+        plane.rows = 1;
+        if (s->n > piece) {
+            plane.sums = lanes;
+            plane.others = lanes + FBN_LANES;
+            plane.whole = 0;
+        }
+        sum(o, &plane, 0, backward);
+        for (int k = 0; !plane.whole && k < FBN_LANES; k++) {
+            s->sums[k] += plane.sums[k];
+            s->others[k] += plane.others[k];
+        }
+    }
 }

@@ -25,8 +25,8 @@ FBN_INLINE void NAME(widen_rows)(const void *from_, const fbn_stretch *s, int64_
 }
 
 /* Adds the pieces of a stretch by a loop of float32. */
-FBN_INLINE void NAME(sum_pieces)(const fbn_operands *o, const fbn_stretch *s, fbn_loop *loop, int columns,
-                                 int backward) {
+FBN_INLINE void NAME(sum_pieces_by)(const fbn_operands *o, const fbn_stretch *s, fbn_loop *loop, int columns,
+                                    int backward) {
     _Alignas(64) float x[NAME(PIECE)], dy[NAME(PIECE)], residual[NAME(PIECE)];
     const int64_t most = NAME(PIECE) / s->rows / FBN_LANES * FBN_LANES;
     const int has_residual = backward && o->residual && o->activation != FBN_IDENTITY;
@@ -53,26 +53,11 @@ FBN_INLINE void NAME(sum_pieces)(const fbn_operands *o, const fbn_stretch *s, fb
     }
 }
 
-/* Parts of planes, or whole ones. Since a plane has several pieces, its lanes are here. */
-FBN_INLINE void NAME(sum_plane_pieces)(const fbn_operands *o, const fbn_stretch *s, fbn_loop *loop, int backward) {
-    if (!s->whole) {
-        NAME(sum_pieces)(o, s, loop, 0, backward);
-        return;
-    }
-    for (int64_t row = 0; row < s->rows; row++) {
-        double lanes[2 * FBN_LANES] = {0};
-        fbn_stretch plane = *s;
-        plane.sums = lanes;
-        plane.others = lanes + FBN_LANES;
-        plane.at += row * s->apart;
-        plane.rows = 1;
-        plane.whole = 0;
-        NAME(sum_pieces)(o, &plane, loop, 0, backward);
-        for (int k = 0; k < FBN_LANES; k++) {
-            s->sums[k] += plane.sums[k];
-            s->others[k] += plane.others[k];
-        }
-    }
+FBN_INLINE void NAME(sum_pieces)(const fbn_operands *o, const fbn_stretch *s, int columns, int backward) {
+    fbn_loop *const loop = columns    ? backward ? NAME_OF_REAL(grad_moments_columns) : NAME_OF_REAL(moments_columns)
+                           : backward ? NAME_OF_REAL(grad_moments_plane)
+                                      : NAME_OF_REAL(moments_plane);
+    NAME(sum_pieces_by)(o, s, loop, columns, backward);
 }
 
 FBN_INLINE void NAME(sum_stack_pieces)(const fbn_operands *o, const fbn_stretch *s, fbn_loop *loop, int backward) {
@@ -85,23 +70,23 @@ FBN_INLINE void NAME(sum_stack_pieces)(const fbn_operands *o, const fbn_stretch 
         stack.others = s->others + c * 2 * FBN_LANES;
         own.origin = o->origin + c;
         for (int k = 0; k < FBN_CONSTANTS; k++) own.constants.of[k] = (float *)o->constants.of[k] + c;
-        NAME(sum_pieces)(&own, &stack, loop, 0, backward);
+        NAME(sum_pieces_by)(&own, &stack, loop, 0, backward);
     }
 }
 
 /* The loops for plain sums and a relu's are compiled for 16-bit values, too, where these are read as fast (AVX2). */
 FBN_INLINE void NAME(moments)(const fbn_operands *o, const fbn_stretch *s, int columns) {
     if (LIGHT_HALVES) NAME(sum_as)(o, s, columns, 0, (NAME(parts)){FBN_IDENTITY, 0, 1, 0, 0});
-    else if (columns) NAME(sum_pieces)(o, s, NAME_OF_REAL(moments_columns), 1, 0);
-    else NAME(sum_plane_pieces)(o, s, NAME_OF_REAL(moments_plane), 0);
+    else if (columns) NAME(sum_pieces)(o, s, 1, 0);
+    else NAME(sum_plane_pieces)(o, s, NAME(PIECE), NAME(sum_pieces), 0);
 }
 FBN_INLINE void NAME(grad_moments)(const fbn_operands *o, const fbn_stretch *s, int columns) {
     const int is_relu = o->activation == FBN_RELU && !o->residual;
     if (LIGHT_HALVES && o->usual && o->activation == FBN_IDENTITY)
         NAME(sum_as)(o, s, columns, 1, (NAME(parts)){FBN_IDENTITY, 0, 1, 0, 0});
     else if (LIGHT_HALVES && o->usual && is_relu) NAME(sum_as)(o, s, columns, 1, (NAME(parts)){FBN_RELU, 0, 1, 0, 0});
-    else if (columns) NAME(sum_pieces)(o, s, NAME_OF_REAL(grad_moments_columns), 1, 1);
-    else NAME(sum_plane_pieces)(o, s, NAME_OF_REAL(grad_moments_plane), 1);
+    else if (columns) NAME(sum_pieces)(o, s, 1, 1);
+    else NAME(sum_plane_pieces)(o, s, NAME(PIECE), NAME(sum_pieces), 1);
 }
 
 static void NAME(moments_plane)(const fbn_operands *o, const fbn_stretch *s) { NAME(moments)(o, s, 0); }
