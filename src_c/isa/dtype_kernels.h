@@ -12,6 +12,10 @@
 
 #include "../kernels/sums.h"
 
+#if !WIDENS
+#include "../kernels/dz.h"
+#endif
+
 #include SUMS
 
 #if WIDENS

@@ -1,45 +1,4 @@
-/* float_sums.h: which loop of sums.h serves a call. With a SiLU or a sigmoid, dz of a piece is computed first and then
- * added as if it were dy: a loop that does both would need too many registers.
- */
-
-/* The values of dz that are computed at a time. */
-enum { NAME(PIECE) = 8192 / sizeof(elem) };
-
-/* dz of n elements from element i on, of channel c or of columns from column c on. What lies `ahead` bytes further is
- * fetched. `to` may be where dy is. */
-FBN_INLINE void NAME(dz_run)(const fbn_operands *o, int64_t i, int64_t c, int columns, int64_t n, int64_t ahead,
-                             NAME(parts) p, elem *to) {
-    enum { SMOOTH = NAME(AT_ONCE) * WIDTH };
-    const fbn_operands own = *o; /* no store can change it, so loops need not read it again */
-    NAME(constants) k = NAME(constants_at)(&own, c, columns, p);
-    int64_t m = 0;
-    for (; m + SMOOTH <= n; m += SMOOTH) {
-        vec dz[NAME(AT_ONCE)];
-        NAME(fetch)(&own, i + m, NAME(AT_ONCE), ahead, 1);
-        NAME(smooth_of)(&own, i + m, c + m, columns, &k, p, 1, dz);
-        for (int j = 0; j < NAME(AT_ONCE); j++) vstore(to + m + j * WIDTH, dz[j]);
-    }
-    for (; m < n; m += WIDTH) {
-        const elem *x = (const elem *)own.x + i + m,
-                   *residual = p.has_residual ? (const elem *)own.residual + i + m : x;
-        const int64_t some = NAME(least)(n - m, WIDTH);
-        if (columns) k = NAME(constants_at)(&own, c + m, 1, p);
-        NAME(put)(to + m, NAME(dz_part)((const elem *)own.dy + i + m, x, residual, some, &k, p), some, 0);
-    }
-}
-FBN_INLINE void NAME(smooth_run)(const fbn_operands *o, int64_t i, int64_t c, int columns, int64_t n, int64_t ahead,
-                                 elem *to) {
-    const int residual = o->residual != NULL;
-    if (o->activation == FBN_SILU)
-        NAME(dz_run)(o, i, c, columns, n, ahead, (NAME(parts)){FBN_SILU, residual, 1, 0, 0}, to);
-    else NAME(dz_run)(o, i, c, columns, n, ahead, (NAME(parts)){FBN_SIGMOID, residual, 1, 0, 0}, to);
-}
-FBN_APART void NAME(smooth_plane)(const fbn_operands *o, int64_t i, int64_t c, int64_t n, int64_t ahead, elem *to) {
-    NAME(smooth_run)(o, i, c, 0, n, ahead, to);
-}
-FBN_APART void NAME(smooth_columns)(const fbn_operands *o, int64_t i, int64_t c, int64_t n, int64_t ahead, elem *to) {
-    NAME(smooth_run)(o, i, c, 1, n, ahead, to);
-}
+/* float_sums.h: which loop of sums.h serves a call. */
 
 FBN_APART void NAME(plain_plane)(const fbn_operands *o, const fbn_stretch *s) {
     NAME(sum_as)(o, s, 0, 1, (NAME(parts)){FBN_IDENTITY, 0, 1, 0, 0});
@@ -55,7 +14,8 @@ FBN_INLINE int64_t NAME(run_ahead)(const fbn_operands *o, const fbn_stretch *s, 
     return s->rows > 1 || i + most < s->n ? o->walk.ahead : (s->apart - i) * (int64_t)sizeof(elem);
 }
 
-/* Pieces of dz stay where they are kept, or are here, as is what belongs to them of x, so that both lie alike. */
+/* Computes dz of a piece, and then adds it as if it were dy. Pieces stay where dz is kept, or are here, as is what
+ * belongs to them of x, so that both lie alike. */
 FBN_INLINE void NAME(sum_pieces)(const fbn_operands *o, const fbn_stretch *s, int columns, int backward) {
     _Alignas(64) elem x[NAME(PIECE)], dz[NAME(PIECE)];
     const int64_t most = NAME(PIECE) / s->rows / FBN_LANES * FBN_LANES;

@@ -117,19 +117,12 @@ FBN_INLINE void NAME(map_two)(const fbn_operands *o, int64_t i, const NAME(const
     NAME(put_two)((elem *)o->out + i, out, o->stream);
 }
 
-/* Maps AT_ONCE vectors of one channel, whose constants are k, or of columns from column c on. */
+/* y of AT_ONCE vectors of one channel, whose constants are k, or of columns from column c on. */
 FBN_INLINE void NAME(map_smooth)(const fbn_operands *o, int64_t i, int64_t c, int columns, const NAME(constants) * k,
-                                 NAME(parts) p, int backward) {
-    vec v[NAME(AT_ONCE)];
-    NAME(smooth_of)(o, i, c, columns, k, p, backward, v);
-    for (int j = 0; j < NAME(AT_ONCE); j++) {
-        const int64_t at = i + j * WIDTH;
-        const NAME(constants) own = columns ? NAME(constants_at)(o, c + j * WIDTH, 1, p) : *k;
-        const vec x = backward && !p.frozen ? vload((const elem *)o->x + at) : vset(0);
-        const vec out = backward ? NAME(dx_of)(v[j], x, &own, p) : v[j];
-        NAME(put)((elem *)o->out + at, out, WIDTH, o->stream);
-        if (backward && p.has_residual) NAME(put)((elem *)o->dresidual + at, v[j], WIDTH, 0);
-    }
+                                 NAME(parts) p) {
+    vec y[NAME(AT_ONCE)];
+    NAME(smooth_of)(o, i, c, columns, k, p, 0, y);
+    for (int j = 0; j < NAME(AT_ONCE); j++) NAME(put)((elem *)o->out + i + j * WIDTH, y[j], WIDTH, o->stream);
 }
 
 /* Maps so many vectors of columns, from column c on, and fetches the lines that come `ahead` bytes later. */
@@ -147,7 +140,7 @@ FBN_INLINE void NAME(map_columns)(const fbn_operands *o, const fbn_stretch *s, N
                                   int stream) {
     enum { SMOOTH = NAME(AT_ONCE) * WIDTH };
     const fbn_operands own = NAME(with_stream)(o, stream);
-    const int light = NAME(is_light)(p);
+    const int light = NAME(is_light)(p), smooth = !backward && NAME(is_smooth)(p);
     const int64_t period = s->period, ahead = s->ahead, step = NAME(step_of)(stream);
     const int64_t head = NAME(least)(NAME(misaligned)(o, s->at, step), s->n);
     for (int64_t row = 0; row < s->rows; row++) {
@@ -158,9 +151,9 @@ FBN_INLINE void NAME(map_columns)(const fbn_operands *o, const fbn_stretch *s, N
         while (i < last) {
             const int64_t recur = (period - c + WIDTH - 1) / WIDTH * WIDTH, whole = NAME(least)(last - i, recur);
             int64_t k = 0;
-            for (; NAME(is_smooth)(p) && k + SMOOTH <= whole; k += SMOOTH) {
-                NAME(fetch)(&own, i + k, NAME(AT_ONCE), ahead, backward);
-                NAME(map_smooth)(&own, i + k, c + k, 1, NULL, p, backward);
+            for (; smooth && k + SMOOTH <= whole; k += SMOOTH) {
+                NAME(fetch)(&own, i + k, NAME(AT_ONCE), ahead, 0);
+                NAME(map_smooth)(&own, i + k, c + k, 1, NULL, p);
             }
             for (; light && k + 2 * WIDTH <= whole; k += 2 * WIDTH)
                 NAME(map_vectors)(&own, i + k, c + k, 2, ahead, p, backward);
@@ -221,8 +214,8 @@ FBN_INLINE void NAME(map_whole)(const fbn_operands *o, int64_t i, int64_t n, con
                                 int backward) {
     const int64_t ahead = o->walk.ahead;
     int64_t m = 0;
-    for (; NAME(is_smooth)(p) && m + NAME(AT_ONCE) * WIDTH <= n; m += NAME(AT_ONCE) * WIDTH)
-        NAME(map_smooth)(o, i + m, 0, 0, k, p, backward);
+    for (; !backward && NAME(is_smooth)(p) && m + NAME(AT_ONCE) * WIDTH <= n; m += NAME(AT_ONCE) * WIDTH)
+        NAME(map_smooth)(o, i + m, 0, 0, k, p);
     for (; NAME(is_light)(p) && m + 2 * WIDTH <= n; m += 2 * WIDTH) {
         if (sizeof(elem) < sizeof(float) && ahead) NAME(fetch)(o, i + m, 2, ahead, backward);
         NAME(map_two)(o, i + m, k, p, backward);
@@ -307,8 +300,8 @@ FBN_INLINE void NAME(map_as)(const fbn_operands *o, const fbn_stretch *s, int co
     else NAME(map_to)(o, s, columns, backward, p, 0);
 }
 
-/* Heavy maps are those of the SiLU and the sigmoid, whose loops are long. For 16-bit values they have none of their
- * own; nor does any map where conversions are long. */
+/* Heavy maps are those of the SiLU and the sigmoid, whose loops are long. Gradients have none of their own, nor have
+ * 16-bit values; nor has any map where conversions are long. */
 enum { NAME(ALL_HEAVY) = LONG_CONVERSIONS };
 
 #if WIDENS
@@ -322,8 +315,35 @@ FBN_INLINE void NAME(map_joined_heavy)(const fbn_operands *o, const fbn_stretch 
     NAME(map_pieces)(o, s, backward ? NAME_OF_REAL(grad_affine_joined) : NAME_OF_REAL(affine_joined));
 }
 #else
+/* Maps pieces of dz as if they were dy. All pieces but the first of a stretch begin where a cache line of the result
+ * does, unless columns recur there. */
+FBN_APART void NAME(map_dz)(const fbn_operands *o, const fbn_stretch *s, int columns, fbn_loop *loop) {
+    enum { OF_LINE = FBN_LINE / sizeof(elem) };
+    _Alignas(64) elem dz[NAME(PIECE)];
+    fbn_operands own = *o;
+    own.activation = FBN_IDENTITY;
+    own.residual = own.dresidual = NULL;
+    for (int64_t row = 0; row < s->rows; row++) {
+        const int64_t at = s->at + row * s->apart, end = at + s->n;
+        for (int64_t i = at, n; i < end; i += n) {
+            const int64_t c = columns ? (s->c + i - at) % s->period : s->c;
+            const int64_t left = columns ? NAME(least)(end - i, s->period - c) : end - i;
+            elem *to = o->residual ? (elem *)o->dresidual + i : dz;
+            n = NAME(least)(NAME(PIECE) - OF_LINE + NAME(misaligned)(o, i, OF_LINE), left);
+            if (columns) NAME(smooth_columns)(o, i, c, n, o->walk.ahead, to);
+            else NAME(smooth_plane)(o, i, c, n, o->walk.ahead, to);
+            own.x = (const elem *)o->x + i;
+            own.dy = to;
+            own.out = (elem *)o->out + i;
+            loop(&own, &(fbn_stretch){.n = n, .c = c, .period = s->period, .rows = 1});
+        }
+    }
+}
+static fbn_loop NAME(grad_affine_plane), NAME(grad_affine_columns);
+
 FBN_INLINE void NAME(map_heavy)(const fbn_operands *o, const fbn_stretch *s, int columns, int backward, NAME(parts) p) {
-    NAME(map_as)(o, s, columns, backward, p);
+    if (backward) NAME(map_dz)(o, s, columns, columns ? NAME(grad_affine_columns) : NAME(grad_affine_plane));
+    else NAME(map_as)(o, s, columns, 0, p);
 }
 FBN_INLINE void NAME(map_joined_heavy)(const fbn_operands *o, const fbn_stretch *s, NAME(parts) p, int backward) {
     NAME(map_joined)(o, s, p, backward);

@@ -1,0 +1,42 @@
+/* dz.h: the gradient of z of a SiLU or a sigmoid, a piece at a time. A loop that also adds it, or maps it to dx, would
+ * need too many registers.
+ */
+
+/* The values of dz that are computed at a time. */
+enum { NAME(PIECE) = 8192 / sizeof(elem) };
+
+/* dz of n elements from element i on, of channel c or of columns from column c on. What lies `ahead` bytes further is
+ * fetched. `to` may be where dy is. */
+FBN_INLINE void NAME(dz_run)(const fbn_operands *o, int64_t i, int64_t c, int columns, int64_t n, int64_t ahead,
+                             NAME(parts) p, elem *to) {
+    enum { SMOOTH = NAME(AT_ONCE) * WIDTH };
+    const fbn_operands own = *o; /* no store can change it, so loops need not read it again */
+    NAME(constants) k = NAME(constants_at)(&own, c, columns, p);
+    int64_t m = 0;
+    for (; m + SMOOTH <= n; m += SMOOTH) {
+        vec dz[NAME(AT_ONCE)];
+        NAME(fetch)(&own, i + m, NAME(AT_ONCE), ahead, 1);
+        NAME(smooth_of)(&own, i + m, c + m, columns, &k, p, 1, dz);
+        for (int j = 0; j < NAME(AT_ONCE); j++) vstore(to + m + j * WIDTH, dz[j]);
+    }
+    for (; m < n; m += WIDTH) {
+        const elem *x = (const elem *)own.x + i + m,
+                   *residual = p.has_residual ? (const elem *)own.residual + i + m : x;
+        const int64_t some = NAME(least)(n - m, WIDTH);
+        if (columns) k = NAME(constants_at)(&own, c + m, 1, p);
+        NAME(put)(to + m, NAME(dz_part)((const elem *)own.dy + i + m, x, residual, some, &k, p), some, 0);
+    }
+}
+FBN_INLINE void NAME(smooth_run)(const fbn_operands *o, int64_t i, int64_t c, int columns, int64_t n, int64_t ahead,
+                                 elem *to) {
+    const int residual = o->residual != NULL;
+    if (o->activation == FBN_SILU)
+        NAME(dz_run)(o, i, c, columns, n, ahead, (NAME(parts)){FBN_SILU, residual, 1, 0, 0}, to);
+    else NAME(dz_run)(o, i, c, columns, n, ahead, (NAME(parts)){FBN_SIGMOID, residual, 1, 0, 0}, to);
+}
+FBN_APART void NAME(smooth_plane)(const fbn_operands *o, int64_t i, int64_t c, int64_t n, int64_t ahead, elem *to) {
+    NAME(smooth_run)(o, i, c, 0, n, ahead, to);
+}
+FBN_APART void NAME(smooth_columns)(const fbn_operands *o, int64_t i, int64_t c, int64_t n, int64_t ahead, elem *to) {
+    NAME(smooth_run)(o, i, c, 1, n, ahead, to);
+}
