@@ -378,10 +378,10 @@ FBN_INLINE void NAME(affine)(const fbn_operands *o, const fbn_stretch *s, int co
         NAME(map_as)(o, s, columns, 0, (NAME(parts)){FBN_HARDSWISH, any.has_residual, 1, exact, 0});
         break;
     case FBN_SILU:
-        NAME(map_heavy)(o, s, columns, 0, (NAME(parts)){FBN_SILU, any.has_residual, 1, exact, 0});
+        NAME(map_heavy)(o, s, columns, 0, (NAME(parts)){FBN_SILU, any.has_residual, 1, 0, 0});
         break;
     case FBN_SIGMOID:
-        NAME(map_heavy)(o, s, columns, 0, (NAME(parts)){FBN_SIGMOID, any.has_residual, 1, exact, 0});
+        NAME(map_heavy)(o, s, columns, 0, (NAME(parts)){FBN_SIGMOID, any.has_residual, 1, 0, 0});
         break;
     default:
         NAME(map_as)(o, s, columns, 0, any);

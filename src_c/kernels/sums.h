@@ -49,7 +49,7 @@ FBN_INLINE void NAME(sum_n)(const fbn_operands *o, int64_t i, int64_t n, const N
 /* Adds parts of planes of channel c, each to lanes of its own, of which the first is that of the part's first element.
  * The lanes of whole planes are then added up. */
 FBN_INLINE void NAME(sum_plane)(const fbn_operands *o, const fbn_stretch *s, NAME(parts) p, int backward) {
-    enum { STEP = FBN_LANES / WIDTH };
+    enum { STEP = FBN_LANES / WIDTH, OF_LINE = FBN_LINE / sizeof(elem) };
     const fbn_operands own = *o; /* no store can change it, so loops need not read it again */
     const NAME(constants) k = NAME(constants_at)(&own, s->c, 0, p);
     const wide origin = wset(own.origin[s->c]);
@@ -67,8 +67,10 @@ FBN_INLINE void NAME(sum_plane)(const fbn_operands *o, const fbn_stretch *s, NAM
         int64_t i = end - s->n;
         for (; i + FBN_LANES <= end; i += FBN_LANES) {
             const int64_t next = i + ahead + (whole && i + ahead >= end ? further : 0);
-            prefetch((const elem *)own.x + next);
-            if (backward) prefetch((const elem *)own.dy + next);
+            for (int64_t line = 0; line < FBN_LANES; line += OF_LINE) {
+                prefetch((const elem *)own.x + next + line);
+                if (backward) prefetch((const elem *)own.dy + next + line);
+            }
             for (int j = 0; j < STEP; j++)
                 NAME(sum_n)(&own, i + j * WIDTH, WIDTH, &k, origin, fill, p, backward, &sum[j], &other[j]);
         }
