@@ -125,14 +125,29 @@ FBN_INLINE void NAME(map_smooth)(const fbn_operands *o, int64_t i, int64_t c, in
     for (int j = 0; j < NAME(AT_ONCE); j++) NAME(put)((elem *)o->out + i + j * WIDTH, y[j], WIDTH, o->stream);
 }
 
-/* Maps so many vectors of columns, from column c on, and fetches the lines that come `ahead` bytes later. */
-FBN_INLINE void NAME(map_vectors)(const fbn_operands *o, int64_t i, int64_t c, int vectors, int64_t ahead,
-                                  NAME(parts) p, int backward) {
-    NAME(fetch)(o, i, vectors, ahead, backward);
-    for (int j = 0; j < vectors; j++) {
-        const NAME(constants) k = NAME(constants_at)(o, c + j * WIDTH, 1, p);
-        NAME(map_n)(o, i + j * WIDTH, WIDTH, &k, p, backward);
-    }
+/* Maps one vector of columns, from column c on, and fetches what comes `ahead` bytes later. */
+FBN_INLINE void NAME(map_one_of_columns)(const fbn_operands *o, int64_t i, int64_t c, int64_t ahead, NAME(parts) p,
+                                         int backward) {
+    const NAME(constants) k = NAME(constants_at)(o, c, 1, p);
+    NAME(fetch)(o, i, 1, ahead, backward);
+    NAME(map_n)(o, i, WIDTH, &k, p, backward);
+}
+
+/* y or dx of a vector. */
+FBN_INLINE vec NAME(mapped)(const fbn_operands *o, int64_t i, const NAME(constants) * k, NAME(parts) p, int backward) {
+    vec dz;
+    return backward ? NAME(grad_affine_of)(o, i, WIDTH, k, p, &dz) : NAME(affine_of)(o, i, WIDTH, k, p);
+}
+
+/* Maps two in a light loop. Both are computed before either is written, so that what is written around the cache is a
+ * whole line at once: on Zen 3 that saves a tenth of the time. */
+FBN_INLINE void NAME(map_two_of_columns)(const fbn_operands *o, int64_t i, int64_t c, int64_t ahead, NAME(parts) p,
+                                         int backward) {
+    const NAME(constants) first = NAME(constants_at)(o, c, 1, p), second = NAME(constants_at)(o, c + WIDTH, 1, p);
+    NAME(fetch)(o, i, 2, ahead, backward);
+    const vec one = NAME(mapped)(o, i, &first, p, backward), other = NAME(mapped)(o, i + WIDTH, &second, p, backward);
+    NAME(put)((elem *)o->out + i, one, WIDTH, o->stream);
+    NAME(put)((elem *)o->out + i + WIDTH, other, WIDTH, o->stream);
 }
 
 /* Maps columns, from column c on. */
@@ -156,8 +171,8 @@ FBN_INLINE void NAME(map_columns)(const fbn_operands *o, const fbn_stretch *s, N
                 NAME(map_smooth)(&own, i + k, c + k, 1, NULL, p);
             }
             for (; light && k + 2 * WIDTH <= whole; k += 2 * WIDTH)
-                NAME(map_vectors)(&own, i + k, c + k, 2, ahead, p, backward);
-            for (; k < whole; k += WIDTH) NAME(map_vectors)(&own, i + k, c + k, 1, ahead, p, backward);
+                NAME(map_two_of_columns)(&own, i + k, c + k, ahead, p, backward);
+            for (; k < whole; k += WIDTH) NAME(map_one_of_columns)(&own, i + k, c + k, ahead, p, backward);
             i += whole;
             c = NAME(onward)(c, whole, period);
         }
@@ -236,12 +251,6 @@ FBN_INLINE void NAME(map_plane)(const fbn_operands *o, const fbn_stretch *s, NAM
         NAME(map_whole)(&own, i, whole, &k, p, backward);
         NAME(map_edge)(o, i + whole, end - i - whole, s->c, 0, backward);
     }
-}
-
-/* y or dx of a vector. */
-FBN_INLINE vec NAME(mapped)(const fbn_operands *o, int64_t i, const NAME(constants) * k, NAME(parts) p, int backward) {
-    vec dz;
-    return backward ? NAME(grad_affine_of)(o, i, WIDTH, k, p, &dz) : NAME(affine_of)(o, i, WIDTH, k, p);
 }
 
 /* Maps adjacent planes, from element i on, which is of channel c, as are the next left - 1. Planes have at least WIDTH
@@ -378,10 +387,10 @@ FBN_INLINE void NAME(affine)(const fbn_operands *o, const fbn_stretch *s, int co
         NAME(map_as)(o, s, columns, 0, (NAME(parts)){FBN_HARDSWISH, any.has_residual, 1, exact, 0});
         break;
     case FBN_SILU:
-        NAME(map_heavy)(o, s, columns, 0, (NAME(parts)){FBN_SILU, any.has_residual, 1, 0, 0});
+        NAME(map_heavy)(o, s, columns, 0, (NAME(parts)){FBN_SILU, any.has_residual, 1, exact, 0});
         break;
     case FBN_SIGMOID:
-        NAME(map_heavy)(o, s, columns, 0, (NAME(parts)){FBN_SIGMOID, any.has_residual, 1, 0, 0});
+        NAME(map_heavy)(o, s, columns, 0, (NAME(parts)){FBN_SIGMOID, any.has_residual, 1, exact, 0});
         break;
     default:
         NAME(map_as)(o, s, columns, 0, any);

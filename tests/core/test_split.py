@@ -179,10 +179,10 @@ def test_sums_are_cut_by_the_shape_alone(split_c: ct.CDLL, shape: tuple[int, int
     ("ahead", "shared"), [(0, 256), (-1, 0), (100, 100), (512, 256), (2048, 256), (3072, 384), (1 << 40, 1 << 17)]
 )
 def test_rows_of_one_stream_share_what_is_fetched_ahead(split_c: ct.CDLL, ahead: int, shared: int) -> None:
-    """Planes do not, nor do rows in several streams."""
+    """Planes do not, nor do rows in several streams, nor do maps of what has not been read before."""
     alone = min(max(ahead or 1024, 0), 1 << 20)
     for shape, row_streams, wanted, run in (
-        ((100_000, 64, 1), 1, shared, shared),
+        ((100_000, 64, 1), 1, shared, alone),
         ((32, 2048, 49), 1, shared, 0),
         ((8, 64, 3136), 1, alone, 0),
         ((100_000, 64, 1), 3, alone, 0),
@@ -195,6 +195,7 @@ def test_rows_of_one_stream_share_what_is_fetched_ahead(split_c: ct.CDLL, ahead:
         assert sums.ahead == wanted
         if shape[2] == 1:
             assert maps.run_ahead == run
+            assert sums.run_ahead == (shared if run else 0)
 
 
 def test_planes_of_a_few_images_are_summed_channel_by_channel(split_c: ct.CDLL) -> None:
