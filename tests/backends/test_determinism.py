@@ -160,6 +160,23 @@ def test_16_bit_results_are_those_of_float32(
         cases.assert_same_bits(result, exact.astype(result.dtype), f"result {number}")
 
 
+@pytest.mark.parametrize("kernel", cases.COMPILED, ids=str, indirect=True)
+@pytest.mark.parametrize("activation", cases.ACTIVATIONS, ids=str)
+@pytest.mark.parametrize("shape", [(8, 21, 31), (3, 40, 7, 7), (5, 3, 5), (2, 5, 600)], ids=str)
+def test_planes_are_mapped_as_rows_are(
+    kernel: cases.Kernel, dtype: str, shape: tuple[int, ...], activation: Any
+) -> None:
+    """Also where a constant is 0 for all channels, which loops of columns do not read."""
+    c = cases.call(shape, dtype)
+    rows = np.ascontiguousarray(np.moveaxis(c.x, 1, -1))
+    zero = np.zeros_like(c.beta)
+    for beta, mean in ((c.beta, c.running_mean), (zero, zero)):
+        known = (c.gamma, beta, mean, c.running_var)
+        wanted = np.moveaxis(fastbn.infer(rows, *known, axis=-1, activation=activation), -1, 1)
+        found = fastbn.infer(c.x, *known, activation=activation)
+        cases.assert_same_bits(found, np.ascontiguousarray(wanted), f"mean {mean[0]}")
+
+
 # The rest of the operation: every dtype, smooth activations, masks, in place, moments and sums.
 FEWER = ((4096, 100), (2, 3, 70_001), (16, 131, 14, 14), (3, 2000, 7, 7), (13, 37))
 
