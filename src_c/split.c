@@ -125,24 +125,25 @@ static int can_join(int64_t images, int64_t inner) {
 
 static int64_t or_usual(int64_t habit, int64_t usual) { return habit ? habit : usual; }
 
-/* How far ahead is fetched. Sums of rows and small planes read up to FBN_ROWS of them in turns. Where one stream of
- * rows is best (Zen 3), what all of them fetch would push itself out of the nearest cache, so they share the distance;
- * as do maps of what sums have read, part of which is still in a cache. */
-static int64_t ahead_of(const fbn_habits *h, int shared) {
+/* How far ahead is fetched: this part of the habit where one stream of rows is best (Zen 3). Sums of rows and small
+ * planes read up to FBN_ROWS of them in turns, and what all of them fetch would push itself out of the nearest cache.
+ */
+static int64_t ahead_of(const fbn_habits *h, int part) {
     enum { LEAST_OF_ROW = 256 };
     const int64_t all = smaller(larger(or_usual(h->ahead, 1024), 0), LONGEST_TURN);
-    return shared && h->row_streams == 1 ? smaller(all, larger(all / FBN_ROWS, LEAST_OF_ROW)) : all;
+    return h->row_streams == 1 ? smaller(all, larger(all / part, LEAST_OF_ROW)) : all;
 }
 
 /* What is in a cache is read best without streams: rows are if x and the result fit into it. A turn is a multiple of
- * FBN_LANES elements of any dtype. */
+ * FBN_LANES elements of any dtype. A run of rows that is only mapped fetches further ahead than one that sums have
+ * read, of which a part is still in a cache. */
 static fbn_walk walk_of(const fbn_habits *h, const fbn_split *s, int beyond_cache) {
     const int64_t turn = smaller(or_usual(h->turn, 256), LONGEST_TURN);
     return (fbn_walk){.streams = s->large ? or_usual(h->streams, FBN_IMAGES) : 1,
                       .row_streams = beyond_cache ? smaller(or_usual(h->row_streams, 4), FBN_IMAGES) : 1,
                       .turn = in_steps(larger(turn, FBN_LANES * 8), FBN_LANES * 8),
-                      .ahead = ahead_of(h, s->columns),
-                      .run_ahead = s->large && h->row_streams == 1 ? ahead_of(h, s->columns && !s->maps) : 0};
+                      .ahead = ahead_of(h, s->columns ? FBN_ROWS : 1),
+                      .run_ahead = s->large && h->row_streams == 1 ? ahead_of(h, s->maps ? 3 : FBN_ROWS) : 0};
 }
 
 /* Whether a result of so many bytes is written around the cache, unless it replaces an input. That saves the read of

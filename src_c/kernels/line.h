@@ -97,8 +97,10 @@ FBN_INLINE int64_t NAME(least)(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* Fetches the lines that lie so many bytes behind some vectors of x, and of dy. */
 FBN_INLINE void NAME(fetch)(const fbn_operands *o, int64_t i, int vectors, int64_t ahead, int backward) {
-    for (int64_t b = ahead; b < ahead + vectors * WIDTH * (int)sizeof(elem); b += FBN_LINE) {
-        prefetch((const char *)((const elem *)o->x + i) + b);
-        if (backward) prefetch((const char *)((const elem *)o->dy + i) + b);
+    const char *x = (const char *)((const elem *)o->x + i) + ahead,
+               *dy = (const char *)((const elem *)o->dy + i) + ahead;
+    for (int b = 0; b < vectors * WIDTH * (int)sizeof(elem); b += FBN_LINE) {
+        prefetch(x + b);
+        if (backward) prefetch(dy + b);
     }
 }

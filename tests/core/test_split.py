@@ -179,10 +179,11 @@ def test_sums_are_cut_by_the_shape_alone(split_c: ct.CDLL, shape: tuple[int, int
     ("ahead", "shared"), [(0, 256), (-1, 0), (100, 100), (512, 256), (2048, 256), (3072, 384), (1 << 40, 1 << 17)]
 )
 def test_rows_of_one_stream_share_what_is_fetched_ahead(split_c: ct.CDLL, ahead: int, shared: int) -> None:
-    """Planes do not, nor do rows in several streams, nor do maps of what has not been read before."""
+    """Planes do not, nor do rows in several streams. Where rows are only mapped, a third of it is fetched."""
+    third = {0: 341, -1: 0, 100: 100, 512: 256, 2048: 682, 3072: 1024, 1 << 40: (1 << 20) // 3}[ahead]
     alone = min(max(ahead or 1024, 0), 1 << 20)
     for shape, row_streams, wanted, run in (
-        ((100_000, 64, 1), 1, shared, alone),
+        ((100_000, 64, 1), 1, shared, third),
         ((32, 2048, 49), 1, shared, 0),
         ((8, 64, 3136), 1, alone, 0),
         ((100_000, 64, 1), 3, alone, 0),
