@@ -424,12 +424,12 @@ fbn_status fbn_backward_sums(const fbn_problem *p, const fbn_sums_args *a, void 
 }
 
 /* Has the sums leave dz, so that the map need not compute it again: in dresidual, which is dz, or in dx while that
- * stays in the cache or where dz of rows is costly, or else in a block for each thread. A dtype of 16 bits would round
- * dz. With a mask the map must see whether dy is 0, and where `x` holds y it needs the activation to find z. */
+ * stays in the cache or where dz of columns is costly, or else in a block for each thread. A dtype of 16 bits would
+ * round dz. With a mask the map must see whether dy is 0, and where `x` holds y it needs the activation to find z. */
 static void keep_dz(fbn_job *j, const fbn_backward_args *a) {
     if (!j->operation->reduce || !j->activation || a->from_y || a->mask || j->split.elem < 4) return;
     if (a->residual) j->dz = a->dresidual;
-    else if (!j->split.large || (j->split.rows && is_costly(j->p))) j->dz = a->dx;
+    else if (!j->split.large || (j->split.columns && is_costly(j->p))) j->dz = a->dx;
     else if (bytes_of_blocks(j->p, &j->split)) {
         const uintptr_t end = (uintptr_t)(j->lanes + j->split.threads * fbn_lane_doubles(&j->split));
         j->dz_blocks = (char *)((end + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);
