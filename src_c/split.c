@@ -146,9 +146,9 @@ static fbn_walk walk_of(const fbn_habits *h, const fbn_split *s, int beyond_cach
                       .run_ahead = s->large && h->row_streams == 1 ? ahead_of(h, s->maps ? 3 : FBN_ROWS) : 0};
 }
 
-/* Whether a result of so many bytes is written around the cache, unless it replaces an input. That saves the read of
- * each line that is written, but drops from the cache what could have stayed there. A call that only maps reads nothing
- * twice, so that the cache holds half as large a result again. */
+/* Whether a result of so many bytes is written around the cache, unless it replaces what was read. That saves the read
+ * of each line that is written, but drops from the cache what could have stayed there. A call that only maps reads
+ * nothing twice, so that the cache holds half as large a result again. */
 static int is_large(int64_t result, const fbn_machine *machine, fbn_kind kind) {
     const int64_t from = machine->habits.stream_from, bytes = kind == FBN_MAPS ? result / 3 * 2 : result;
     return from ? from > 0 && bytes >= from : bytes > machine->shared_cache / PART_OF_CACHE;

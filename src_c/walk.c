@@ -31,10 +31,11 @@ static fbn_operands with_dz(const fbn_operands *o, int64_t elem, const fbn_plane
     return own;
 }
 
-/* Planes whose dz lies elsewhere are a single stream, since with_dz makes the operands of one plane. dz is costly to
- * compute, or read from a cache, so memory can keep up. */
+/* Planes whose dz lies elsewhere are a single stream, since with_dz makes the operands of one plane, and so are those
+ * whose dz is costly, for which loops take longer pieces than a turn. Memory can keep up with either. */
 static int64_t streams_of_planes(const fbn_operands *o, const fbn_planes *p, int64_t most) {
-    return p->dz_step ? 1 : streams_of(o, o->walk.streams, most);
+    const int which = o->activation & FBN_WHICH, is_costly = o->dy && (which == FBN_SILU || which == FBN_SIGMOID);
+    return p->dz_step || is_costly ? 1 : streams_of(o, o->walk.streams, most);
 }
 
 /* Adds the planes of a channel in streams, in turns, each to lanes of its own. */

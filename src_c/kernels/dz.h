@@ -27,16 +27,16 @@ FBN_INLINE void NAME(dz_run)(const fbn_operands *o, int64_t i, int64_t c, int co
         NAME(put)(to + m, NAME(dz_part)((const elem *)own.dy + i + m, x, residual, some, &k, p), some, 0);
     }
 }
-FBN_INLINE void NAME(smooth_run)(const fbn_operands *o, int64_t i, int64_t c, int columns, int64_t n, int64_t ahead,
-                                 elem *to) {
+FBN_INLINE void NAME(dz_by_activation)(const fbn_operands *o, int64_t i, int64_t c, int columns, int64_t n,
+                                       int64_t ahead, elem *to) {
     const int residual = o->residual != NULL;
     if (o->activation == FBN_SILU)
         NAME(dz_run)(o, i, c, columns, n, ahead, (NAME(parts)){FBN_SILU, residual, 1, 0, 0}, to);
     else NAME(dz_run)(o, i, c, columns, n, ahead, (NAME(parts)){FBN_SIGMOID, residual, 1, 0, 0}, to);
 }
-FBN_APART void NAME(smooth_plane)(const fbn_operands *o, int64_t i, int64_t c, int64_t n, int64_t ahead, elem *to) {
-    NAME(smooth_run)(o, i, c, 0, n, ahead, to);
+FBN_APART void NAME(dz_of_plane)(const fbn_operands *o, int64_t i, int64_t c, int64_t n, int64_t ahead, elem *to) {
+    NAME(dz_by_activation)(o, i, c, 0, n, ahead, to);
 }
-FBN_APART void NAME(smooth_columns)(const fbn_operands *o, int64_t i, int64_t c, int64_t n, int64_t ahead, elem *to) {
-    NAME(smooth_run)(o, i, c, 1, n, ahead, to);
+FBN_APART void NAME(dz_of_columns)(const fbn_operands *o, int64_t i, int64_t c, int64_t n, int64_t ahead, elem *to) {
+    NAME(dz_by_activation)(o, i, c, 1, n, ahead, to);
 }

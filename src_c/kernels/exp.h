@@ -7,7 +7,7 @@
  * ulp.
  */
 
-/* How many vectors loops compute at once; functions compute `count`, which may be 1. Each operation is done for all of
+/* How many vectors loops compute at once. A function's `count` is at most that. Each operation is done for all of
  * them before the next, since those on one vector wait for each other, and processors do not look far enough ahead to
  * find others. Where float32's scale is split there are too few registers. */
 enum { NAME(AT_ONCE) = F32_SPLITS_B ? 1 : 4 };

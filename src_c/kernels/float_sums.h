@@ -1,4 +1,4 @@
-/* float_sums.h: which loop of sums.h serves a call. */
+/* float_sums.h: which loop of sums.h serves a call, and sums of dz that is computed first. */
 
 FBN_APART void NAME(plain_plane)(const fbn_operands *o, const fbn_stretch *s) {
     NAME(sum_as)(o, s, 0, 1, (NAME(parts)){FBN_IDENTITY, 0, 1, 0, 0});
@@ -7,36 +7,39 @@ FBN_APART void NAME(plain_columns)(const fbn_operands *o, const fbn_stretch *s) 
     NAME(sum_as)(o, s, 1, 1, (NAME(parts)){FBN_IDENTITY, 0, 1, 0, 0});
 }
 
-/* How many bytes ahead a piece fetches. The last of a whole plane fetches from the next plane. Rows share `ahead` in
- * loops that read some of them in turns, which this one does not. */
-FBN_INLINE int64_t NAME(run_ahead)(const fbn_operands *o, const fbn_stretch *s, int64_t i, int64_t most, int columns) {
-    if (columns) return FBN_GRAD_ROWS * o->walk.ahead;
-    return s->rows > 1 || i + most < s->n ? o->walk.ahead : (s->apart - i) * (int64_t)sizeof(elem);
+/* How many bytes ahead a piece fetches. The last of a plane fetches from the plane that comes after it. Where one
+ * stream of rows is best, `ahead` was divided among rows that are read in turns; here they are read one after another.
+ */
+FBN_INLINE int64_t NAME(piece_ahead)(const fbn_operands *o, const fbn_stretch *s, int64_t i, int64_t most,
+                                     int columns) {
+    if (columns) return o->walk.row_streams == 1 ? FBN_GRAD_ROWS * o->walk.ahead : o->walk.ahead;
+    return i + most < s->n || s->apart < s->n ? o->walk.ahead : (s->apart - i) * (int64_t)sizeof(elem);
 }
 
-/* Computes dz of a piece, and then adds it as if it were dy. Pieces stay where dz is kept, or are here, as is what
- * belongs to them of x, so that both lie alike. */
-FBN_INLINE void NAME(sum_pieces)(const fbn_operands *o, const fbn_stretch *s, int columns, int backward) {
+/* Computes dz of a piece, and then adds it as if it were dy. Pieces stay where dz is kept, or are here. Those of
+ * several rows need what belongs to them of x beside them, so that both lie alike. */
+FBN_INLINE void NAME(sum_dz)(const fbn_operands *o, const fbn_stretch *s, int columns) {
     _Alignas(64) elem x[NAME(PIECE)], dz[NAME(PIECE)];
     const int64_t most = NAME(PIECE) / s->rows / FBN_LANES * FBN_LANES;
+    const int copies = !o->dz && s->rows > 1;
     fbn_operands own = *o;
     fbn_stretch piece = *s;
     own.activation = FBN_IDENTITY;
     own.residual = own.dz = NULL;
     own.walk.ahead = 0;
-    own.dy = o->dz ? o->dz : dz;
-    if (!o->dz) own.x = x, piece.apart = most;
-    (void)backward;
+    piece.at = 0;
+    if (!o->dz) piece.apart = most;
     for (int64_t i = 0; i < s->n; i += most) {
-        const int64_t ahead = NAME(run_ahead)(o, s, i, most, columns);
-        piece.at = o->dz ? s->at + i : 0;
+        const int64_t start = s->at + i, ahead = NAME(piece_ahead)(o, s, i, most, columns);
+        own.x = copies ? x : (const elem *)o->x + start;
+        own.dy = o->dz ? (elem *)o->dz + start : dz;
         piece.n = NAME(least)(most, s->n - i);
         for (int64_t row = 0; row < s->rows; row++) {
-            const int64_t at = s->at + row * s->apart + i;
+            const int64_t at = start + row * s->apart;
             elem *to = o->dz ? (elem *)o->dz + at : dz + row * most;
-            if (!o->dz) memcpy(x + row * most, (const elem *)o->x + at, (size_t)piece.n * sizeof(elem));
-            if (columns) NAME(smooth_columns)(o, at, i, piece.n, ahead, to);
-            else NAME(smooth_plane)(o, at, s->c, piece.n, ahead, to);
+            if (copies) memcpy(x + row * most, (const elem *)o->x + at, (size_t)piece.n * sizeof(elem));
+            if (columns) NAME(dz_of_columns)(o, at, i, piece.n, ahead, to);
+            else NAME(dz_of_plane)(o, at, s->c, piece.n, ahead, to);
         }
         if (columns) {
             piece.sums = s->sums + i;
@@ -46,6 +49,9 @@ FBN_INLINE void NAME(sum_pieces)(const fbn_operands *o, const fbn_stretch *s, in
         } else NAME(plain_plane)(&own, &piece);
     }
 }
+/* Apart, since what they keep on the stack would slow down other sums. */
+FBN_APART void NAME(sum_dz_of_plane)(const fbn_operands *o, const fbn_stretch *s) { NAME(sum_dz)(o, s, 0); }
+FBN_APART void NAME(sum_dz_of_columns)(const fbn_operands *o, const fbn_stretch *s) { NAME(sum_dz)(o, s, 1); }
 
 FBN_INLINE void NAME(grad_moments)(const fbn_operands *o, const fbn_stretch *s, int columns) {
     const NAME(parts) any = NAME(any_parts)(o);
@@ -69,8 +75,8 @@ FBN_INLINE void NAME(grad_moments)(const fbn_operands *o, const fbn_stretch *s, 
         break;
     case FBN_SILU:
     case FBN_SIGMOID:
-        if (columns) NAME(sum_pieces)(o, s, 1, 1);
-        else NAME(sum_plane_pieces)(o, s, NAME(PIECE), NAME(sum_pieces), 1);
+        if (columns) NAME(sum_dz_of_columns)(o, s);
+        else NAME(sum_plane_pieces)(o, s, NAME(PIECE), NAME(sum_dz_of_plane));
         break;
     default:
         NAME(sum_as)(o, s, columns, 1, any);

@@ -22,9 +22,9 @@ FBN_INLINE vec NAME(dz_of)(const elem *dy, const elem *x, const elem *residual, 
     return NAME(activation_gradient)(g, NAME(preactivation)(v, r, k, p), k->slope, p.activation);
 }
 
-/* Whether AT_ONCE vectors of a SiLU or a sigmoid are computed at once. */
+/* Whether a loop computes AT_ONCE vectors of a SiLU or a sigmoid at once. */
 FBN_INLINE int NAME(is_smooth)(NAME(parts) p) {
-    return p.usual && (p.activation == FBN_SILU || p.activation == FBN_SIGMOID);
+    return (int)NAME(AT_ONCE) > 1 && p.usual && (p.activation == FBN_SILU || p.activation == FBN_SIGMOID);
 }
 
 /* activation(z) or dz of AT_ONCE vectors from element i on: of one channel, whose constants are k, or of columns from
@@ -34,9 +34,9 @@ FBN_INLINE void NAME(smooth_of)(const fbn_operands *o, int64_t i, int64_t c, int
     vec z[NAME(AT_ONCE)];
     for (int j = 0; j < NAME(AT_ONCE); j++) {
         const int64_t at = i + j * WIDTH;
-        const NAME(constants) own = columns ? NAME(constants_at)(o, c + j * WIDTH, 1, p) : *k;
+        const NAME(constants) of_vector = columns ? NAME(constants_at)(o, c + j * WIDTH, 1, p) : *k;
         const vec r = p.has_residual ? vload((const elem *)o->residual + at) : vset(0);
-        z[j] = NAME(preactivation)(vload((const elem *)o->x + at), r, &own, p);
+        z[j] = NAME(preactivation)(vload((const elem *)o->x + at), r, &of_vector, p);
     }
     NAME(smooth)(z, NAME(AT_ONCE), p.activation == FBN_SILU, derives, to);
     for (int j = 0; derives && j < NAME(AT_ONCE); j++) to[j] = vmul(vload((const elem *)o->dy + i + j * WIDTH), to[j]);

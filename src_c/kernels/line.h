@@ -97,8 +97,8 @@ FBN_INLINE int64_t NAME(least)(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* Fetches the lines that lie so many bytes behind some vectors of x, and of dy. */
 FBN_INLINE void NAME(fetch)(const fbn_operands *o, int64_t i, int vectors, int64_t ahead, int backward) {
-    const char *x = (const char *)((const elem *)o->x + i) + ahead,
-               *dy = (const char *)((const elem *)o->dy + i) + ahead;
+    const char *x = (const char *)((const elem *)o->x + i) + ahead;
+    const char *dy = backward ? (const char *)((const elem *)o->dy + i) + ahead : x;
     for (int b = 0; b < vectors * WIDTH * (int)sizeof(elem); b += FBN_LINE) {
         prefetch(x + b);
         if (backward) prefetch(dy + b);

@@ -139,8 +139,8 @@ FBN_INLINE vec NAME(mapped)(const fbn_operands *o, int64_t i, const NAME(constan
     return backward ? NAME(grad_affine_of)(o, i, WIDTH, k, p, &dz) : NAME(affine_of)(o, i, WIDTH, k, p);
 }
 
-/* Maps two in a light loop. Both are computed before either is written, so that what is written around the cache is a
- * whole line at once: on Zen 3 that saves a tenth of the time. */
+/* Maps two in a light loop. Both are computed before either is written, so that whole lines are written around the
+ * cache at once. */
 FBN_INLINE void NAME(map_two_of_columns)(const fbn_operands *o, int64_t i, int64_t c, int64_t ahead, NAME(parts) p,
                                          int backward) {
     const NAME(constants) first = NAME(constants_at)(o, c, 1, p), second = NAME(constants_at)(o, c + WIDTH, 1, p);
@@ -309,8 +309,8 @@ FBN_INLINE void NAME(map_as)(const fbn_operands *o, const fbn_stretch *s, int co
     else NAME(map_to)(o, s, columns, backward, p, 0);
 }
 
-/* Heavy maps are those of the SiLU and the sigmoid, whose loops are long. Gradients have none of their own, nor have
- * 16-bit values; nor has any map where conversions are long. */
+/* Heavy maps are y of the SiLU and the sigmoid, whose loops are long. Their gradients map pieces of dz instead; 16-bit
+ * values, and all maps where conversions are long, use the loops of float32. */
 enum { NAME(ALL_HEAVY) = LONG_CONVERSIONS };
 
 #if WIDENS
@@ -324,8 +324,17 @@ FBN_INLINE void NAME(map_joined_heavy)(const fbn_operands *o, const fbn_stretch 
     NAME(map_pieces)(o, s, backward ? NAME_OF_REAL(grad_affine_joined) : NAME_OF_REAL(affine_joined));
 }
 #else
-/* Maps pieces of dz as if they were dy. All pieces but the first of a stretch begin where a cache line of the result
- * does, unless columns recur there. */
+/* dz of n elements from element i on: columns recur. */
+FBN_INLINE void NAME(dz_of_recurring)(const fbn_operands *o, int64_t i, int64_t c, int64_t period, int64_t n,
+                                      elem *to) {
+    for (int64_t k = 0, some; k < n; k += some, c = 0) {
+        some = NAME(least)(n - k, period - c);
+        NAME(dz_of_columns)(o, i + k, c, some, o->walk.ahead, to + k);
+    }
+}
+
+/* Maps pieces of dz as if they were dy, by the loop for no activation. All pieces but the first of a stretch begin
+ * where a cache line of the result does. */
 FBN_APART void NAME(map_dz)(const fbn_operands *o, const fbn_stretch *s, int columns, fbn_loop *loop) {
     enum { OF_LINE = FBN_LINE / sizeof(elem) };
     _Alignas(64) elem dz[NAME(PIECE)];
@@ -336,11 +345,10 @@ FBN_APART void NAME(map_dz)(const fbn_operands *o, const fbn_stretch *s, int col
         const int64_t at = s->at + row * s->apart, end = at + s->n;
         for (int64_t i = at, n; i < end; i += n) {
             const int64_t c = columns ? (s->c + i - at) % s->period : s->c;
-            const int64_t left = columns ? NAME(least)(end - i, s->period - c) : end - i;
             elem *to = o->residual ? (elem *)o->dresidual + i : dz;
-            n = NAME(least)(NAME(PIECE) - OF_LINE + NAME(misaligned)(o, i, OF_LINE), left);
-            if (columns) NAME(smooth_columns)(o, i, c, n, o->walk.ahead, to);
-            else NAME(smooth_plane)(o, i, c, n, o->walk.ahead, to);
+            n = NAME(least)(NAME(PIECE) - OF_LINE + NAME(misaligned)(o, i, OF_LINE), end - i);
+            if (columns) NAME(dz_of_recurring)(o, i, c, s->period, n, to);
+            else NAME(dz_of_plane)(o, i, c, n, o->walk.ahead, to);
             own.x = (const elem *)o->x + i;
             own.dy = to;
             own.out = (elem *)o->out + i;
@@ -424,10 +432,8 @@ FBN_INLINE void NAME(grad_affine)(const fbn_operands *o, const fbn_stretch *s, i
         NAME(map_as)(o, s, columns, 1, (NAME(parts)){FBN_HARDSWISH, any.has_residual, 1, 0, any.frozen});
         break;
     case FBN_SILU:
-        NAME(map_heavy)(o, s, columns, 1, (NAME(parts)){FBN_SILU, any.has_residual, 1, 0, any.frozen});
-        break;
     case FBN_SIGMOID:
-        NAME(map_heavy)(o, s, columns, 1, (NAME(parts)){FBN_SIGMOID, any.has_residual, 1, 0, any.frozen});
+        NAME(map_heavy)(o, s, columns, 1, any);
         break;
     default:
         NAME(map_as)(o, s, columns, 1, any);

@@ -207,14 +207,11 @@ FBN_INLINE void NAME(sum_as)(const fbn_operands *o, const fbn_stretch *s, int co
     else NAME(sum_plane)(o, s, p, backward);
 }
 
-/* Adds a stretch in pieces that stay in the nearest cache. */
-typedef void NAME(sum_pieces_of)(const fbn_operands *o, const fbn_stretch *s, int columns, int backward);
-
-/* Parts of planes, or whole ones. Where a plane has several pieces, its lanes are here. */
-FBN_INLINE void NAME(sum_plane_pieces)(const fbn_operands *o, const fbn_stretch *s, int64_t piece,
-                                       NAME(sum_pieces_of) * sum, int backward) {
+/* Adds parts of planes, or whole ones, by a loop that takes pieces of so many elements. Where a whole plane has several
+ * pieces, its lanes are here. */
+FBN_INLINE void NAME(sum_plane_pieces)(const fbn_operands *o, const fbn_stretch *s, int64_t piece, fbn_loop *sum) {
     if (!s->whole) {
-        sum(o, s, 0, backward);
+        sum(o, s);
         return;
     }
     for (int64_t row = 0; row < s->rows; row++) {
@@ -227,7 +224,7 @@ FBN_INLINE void NAME(sum_plane_pieces)(const fbn_operands *o, const fbn_stretch 
             plane.others = lanes + FBN_LANES;
             plane.whole = 0;
         }
-        sum(o, &plane, 0, backward);
+        sum(o, &plane);
         for (int k = 0; !plane.whole && k < FBN_LANES; k++) {
             s->sums[k] += plane.sums[k];
             s->others[k] += plane.others[k];

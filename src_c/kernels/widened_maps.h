@@ -32,6 +32,7 @@ FBN_APART void NAME(map_pieces)(const fbn_operands *o, const fbn_stretch *s, fbn
     own.residual = o->residual ? residual : NULL;
     own.dresidual = residual; /* elements of either are read before they are written */
     own.stream = 0;
+    own.walk.ahead = 0;
     for (int64_t row = 0; row < s->rows; row++) {
         const int64_t at = s->at + row * s->apart, end = at + s->n;
         for (int64_t i = at, n; i < end; i += n) {

@@ -25,8 +25,8 @@ FBN_INLINE void NAME(widen_rows)(const void *from_, const fbn_stretch *s, int64_
 }
 
 /* Adds the pieces of a stretch by a loop of float32. */
-FBN_INLINE void NAME(sum_pieces_by)(const fbn_operands *o, const fbn_stretch *s, fbn_loop *loop, int columns,
-                                    int backward) {
+FBN_INLINE void NAME(sum_pieces)(const fbn_operands *o, const fbn_stretch *s, fbn_loop *loop, int columns,
+                                 int backward) {
     _Alignas(64) float x[NAME(PIECE)], dy[NAME(PIECE)], residual[NAME(PIECE)];
     const int64_t most = NAME(PIECE) / s->rows / FBN_LANES * FBN_LANES;
     const int has_residual = backward && o->residual && o->activation != FBN_IDENTITY;
@@ -53,11 +53,11 @@ FBN_INLINE void NAME(sum_pieces_by)(const fbn_operands *o, const fbn_stretch *s,
     }
 }
 
-FBN_INLINE void NAME(sum_pieces)(const fbn_operands *o, const fbn_stretch *s, int columns, int backward) {
-    fbn_loop *const loop = columns    ? backward ? NAME_OF_REAL(grad_moments_columns) : NAME_OF_REAL(moments_columns)
-                           : backward ? NAME_OF_REAL(grad_moments_plane)
-                                      : NAME_OF_REAL(moments_plane);
-    NAME(sum_pieces_by)(o, s, loop, columns, backward);
+static void NAME(sum_moments_pieces)(const fbn_operands *o, const fbn_stretch *s) {
+    NAME(sum_pieces)(o, s, NAME_OF_REAL(moments_plane), 0, 0);
+}
+static void NAME(sum_grad_moments_pieces)(const fbn_operands *o, const fbn_stretch *s) {
+    NAME(sum_pieces)(o, s, NAME_OF_REAL(grad_moments_plane), 0, 1);
 }
 
 FBN_INLINE void NAME(sum_stack_pieces)(const fbn_operands *o, const fbn_stretch *s, fbn_loop *loop, int backward) {
@@ -70,23 +70,23 @@ FBN_INLINE void NAME(sum_stack_pieces)(const fbn_operands *o, const fbn_stretch 
         stack.others = s->others + c * 2 * FBN_LANES;
         own.origin = o->origin + c;
         for (int k = 0; k < FBN_CONSTANTS; k++) own.constants.of[k] = (float *)o->constants.of[k] + c;
-        NAME(sum_pieces_by)(&own, &stack, loop, 0, backward);
+        NAME(sum_pieces)(&own, &stack, loop, 0, backward);
     }
 }
 
 /* The loops for plain sums and a relu's are compiled for 16-bit values, too, where these are read as fast (AVX2). */
 FBN_INLINE void NAME(moments)(const fbn_operands *o, const fbn_stretch *s, int columns) {
     if (LIGHT_HALVES) NAME(sum_as)(o, s, columns, 0, (NAME(parts)){FBN_IDENTITY, 0, 1, 0, 0});
-    else if (columns) NAME(sum_pieces)(o, s, 1, 0);
-    else NAME(sum_plane_pieces)(o, s, NAME(PIECE), NAME(sum_pieces), 0);
+    else if (columns) NAME(sum_pieces)(o, s, NAME_OF_REAL(moments_columns), 1, 0);
+    else NAME(sum_plane_pieces)(o, s, NAME(PIECE), NAME(sum_moments_pieces));
 }
 FBN_INLINE void NAME(grad_moments)(const fbn_operands *o, const fbn_stretch *s, int columns) {
     const int is_relu = o->activation == FBN_RELU && !o->residual;
     if (LIGHT_HALVES && o->usual && o->activation == FBN_IDENTITY)
         NAME(sum_as)(o, s, columns, 1, (NAME(parts)){FBN_IDENTITY, 0, 1, 0, 0});
     else if (LIGHT_HALVES && o->usual && is_relu) NAME(sum_as)(o, s, columns, 1, (NAME(parts)){FBN_RELU, 0, 1, 0, 0});
-    else if (columns) NAME(sum_pieces)(o, s, 1, 1);
-    else NAME(sum_plane_pieces)(o, s, NAME(PIECE), NAME(sum_pieces), 1);
+    else if (columns) NAME(sum_pieces)(o, s, NAME_OF_REAL(grad_moments_columns), 1, 1);
+    else NAME(sum_plane_pieces)(o, s, NAME(PIECE), NAME(sum_grad_moments_pieces));
 }
 
 static void NAME(moments_plane)(const fbn_operands *o, const fbn_stretch *s) { NAME(moments)(o, s, 0); }
