@@ -9,7 +9,7 @@ enum {
     SEGMENT_ROWS = 128, /* the least rows in a channels-last segment, counted after joining */
     SEGMENTS_MOST = 64, /* the most channels-last segments */
     SMALL_PLANE = 512,  /* planes of fewer elements are taken as columns */
-    LARGE_STACK = 64,   /* planes of so many elements are summed channel by channel if there are FBN_ROWS images, ... */
+    LARGE_STACK = 40,   /* planes of so many elements are summed channel by channel if there are FBN_ROWS images, ... */
     LARGE_STACKS = 256, /* ... and those of so many in calls that read more than x */
     LEAST_JOINED = 40,  /* planes of so many elements are mapped joined: most vectors lie within one */
     STRETCH = 4096,     /* the elements of a unit of joined planes */
@@ -65,10 +65,11 @@ static int64_t panel_of(const fbn_split *s) {
 /* The bytes of a channel in all the arrays that a call reads. */
 static int64_t channel_bytes(const fbn_split *s, int arrays) { return s->outer * s->inner * s->elem * arrays; }
 
-/* Channels in a block: as many as fill two thirds of a core's cache, or a third if they are small planes, which leaves
- * room for what is fetched ahead and for the results. Fewer small planes than a panel has would be slow. */
+/* Channels in a block: as many as fill two thirds of a core's cache, or a third if they are small planes of several
+ * arrays, which leaves room for what is fetched ahead and for the results. Fewer small planes than a panel has would be
+ * slow. */
 static int64_t block_of(const fbn_split *s, const fbn_machine *machine, int arrays) {
-    const int64_t usual = machine->core_cache / 3 * (s->columns ? 1 : 2);
+    const int64_t usual = machine->core_cache / 3 * (s->columns && arrays > 1 ? 1 : 2);
     const int64_t room = machine->habits.block > 0 ? machine->habits.block : usual;
     const int64_t fit = room / larger(channel_bytes(s, arrays), 1), panel = s->columns && !s->rows ? panel_of(s) : 1;
     if (s->rows || s->stretches) return larger(s->channels, 1);

@@ -76,10 +76,16 @@ void fbn_sum_planes(fbn_loop *loop, const fbn_operands *o, int64_t elem, fbn_pla
     }
 }
 
-/* Rows that are added at a time are far apart, since most processors read several streams faster than one. */
+/* Rows that are added at a time are far apart, since most processors read several streams faster than one. From the end
+ * of a run on, what is fetched is the start of the one that comes next. */
 void fbn_sum_runs(fbn_loop *loop, const fbn_operands *o, int64_t rows, fbn_runs r, double *sums, double *others) {
     const int64_t times = r.count / rows;
-    fbn_stretch s = {.n = r.length, .rows = rows, .apart = times * r.apart, .sums = sums, .others = others};
+    fbn_stretch s = {.n = r.length,
+                     .rows = rows,
+                     .apart = times * r.apart,
+                     .sums = sums,
+                     .others = others,
+                     .further = r.apart - r.length};
     for (int64_t i = 0; i < times; i++, s.at += r.apart) loop(o, &s);
     s.at = times * rows * r.apart;
     s.rows = r.count - times * rows;

@@ -253,34 +253,55 @@ FBN_INLINE void NAME(map_plane)(const fbn_operands *o, const fbn_stretch *s, NAM
     }
 }
 
-/* Maps adjacent planes, from element i on, which is of channel c, as are the next left - 1. Planes have at least WIDTH
- * elements. A vector that reaches into the next plane is computed for either channel, so that whole vectors are
- * written. There is no dresidual. */
-FBN_INLINE void NAME(map_joined_row)(const fbn_operands *o, int64_t i, int64_t n, int64_t c, int64_t left,
-                                     int64_t channels, NAME(parts) p, int backward) {
-    const int64_t end = i + n, step = NAME(step_of)(o->stream);
-    const int64_t start = i + NAME(least)(NAME(misaligned)(o, i, step), n), last = start + ((end - start) & -step);
-    while (i < end) {
-        const NAME(constants) k = NAME(constants_at)(o, c, 0, p);
-        const int64_t after = c + 1 < channels ? c + 1 : 0;
-        const int64_t stop = NAME(least)(i + left, i < start ? start : i < last ? last : end);
-        const int64_t whole = i < start || i >= last ? 0 : (stop - i) / WIDTH * WIDTH;
-        NAME(map_whole)(o, i, whole, &k, p, backward);
-        i += whole;
-        left -= whole;
-        if (0 < left && left < WIDTH && i >= start && i < last) {
-            const NAME(constants) next = NAME(constants_at)(o, after, 0, p);
-            const vec first = NAME(mapped)(o, i, &k, p, backward), second = NAME(mapped)(o, i, &next, p, backward);
-            NAME(put)((elem *)o->out + i, vjoin(first, second, left), WIDTH, o->stream);
-            i += WIDTH;
-            left -= WIDTH;
-        } else if (i < stop) {
-            NAME(map_edge)(o, i, stop - i, c, 0, backward);
-            left -= stop - i;
-            i = stop;
-        }
-        if (left <= 0) left += o->inner, c = after;
+/* Where in adjacent planes: element i, which is of `channel`, as are the next left - 1. */
+typedef struct {
+    int64_t i, channel, left;
+} NAME(place);
+
+/* Goes n elements further, at most to the end of the plane. */
+FBN_INLINE void NAME(go_on)(NAME(place) * at, int64_t n, int64_t inner, int64_t channels) {
+    at->i += n;
+    at->left -= n;
+    if (at->left > 0) return;
+    at->left += inner;
+    at->channel = at->channel + 1 < channels ? at->channel + 1 : 0;
+}
+
+/* Maps adjacent planes up to element `end`, by parts of vectors. */
+FBN_INLINE void NAME(map_joined_edge)(const fbn_operands *o, NAME(place) * at, int64_t end, int64_t channels,
+                                      int backward) {
+    while (at->i < end) {
+        const int64_t n = NAME(least)(at->left, end - at->i);
+        NAME(map_edge)(o, at->i, n, at->channel, 0, backward);
+        NAME(go_on)(at, n, o->inner, channels);
     }
+}
+
+/* Maps adjacent planes of at least WIDTH elements, n of them. A vector that reaches into the next plane is computed for
+ * either channel, so that whole vectors are written. There is no dresidual. */
+FBN_INLINE void NAME(map_joined_row)(const fbn_operands *o, NAME(place) at, int64_t n, int64_t channels, NAME(parts) p,
+                                     int backward) {
+    const int64_t end = at.i + n, step = NAME(step_of)(o->stream), inner = o->inner;
+    NAME(map_joined_edge)(o, &at, at.i + NAME(least)(NAME(misaligned)(o, at.i, step), n), channels, backward);
+    const int64_t last = at.i + ((end - at.i) & -step);
+    NAME(constants) k = NAME(constants_at)(o, at.channel, 0, p);
+    while (at.i < last) {
+        const int64_t whole = NAME(least)(at.left, last - at.i) / WIDTH * WIDTH;
+        NAME(map_whole)(o, at.i, whole, &k, p, backward);
+        NAME(go_on)(&at, whole, inner, channels);
+        if (at.i == last) break;
+        const int64_t i = at.i, left = at.left;
+        if (left >= WIDTH) { /* whole vectors made up a plane */
+            k = NAME(constants_at)(o, at.channel, 0, p);
+            continue;
+        }
+        NAME(go_on)(&at, WIDTH, inner, channels);
+        const NAME(constants) next = NAME(constants_at)(o, at.channel, 0, p);
+        const vec first = NAME(mapped)(o, i, &k, p, backward), second = NAME(mapped)(o, i, &next, p, backward);
+        NAME(put)((elem *)o->out + i, vjoin(first, second, left), WIDTH, o->stream);
+        k = next;
+    }
+    NAME(map_joined_edge)(o, &at, end, channels, backward);
 }
 FBN_INLINE void NAME(map_joined_as)(const fbn_operands *o, const fbn_stretch *s, NAME(parts) p, int backward,
                                     int stream) {
@@ -288,7 +309,7 @@ FBN_INLINE void NAME(map_joined_as)(const fbn_operands *o, const fbn_stretch *s,
     const int64_t inner = own.inner, c = s->c / inner, left = inner - s->c % inner;
     const int64_t at = s->at, n = s->n, rows = s->rows, apart = s->apart, channels = s->period / inner;
     for (int64_t row = 0; row < rows; row++)
-        NAME(map_joined_row)(&own, at + row * apart, n, c, left, channels, p, backward);
+        NAME(map_joined_row)(&own, (NAME(place)){at + row * apart, c, left}, n, channels, p, backward);
 }
 FBN_INLINE void NAME(map_joined)(const fbn_operands *o, const fbn_stretch *s, NAME(parts) p, int backward) {
     if (!NAME(is_light)(p)) NAME(map_joined_as)(o, s, p, backward, o->stream);
