@@ -67,15 +67,19 @@ static int NAME(prescale_exponent)(double mean, double inv_std, double gain) {
     return NAME(between)(e, -most, most);
 }
 
-/* Whether all exponents of a channel are usual. Comparisons are faster than computing the exponents. */
-FBN_INLINE int NAME(is_usual)(double mean, double inv_std, double gain) {
+/* Whether all exponents of a channel are usual, as a number of the size of a double, which keeps the vectors of a loop
+ * whole. Comparisons are faster than computing the exponents. */
+FBN_INLINE int64_t NAME(is_usual)(double mean, double inv_std, double gain) {
     const double high = sizeof(real) == 8 ? 0x1p500 : 0x1p60, low = 1 / high;
-    return (inv_std < high) & (inv_std > -high) & ((inv_std > low) | (inv_std < -low)) & (mean < high) &
-           (mean > -high) & (gain < high) & (gain > -high) & ((gain > low) | (gain < -low) | (gain == 0));
+    const int64_t is_spread = (fabs(inv_std) < high) & (fabs(inv_std) > low), is_near = fabs(mean) < high;
+    return is_spread & is_near & (fabs(gain) < high) & ((fabs(gain) > low) | (gain == 0));
 }
 
 /* v rounded. A NaN becomes the plain one, as bfloat16 needs (see H_store in simd/baseline.h). */
-FBN_INLINE real NAME(rounded)(double v) { return v == v ? (real)v : (real)NAN; }
+FBN_INLINE real NAME(rounded)(double v) {
+    const real r = (real)v;
+    return r == r ? r : (real)NAN;
+}
 
 /* Limits a finite v to the compute type's range. If the exponents cannot all be in range, either x is the mean or the
  * result overflows, and an infinite scale would turn the former, 0 * inf, into NaN. */
