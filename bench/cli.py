@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, fields
@@ -201,8 +202,10 @@ def main(argv: Sequence[str]) -> int:
     """Runs the bench, and returns 0 whatever the figures are. Arguments that are not valid end the process with 2."""
     parser = _parser()
     given = parser.parse_args(argv)
+    policy = os.environ.get("OMP_WAIT_POLICY")  # which belongs to the command, since figures depend on it
+    words = [f"OMP_WAIT_POLICY={policy}"] if policy else []
     try:
-        _main(given, shlex.join(["fastbn", "bench", *argv]))
+        _main(given, shlex.join([*words, "fastbn", "bench", *argv]))
     except (ValueError, ImportError, OSError) as error:
         parser.exit(2, f"fastbn bench: {error}\n")
     return 0

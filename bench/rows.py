@@ -129,7 +129,8 @@ def processor() -> str:
 
 def describe_machine(backends: Iterable[str], versions: Mapping[str, str], command: str) -> dict[str, str]:
     """The processor, the versions, what the backends say about themselves, and the command."""
-    described = {"processor": processor(), "system": platform.platform(), "fastbn": fastbn.__version__}
+    system = " ".join(word for word in (platform.system(), platform.machine(), *platform.libc_ver()) if word)
+    described = {"processor": processor(), "system": system, "fastbn": fastbn.__version__}
     for backend in backends:
         details = ", ".join(f"{key} {value}" for key, value in select(backend).describe().items())
         described[f"fastbn {backend}"] = details

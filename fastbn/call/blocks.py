@@ -26,8 +26,8 @@ Index = tuple[slice, ...]
 PIECE = 1 << 19
 """The most elements that are copied at a time: a few megabytes."""
 
-RUN = 64
-"""The fewest adjacent elements that a block takes from an array, so that most of each cache line is used."""
+RUN = 512
+"""The fewest adjacent elements that a block takes from an array: NumPy copies shorter runs much more slowly."""
 
 
 class Block(NamedTuple):
@@ -229,8 +229,10 @@ def _cut(shape: tuple[int, ...], at: int, run: int) -> list[Block]:
     channels, size = shape[at], math.prod(shape)
     if not size:
         return [Block(EVERYTHING, [(EVERYTHING,) * len(shape)])]
-    positions = size // channels
-    together = min(channels, max(-(-RUN // run), PIECE // positions))
+    least, fit = -(-RUN // run), PIECE // (size // channels)
+    if fit < least > 1:  # blocks are cut along their positions in any case, and may as well have all channels
+        fit = PIECE // RUN
+    together = min(channels, max(least, fit))
     steps = dict.fromkeys(range(len(shape)), 1)
     left = PIECE // together
     for axis in reversed(range(len(shape))):  # whole inner axes, as many as fit, then a part of one

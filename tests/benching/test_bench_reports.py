@@ -393,11 +393,13 @@ def command(*arguments, folder: Path) -> int:
     return cli.main([*arguments, "--output", str(folder)])
 
 
-def test_quick_run_saves_and_compares(tmp_path, capsys):
+def test_quick_run_saves_and_compares(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
     quick = ("--quick", "--shapes", "8x64,2x8x3x3", "--peers", "numpy", "--backends", "numpy", "--results", "out")
     quick += ("--threads", "1", "--layouts", "NCHW,nhwc")
     assert command(*quick, "--save", str(tmp_path / "old.jsonl"), folder=tmp_path) == 0
     saved = rows.load(tmp_path / "old.jsonl")
+    assert saved.machine["command"].startswith("OMP_WAIT_POLICY=passive fastbn bench --quick --shapes 8x64,")
     assert {row.pass_ for row in saved.rows} == set(problem.PASSES)
     assert {row.contestant for row in saved.rows} == {"copy", "fastbn numpy", "NumPy naive", "NumPy careful"}
     assert all(row.agrees and row.seconds > 0 and row.to_copy > 0 for row in saved.rows)

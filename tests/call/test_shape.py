@@ -84,6 +84,26 @@ def test_pieces_cover_every_element_once(
     assert (array == 1).all()
 
 
+@pytest.mark.parametrize(
+    ("shape", "run", "channels", "pieces"),
+    [
+        ((1000, 600), 1, 524, 1),  # rows: blocks of many channels are one piece, ...
+        ((100_000, 100), 1, 100, 20),  # ... and where few channels would be, a block has all of them
+        ((100_000, 3000), 1, 1024, 196),
+        ((32, 2048, 49), 49, 334, 1),  # small planes: as rows
+        ((4096, 64, 49), 49, 64, 25),
+        ((32, 256, 3136), 3136, 5, 1),  # planes: as many channels as fit into a piece, or one
+        ((1, 2, 300_001), 300_001, 1, 1),
+        ((1, 2, 600_000), 600_000, 1, 2),
+    ],
+    ids=str,
+)
+def test_blocks_are_copied_in_long_runs(shape: tuple[int, ...], run: int, channels: int, pieces: int) -> None:
+    first = blocks._cut(shape, 1, run)[0]
+    assert first.channels == slice(0, channels)
+    assert len(first.pieces) == pieces
+
+
 def test_another_order_is_gathered() -> None:
     """For dy or a residual that lies in another order than x."""
     x, dy = np.zeros((2, 3, 4)), np.asfortranarray(np.arange(24.0).reshape(2, 3, 4))
