@@ -76,8 +76,8 @@ void fbn_sum_planes(fbn_loop *loop, const fbn_operands *o, int64_t elem, fbn_pla
     }
 }
 
-/* Rows that are added at a time are far apart, since most processors read several streams faster than one. From the end
- * of a run on, what is fetched is the start of the one that comes next. */
+/* Rows that are added at a time are far apart, since most processors read several streams faster than one. What
+ * would be fetched beyond the end of a run is fetched from the one that comes next. */
 void fbn_sum_runs(fbn_loop *loop, const fbn_operands *o, int64_t rows, fbn_runs r, double *sums, double *others) {
     const int64_t times = r.count / rows;
     fbn_stretch s = {.n = r.length,

@@ -1,8 +1,8 @@
 """How do arrays of any strides reach a backend? In pieces that have the memory layout that backends require.
 
 Channels are independent, so a call may be cut into blocks of channels. Arrays that are all dense in x's memory order
-make one block, which is not copied. Others are copied in and out block by block. A block whose channels are long is
-also cut along its positions, and its moments and sums are added up piece by piece. No copy is larger than a piece.
+make one block, which is not copied. Others are copied in and out block by block. A block is one piece if possible. If
+that would have too few channels, it is cut along its positions, and its moments and sums are added up piece by piece.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ Index = tuple[slice, ...]
 PIECE = 1 << 19
 """The most elements that are copied at a time: a few megabytes."""
 
-RUN = 512
-"""The fewest adjacent elements that a block takes from an array: NumPy copies shorter runs much more slowly."""
+RUN = 128
+"""The fewest adjacent elements that a block takes from an array, if it has as many: NumPy copies shorter runs so much
+more slowly that it is faster to copy longer ones twice, for the statistics and for the result."""
 
 
 class Block(NamedTuple):
@@ -230,9 +231,10 @@ def _cut(shape: tuple[int, ...], at: int, run: int) -> list[Block]:
     if not size:
         return [Block(EVERYTHING, [(EVERYTHING,) * len(shape)])]
     least, fit = -(-RUN // run), PIECE // (size // channels)
-    if fit < least > 1:  # blocks are cut along their positions in any case, and may as well have all channels
+    if fit < least > 1:  # one piece would have short runs, so many pieces share all channels, or as many as make sense
         fit = PIECE // RUN
-    together = min(channels, max(least, fit))
+    blocks = -(-channels // max(least, fit))
+    together = -(-channels // blocks)
     steps = dict.fromkeys(range(len(shape)), 1)
     left = PIECE // together
     for axis in reversed(range(len(shape))):  # whole inner axes, as many as fit, then a part of one

@@ -71,8 +71,9 @@ static int NAME(prescale_exponent)(double mean, double inv_std, double gain) {
  * whole. Comparisons are faster than computing the exponents. */
 FBN_INLINE int64_t NAME(is_usual)(double mean, double inv_std, double gain) {
     const double high = sizeof(real) == 8 ? 0x1p500 : 0x1p60, low = 1 / high;
-    const int64_t is_spread = (fabs(inv_std) < high) & (fabs(inv_std) > low), is_near = fabs(mean) < high;
-    return is_spread & is_near & (fabs(gain) < high) & ((fabs(gain) > low) | (gain == 0));
+    const int64_t usual_spread = (fabs(inv_std) < high) & (fabs(inv_std) > low);
+    const int64_t usual_gain = (fabs(gain) < high) & ((fabs(gain) > low) | (gain == 0));
+    return usual_spread & usual_gain & (fabs(mean) < high);
 }
 
 /* v rounded. A NaN becomes the plain one, as bfloat16 needs (see H_store in simd/baseline.h). */

@@ -258,7 +258,7 @@ typedef struct {
     int64_t i, channel, left;
 } NAME(place);
 
-/* Goes n elements further, at most to the end of the plane. */
+/* Goes n elements further, at most into the next plane. */
 FBN_INLINE void NAME(go_on)(NAME(place) * at, int64_t n, int64_t inner, int64_t channels) {
     at->i += n;
     at->left -= n;

@@ -97,8 +97,8 @@ FBN_INLINE void NAME(sum_vectors)(const fbn_operands *o, const fbn_stretch *s, i
         sum[j] = wget(s->sums + c + j * WIDTH);
         other[j] = wget(s->others + c + j * WIDTH);
     }
-    const int64_t size = sizeof(elem), near = o->walk.ahead, is_beyond = c + near / size >= s->n;
-    const int64_t ahead = is_beyond ? near + s->further * size : near;
+    int64_t ahead = o->walk.ahead;
+    if (c + ahead / (int64_t)sizeof(elem) >= s->n) ahead += s->further * (int64_t)sizeof(elem);
     for (int64_t r = 0, i = s->at + c; r < rows; r++, i += s->apart) {
         NAME(fetch)(o, i, vectors, ahead, backward);
         for (int j = 0; j < vectors; j++)

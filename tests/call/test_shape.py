@@ -65,21 +65,22 @@ def test_the_order_is_that_of_a_new_array(placement: str) -> None:
         assert np.empty_like(array).transpose(shape.memory_order(array)).flags.c_contiguous
 
 
+@pytest.mark.parametrize("run", [1, 4])
 @pytest.mark.parametrize("piece", [1, 7, 30, 1 << 19])
 @pytest.mark.parametrize(("shape", "axis"), [((4, 3, 5, 2), 1), ((4, 5, 3), 2), ((3, 40), 0), ((6, 1, 7), 1)], ids=str)
 def test_pieces_cover_every_element_once(
-    shape: tuple[int, ...], axis: int, piece: int, monkeypatch: pytest.MonkeyPatch
+    shape: tuple[int, ...], axis: int, piece: int, run: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each with all of the channels of its block, and with no more elements than are allowed."""
     monkeypatch.setattr(blocks, "PIECE", piece)
-    monkeypatch.setattr(blocks, "RUN", 1)
+    monkeypatch.setattr(blocks, "RUN", run)
     array = cases.PLACEMENTS["every second element"](np.zeros(shape))
     cut = blocks_of(array, axis)
     turned = array.transpose(cut.order)
     for channels, pieces in cut.blocks:
         assert all(index[cut.at] == channels for index in pieces)
         for index in pieces:
-            assert turned[index].size <= max(piece, 1)
+            assert turned[index].size <= max(piece, run)
             turned[index] += 1
     assert (array == 1).all()
 
@@ -87,21 +88,23 @@ def test_pieces_cover_every_element_once(
 @pytest.mark.parametrize(
     ("shape", "run", "channels", "pieces"),
     [
-        ((1000, 600), 1, 524, 1),  # rows: blocks of many channels are one piece, ...
-        ((100_000, 100), 1, 100, 20),  # ... and where few channels would be, a block has all of them
-        ((100_000, 3000), 1, 1024, 196),
-        ((32, 2048, 49), 49, 334, 1),  # small planes: as rows
-        ((4096, 64, 49), 49, 64, 25),
-        ((32, 256, 3136), 3136, 5, 1),  # planes: as many channels as fit into a piece, or one
-        ((1, 2, 300_001), 300_001, 1, 1),
-        ((1, 2, 600_000), 600_000, 1, 2),
+        ((1000, 600), 1, [300] * 2, 1),  # rows: a block is one piece of many channels, ...
+        ((4096, 300), 1, [100] * 3, 1),
+        ((6272, 1024), 1, [1024], 13),  # ... or where that would be few, many pieces have all channels
+        ((100_000, 100), 1, [100], 20),
+        ((5000, 4097), 1, [2049, 2048], 20),
+        ((32, 2048, 49), 49, [293] * 6 + [290], 1),  # small planes: likewise
+        ((4096, 64, 49), 49, [64], 25),
+        ((32, 256, 3136), 3136, [5] * 51 + [1], 1),  # planes: as many as fit into a piece, or one
+        ((1, 2, 300_001), 300_001, [1, 1], 1),
+        ((1, 2, 600_000), 600_000, [1, 1], 2),
     ],
     ids=str,
 )
-def test_blocks_are_copied_in_long_runs(shape: tuple[int, ...], run: int, channels: int, pieces: int) -> None:
-    first = blocks._cut(shape, 1, run)[0]
-    assert first.channels == slice(0, channels)
-    assert len(first.pieces) == pieces
+def test_blocks_are_copied_in_long_runs(shape: tuple[int, ...], run: int, channels: list[int], pieces: int) -> None:
+    found = blocks._cut(shape, 1, run)
+    assert [block.channels.stop - block.channels.start for block in found] == channels
+    assert [len(block.pieces) for block in found] == [pieces] * len(channels)
 
 
 def test_another_order_is_gathered() -> None:
