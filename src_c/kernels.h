@@ -155,7 +155,7 @@ typedef struct {
     int64_t ahead;    /* maps of columns: they fetch what they read so many bytes ahead; 0: the processor does */
     int64_t channels; /* sums of stacks: planes of n elements, of so many channels, follow each other in each of `rows`
                        * images. The lanes of a channel are 2 * FBN_LANES from those of the one before it */
-    int64_t further;  /* sums of columns: the elements from the end of a stretch to what is added next */
+    int64_t further;  /* sums of columns: the elements from the end of a stretch to those that are added next */
 } fbn_stretch;
 
 /* Sums are float64. The elements of a column are added in the order of the rows. Those of stacks are added likewise,

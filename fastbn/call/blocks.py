@@ -27,8 +27,8 @@ PIECE = 1 << 19
 """The most elements that are copied at a time: a few megabytes."""
 
 RUN = 128
-"""The fewest adjacent elements that a block takes from an array, if it has as many: NumPy copies shorter runs so much
-more slowly that it is faster to copy longer ones twice, for the statistics and for the result."""
+"""The fewest adjacent elements that a block takes from an array, if there are as many. NumPy copies shorter runs
+slowly: longer ones take less time even where they are copied twice, for the statistics and for the result."""
 
 
 class Block(NamedTuple):
@@ -231,7 +231,7 @@ def _cut(shape: tuple[int, ...], at: int, run: int) -> list[Block]:
     if not size:
         return [Block(EVERYTHING, [(EVERYTHING,) * len(shape)])]
     least, fit = -(-RUN // run), PIECE // (size // channels)
-    if fit < least > 1:  # one piece would have short runs, so many pieces share all channels, or as many as make sense
+    if fit < least > 1:  # a single piece would have short runs: a piece has fewer positions, and thus more channels
         fit = PIECE // RUN
     blocks = -(-channels // max(least, fit))
     together = -(-channels // blocks)
