@@ -87,7 +87,7 @@ def _add_rest(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="about how long each race lasts: a pass of a shape in one way, for all contestants (2)",
     )
-    add("--quick", action="store_true", help="a few seconds on tiny shapes, to see whether it runs")
+    add("--quick", action="store_true", help="tiny shapes, to see whether it runs; half a minute at most")
     add(
         "--output",
         type=Path,

@@ -1,5 +1,5 @@
-/* check.c: is this call valid? Gives every status but FBN_TOO_FEW_VALUES of a mask and FBN_BAD_PLAN, which the verbs
- * give. */
+/* check.c: is this call valid? Gives every status but FBN_BAD_PLAN. The verbs give that, and FBN_TOO_FEW_VALUES and
+ * FBN_BAD_SHAPE where these depend on more than the arguments. */
 #include "check.h"
 
 #include <math.h>
@@ -45,9 +45,11 @@ static fbn_status check_sizes(int64_t outer, int64_t channels, int64_t inner) {
 
 int fbn_valid_channels(int64_t channels) { return channels >= 0 && channels <= FBN_MOST_VALUES; }
 
+static int is_dtype(fbn_dtype dtype) { return (int)dtype >= FBN_F32 && (int)dtype <= FBN_BF16; }
+
 static fbn_status check_machine(const fbn_problem *p) {
     if (!p || !p->machine || !p->machine->kernels) return FBN_NULL_POINTER;
-    return (int)p->dtype >= FBN_F32 && (int)p->dtype <= FBN_BF16 ? FBN_OK : FBN_BAD_DTYPE;
+    return is_dtype(p->dtype) ? FBN_OK : FBN_BAD_DTYPE;
 }
 
 static int64_t values(const fbn_problem *p) { return p->outer * p->channels * p->inner; }
@@ -61,8 +63,6 @@ fbn_status fbn_check_problem(const fbn_problem *p) {
 }
 
 static fbn_status check_eps(double eps) { return isfinite(eps) && eps >= 0 ? FBN_OK : FBN_BAD_EPS; }
-
-static int is_dtype(fbn_dtype dtype) { return (int)dtype >= FBN_F32 && (int)dtype <= FBN_BF16; }
 
 /* A struct of arguments: its first member must be its size. */
 static fbn_status check_args(const void *args, size_t size) {

@@ -1,7 +1,6 @@
 /* finish.c: what is computed once per channel? Origins before a reduction; after it statistics, running statistics,
  * sums, and the constants of maps.
  */
-#include <math.h>
 #include <string.h>
 
 #include "job.h"
@@ -173,7 +172,7 @@ static void finish_known_sums(fbn_job *j, int64_t c0, int64_t c1) {
     if (j->dbeta) fbn_put_all(j->dbeta, c0, statistics_dtype(j), c1 - c0, sums + c0);
     const fbn_channels known = known_at(j, c0);
     const fbn_constants constants = fbn_constants_at(j, c0);
-    j->kernels->set_gradient(&known, sums + c0, products + c0, j->count, c1 - c0, &constants);
+    j->kernels->set_gradient(&known, sums + c0, products + c0, j->count, j->frozen, c1 - c0, &constants);
     fbn_repeat_columns(j, c0, c1, FBN_CONSTANTS_OF_Y, FBN_CONSTANTS);
 }
 

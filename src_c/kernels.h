@@ -50,12 +50,13 @@ enum { FBN_OUTSIDE = 1024, FBN_WHICH = 255 }; /* `activation & FBN_WHICH` is the
 _Static_assert(FBN_ACTIVATIONS <= FBN_WHICH + 1, "the flags must not be bits of an activation");
 
 /* The constants of a channel, in the compute type (float or double) of the dtype. With them
- *     y = ((x * prescale + neg_mean) * (scale + scale_low) + shift) + shift_low
- *     dx = (on_dy * dz + on_x * (x * prescale + neg_mean) + constant) * postscale
+ *     y = ((x * prescale^2 + neg_mean) * (scale + scale_low) + shift) + shift_low
+ *     dx = (on_dy * dz + on_x * (x * prescale^2 + neg_mean) + constant) * postscale^2
  * scale_low belongs to float32 without a fused multiply-add (see T_line in simd/baseline.h); elsewhere it is neither
- * set nor read, and counts as 0. shift_low is the rounding error of shift, and +0 if there is none. prescale and
- * postscale are powers of two, which are 1 unless a channel's spread or gain is near an end of the exponent range or,
- * with a scale_low, its shift is large (see kernels/constants.h). */
+ * set nor read, and counts as 0. shift_low is the rounding error of shift, and +0 if there is none. prescale^2 and
+ * postscale^2 are powers of two, which may be too large or too small for the compute type. prescale and postscale are 1
+ * unless a channel's spread or gain is near an end of the exponent range, its dx is tiny or, with a scale_low, its
+ * shift is large (see kernels/constants.h). */
 enum {
     FBN_SCALE_LOW,
     FBN_PRESCALE,
@@ -101,9 +102,10 @@ typedef void fbn_invert(const double *var, double eps, int64_t n, double *inv_st
 /* Computes the constants of y for n channels. */
 typedef void fbn_set_line(const fbn_channels *known, int64_t n, const fbn_constants *constants);
 
-/* Computes those of dx, from the sums of dz and of dz * (x - mean), M = count and the constants of y. */
+/* Computes those of dx, from the sums of dz and of dz * (x - mean), which do not matter if the statistics are frozen,
+ * M = count and the constants of y. */
 typedef void fbn_set_gradient(const fbn_channels *known, const double *sums, const double *products, double count,
-                              int64_t n, const fbn_constants *constants);
+                              int frozen, int64_t n, const fbn_constants *constants);
 
 /* Writes each of n constants `times` times, and may write FBN_CHANNEL_PAD values more. */
 typedef void fbn_spread(const void *from, int64_t n, int64_t times, void *to);
@@ -139,8 +141,8 @@ typedef struct {
     fbn_walk walk;
 } fbn_operands;
 
-/* The elements that a loop passes through. Compilers store two fields at once: those at the border of two cache lines,
- * `apart` and `whole`, must not be set alike. */
+/* The elements that a loop passes through. Compilers merge stores of neighbouring fields into one. That of `apart` and
+ * `whole` would cross the border of two cache lines (64-bit); their types differ, which keeps their stores apart. */
 typedef struct {
     _Alignas(64) double *sums; /* where sums are added: a value per column, or FBN_LANES lanes, ... */
     double *others;            /* ... those of the next stretch 2 * FBN_LANES further, unless it is `whole` */
@@ -165,7 +167,8 @@ typedef struct {
  * up with it.
  *
  * grad_moments: dz and dz * (x - origin), where dz is dy times the derivative of the activation, and the origin is the
- * mean. If `dz` is given, dz is also stored there: it may be dy, it is not rounded, and there is no mask.
+ * mean. If `dz` is given, dz is also stored there, which may be where dy is. Only float32 and float64 keep it, so
+ * that nothing is rounded, and no call with a mask does.
  *
  * Maps write `out`, around the cache if `stream`.
  *

@@ -32,8 +32,8 @@ int64_t fbn_cache_of_leaf(const uint32_t answer[4], int level) {
     enum { DATA = 1, UNIFIED = 3 };
     const uint32_t eax = answer[0], ebx = answer[1], ecx = answer[2], type = eax & 31;
     if ((type != DATA && type != UNIFIED) || (int)(eax >> 5 & 7) != level) return 0;
-    const int64_t ways = (ebx >> 22) + 1, partitions = (ebx >> 12 & 1023) + 1, line = (ebx & 4095) + 1;
-    return ways * partitions * line * ((int64_t)ecx + 1);
+    const uint64_t ways = (ebx >> 22) + 1, partitions = (ebx >> 12 & 1023) + 1, line = (ebx & 4095) + 1;
+    return (int64_t)(ways * partitions * line * ((uint64_t)ecx + 1));
 }
 
 int64_t fbn_believed_cache(int level, const int64_t *answers, int n) {
@@ -106,7 +106,7 @@ static void read_text(const char *folder, int index, const char *name, char *tex
 /* The number of bytes in a text such as "32768K" or "32M"; 0 for any other text. */
 static int64_t bytes_of_text(const char *text) {
     int64_t number = 0;
-    for (; *text >= '0' && *text <= '9' && number < INT64_C(1) << 40; text++) number = 10 * number + (*text - '0');
+    for (; *text >= '0' && *text <= '9' && number < INT64_C(1) << 30; text++) number = 10 * number + (*text - '0');
     return number << (*text == 'K' ? 10 : *text == 'M' ? 20 : *text == 'G' ? 30 : 0);
 }
 

@@ -88,7 +88,7 @@ static void reduce_moments(const fbn_job *j, const fbn_tile *t, const fbn_panel 
     else fbn_sum_planes(k->moments_plane, &o, j->split.elem, planes_of(j, t, panel), sums);
 }
 
-/* With an activation less is converted than computed, for which the longest vectors are best. */
+/* With an activation more is computed than converted, for which the longest vectors are best. */
 static void reduce_gradient(const fbn_job *j, const fbn_tile *t, const fbn_panel *panel, double *sums, double *others) {
     fbn_operands o = operands_of(j, t, panel);
     o.dz = dz_of(j, t, panel);

@@ -37,10 +37,12 @@ static void NAME(blend)(void *running_, const double *restrict batch, double mom
     for (int64_t c = 0; c < n; c++) running[c] = (real)(kept * running[c] + momentum * (batch[c] * factor));
 }
 
-/* Exponents within +-USUAL need no powers of two. No exponent may exceed +-MOST. x - mean overflows for no finite x if
- * the exponent of the mean is less than LARGE. */
+/* Exponents within +-USUAL need no powers of two. Those of constants do not exceed +-MOST. Powers of two are applied in
+ * two equal steps, so that they may have twice that, as far as float64, in which they are computed, can hold them: with
+ * exponents up to FURTHEST. x - mean overflows for no finite x if the exponent of the mean is less than LARGE. */
 enum {
     NAME(MOST) = sizeof(real) == 8 ? 1016 : 120,
+    NAME(FURTHEST) = sizeof(real) == 8 ? 1016 : 252,
     NAME(USUAL) = sizeof(real) == 8 ? 500 : 60,
     NAME(LARGE) = sizeof(real) == 8 ? 960 : 100
 };
@@ -49,6 +51,12 @@ static int NAME(exponent_of)(double v) { return v == 0 || !isfinite(v) ? 0 : ilo
 
 static int NAME(between)(int e, int low, int high) { return e < low ? low : e > high ? high : e; }
 
+/* The power of two whose square has the exponent e, or e - 1 if e is odd, within +-FURTHEST. */
+static double NAME(root)(int e) {
+    const int limited = NAME(between)(e, -NAME(FURTHEST), NAME(FURTHEST));
+    return ldexp(1, (limited - (limited & 1)) / 2);
+}
+
 /* The largest exponent of prescale with which x - mean overflows, for a finite x, only where y does, too: with the
  * statistics of other values, x may be any number of standard deviations from the mean. */
 static int NAME(largest_prescale)(double mean, double gain) {
@@ -56,15 +64,16 @@ static int NAME(largest_prescale)(double mean, double gain) {
     return gain == 0 || any_x > as_y ? any_x : as_y;
 }
 
-/* The exponent e of prescale. For an unusual spread, it scales x - mean to about 1. It also keeps scale = gain / 2^e
- * and the scaled mean within the range. */
+/* The exponent e of prescale squared. For an unusual spread, it scales x - mean to about 1. It also keeps scale =
+ * gain / 2^e and the scaled mean within the range. */
 static int NAME(prescale_exponent)(double mean, double inv_std, double gain) {
-    const int most = NAME(MOST), spread = NAME(exponent_of)(inv_std), steep = NAME(exponent_of)(gain);
+    const int most = NAME(MOST), furthest = NAME(FURTHEST);
+    const int spread = NAME(exponent_of)(inv_std), steep = NAME(exponent_of)(gain);
     int e = spread >= -NAME(USUAL) && spread <= NAME(USUAL) ? 0 : spread;
-    e = NAME(between)(e, -most, NAME(largest_prescale)(mean, gain));
+    e = NAME(between)(e, -furthest, NAME(largest_prescale)(mean, gain));
     if (gain != 0) e = NAME(between)(e, steep - most, steep + most);
-    if (mean != 0) e = NAME(between)(e, -most, most - NAME(exponent_of)(mean));
-    return NAME(between)(e, -most, most);
+    if (mean != 0) e = NAME(between)(e, -furthest, most - NAME(exponent_of)(mean));
+    return e;
 }
 
 /* Whether all exponents of a channel are usual, as a number of the size of a double, which keeps the vectors of a loop
@@ -107,8 +116,8 @@ FBN_INLINE void NAME(set_one_line)(const fbn_channels *k, int64_t c, double pres
     const double moved = mean_lo * gain, shift = k->beta[c] - moved;
     const real shift_hi = NAME(rounded)(shift), shift_low = (real)((k->beta[c] - shift_hi) - moved);
     ((real *)to->of[FBN_PRESCALE])[c] = (real)prescale;
-    ((real *)to->of[FBN_NEG_MEAN])[c] = NAME(rounded)(-mean_hi * prescale);
-    NAME(set_scale)(NAME(finite)(gain / prescale), c, to);
+    ((real *)to->of[FBN_NEG_MEAN])[c] = NAME(rounded)(-mean_hi * (prescale * prescale));
+    NAME(set_scale)(NAME(finite)(gain / (prescale * prescale)), c, to);
     ((real *)to->of[FBN_SHIFT])[c] = shift_hi;
     /* NaN where beta is infinite; and +0 rather than -0, since a loop that does not read it adds +0. */
     ((real *)to->of[FBN_SHIFT_LOW])[c] = fabs(shift_low) > 0 ? shift_low : 0;
@@ -121,11 +130,11 @@ FBN_INLINE int NAME(has_usual_line)(const fbn_channels *k, int64_t c) {
     return SPLITS_SCALE ? usual & (k->beta[c] < 0x1p100) & (k->beta[c] > -0x1p100) : usual;
 }
 
-/* Where the scale is split, loops take a prescale of 1 to mean that the line is usual, so that any other channel gets a
- * prescale that is not 1. */
+/* Where the scale is split, loops take a prescale of 1 to mean that the line is usual. Any other channel that needs
+ * none gets -1, whose square is 1. */
 static double NAME(prescale_of)(const fbn_channels *k, int64_t c) {
     const int e = NAME(prescale_exponent)(k->mean[c], k->inv_std[c], k->inv_std[c] * k->gamma[c]);
-    return SPLITS_SCALE && e == 0 && !NAME(has_usual_line)(k, c) ? 0.5 : ldexp(1, e);
+    return SPLITS_SCALE && NAME(root)(e) == 1 && !NAME(has_usual_line)(k, c) ? -1 : NAME(root)(e);
 }
 
 static void NAME(set_line)(const fbn_channels *k, int64_t n, const fbn_constants *to) {
@@ -144,11 +153,11 @@ static void NAME(set_line)(const fbn_channels *k, int64_t n, const fbn_constants
  * (Ioffe & Szegedy 2015, section 3, solved for dx). The kernel computes x - mean_hi, prescaled. */
 FBN_INLINE void NAME(set_one_gradient)(const fbn_channels *k, int64_t c, double sum, double product, double count,
                                        double postscale, const fbn_constants *to) {
-    const double a = k->inv_std[c] * k->gamma[c] / postscale, b = -(product * k->inv_std[c]) / count * a;
+    const double a = k->inv_std[c] * k->gamma[c] / (postscale * postscale), b = -(product * k->inv_std[c]) / count * a;
     const double prescale = ((const real *)to->of[FBN_PRESCALE])[c],
                  mean_lo = (k->mean[c] - (real)k->mean[c]) + k->mean_low[c];
     ((real *)to->of[FBN_ON_DY])[c] = NAME(rounded)(a);
-    ((real *)to->of[FBN_ON_X])[c] = NAME(rounded)(b * (k->inv_std[c] / prescale));
+    ((real *)to->of[FBN_ON_X])[c] = NAME(rounded)(b * (k->inv_std[c] / (prescale * prescale)));
     ((real *)to->of[FBN_CONSTANT])[c] = NAME(rounded)(-a * sum / count - b * k->inv_std[c] * mean_lo);
     ((real *)to->of[FBN_POSTSCALE])[c] = (real)postscale;
 }
@@ -162,28 +171,42 @@ FBN_INLINE int NAME(fits)(const fbn_channels *k, int64_t c, double product, cons
     return NAME(is_usual)(k->mean[c], k->inv_std[c], k->inv_std[c] * k->gamma[c]) & !is_small & !is_large;
 }
 
-/* The exponent of postscale: that of the gain, and more where on_x would be too large. The exponent of on_x is found
- * from those of its factors, since their product may be infinite. */
-static int NAME(postscale_exponent)(const fbn_channels *k, int64_t c, double product, double count, double prescale) {
-    const double inv_std = k->inv_std[c];
-    const int steep = NAME(exponent_of)(inv_std * k->gamma[c]);
-    const int of_sums = NAME(exponent_of)(product) - NAME(exponent_of)(count);
-    const int beyond = of_sums + 2 * NAME(exponent_of)(inv_std) - NAME(exponent_of)(prescale) - NAME(MOST);
-    const int more = product != 0 && beyond > 0 ? beyond : 0;
-    return NAME(between)(steep + more, -NAME(MOST), NAME(MOST));
+/* The exponent of postscale squared. The terms of dx are divided by it, so that neither they nor their sum overflow
+ * where dx does not.
+ *
+ * It is that of the gain, which leaves dz nearly as it is, and ROOM for the sum; and more where on_x would be too
+ * large. If dz is so small that it would be rounded as a subnormal number, as the sums tell, it is less, and makes the
+ * terms about 2^-SMALL. If the sums are 0 there is one term, gain * dz, which may be as large as dx. Exponents of
+ * products are found from those of their factors, since the products may be infinite or 0.
+ */
+static int NAME(postscale_exponent)(const fbn_channels *k, int64_t c, double sum, double product, double count,
+                                    double prescale) {
+    enum { ROOM = 8, SMALL = 40 };
+    const int steep = NAME(exponent_of)(k->inv_std[c] * k->gamma[c]), spread = NAME(exponent_of)(k->inv_std[c]);
+    const int of_sum = NAME(exponent_of)(sum) - NAME(exponent_of)(count);
+    const int of_product = NAME(exponent_of)(product) + spread - NAME(exponent_of)(count);
+    const int of_terms = product == 0 || (sum != 0 && of_sum > of_product) ? of_sum : of_product;
+    const int beyond = of_product + spread - 2 * NAME(exponent_of)(prescale) - NAME(MOST);
+    const int more = product != 0 && beyond > ROOM ? beyond : ROOM;
+    if (sum == 0 && product == 0) return steep - NAME(between)(steep, -ROOM, NAME(MOST));
+    if (of_terms < -SMALL) return steep + SMALL + NAME(between)(of_terms, -NAME(MOST) - 30, -SMALL);
+    return steep + more;
 }
 
-/* Whether a channel gets a postscale must depend on that channel alone: it may change how a subnormal dx is rounded. */
+/* Frozen statistics do not depend on x, so that dx is gain * dz, whatever the sums are. Whether a channel gets a
+ * postscale must depend on that channel alone: it may change how a subnormal dx is rounded. */
 static void NAME(set_gradient)(const fbn_channels *k, const double *sums, const double *products, double count,
-                               int64_t n, const fbn_constants *to) {
+                               int frozen, int64_t n, const fbn_constants *to) {
     const real *prescale = to->of[FBN_PRESCALE];
     int64_t fit = 0;
-    for (int64_t c = 0; c < n; c++) NAME(set_one_gradient)(k, c, sums[c], products[c], count, 1, to);
-    for (int64_t c = 0; c < n; c++) fit += NAME(fits)(k, c, products[c], to);
+    for (int64_t c = 0; c < n; c++)
+        NAME(set_one_gradient)(k, c, frozen ? 0 : sums[c], frozen ? 0 : products[c], count, 1, to);
+    for (int64_t c = 0; c < n; c++) fit += NAME(fits)(k, c, frozen ? 0 : products[c], to);
     for (int64_t c = 0; fit < n && c < n; c++) {
-        if (NAME(fits)(k, c, products[c], to)) continue;
-        const int e = NAME(postscale_exponent)(k, c, products[c], count, prescale[c]);
-        NAME(set_one_gradient)(k, c, sums[c], products[c], count, ldexp(1, e), to);
+        const double sum = frozen ? 0 : sums[c], product = frozen ? 0 : products[c];
+        if (NAME(fits)(k, c, product, to)) continue;
+        const int e = NAME(postscale_exponent)(k, c, sum, product, count, prescale[c]);
+        NAME(set_one_gradient)(k, c, sum, product, count, NAME(root)(e), to);
     }
 }
 

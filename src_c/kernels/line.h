@@ -42,7 +42,7 @@ FBN_INLINE NAME(constants) NAME(constants_at)(const fbn_operands *o, int64_t c, 
 
 /* x - mean_hi, which is exact where x is near the mean, however large the mean is. */
 FBN_INLINE vec NAME(centre)(vec x, const NAME(constants) * k, NAME(parts) p) {
-    return p.usual ? vadd(x, k->neg_mean) : vfma(x, k->prescale, k->neg_mean);
+    return p.usual ? vadd(x, k->neg_mean) : vfma(vmul(x, k->prescale), k->prescale, k->neg_mean);
 }
 
 /* z, the argument of the activation. shift_low is added last, since it matters where y is near the shift. A residual
@@ -95,7 +95,7 @@ FBN_INLINE int64_t NAME(misaligned)(const fbn_operands *o, int64_t i, int64_t st
 
 FBN_INLINE int64_t NAME(least)(int64_t a, int64_t b) { return a < b ? a : b; }
 
-/* Fetches the lines that lie so many bytes behind some vectors of x, and of dy. */
+/* Fetches the lines that lie `ahead` bytes after some vectors of x, and of dy. */
 FBN_INLINE void NAME(fetch)(const fbn_operands *o, int64_t i, int vectors, int64_t ahead, int backward) {
     const char *x = (const char *)((const elem *)o->x + i) + ahead;
     const char *dy = backward ? (const char *)((const elem *)o->dy + i) + ahead : x;

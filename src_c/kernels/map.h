@@ -17,7 +17,7 @@ FBN_INLINE void NAME(affine_n)(const fbn_operands *o, int64_t i, int64_t n, cons
 FBN_INLINE vec NAME(dx_of)(vec dz, vec x, const NAME(constants) * k, NAME(parts) p) {
     const vec of_dy = p.frozen ? vmul(k->on_dy, dz) : vmuladd(k->on_dy, dz, k->constant);
     const vec d = p.frozen ? of_dy : vmuladd(k->on_x, NAME(centre)(x, k, p), of_dy);
-    return p.usual ? d : vmul(d, k->postscale);
+    return p.usual ? d : vmul(vmul(d, k->postscale), k->postscale);
 }
 
 /* dx of n <= WIDTH elements from element i on, and *dz. */

@@ -125,7 +125,7 @@ FBN_INLINE void f32_wide_put(double *p, f32_wide a) {
  * subtract. Compilers would make an addition of it, so they must not see the 1. */
 FBN_INLINE f64_vec f64_add_by_product(f64_vec a, f64_vec b) {
     f64_vec one = f64_set(1);
-#if defined(__GNUC__) && defined(__AVX512F__) /* a test emulates the instructions */
+#if defined(__GNUC__) && defined(__AVX512F__) /* without it, a test emulates the instructions */
     __asm__("" : "+v"(one));
 #endif
     return f64_fma(b, one, a);

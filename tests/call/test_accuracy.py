@@ -505,9 +505,15 @@ def test_gamma_times_xhat_overflows_where_y_does_not(kernel: cases.Kernel) -> No
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradient_where_neither_spread_nor_gain_is_usual(layout: str, kernel: cases.Kernel) -> None:
-    """The factor of x - mean may be far beyond float32 where dx, for its small gamma, is not."""
+    """The factors of x - mean and of dz may be far beyond float32, or below, where y and dx are not. So may dz be."""
     spreads, gammas, sizes = np.array(
-        list(product((-140, -100, -81, -61, 0, 20), (-100, -81, -40, -5, 0, 10), (-100, -60, 0, 60, 100, 110)))
+        list(
+            product(
+                (-146, -140, -124, -100, -81, -61, -14, 0, 20, 61, 100, 125),
+                (-146, -130, -100, -81, -40, -5, 0, 14, 61, 100, 120),
+                (-146, -139, -126, -100, -60, 0, 60, 100, 110),
+            )
+        )
     ).T
     fits = gammas - spreads + sizes < 122  # dx does
     rng = np.random.default_rng(0)

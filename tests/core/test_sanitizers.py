@@ -1,4 +1,4 @@
-"""Does the C core hold under random calls? tests/driver.c under sanitizers of addresses, undefined behavior, threads.
+"""Does the C core hold under random calls? core/driver.c under sanitizers of addresses, undefined behavior, threads.
 
 The kernels are compiled as setup.py compiles them, but for -O1 and the sanitizers; that takes minutes.
 """

@@ -1,6 +1,6 @@
 /* avx512.h: the operations of AVX-512 that src_c/simd/avx512.h uses, an element at a time, for processors without them.
- * A compiler for AVX2 with GNU C's vectors includes it first (-include). It reads and writes what the processor would,
- * so that sanitizers see it too, and ends the program where a streamed store is not aligned.
+ * A compiler for AVX2 with GNU C's vectors includes it first (-include). The functions read and write exactly the
+ * memory that the instructions would. A streamed store that is not aligned ends the program, as it would there.
  */
 #ifndef FBN_TEST_AVX512_H
 #define FBN_TEST_AVX512_H
@@ -47,8 +47,11 @@ static inline int compares(double a, double b, int how) {
     }
 }
 
-/* x * 2^floor(k), rounded once, where k is not NaN */
-static inline double scaled_by(double x, double k) { return ldexp(x, (int)fmax(-1e4, fmin(1e4, floor(k)))); }
+/* x * 2^floor(k), rounded once, also to float32. No kernel has an infinite k. */
+static inline double scaled_by(double x, double k) {
+    if (isinf(k)) abort();
+    return isnan(k) ? k : ldexp(x, (int)fmax(-1e4, fmin(1e4, floor(k))));
+}
 
 static inline void store_elements(void *to, const void *from, unsigned mask, int n, size_t size) {
     for (int i = 0; i < n; i++)
@@ -148,7 +151,8 @@ static inline __m512 join_ps(__m256 low, __m256 high) {
     memcpy(&r, &(__m256[]){low, high}, sizeof r);
     return r;
 }
-static inline __m256i narrow_ps(__m512 a) {
+static inline __m256i narrow_ps(__m512 a, int rounding) {
+    if (rounding != (_MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)) abort();
     return _mm256_set_m128i(_mm256_cvtps_ph(half_ps(a, 1), 0), _mm256_cvtps_ph(half_ps(a, 0), 0));
 }
 static inline __m512 widen_ph(__m256i a) {
@@ -162,7 +166,7 @@ OF_ELEMENTS(__m512d, widen_ps, 8, (__m256 a), (double)a[i])
 #define _mm512_cvtps_pd widen_ps
 #define _mm512_cvtph_ps widen_ph
 #undef _mm512_cvtps_ph
-#define _mm512_cvtps_ph(a, rounding) narrow_ps(a)
+#define _mm512_cvtps_ph narrow_ps
 #define _mm512_castpd_si512(a) ((__m512i)(a))
 #define _mm512_castps_si512(a) ((__m512i)(a))
 #define _mm512_castsi512_pd(a) ((__m512d)(a))

@@ -40,7 +40,7 @@ class Platform(NamedTuple):
     flags: tuple[str, ...] = ()
     layers: int = 400
     suffix: str = ""
-    emulates: str = ""  # an instruction set, whose operations a header in this folder computes by those of AVX2
+    imitates: str = ""  # an instruction set whose operations a header in this folder computes with AVX2's
 
 
 def emulated(target: str, name: str, emulator: str, debian: str, *kernels: str, bits: int = 64) -> Platform:
@@ -51,7 +51,8 @@ def emulated(target: str, name: str, emulator: str, debian: str, *kernels: str, 
 
 X86 = ("avx512", "avx2")
 PLATFORMS = {
-    "AVX-512": Platform("gcc -m64", "linux-x86_64", kernels=X86, layers=2000, emulates="avx512"),
+    # Other processors' compilers do not know -m64, and skip it.
+    "AVX-512": Platform("gcc -m64", "linux-x86_64", kernels=X86, layers=2000, imitates="avx512"),
     "clang": Platform("clang", layers=2000),
     "musl-gcc": Platform("musl-gcc", flags=("-static",), layers=2000),
     # What a compiler without vectors in its C, such as Visual Studio's, makes of the baseline.
@@ -96,9 +97,9 @@ def runner_of(runner: str) -> list[str] | None:
 def lists_of(platform: Platform) -> dict[str, Any]:
     """What setup.py compiles for it, and how; zig knows no -fPIC for Windows."""
     lists = c_api.setup_lists(platform.name or None, platform.bits)
-    if platform.emulates:
-        header, tables = (HASHES.with_name(name) for name in (f"{platform.emulates}.h", "emulated.c"))
-        lists["ISAS"][platform.emulates] = [*lists["ISAS"]["avx2"], "-Wno-psabi", "-include", header]
+    if platform.imitates:
+        header, tables = (HASHES.with_name(name) for name in (f"{platform.imitates}.h", "emulated.c"))
+        lists["ISAS"][platform.imitates] = [*lists["ISAS"]["avx2"], "-Wno-psabi", "-include", header]
         lists["CORE"] = [tables if source == "src_c/dispatch.c" else source for source in lists["CORE"]]
     if "mingw" in platform.name:
         lists["FLAGS"].remove("-fPIC")
@@ -155,7 +156,7 @@ def test_instruction_sets(here: Lines) -> None:
 def test_platform(name: str, here: Lines, tmp_path: Path) -> None:
     """The same bits as here; and the driver's random calls, half of them with something wrong, end as they must."""
     platform = PLATFORMS[name]
-    if platform.emulates and "avx2" not in here:
+    if platform.imitates and "avx2" not in here:
         pytest.skip("needs a processor with AVX2")
     program, runner = build(platform, tmp_path), runner_of(platform.runner)
     built, driver = program(HASHES), program(DRIVER)
