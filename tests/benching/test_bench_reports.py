@@ -386,6 +386,18 @@ def test_pictures_are_drawn(tmp_path):
         assert pixels[..., :3].std() > 0.05, "something is drawn"
 
 
+def test_operations_are_drawn_over_the_plain_call():
+    """Beside other contestants of the same operation, over fastbn's first row, as all others are."""
+    relu = operation_rows(activation="relu", unfused=1.3)[:2]
+    (alone,) = (bar for bar in plots._bars_of(relu, alone=False) if bar.contestant == "fastbn c")
+    assert alone.value == pytest.approx(1.3)
+    numba = dataclasses.replace(relu[1], contestant="fastbn numba", others={"copy": 1 / 2.5, "unfused": 1 / 1.2})
+    beside = {bar.contestant: bar.value for bar in plots._bars_of([*relu, numba], alone=False)}
+    assert beside == pytest.approx({"copy": 0.8, "fastbn c": 1.0, "fastbn numba": 2.0})
+    (half,) = (b for b in plots._bars_of(operation_rows("float16", float32=0.6)[:2], alone=False) if b.name != "copy")
+    assert half.value == 1
+
+
 # ---- the command
 
 
