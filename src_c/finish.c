@@ -173,7 +173,7 @@ static void finish_known_sums(fbn_job *j, int64_t c0, int64_t c1) {
     const fbn_channels known = known_at(j, c0);
     const fbn_constants constants = fbn_constants_at(j, c0);
     j->kernels->set_gradient(&known, sums + c0, products + c0, j->count, j->frozen, c1 - c0, &constants);
-    fbn_repeat_columns(j, c0, c1, FBN_CONSTANTS_OF_Y, FBN_CONSTANTS);
+    fbn_repeat_columns(j, c0, c1, j->kernels->first_constant, FBN_CONSTANTS); /* those of y may have got a prescale */
 }
 
 void fbn_finish_gradient(fbn_job *j, int64_t c0, int64_t c1) {

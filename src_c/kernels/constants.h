@@ -38,13 +38,15 @@ static void NAME(blend)(void *running_, const double *restrict batch, double mom
 }
 
 /* Exponents within +-USUAL need no powers of two. Those of constants do not exceed +-MOST. Powers of two are applied in
- * two equal steps, so that they may have twice that, as far as float64, in which they are computed, can hold them: with
- * exponents up to FURTHEST. x - mean overflows for no finite x if the exponent of the mean is less than LARGE. */
+ * two equal steps, their roots, which must not be subnormal numbers. They are computed in float64, which must hold
+ * them: their exponents do not exceed +-FURTHEST. x - mean overflows for no finite x if the exponent of the mean is
+ * less than LARGE. Sums of three terms have ROOM. */
 enum {
     NAME(MOST) = sizeof(real) == 8 ? 1016 : 120,
     NAME(FURTHEST) = sizeof(real) == 8 ? 1016 : 252,
     NAME(USUAL) = sizeof(real) == 8 ? 500 : 60,
-    NAME(LARGE) = sizeof(real) == 8 ? 960 : 100
+    NAME(LARGE) = sizeof(real) == 8 ? 960 : 100,
+    NAME(ROOM) = 8
 };
 
 static int NAME(exponent_of)(double v) { return v == 0 || !isfinite(v) ? 0 : ilogb(v); }
@@ -171,42 +173,53 @@ FBN_INLINE int NAME(fits)(const fbn_channels *k, int64_t c, double product, cons
     return NAME(is_usual)(k->mean[c], k->inv_std[c], k->inv_std[c] * k->gamma[c]) & !is_small & !is_large;
 }
 
-/* The exponent of postscale squared. The terms of dx are divided by it, so that neither they nor their sum overflow
- * where dx does not.
+/* The exponent of postscale squared, for a gain with the exponent `steep` and sums of which the larger, over M, has the
+ * exponent `size`. The terms of dx are divided by the power of two.
  *
- * It is that of the gain, which leaves dz nearly as it is, and ROOM for the sum; and more where on_x would be too
- * large. If dz is so small that it would be rounded as a subnormal number, as the sums tell, it is less, and makes the
- * terms about 2^-SMALL. If the sums are 0 there is one term, gain * dz, which may be as large as dx. Exponents of
- * products are found from those of their factors, since the products may be infinite or 0.
+ * It is that of the gain, which leaves dz as it is, and ROOM for the sum of the terms where dz is large. If the sums
+ * are tiny, so may be dz, which would be rounded as a subnormal number: then the power is less, but at least 1, and
+ * makes the terms about 2^-SMALL. A large dz, whose sums happen to be tiny, overflows only where dx does.
  */
-static int NAME(postscale_exponent)(const fbn_channels *k, int64_t c, double sum, double product, double count,
-                                    double prescale) {
-    enum { ROOM = 8, SMALL = 40 };
+static int NAME(postscale_exponent)(int steep, int size) {
+    enum { SMALL = 40 };
+    if (size >= -SMALL || steep < 0) return size > 60 ? steep + NAME(ROOM) : steep;
+    return steep + size + SMALL > 0 ? steep + size + SMALL : 0;
+}
+
+/* Chooses the powers of two of a channel that does not fit. If the sums are 0, dx is gain * dz. Otherwise on_x must be
+ * neither too large, which takes a larger postscale, nor a subnormal number, which takes a prescale for the spread.
+ * Exponents of products are found from those of their factors, since the products may be infinite or 0. */
+static void NAME(set_scaled_gradient)(const fbn_channels *k, int64_t c, double sum, double product, double count,
+                                      const fbn_constants *to) {
     const int steep = NAME(exponent_of)(k->inv_std[c] * k->gamma[c]), spread = NAME(exponent_of)(k->inv_std[c]);
     const int of_sum = NAME(exponent_of)(sum) - NAME(exponent_of)(count);
     const int of_product = NAME(exponent_of)(product) + spread - NAME(exponent_of)(count);
-    const int of_terms = product == 0 || (sum != 0 && of_sum > of_product) ? of_sum : of_product;
-    const int beyond = of_product + spread - 2 * NAME(exponent_of)(prescale) - NAME(MOST);
-    const int more = product != 0 && beyond > ROOM ? beyond : ROOM;
-    if (sum == 0 && product == 0) return steep - NAME(between)(steep, -ROOM, NAME(MOST));
-    if (of_terms < -SMALL) return steep + SMALL + NAME(between)(of_terms, -NAME(MOST) - 30, -SMALL);
-    return steep + more;
+    const int size = product == 0 || (sum != 0 && of_sum > of_product) ? of_sum : of_product;
+    double prescale = ((const real *)to->of[FBN_PRESCALE])[c];
+    int e = steep - NAME(between)(steep, -NAME(ROOM), NAME(MOST));
+    if (sum != 0 || product != 0) {
+        e = NAME(postscale_exponent)(steep, size);
+        if (product != 0 && prescale * prescale == 1 && spread < 0 && of_product + spread + steep - e < -NAME(MOST)) {
+            prescale = NAME(root)(spread);
+            NAME(set_one_line)(k, c, prescale, to);
+        }
+        const int of_x = of_product + spread - 2 * NAME(exponent_of)(prescale) + steep;
+        if (product != 0 && of_x - e > NAME(MOST)) e = of_x - NAME(MOST);
+    }
+    NAME(set_one_gradient)(k, c, sum, product, count, NAME(root)(e), to);
 }
 
 /* Frozen statistics do not depend on x, so that dx is gain * dz, whatever the sums are. Whether a channel gets a
  * postscale must depend on that channel alone: it may change how a subnormal dx is rounded. */
 static void NAME(set_gradient)(const fbn_channels *k, const double *sums, const double *products, double count,
                                int frozen, int64_t n, const fbn_constants *to) {
-    const real *prescale = to->of[FBN_PRESCALE];
     int64_t fit = 0;
     for (int64_t c = 0; c < n; c++)
         NAME(set_one_gradient)(k, c, frozen ? 0 : sums[c], frozen ? 0 : products[c], count, 1, to);
     for (int64_t c = 0; c < n; c++) fit += NAME(fits)(k, c, frozen ? 0 : products[c], to);
     for (int64_t c = 0; fit < n && c < n; c++) {
         const double sum = frozen ? 0 : sums[c], product = frozen ? 0 : products[c];
-        if (NAME(fits)(k, c, product, to)) continue;
-        const int e = NAME(postscale_exponent)(k, c, sum, product, count, prescale[c]);
-        NAME(set_one_gradient)(k, c, sum, product, count, NAME(root)(e), to);
+        if (!NAME(fits)(k, c, product, to)) NAME(set_scaled_gradient)(k, c, sum, product, count, to);
     }
 }
 
