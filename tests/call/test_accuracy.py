@@ -522,3 +522,28 @@ def test_gradient_where_neither_spread_nor_gain_is_usual(layout: str, kernel: ca
     gamma, nothing = np.ldexp(1.0, gammas[fits]).astype("f4"), np.zeros(x.shape[1], "f4")
     arrays = [laid_out(array, layout) for array in (x, dy)]
     cases.check(cases.Call(*arrays, arrays[1], gamma, nothing, nothing, nothing + 1), eps=0.0)
+
+
+def test_large_gradients_with_tiny_sums(kernel: cases.Kernel) -> None:
+    """Sums in which large values of dy cancel do not tell how large dy is; and dy may be a subnormal number."""
+    x, zero, one = np.array([[1], [-1], [1], [-1], [0], [0]], "f4"), np.zeros(1, "f4"), np.ones(1, "f4")
+    for dy in ([1e30, 1e-30, -1e30, 1e-30, 0, 0], [2**20, 1e-45, -(2**20), 1e-45, 0, 0], [0, 0, 0, 0, 1e-38, -1e-38]):
+        for spread in (0, -62, 62):
+            given = np.ldexp(x, spread), np.array(dy, "f4")[:, np.newaxis]
+            cases.check(cases.Call(*given, given[1], np.ldexp(one, max(spread, 0)), zero, zero, one), eps=0.0)
+
+
+def test_tiny_gradients_where_a_mask_leaves_out(kernel: cases.Kernel) -> None:
+    """The others' gradients do not cost them their digits, whatever the gain is."""
+    rng = np.random.default_rng(0)
+    mask, zero = np.arange(64) < 50, np.zeros(1, "f4")
+    x, dy = rng.standard_normal((2, 64, 1)).astype("f4")
+    for spread, size in product((-100, -70, -62, 0, 62), (-120, -100, 0)):
+        given = np.ldexp(x, spread), np.where(mask[:, np.newaxis], dy, np.ldexp(dy, size))
+        y, cache = fastbn.forward(given[0], zero + 1, zero, eps=0.0, mask=mask)
+        at = oracle.forward(given[0], zero + 1, zero, eps=0.0, mask=mask)
+        dx = fastbn.backward(given[1], cache).dx
+        exact, terms, _ = oracle.backward(given[1], at, zero + 1, mask=mask)
+        off = abs(oracle.long(dx) - exact.dx) / oracle.ulp(terms.dx)
+        assert off.max() <= 4, f"2^{spread}, 2^{size}: {float(off.max()):.3g} ulp of the terms"
+        cases.assert_y(y, at, zero + 1)
