@@ -27,7 +27,7 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("--cflags", action="store_true", help="print the flags that compile C, C++ or Cython against it")
     info.add_argument("--libs", action="store_true", help="print the flags that link it: a static library")
     commands.add_parser("test", help="test the installation on this machine: backends, instruction sets, bits")
-    tune = commands.add_parser("tune", help="measure in half a minute how this machine's memory is used best")
+    tune = commands.add_parser("tune", help="measure in half a minute how memory is used best here, and keep it")
     tune.add_argument("--quick", action="store_true", help=argparse.SUPPRESS)  # for tests: two seconds, mostly noise
     return parser
 

@@ -51,7 +51,7 @@ def emulated(target: str, name: str, emulator: str, debian: str, *kernels: str, 
 
 X86 = ("avx512", "avx2")
 PLATFORMS = {
-    # Other processors' compilers do not know -m64, and skip it.
+    # A compiler for another processor does not know -m64, so that the test is skipped there.
     "AVX-512": Platform("gcc -m64", "linux-x86_64", kernels=X86, layers=2000, imitates="avx512"),
     "clang": Platform("clang", layers=2000),
     "musl-gcc": Platform("musl-gcc", flags=("-static",), layers=2000),
