@@ -209,8 +209,9 @@ static void NAME(set_scaled_gradient)(const fbn_channels *k, int64_t c, double s
     NAME(set_one_gradient)(k, c, sum, product, count, NAME(root)(e), to);
 }
 
-/* Frozen statistics do not depend on x, so that dx is gain * dz, whatever the sums are. Whether a channel gets a
- * postscale must depend on that channel alone: it may change how a subnormal dx is rounded. */
+/* Frozen statistics do not depend on x, so that dx is gain * dz, whatever the sums are. (So is dx of positions that do
+ * not count, but they use the constants of those that do.) Whether a channel gets a postscale must depend on that
+ * channel alone: it may change how a subnormal dx is rounded. */
 static void NAME(set_gradient)(const fbn_channels *k, const double *sums, const double *products, double count,
                                int frozen, int64_t n, const fbn_constants *to) {
     int64_t fit = 0;
