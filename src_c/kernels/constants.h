@@ -134,9 +134,11 @@ FBN_INLINE int NAME(has_usual_line)(const fbn_channels *k, int64_t c) {
 
 /* Where the scale is split, loops take a prescale of 1 to mean that the line is usual. Any other channel that needs
  * none gets -1, whose square is 1. */
+static double NAME(unusual_root)(int e) { return SPLITS_SCALE && NAME(root)(e) == 1 ? -1 : NAME(root)(e); }
+
 static double NAME(prescale_of)(const fbn_channels *k, int64_t c) {
     const int e = NAME(prescale_exponent)(k->mean[c], k->inv_std[c], k->inv_std[c] * k->gamma[c]);
-    return SPLITS_SCALE && NAME(root)(e) == 1 && !NAME(has_usual_line)(k, c) ? -1 : NAME(root)(e);
+    return NAME(has_usual_line)(k, c) ? NAME(root)(e) : NAME(unusual_root)(e);
 }
 
 static void NAME(set_line)(const fbn_channels *k, int64_t n, const fbn_constants *to) {
@@ -186,26 +188,24 @@ static int NAME(postscale_exponent)(int steep, int size) {
     return steep + size + SMALL > 0 ? steep + size + SMALL : 0;
 }
 
-/* Chooses the powers of two of a channel that does not fit. If the sums are 0, dx is gain * dz. Otherwise on_x must be
- * neither too large, which takes a larger postscale, nor a subnormal number, which takes a prescale for the spread.
- * Exponents of products are found from those of their factors, since the products may be infinite or 0. */
+/* Chooses the powers of two of a channel that does not fit. on_x must be neither too large, which takes a larger
+ * postscale, nor a subnormal number, which takes the prescale of the spread. If it is 0, dx = gain * dz + D, and the
+ * prescaled x - mean must not overflow. Exponents of products are found from those of their factors, since the products
+ * may be infinite or 0. */
 static void NAME(set_scaled_gradient)(const fbn_channels *k, int64_t c, double sum, double product, double count,
                                       const fbn_constants *to) {
     const int steep = NAME(exponent_of)(k->inv_std[c] * k->gamma[c]), spread = NAME(exponent_of)(k->inv_std[c]);
     const int of_sum = NAME(exponent_of)(sum) - NAME(exponent_of)(count);
     const int of_product = NAME(exponent_of)(product) + spread - NAME(exponent_of)(count);
     const int size = product == 0 || (sum != 0 && of_sum > of_product) ? of_sum : of_product;
-    double prescale = ((const real *)to->of[FBN_PRESCALE])[c];
-    int e = steep - NAME(between)(steep, -NAME(ROOM), NAME(MOST));
-    if (sum != 0 || product != 0) {
-        e = NAME(postscale_exponent)(steep, size);
-        if (product != 0 && prescale * prescale == 1 && spread < 0 && of_product + spread + steep - e < -NAME(MOST)) {
-            prescale = NAME(root)(spread);
-            NAME(set_one_line)(k, c, prescale, to);
-        }
-        const int of_x = of_product + spread - 2 * NAME(exponent_of)(prescale) + steep;
-        if (product != 0 && of_x - e > NAME(MOST)) e = of_x - NAME(MOST);
+    const int scaled = 2 * NAME(exponent_of)(((const real *)to->of[FBN_PRESCALE])[c]);
+    int e = steep - NAME(between)(steep, -NAME(ROOM), NAME(MOST)), of_x = of_product + spread - scaled + steep;
+    if (sum != 0 || product != 0) e = NAME(postscale_exponent)(steep, size);
+    if (spread < scaled && (product == 0 ? scaled > 0 : of_x - e < -NAME(MOST))) {
+        NAME(set_one_line)(k, c, NAME(unusual_root)(spread), to);
+        of_x += scaled - 2 * NAME(exponent_of)(NAME(root)(spread));
     }
+    if (product != 0 && of_x - e > NAME(MOST)) e = of_x - NAME(MOST);
     NAME(set_one_gradient)(k, c, sum, product, count, NAME(root)(e), to);
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from itertools import product
 from typing import Any, NamedTuple
 
 import cases
@@ -79,6 +80,24 @@ def test_a_constant_channel_without_eps_has_no_gradient(kernel: cases.Kernel, dt
     assert dx[:, 1].any()
     assert np.isfinite(dx.astype(np.float64)).all()
     assert np.isfinite(dgamma).all()
+
+
+@pytest.mark.parametrize("size", [0, -30, -60, -110, -200])
+def test_a_gamma_near_the_end_of_the_range(kernel: cases.Kernel, size: int) -> None:
+    """The gain may be beyond it, and dy tiny, or 0 (2^-200)."""
+    c = call((40, 19))
+    dy = np.ldexp(c.dy, size)
+    for gain, spread in product((100, 112, 118, 122), (60, 0, -7, -30)):
+        if gain + size - spread > 120:
+            continue
+        x, gamma, beta = np.ldexp(c.x, spread), np.ldexp(np.sign(c.gamma), gain), np.ldexp(c.beta, gain - 8)
+        at = oracle.forward(x, gamma, beta, eps=1e-20)
+        off = oracle.found_again(at, gamma, activation=None, dtype="float32")
+        wanted = oracle.backward(dy, at, gamma, off=off)
+        y, cache = fastbn.forward(x, gamma, beta, eps=1e-20, out=x)
+        where = f"gamma 2^{gain}, x 2^{spread}"
+        cases.assert_y(y, at, gamma, where=where)
+        cases.assert_gradients(fastbn.backward(dy, cache), wanted, where)
 
 
 def test_close_to_what_x_gives(any_backend: cases.Kernel) -> None:
