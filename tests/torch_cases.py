@@ -76,7 +76,7 @@ def data(shape: tuple[int, ...], place: str = "contiguous", dtype: Any = torch.f
 
 def called(layer: Any, x: Any, dy: Any, after: Any = None) -> dict[str, Any]:
     """The output, the gradients and the buffers, of one pass each way."""
-    x = x.clone().requires_grad_()
+    x = x.detach().requires_grad_()
     y = layer(x) if after is None else after(layer(x))
     y.backward(dy)
     found = {"y": y.detach(), "dx": x.grad}

@@ -164,11 +164,25 @@ def _dense(x: Tensor, *others: Tensor | None) -> tuple[tuple[int, ...] | None, i
             if other is not None and not other.is_contiguous():
                 return None, 1
         return x.shape, 1
-    last = _CHANNELS_LAST.get(x.ndim)
-    if last is None or not all(t is None or t.is_contiguous(memory_format=last) for t in (x, *others)):
+    if x.ndim == 2 or not all(t is None or t.movedim(1, -1).is_contiguous() for t in (x, *others)):
         return None, 1
     first, channels, *rest = x.shape
     return (first, *rest, channels), -1
+
+
+def _copied(x: Tensor, *others: Tensor | None) -> tuple[Any, ...] | None:
+    """Copies of small tensors in the memory order that results have; None if they are in it, or it is unusual.
+
+    A call by way of arrays would take longer.
+    """
+    if x.numel() > _SMALL or _dense(x, *others)[0] is not None:
+        return None
+    like = torch.empty_like(x)
+    if like.is_contiguous():
+        return tuple(None if t is None else t.contiguous() for t in (x, *others))
+    if _dense(like)[0] is None:
+        return None
+    return tuple(None if t is None else torch.empty_like(like).copy_(t) for t in (x, *others))
 
 
 def place(
@@ -317,6 +331,9 @@ def normalize(
 
     In training, mean and var are updated. mean, var, gamma and beta may have any dtype. `where` is the tensors' place.
     """
+    if type(where) is tuple and (copies := _copied(x, residual)):
+        x, residual = copies
+        where = place(x, residual, gamma, beta, mean, var, x.shape[1], training) or where
     by_addresses = type(where) is tuple
     if not by_addresses:
         found: tuple[Tensor, Any] | None = bridged.normalize(where, x, momentum, eps, activation, training, keeps)
@@ -371,6 +388,10 @@ def differentiate(
     `where` is the place of dy, x and residual.
     """
     for_x, for_residual, for_gamma, for_beta, *_ = wanted
+    given_dy = dy
+    if copies := _copied(x, dy, residual):
+        x, dy, residual = copies
+        where = place_of_gradient(dy, x, residual) or where
     activates = for_residual and activation is not None
     # If dx is small, computing it although it is not wanted costs less than a call of `backward_sums`.
     dx = _empty_like(x) if for_x or activates or x.numel() <= _SMALL else None
@@ -388,7 +409,7 @@ def differentiate(
             # fmt: on
             if done is not None:
                 if not activates:
-                    dresidual = dy if for_residual else None
+                    dresidual = given_dy if for_residual else None
                 return dx if for_x else None, dresidual, dgamma, dbeta
     axis, (dy_, x_, residual_, dx_) = _channels_together(x, dy, x, residual, dx)
     options = USUAL.get(activation, Options(activation))
@@ -404,7 +425,7 @@ def differentiate(
     of_gamma, of_beta, of_residual = found
     return (
         dx if for_x else None,
-        _tensor(of_residual, axis, x) if activates and of_residual is not None else dy if for_residual else None,
+        _tensor(of_residual, axis, x) if activates and of_residual is not None else given_dy if for_residual else None,
         torch.from_numpy(of_gamma) if for_gamma else None,
         torch.from_numpy(of_beta) if for_beta else None,
     )

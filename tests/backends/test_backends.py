@@ -101,12 +101,13 @@ def _spied(original: Any, entry: tuple[str, str], calls: list[tuple[str, str]], 
 
 @pytest.mark.parametrize("kernel", [kernel for kernel in cases.KERNELS if kernel.isa], ids=str, indirect=True)
 @pytest.mark.parametrize("training", [True, False], ids=["training", "frozen"])
-@pytest.mark.parametrize("place", cases.DENSE)
+@pytest.mark.parametrize("place", [*cases.DENSE, "every second element", "cropped"])
+@pytest.mark.parametrize("others", ["alike", "C order", "every second element"])
 def test_the_express_lane_gives_what_the_front_desk_gives(
-    kernel: cases.Kernel, dtype: str, training: bool, place: str, monkeypatch: pytest.MonkeyPatch
+    kernel: cases.Kernel, dtype: str, training: bool, place: str, others: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To the bit, for dense arrays in any order, which it takes itself. The front desk gets types that it does not."""
-    move = cases.PLACEMENTS[place]
+    """To the bit, for small arrays in any order, which it takes itself. The front desk gets types that it does not."""
+    move, move_others = (cases.PLACEMENTS[place if name == "alike" else name] for name in ("alike", others))
     for shape, axis in (
         ((40, 19, 1, 1), 1),
         ((4, 5, 30, 19), 3),
@@ -115,7 +116,7 @@ def test_the_express_lane_gives_what_the_front_desk_gives(
         ((5, 1, 7, 3), 1),
     ):
         c = cases.call(shape, dtype, axis)
-        x, dy, residual = (move(array) for array in (c.x, c.dy, c.residual))
+        x, dy, residual = move(c.x), move_others(c.dy), move_others(c.residual)
         found = []
         for express in (True, False):
             number = float if express else np.float64
@@ -132,7 +133,17 @@ def test_the_express_lane_gives_what_the_front_desk_gives(
             found.append((y, mean, var, cache.mean, cache.var, *gradients, gradients.dresidual, inferred))
         cases.assert_same_bits(*found, f"for {shape}, axis {axis}")
         for express, front in zip(*found, strict=True):
-            assert express.strides == front.strides, f"for {shape}, axis {axis}"
+            steps = [[step for step, n in zip(a.strides, a.shape, strict=True) if n > 1] for a in (express, front)]
+            assert steps[0] == steps[1], f"for {shape}, axis {axis}"
+
+
+def test_a_copy_does_not_hide_shared_memory(any_backend: cases.Kernel) -> None:
+    """Running statistics within a strided x or residual are refused."""
+    whole = np.random.default_rng(0).standard_normal((6, 5, 3)).astype("f4")
+    one = np.ones(3, "f4")
+    for x, residual in ((whole[:, 0], None), (whole[:, 0].copy(), whole[:, 0])):
+        arguments = {"x": x, "running_mean": whole[2, 0], "running_var": one, "residual": residual}
+        assert_refused(fastbn.forward, arguments, ValueError, "running_mean", "shared")
 
 
 def test_block_ends_with_an_exception() -> None:

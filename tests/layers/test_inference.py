@@ -168,7 +168,7 @@ def runs(plan: fastbn.InferencePlan, x: Array, out: Array | None, residual: Arra
 
 @pytest.mark.parametrize("kernel", C_KERNELS, ids=str, indirect=True)
 def test_what_a_plan_takes(kernel: cases.Kernel) -> None:
-    """Dense arrays that lie alike; and what it leaves to infer."""
+    """Dense arrays that lie alike; without `out`, small ones of any positive strides; and what it leaves to infer."""
     c = cases.call((3, 5, 4, 6))
     plan = fastbn.InferencePlan(*constants(c))
     for place, move in cases.PLACEMENTS.items():
@@ -178,7 +178,9 @@ def test_what_a_plan_takes(kernel: cases.Kernel) -> None:
     assert runs(plan, cases.PLACEMENTS["read-only"](c.x), np.empty_like(c.x), cases.PLACEMENTS["read-only"](c.x))
     assert runs(plan, c.x, c.x)
     assert not runs(plan, c.x, np.asfortranarray(c.x))
-    assert not runs(plan, c.x, None, np.asfortranarray(c.x))
+    assert runs(plan, cases.PLACEMENTS["every second element"](c.x), None, np.asfortranarray(c.x))
+    assert not runs(plan, cases.PLACEMENTS["negative strides"](c.x), None)
+    assert not runs(plan, np.zeros((9, 5, 240, 200), "f4")[:, :, ::2], None)
     assert not runs(plan, c.x, c.x.reshape(1, *c.x.shape)[0].view(np.memmap))
     for axis in range(4):
         moved = cases.call((3, 5, 4, 6), axis=axis)

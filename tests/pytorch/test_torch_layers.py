@@ -235,6 +235,17 @@ def test_any_strides(which: str, training: bool) -> None:
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@pytest.mark.parametrize("which", ["steps", "cropped channels_last", "offset"])
+def test_small_tensors_of_any_strides_are_copied(which: str, training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call by way of arrays takes longer. Results lie in memory as torch.compile expects."""
+    for name in ("forward", "infer", "backward"):
+        monkeypatch.delattr(tensors, name)
+    ours = pair(2)[1].train(training)
+    x, dy = strided(SHAPES[2])[which], strided(SHAPES[2])[which]
+    assert called(ours, x, dy)["y"].stride() == torch.empty_like(x).stride()
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 def test_strided_parameters(training: bool) -> None:
     """Every second value of a tensor, statistics included, which are updated there and only there."""
     theirs, ours = (layer.train(training) for layer in pair(2))

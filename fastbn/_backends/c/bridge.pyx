@@ -16,6 +16,8 @@ cimport numpy as cnp
 
 from fastbn cimport cfastbn as c
 
+import numpy as np
+
 from fastbn.call.record import USUAL, Options
 
 cdef extern from "values.h" nogil:

@@ -1,13 +1,17 @@
 # The express lane: plain calls go to C at once, since checking them in Python would cost more than a small call itself.
 #
 # In a plain call all arguments are valid, the arrays are dense, of one native dtype and one memory order (any), with
-# channels on any axis, and what is written overlaps no other array. For any other call, a function here returns None
+# channels on any axis, and what is written overlaps no other array. Without `out`, arrays that are not dense, or of
+# another memory order than x, may be copied here if they are small. For any other call, a function here returns None
 # and has changed nothing. The call then goes through the front desk (fastbn/ops.py). The express lane therefore has no
 # error messages, and its results are those of the front desk.
 
 
 cdef enum:
     MOST_AXES = 64  # that a NumPy array may have
+    PIECE = 524288  # the most values of an array that the front desk, too, copies as a whole (fastbn/call/blocks.py)
+
+cdef object may_share_memory = np.may_share_memory
 
 # What usual options are, and the codes and the default slopes of activations, by name.
 cdef object OPTIONS = Options
@@ -115,6 +119,45 @@ cdef bint is_like(object value, cnp.ndarray x) noexcept:
         if cnp.PyArray_STRIDE(array, i) != cnp.PyArray_STRIDE(x, i) and cnp.PyArray_DIM(x, i) > 1:
             return False
     return True
+
+
+cdef object dense(object x):
+    """A copy of x in x's memory order if x is not dense, not large, and has positive strides; else x itself."""
+    cdef cnp.ndarray array
+    cdef cnp.npy_intp shape[MOST_AXES]
+    cdef int i
+    if type(x) is not cnp.ndarray:
+        return x
+    array = x
+    if cnp.PyArray_IS_C_CONTIGUOUS(array) or cnp.PyArray_SIZE(array) > PIECE or order_in_memory(array, 0, shape) >= 0:
+        return x
+    for i in range(cnp.PyArray_NDIM(array)):
+        if cnp.PyArray_STRIDE(array, i) <= 0 and cnp.PyArray_DIM(array, i) > 1:
+            return x
+    return cnp.PyArray_NewCopy(array, cnp.NPY_KEEPORDER) if cnp.PyArray_ISBEHAVED_RO(array) else x
+
+
+cdef object alike(object value, object x):
+    """A copy of an array of x's shape in the memory order of x, which is dense, if it has another; else the value."""
+    cdef cnp.ndarray copy
+    cdef int i
+    if type(value) is not cnp.ndarray or type(x) is not cnp.ndarray or is_like(value, x):
+        return value
+    if cnp.PyArray_SIZE(x) > PIECE or cnp.PyArray_TYPE(value) != cnp.PyArray_TYPE(x):
+        return value
+    if cnp.PyArray_NDIM(value) != cnp.PyArray_NDIM(x) or not cnp.PyArray_ISBEHAVED_RO(value):
+        return value
+    for i in range(cnp.PyArray_NDIM(x)):
+        if cnp.PyArray_DIM(value, i) != cnp.PyArray_DIM(x, i):
+            return value
+    copy = empty_like(x)
+    cnp.PyArray_CopyInto(copy, value)
+    return copy
+
+
+cdef bint may_share(object a, object b) except -1:
+    """Whether the memory of two arrays, or None, may overlap: whether their first to last bytes do."""
+    return a is not None and b is not None and <bint> may_share_memory(a, b)
 
 
 cdef bint is_plain(object value, int dtype) noexcept:
@@ -278,6 +321,9 @@ def express_infer(
 ):
     """Returns y, or None if the call is not plain."""
     cdef Call call = NO_CALL
+    if out is None:
+        x = dense(x)
+        residual = alike(residual, x)
     if not take(&call, x, gamma, beta, mean, var, eps, axis, activation, residual, out, threads):
         return None
     if not call.statistics or not (call.y == call.x or call.y == NULL or apart(call.y, call.bytes, call.x, call.bytes)):
@@ -312,9 +358,18 @@ def express_forward(
     """Returns (y, saved), or None if the call is not plain."""
     cdef Call call = NO_CALL
     cdef cnp.ndarray saved
+    given_x, given_residual = x, residual
+    if out is None:
+        x = dense(x)
+        residual = alike(residual, x)
     if not take(&call, x, gamma, beta, mean, var, eps, axis, activation, residual, out, threads):
         return None
     if not is_number(momentum, 0, 1) or not (may_update(&call, mean, var) if training else call.statistics):
+        return None
+    if training and (
+        x is not given_x and (may_share(given_x, mean) or may_share(given_x, var))
+        or residual is not given_residual and (may_share(given_residual, mean) or may_share(given_residual, var))
+    ):
         return None
     if not is_correction(correction, call.problem.outer * call.problem.inner if training else 1 << 62):
         return None
@@ -358,6 +413,10 @@ def express_backward(
     cdef void *residual_ = NULL
     cdef int64_t bytes
     cdef int statistics
+    given_dy = dy
+    if out is None:
+        x = dense(x)
+        dy, residual = alike(dy, x), alike(residual, x)
     if not set_problem(&p, x, axis, usual_activation(options), threads) or dy is None:
         return None
     if not is_saved(saved, p.channels):
@@ -380,7 +439,7 @@ def express_backward(
         if p.activation != c.FBN_IDENTITY:
             dresidual = empty_like(x)
         else:
-            dresidual = dy if a.dx != dy_ else cnp.PyArray_NewCopy(<cnp.ndarray> dy, cnp.NPY_KEEPORDER)
+            dresidual = given_dy if a.dx != dy_ else cnp.PyArray_NewCopy(<cnp.ndarray> dy, cnp.NPY_KEEPORDER)
     a.dresidual = NULL if dresidual is None else cnp.PyArray_DATA(<cnp.ndarray> dresidual)
     if out is None:
         out = empty_like(x)

@@ -44,6 +44,9 @@ cdef class Plan:
         cdef c.fbn_run_args a = NO_RUN
         cdef int64_t bytes
         cdef int status
+        if out is None:
+            x = dense(x)
+            residual = alike(residual, x)
         if not recognize(&p, x, self.axis) or p.channels != self.problem.channels:
             return None
         if machine.kernels != self.machine.kernels or (p.dtype == c.FBN_F64) != (self.problem.dtype == c.FBN_F64):
