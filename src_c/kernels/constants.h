@@ -189,9 +189,9 @@ static int NAME(postscale_exponent)(int steep, int size) {
 }
 
 /* Chooses the powers of two of a channel that does not fit. on_x must be neither too large, which takes a larger
- * postscale, nor a subnormal number, which takes the prescale of the spread. If it is 0, dx = gain * dz + D, and the
- * prescaled x - mean must not overflow. Exponents of products are found from those of their factors, since the products
- * may be infinite or 0. */
+ * postscale, nor a subnormal number, which takes the prescale of the spread. If it is 0, the prescaled x - mean must not
+ * be infinite, which it can be where y takes the place of x. Exponents of products are found from those of their
+ * factors, since the products may be infinite or 0. */
 static void NAME(set_scaled_gradient)(const fbn_channels *k, int64_t c, double sum, double product, double count,
                                       const fbn_constants *to) {
     const int steep = NAME(exponent_of)(k->inv_std[c] * k->gamma[c]), spread = NAME(exponent_of)(k->inv_std[c]);
@@ -201,7 +201,7 @@ static void NAME(set_scaled_gradient)(const fbn_channels *k, int64_t c, double s
     const int scaled = 2 * NAME(exponent_of)(((const real *)to->of[FBN_PRESCALE])[c]);
     int e = steep - NAME(between)(steep, -NAME(ROOM), NAME(MOST)), of_x = of_product + spread - scaled + steep;
     if (sum != 0 || product != 0) e = NAME(postscale_exponent)(steep, size);
-    if (spread < scaled && (product == 0 ? scaled > 0 : of_x - e < -NAME(MOST))) {
+    if (product == 0 ? scaled - spread > NAME(MOST) - NAME(ROOM) : spread < scaled && of_x - e < -NAME(MOST)) {
         NAME(set_one_line)(k, c, NAME(unusual_root)(spread), to);
         of_x += scaled - 2 * NAME(exponent_of)(NAME(root)(spread));
     }

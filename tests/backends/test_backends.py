@@ -108,14 +108,15 @@ def test_the_express_lane_gives_what_the_front_desk_gives(
 ) -> None:
     """To the bit, for small arrays in any order, which it takes itself. The front desk gets types that it does not."""
     move, move_others = (cases.PLACEMENTS[place if name == "alike" else name] for name in ("alike", others))
-    for shape, axis in (
-        ((40, 19, 1, 1), 1),
-        ((4, 5, 30, 19), 3),
-        ((6, 2, 5, 3), -2),
-        ((2, 2, 1, 1), 0),
-        ((5, 1, 7, 3), 1),
+    for shape, axis, wide in (
+        ((40, 19, 1, 1), 1, ("running_mean", "running_var")),
+        ((4, 5, 30, 19), 3, ()),
+        ((6, 2, 5, 3), -2, ("gamma", "beta")),
+        ((2, 2, 1, 1), 0, ("gamma", "beta", "running_mean", "running_var")),
+        ((5, 1, 7, 3), 1, ()),
     ):
         c = cases.call(shape, dtype, axis)
+        c = c._replace(**{name: getattr(c, name).astype("f8") for name in wide})
         x, dy, residual = move(c.x), move_others(c.dy), move_others(c.residual)
         found = []
         for express in (True, False):

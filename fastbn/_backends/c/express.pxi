@@ -184,15 +184,29 @@ cdef inline bint set_threads(c.fbn_problem *p, object threads) except False:
     return True
 
 
-cdef bint take_channels(object value, cnp.ndarray x, int64_t channels, void **data) noexcept:
-    """Sets data to a plain (channels,) array's of x's statistics dtype, or to NULL for None; False for others."""
+cdef bint take_channels(object value, int dtype, int64_t channels, void **data) noexcept:
+    """Sets data to a plain (channels,) array's of this dtype, or to NULL for None; False for others."""
+    data[0] = NULL
     if value is None:
-        data[0] = NULL
         return True
-    if not is_plain(value, statistics_of(cnp.PyArray_TYPE(x))):
+    if not is_plain(value, dtype):
         return False
     data[0] = cnp.PyArray_DATA(<cnp.ndarray> value)
     return cnp.PyArray_NDIM(<cnp.ndarray> value) == 1 and cnp.PyArray_DIM(<cnp.ndarray> value, 0) == channels
+
+
+cdef bint take_pair(
+    object first, object second, const c.fbn_problem *p, void **a, void **b, c.fbn_dtype *dtype
+) noexcept:
+    """Sets a, b and dtype to those of two plain (channels,) arrays, or NULL for None; False for others.
+
+    Both have the statistics dtype, or both float64.
+    """
+    cdef object given = second if first is None else first
+    cdef bint wide = type(given) is cnp.ndarray and cnp.PyArray_TYPE(<cnp.ndarray> given) == cnp.NPY_FLOAT64
+    cdef int number = cnp.NPY_FLOAT64 if wide or p.dtype == c.FBN_F64 else cnp.NPY_FLOAT32
+    dtype[0] = c.FBN_F64 if number == cnp.NPY_FLOAT64 else c.FBN_F32
+    return take_channels(first, number, p.channels, a) and take_channels(second, number, p.channels, b)
 
 
 cdef bint take_like(object value, cnp.ndarray x, void **data) noexcept:
@@ -235,7 +249,8 @@ cdef struct Call:
     c.fbn_dtype statistics_dtype
     void *y
     int64_t bytes
-    int64_t channel_bytes
+    int64_t parameter_bytes
+    int64_t statistic_bytes
     double eps
     bint statistics
 
@@ -248,10 +263,11 @@ cdef inline c.fbn_dtype statistics_dtype(const c.fbn_problem *p) noexcept:
 
 
 cdef void set_bytes(Call *call) noexcept:
-    """Sets the bytes of the arrays of a problem, whose parameters and statistics have the statistics dtype."""
+    """Sets the bytes of the arrays of a problem, whose dtypes are known."""
     cdef const c.fbn_problem *p = &call.problem
-    call.parameters.dtype = call.statistics_dtype = statistics_dtype(p)
-    call.bytes, call.channel_bytes = values_of(p) * element(p.dtype), p.channels * element(call.parameters.dtype)
+    call.bytes = values_of(p) * element(p.dtype)
+    call.parameter_bytes = p.channels * element(call.parameters.dtype)
+    call.statistic_bytes = p.channels * element(call.statistics_dtype)
 
 
 cdef int take(
@@ -259,21 +275,20 @@ cdef int take(
     object activation, object residual, object out, object threads,
 ) except -1:
     """Fills `call` for a plain call. False if it is not plain, or `out` shares memory with an array other than x."""
-    cdef int64_t channels
     if not set_problem(&call.problem, x, axis, activation, threads) or not is_number(eps, 0, 1e300):
         return False
-    channels = call.problem.channels
-    set_bytes(call)
     call.x = cnp.PyArray_DATA(<cnp.ndarray> x)
     if not (
-        take_channels(gamma, x, channels, <void **> &call.parameters.gamma)
-        and take_channels(beta, x, channels, <void **> &call.parameters.beta)
-        and take_channels(mean, x, channels, &call.mean)
-        and take_channels(var, x, channels, &call.var)
+        take_pair(
+            gamma, beta, &call.problem, <void **> &call.parameters.gamma, <void **> &call.parameters.beta,
+            &call.parameters.dtype,
+        )
+        and take_pair(mean, var, &call.problem, &call.mean, &call.var, &call.statistics_dtype)
         and take_like(residual, x, &call.residual)
         and take_like(out, x, &call.y)
     ):
         return False
+    set_bytes(call)
     call.statistics = call.mean != NULL
     if call.statistics != (call.var != NULL):
         return False
@@ -281,8 +296,8 @@ cdef int take(
     return call.y == NULL or (
         cnp.PyArray_ISWRITEABLE(<cnp.ndarray> out)
         and apart_from_inputs(call, call.y, call.bytes)
-        and apart(call.y, call.bytes, call.mean, call.channel_bytes)
-        and apart(call.y, call.bytes, call.var, call.channel_bytes)
+        and apart(call.y, call.bytes, call.mean, call.statistic_bytes)
+        and apart(call.y, call.bytes, call.var, call.statistic_bytes)
     )
 
 
@@ -290,8 +305,8 @@ cdef bint apart_from_inputs(const Call *call, const void *data, int64_t size) no
     """Whether `data` shares no memory with residual, gamma and beta."""
     return (
         apart(data, size, call.residual, call.bytes)
-        and apart(data, size, call.parameters.gamma, call.channel_bytes)
-        and apart(data, size, call.parameters.beta, call.channel_bytes)
+        and apart(data, size, call.parameters.gamma, call.parameter_bytes)
+        and apart(data, size, call.parameters.beta, call.parameter_bytes)
     )
 
 
@@ -307,11 +322,11 @@ cdef bint may_update(const Call *call, object mean, object var) noexcept:
 cdef bint are_apart(const Call *call) noexcept:
     """Whether the running statistics, if present, share no memory with each other or with an input."""
     return not call.statistics or (
-        apart(call.mean, call.channel_bytes, call.var, call.channel_bytes)
-        and apart(call.mean, call.channel_bytes, call.x, call.bytes)
-        and apart(call.var, call.channel_bytes, call.x, call.bytes)
-        and apart_from_inputs(call, call.mean, call.channel_bytes)
-        and apart_from_inputs(call, call.var, call.channel_bytes)
+        apart(call.mean, call.statistic_bytes, call.var, call.statistic_bytes)
+        and apart(call.mean, call.statistic_bytes, call.x, call.bytes)
+        and apart(call.var, call.statistic_bytes, call.x, call.bytes)
+        and apart_from_inputs(call, call.mean, call.statistic_bytes)
+        and apart_from_inputs(call, call.var, call.statistic_bytes)
     )
 
 

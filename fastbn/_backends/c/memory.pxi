@@ -48,6 +48,7 @@ def forward_at(
         return None
     if not are_aligned(addresses, y, 2, call.problem.dtype):
         return None
+    call.parameters.dtype = call.statistics_dtype = statistics_dtype(&call.problem)
     set_bytes(&call)
     call.x, call.residual = <void *> <size_t> addresses[0], <void *> <size_t> addresses[1]
     call.parameters.gamma, call.parameters.beta = <void *> <size_t> addresses[2], <void *> <size_t> addresses[3]

@@ -210,7 +210,7 @@ cdef class Tensors:
             return None
         if t.shape[1] != channels or (batch and call.problem.outer * call.problem.inner < 2):
             return None
-        set_bytes(call)
+        call.parameters.dtype = call.statistics_dtype = statistics_dtype(&call.problem)
         call.x, found.axes = t.data, t.ndim
         if not (
             self.take(residual, &t, found.last, &call.residual)
@@ -221,7 +221,7 @@ cdef class Tensors:
             and self.take_pair(mean, var, t.shape[1], &call.mean, &call.var, &call.statistics_dtype)
         ):
             return None
-        call.channel_bytes = t.shape[1] * max(element(call.parameters.dtype), element(call.statistics_dtype))
+        set_bytes(call)
         call.statistics = call.mean != NULL
         return found
 
