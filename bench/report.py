@@ -88,12 +88,12 @@ def long_duration(seconds: float) -> str:
 
 
 def beforehand(races: int, seconds: float) -> str:
-    """A sentence on how many races there are and how long they take."""
+    """A sentence on how many races there are and how long they time calls."""
     if races == 1:
-        return f"One race of about {duration(seconds)}; longer where calls are slow."
+        return f"One race, timed for about {duration(seconds)}; arrays, checks and slow calls come on top."
     return (
-        f"{races} races of about {duration(seconds)} each: about {long_duration(races * seconds)} in all, "
-        "longer where calls are slow."
+        f"{races} races, timed for about {duration(seconds)} each, {long_duration(races * seconds)} in all; arrays, "
+        "checks and slow calls come on top."
     )
 
 

@@ -275,7 +275,9 @@ def _shown(show: Shows, text: str, before: int, part: float) -> None:
 
 def _report(found: Sequence[Found], rows: Sequence[Sequence[str]]) -> None:
     """What was found, and what all of it gains on each pass."""
-    table = [(row.habit, habits.written(row.usual), habits.written(row.best), f"{row.over:.2f}") for row in found]
+    gains = ["" if row.usual == row.best else f"{row.over:.2f}" for row in found]
+    words = [(row.habit, habits.written(row.usual), habits.written(row.best)) for row in found]
+    table = [(*row, gain) for row, gain in zip(words, gains, strict=True)]
     _print_table(("habit", "default", "best here", "time over default's"), table)
     if rows:
         print("All of them:")

@@ -170,7 +170,8 @@ def select(name: str | None) -> Backend:
     try:
         return _loaded[(environment.backend_name() or _best()) if name is None else name]
     except (KeyError, TypeError):
-        return _named(get_backend() if name is None else name)
+        pass  # what follows may raise, and users should see that alone
+    return _named(get_backend() if name is None else name)
 
 
 def _named(name: str) -> Backend:

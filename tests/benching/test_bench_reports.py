@@ -199,10 +199,14 @@ def test_the_operation_is_in_words():
 @pytest.mark.parametrize(
     ("races", "seconds", "text"),
     [
-        (1, 2.0, "One race of about 2 s; longer where calls are slow."),
-        (3, 0.05, "3 races of about 50 ms each: about 150 ms in all, longer where calls are slow."),
-        (36, 2.0, "36 races of about 2 s each: about 1 min 12 s in all, longer where calls are slow."),
-        (3600, 2.0, "3600 races of about 2 s each: about 2 h 0 min in all, longer where calls are slow."),
+        (1, 2.0, "One race, timed for about 2 s; arrays, checks and slow calls come on top."),
+        (3, 0.05, "3 races, timed for about 50 ms each, 150 ms in all; arrays, checks and slow calls come on top."),
+        (36, 2.0, "36 races, timed for about 2 s each, 1 min 12 s in all; arrays, checks and slow calls come on top."),
+        (
+            3600,
+            2.0,
+            "3600 races, timed for about 2 s each, 2 h 0 min in all; arrays, checks and slow calls come on top.",
+        ),
     ],
 )
 def test_a_run_says_beforehand_how_long_it_takes(races, seconds, text):

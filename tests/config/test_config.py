@@ -196,6 +196,7 @@ def test_unknown_value_in_the_environment(name: str, value: str, choices: tuple[
     done = cases.run_python(USE, tmp_path, **{name: value})
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("ValueError: ")
+    assert "another exception" not in done.stderr
     for word in (name, value, *choices):
         assert word in last
 
