@@ -4,7 +4,6 @@
 #include "values.h"
 
 enum {
-    LINE = 64,          /* bytes of a cache line */
     SEGMENT = 32768,    /* the least values of a channel in a channels-first segment; those in a cut plane's piece */
     SEGMENT_ROWS = 128, /* the least rows in a channels-last segment, counted after joining */
     SEGMENTS_MOST = 64, /* the most channels-last segments */
@@ -59,7 +58,7 @@ static int64_t map_repeat_of(const fbn_split *s) {
 /* The channels of small planes that kernels get at once: as many as have FBN_COLUMN_BYTES of each constant, in whole
  * cache lines of elements if possible. */
 static int64_t panel_of(const fbn_split *s) {
-    return in_steps(FBN_COLUMN_BYTES / s->real / s->inner, to_multiple(s->inner, LINE / s->elem));
+    return in_steps(FBN_COLUMN_BYTES / s->real / s->inner, to_multiple(s->inner, FBN_LINE / s->elem));
 }
 
 /* The bytes of a channel in all the arrays that a call reads. */
@@ -82,7 +81,7 @@ static int64_t block_of(const fbn_split *s, const fbn_machine *machine, int arra
  * written around the cache, or parts of vectors are slow to store. */
 static int are_whole(const fbn_split *s, const fbn_problem *p) {
     const int slow_parts = !p->machine->kernels->of[p->dtype]->fast_parts;
-    return s->rows && s->channels * s->elem % LINE && (s->large || slow_parts);
+    return s->rows && s->channels * s->elem % FBN_LINE && (s->large || slow_parts);
 }
 
 int64_t fbn_map_panel(const fbn_split *s, int constants) {
@@ -90,7 +89,7 @@ int64_t fbn_map_panel(const fbn_split *s, int constants) {
     const int64_t whole = s->whole_rows ? 8 * most : most + most / (s->maps ? 3 : 8);
     if (!s->rows) return s->panel;
     if (s->channels <= whole) return s->channels;
-    return round_up(divide_up(s->channels, divide_up(s->channels, most)), larger(FBN_CHANNEL_PAD, LINE / s->elem));
+    return round_up(divide_up(s->channels, divide_up(s->channels, most)), larger(FBN_CHANNEL_PAD, FBN_LINE / s->elem));
 }
 
 /* Going block by block saves memory traffic, but the blocks must divide well among the threads: at most two sevenths of

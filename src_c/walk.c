@@ -1,8 +1,6 @@
 /* walk.c: streams and turns. */
 #include "walk.h"
 
-enum { LINE = 64 }; /* bytes. Streams should write whole cache lines: writing a part of one is much slower. */
-
 static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* The arrays that are read share the streams. */
@@ -17,9 +15,9 @@ static int64_t turn_of(const fbn_operands *o, int64_t elem, int64_t streams, int
     return streams == 1 ? length : o->walk.turn / elem;
 }
 
-/* The elements of the first turn, which ends where a cache line of the result does. */
+/* The elements of the first turn, which ends where a cache line of the result does: to write a part of one is slow. */
 static int64_t first_turn(const fbn_operands *o, int64_t elem, int64_t at, int64_t turn) {
-    return turn + (int64_t)(-((uintptr_t)o->out + (uintptr_t)(at * elem)) % LINE) / elem;
+    return turn + (int64_t)(-((uintptr_t)o->out + (uintptr_t)(at * elem)) % FBN_LINE) / elem;
 }
 
 /* The operands of one plane of a channel. Its dz is where x's index finds it, wherever it lies. */
@@ -94,7 +92,7 @@ void fbn_sum_runs(fbn_loop *loop, const fbn_operands *o, int64_t rows, fbn_runs 
 }
 
 void fbn_map_planes(fbn_loop *loop, const fbn_operands *o, int64_t elem, fbn_planes p) {
-    const int64_t streams = streams_of_planes(o, &p, p.apart * elem % LINE ? 1 : p.images);
+    const int64_t streams = streams_of_planes(o, &p, p.apart * elem % FBN_LINE ? 1 : p.images);
     const int64_t turn = turn_of(o, elem, streams, p.inner);
     const int64_t together = streams > 1 || p.dz_step || o->stream ? streams : p.images;
     for (int64_t image = 0; image < p.images; image += together) {
@@ -141,7 +139,7 @@ static void map_long_run(fbn_loop *loop, const fbn_operands *o, int64_t elem, fb
     const int64_t most = collides(o, elem, &r) ? 1 : FBN_IMAGES;
     const int64_t periods = r.length / r.period, streams = streams_of(o, o->walk.row_streams, most);
     const int64_t part = periods / streams * r.period, left = r.length - streams * part;
-    if (streams == 1 || part * elem % LINE || part * elem < LEAST)
+    if (streams == 1 || part * elem % FBN_LINE || part * elem < LEAST)
         map_streams(loop, o, elem, 0, 1, o->walk.run_ahead, r);
     else {
         map_streams(loop, o, elem, 0, streams, 0, (fbn_runs){streams, part, part, r.period, r.first});
@@ -153,7 +151,7 @@ static void map_long_run(fbn_loop *loop, const fbn_operands *o, int64_t elem, fb
  */
 void fbn_map_runs(fbn_loop *loop, const fbn_operands *o, int64_t elem, fbn_runs r) {
     const int64_t streams = streams_of(o, o->walk.row_streams, FBN_IMAGES);
-    const int alike = r.apart * elem % LINE == 0; /* all runs start at the same place of a cache line */
+    const int alike = r.apart * elem % FBN_LINE == 0; /* all runs start at the same place of a cache line */
     const int64_t at_once = streams == 1 && (alike || !o->stream) ? r.count : alike ? streams : 1;
     const int64_t ahead = (streams == 1 ? 1 : at_once) * r.apart * elem;
     if (r.count == 1) map_long_run(loop, o, elem, r);

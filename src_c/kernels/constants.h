@@ -189,8 +189,8 @@ static int NAME(postscale_exponent)(int steep, int size) {
 }
 
 /* Chooses the powers of two of a channel that does not fit. on_x must be neither too large, which takes a larger
- * postscale, nor a subnormal number, which takes the prescale of the spread. If it is 0, the prescaled x - mean must not
- * be infinite, which it can be where y takes the place of x. Exponents of products are found from those of their
+ * postscale, nor a subnormal number, which takes the prescale of the spread. If it is 0, the prescaled x - mean must
+ * not be infinite, which it can be where y takes the place of x. Exponents of products are found from those of their
  * factors, since the products may be infinite or 0. */
 static void NAME(set_scaled_gradient)(const fbn_channels *k, int64_t c, double sum, double product, double count,
                                       const fbn_constants *to) {

@@ -9,8 +9,8 @@
  *   T_stream(p, a)        T_store, around the cache if the processor can (STREAMS); p is aligned to the vector's size
  *   T_join(a, b, n)       the first n lanes of a, then those of b
  *   T_add, T_mul, T_sub   lane by lane
- *   T_fma(a, b, c)        a * b + c, rounded once. Here float32 is computed in float64, where the product is exact, and
- *                         float64 is rounded twice.
+ *   T_fma(a, b, c)        a * b + c, rounded once; in this file, float32 is computed in float64, where the product is
+ *                         exact, and rounded to float32 after that, and float64 is rounded twice
  *   T_line(a, b, b_low, c, low, usual_b, usual_c)
  *                         (a * b + c) + low, with a fused multiply-add. Where T_SPLITS_B is 1 the factor is b + b_low
  *                         instead, whose parts have the same sign and are 0 only if the factor is (see f32_line). The
@@ -366,7 +366,8 @@ FBN_INLINE void half_store_n(uint16_t *p, f32_lanes a, int64_t n) {
 
 /* float16. A subnormal is converted as the normal number with the same fraction, minus that number's leading 1. */
 static inline f32_vec f16_exact(f32_lanes a) {
-    const f32_lanes sign = (a & 0x8000) << 16, rest = (a & 0x7fff) << 13, more = ((127 - 15) << 23) - (f32_lanes){0};
+    const f32_lanes sign = (f32_lanes)((f32_unsigned)(a & 0x8000) << 16), rest = (a & 0x7fff) << 13,
+                    more = ((127 - 15) << 23) - (f32_lanes){0};
     const f32_lanes special = EACH(rest > 0x0f7fffff), subnormal = EACH(rest < 1 << 23);
     const f32_lanes scaled = rest + more + (special & more) + (subnormal & 1 << 23);
     return f32_of_bits(sign | f32_bits(f32_of_bits(scaled) - f32_of_bits(subnormal & f32_bits(f32_set(0x1p-14f)))));
@@ -398,7 +399,7 @@ FBN_INLINE f32_wide f16_wide_load(const uint16_t *p) { return f32_widen(f16_load
 
 /* bfloat16: the upper half of a float32. A NaN is cut off rather than rounded, which could carry into its sign: other
  * processors may set any bits of a NaN that they compute. */
-FBN_INLINE f32_vec bf16_exact(f32_lanes a) { return f32_of_bits(a << 16); }
+FBN_INLINE f32_vec bf16_exact(f32_lanes a) { return f32_of_bits((f32_lanes)((f32_unsigned)a << 16)); }
 FBN_INLINE f32_lanes bf16_round(f32_vec a) {
     const f32_lanes bits = f32_bits(a), half = 0x7fff + (bits >> 16 & 1);
     return (bits + (EACH(a == a) & half)) >> 16;
