@@ -227,13 +227,14 @@ FBN_INLINE int64_t NAME(affine_pairs)(const fbn_operands *o, const fbn_stretch *
 /* Maps n elements of one channel, which are whole vectors, from element i on. */
 FBN_INLINE void NAME(map_whole)(const fbn_operands *o, int64_t i, int64_t n, const NAME(constants) * k, NAME(parts) p,
                                 int backward) {
+    enum { LIGHT = sizeof(elem) < sizeof(float) ? 4 : 2 }; /* vectors: for 16-bit elements of AVX2, a cache line */
     const int64_t ahead = o->walk.ahead;
     int64_t m = 0;
     for (; !backward && NAME(is_smooth)(p) && m + NAME(AT_ONCE) * WIDTH <= n; m += NAME(AT_ONCE) * WIDTH)
         NAME(map_smooth)(o, i + m, 0, 0, k, p);
-    for (; NAME(is_light)(p) && m + 2 * WIDTH <= n; m += 2 * WIDTH) {
-        if (sizeof(elem) < sizeof(float) && ahead) NAME(fetch)(o, i + m, 2, ahead, backward);
-        NAME(map_two)(o, i + m, k, p, backward);
+    for (; NAME(is_light)(p) && m + LIGHT * WIDTH <= n; m += LIGHT * WIDTH) {
+        if (sizeof(elem) < sizeof(float)) NAME(fetch)(o, i + m, LIGHT, ahead, backward);
+        for (int j = 0; j < LIGHT; j += 2) NAME(map_two)(o, i + m + j * WIDTH, k, p, backward);
     }
     for (; m < n; m += WIDTH) NAME(map_n)(o, i + m, WIDTH, k, p, backward);
 }

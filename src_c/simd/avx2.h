@@ -240,14 +240,15 @@ FBN_INLINE f32_wide f16_wide_load(const uint16_t *p) { return (f32_wide){f16_wid
 FBN_INLINE f32_vec bf16_exact(__m128i a) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(a), 16));
 }
-FBN_INLINE __m256i bf16_bits(f32_vec a) {
-    const __m256i bits = _mm256_castps_si256(a), high = _mm256_srli_epi32(bits, 16);
-    const __m256i odd = _mm256_and_si256(high, _mm256_set1_epi32(1));
-    const __m256i half = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
-    return _mm256_srli_epi32(_mm256_add_epi32(bits, half), 16);
+/* The rounded element is in the upper half of each lane. A comparison, which is -1, adds 1 to an odd one: there are
+ * more units for it than for a shift. */
+FBN_INLINE __m256i bf16_round_upper(f32_vec a) {
+    const __m256i bits = _mm256_castps_si256(a), last = _mm256_set1_epi32(0x10000);
+    const __m256i odd = _mm256_cmpeq_epi32(_mm256_and_si256(bits, last), last);
+    return _mm256_sub_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
 }
 FBN_INLINE __m128i bf16_round(f32_vec a) {
-    const __m256i rounded = bf16_bits(a);
+    const __m256i rounded = _mm256_srli_epi32(bf16_round_upper(a), 16);
     return _mm_packus_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1));
 }
 FBN_INLINE double bf16_value(const uint16_t *p) {
@@ -266,15 +267,16 @@ FBN_INLINE f32_wide bf16_wide_load(const uint16_t *p) {
                       _mm256_cvtps_pd(_mm_castsi128_ps(_mm_unpackhi_epi16(zero, a)))};
 }
 
-/* Two vectors whose lanes are mixed, as AVX2's instructions have them: 0-3 and 8-11, 4-7 and 12-15. */
+/* Two vectors whose lanes are mixed: those of even elements, and those of odd ones. */
 #define BF16_MIXES_TWO
 FBN_INLINE void bf16_load_two(const uint16_t *p, f32_vec *to) {
-    const __m256i zero = _mm256_setzero_si256(), a = _mm256_loadu_si256((const __m256i *)p);
-    to[0] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(zero, a));
-    to[1] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(zero, a));
+    const __m256i both = _mm256_loadu_si256((const __m256i *)p), upper = _mm256_set1_epi32(-0x10000);
+    to[0] = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
+    to[1] = _mm256_castsi256_ps(_mm256_and_si256(both, upper));
 }
 FBN_INLINE void bf16_store_two(uint16_t *p, const f32_vec *a, int stream) {
-    const __m256i both = _mm256_packus_epi32(bf16_bits(a[0]), bf16_bits(a[1]));
+    const __m256i even = _mm256_srli_epi32(bf16_round_upper(a[0]), 16), odd = bf16_round_upper(a[1]);
+    const __m256i both = _mm256_blend_epi16(even, odd, 0xaa);
     if (stream) {
         half_stream(p, _mm256_castsi256_si128(both));
         half_stream(p + F32_WIDTH, _mm256_extracti128_si256(both, 1));
