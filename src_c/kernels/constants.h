@@ -180,12 +180,14 @@ FBN_INLINE int NAME(fits)(const fbn_channels *k, int64_t c, double product, cons
  *
  * It is that of the gain, which leaves dz as it is, and ROOM for the sum of the terms where dz is large. If the sums
  * are tiny, so may be dz, which would be rounded as a subnormal number: then the power is less, but at least 1, and
- * makes the terms about 2^-SMALL. A large dz, whose sums happen to be tiny, overflows only where dx does.
+ * makes the terms about 2^-SMALL. It also keeps the gain within the range. A large dz, whose sums happen to be tiny,
+ * overflows only where dx does.
  */
 static int NAME(postscale_exponent)(int steep, int size) {
     enum { SMALL = 40 };
     if (size >= -SMALL || steep < 0) return size > 60 ? steep + NAME(ROOM) : steep;
-    return steep + size + SMALL > 0 ? steep + size + SMALL : 0;
+    const int least = steep > NAME(MOST) ? steep - NAME(MOST) : 0;
+    return steep + size + SMALL > least ? steep + size + SMALL : least;
 }
 
 /* Chooses the powers of two of a channel that does not fit. on_x must be neither too large, which takes a larger

@@ -147,6 +147,14 @@ def test_a_copy_does_not_hide_shared_memory(any_backend: cases.Kernel) -> None:
         assert_refused(fastbn.forward, arguments, ValueError, "running_mean", "shared")
 
 
+def test_what_is_no_data_is_not_copied(any_backend: cases.Kernel) -> None:
+    """Which structured arrays might not survive. x is refused."""
+    wide, other = np.zeros((8, 6), [("a", "f4")]), np.zeros((8, 6), [("b", "S4")])
+    for x, residual in ((wide, other[::-1]), (wide[::2], other[:4]), (wide.astype("O")[::2], None)):
+        arguments = {"x": x, "residual": residual}
+        assert_refused(fastbn.forward, arguments, TypeError, "x: got dtype", "float16")
+
+
 def test_block_ends_with_an_exception() -> None:
     before = fastbn.get_backend()
     with pytest.raises(KeyError), fastbn.use_backend("numpy"):

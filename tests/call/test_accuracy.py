@@ -533,6 +533,15 @@ def test_large_gradients_with_tiny_sums(kernel: cases.Kernel) -> None:
             cases.check(cases.Call(*given, given[1], np.ldexp(one, max(spread, 0)), zero, zero, one), eps=0.0)
 
 
+def test_gradients_that_cancel_under_a_gain_beyond_the_range(kernel: cases.Kernel) -> None:
+    """Their sum is 0, and x hardly varies beside eps, so that the sum of products is tiny."""
+    x, dy = np.array([[1.0], [2.0]]), np.array([[1.0], [-1.0]])
+    zero, one = np.zeros(1, "f4"), np.ones(1, "f4")
+    for spread, gain, size in product((-133, -110), (104, 108, 118), (-104, -116)):
+        given = np.ldexp(x, spread).astype("f4"), np.ldexp(dy, size).astype("f4")
+        cases.check(cases.Call(*given, given[1], np.ldexp(one, gain), zero, zero, one), eps=1e-20)
+
+
 def test_tiny_gradients_where_a_mask_leaves_out(kernel: cases.Kernel) -> None:
     """The others' gradients do not cost them their digits, whatever the gain is."""
     rng = np.random.default_rng(0)

@@ -121,12 +121,18 @@ cdef bint is_like(object value, cnp.ndarray x) noexcept:
     return True
 
 
+cdef bint is_data(object value) noexcept:
+    """Whether a value is an array of a dtype that data may have, and not of a subclass."""
+    cdef c.fbn_problem p
+    return type(value) is cnp.ndarray and set_dtype(&p, cnp.PyArray_TYPE(<cnp.ndarray> value))
+
+
 cdef object dense(object x):
     """A copy of x in x's memory order if x is not dense, not large, and has positive strides; else x itself."""
     cdef cnp.ndarray array
     cdef cnp.npy_intp shape[MOST_AXES]
     cdef int i
-    if type(x) is not cnp.ndarray:
+    if not is_data(x):
         return x
     array = x
     if cnp.PyArray_IS_C_CONTIGUOUS(array) or cnp.PyArray_SIZE(array) > PIECE or order_in_memory(array, 0, shape) >= 0:
@@ -138,10 +144,10 @@ cdef object dense(object x):
 
 
 cdef object alike(object value, object x):
-    """A copy of an array of x's shape in the memory order of x, which is dense, if it has another; else the value."""
+    """A copy of an array of x's dtype and shape in x's memory order, if it has another; else the value."""
     cdef cnp.ndarray copy
     cdef int i
-    if type(value) is not cnp.ndarray or type(x) is not cnp.ndarray or is_like(value, x):
+    if not is_data(value) or not is_data(x) or is_like(value, x):
         return value
     if cnp.PyArray_SIZE(x) > PIECE or cnp.PyArray_TYPE(value) != cnp.PyArray_TYPE(x):
         return value
