@@ -349,6 +349,11 @@ def draw_roofline(run: Run, path: Path) -> Path:
 def draw(run: Run, folder: Path) -> list[Path]:
     """Draws the pictures that make sense for the run, and returns their paths."""
     pictures = [draw_bars(run, folder / "bars.png")]
-    if len({row.bytes_moved for row in run.rows if row.kind == COPY}) >= LEAST_SIZES:
+    # A dtype has panels of its own.
+    sizes: dict[str, set[int]] = {}
+    for row in run.rows:
+        if row.kind == COPY:
+            sizes.setdefault(row.dtype, set()).add(row.bytes_moved)
+    if max(map(len, sizes.values()), default=0) >= LEAST_SIZES:
         pictures.append(draw_roofline(run, folder / "roofline.png"))
     return pictures

@@ -383,6 +383,11 @@ def test_pictures_are_drawn(tmp_path):
     one = [*choices(c_1_out=(2e-3, 0.05), c_2_out=(1e-3, 0.05), c_2_fresh=(3e-3, 0.5)), *made_up()]
     written += plots.draw(rows.Run({"processor": "A processor"}, one, []), tmp_path / "one")
     assert [path.name for path in written[2:]] == ["bars.png"], "one size is no axis"
+    others = {"float64": 2, "float16": 0.5}
+    one += [dataclasses.replace(row, dtype=dtype, bytes_moved=int(row.bytes_moved * times))
+            for row in made_up() for dtype, times in others.items()]  # fmt: skip
+    written += plots.draw(rows.Run({"processor": "A processor"}, one, []), tmp_path / "three")
+    assert [path.name for path in written[3:]] == ["bars.png"], "nor is one of each dtype"
     image = importlib.import_module("matplotlib.image")
     for path in written:
         pixels = image.imread(path)
