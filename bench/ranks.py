@@ -88,13 +88,14 @@ class Clock:
 
 @dataclass
 class Transport:
-    """What a rank needs: its place, the gathers' clock, a gather of any objects, and a maker of steps."""
+    """What a rank needs: its place, the gathers' clock, a gather of any objects, a maker of steps, and the way out."""
 
     rank: int
     ranks: int
     clock: Clock
     everyone: Callable[[Any], list[Any]]
     step: Callable[[Any, Any], Callable[[], Any]]
+    leave: Callable[[], None]
 
 
 def _mpi() -> Transport:
@@ -116,7 +117,7 @@ def _mpi() -> Transport:
 
         return run
 
-    return Transport(comm.rank, comm.size, clock, mpi.COMM_WORLD.allgather, step)
+    return Transport(comm.rank, comm.size, clock, mpi.COMM_WORLD.allgather, step, lambda: None)
 
 
 def _gloo() -> Transport:
@@ -137,7 +138,12 @@ def _gloo() -> Transport:
         wanted = (given, layer.weight, layer.bias)
         return lambda: torch.autograd.grad(layer(given), wanted, torch.from_numpy(dy))
 
-    return Transport(dist.get_rank(), dist.get_world_size(), clock, of_all, step)
+    def leave() -> None:
+        """Ends gloo's threads, which would at times abort a process that ends before them."""
+        dist.barrier()
+        dist.destroy_process_group()
+
+    return Transport(dist.get_rank(), dist.get_world_size(), clock, of_all, step, leave)
 
 
 def _timed(transport: Transport, shape: Shape, budget: Budget) -> tuple[float, float, float, int]:
@@ -171,6 +177,7 @@ def _work(name: str, job: dict[str, Any]) -> None:
         found = _timed(transport, shape, Budget(**job["budget"]))
         if transport.rank == 0:
             print(json.dumps(found), flush=True)
+    transport.leave()
 
 
 # The bench -----------------------------------------------------------------------------------------------------------
