@@ -94,9 +94,9 @@ typedef struct {
     int64_t row_streams; /* the same for rows and small planes */
     int64_t turn;        /* the bytes of a turn */
     int64_t ahead;       /* how many bytes ahead sums, and maps of 16-bit planes, fetch what they read; if row_streams
-                          * is 1, each row or small plane of those that are read in turns fetches an eighth, but not
-                          * less than 256 where ahead is more, as do long runs of rows that are mapped; negative: the
-                          * processor is left to do so */
+                          * is 1, each row or small plane of those that are read in turns fetches an eighth, as do
+                          * long runs of rows that are mapped, and what is only mapped a third, but not less than 256
+                          * where ahead is more; negative: the processor is left to do so */
     int64_t stream_from; /* a result of at least so many bytes is written around the cache, one of a call that only maps
                           * from half as many again, one that replaces an input never; negative: none is */
     int64_t block;       /* the bytes of arrays that stay in a core's cache from one step of a call to the next */

@@ -116,7 +116,8 @@ typedef void fbn_fold(const double *values, int64_t n, int64_t apart, int64_t co
 
 /* How to walk through memory, which changes no bit of a result: in how many streams that are far apart planes are read,
  * and rows, and in turns of how many bytes. Sums fetch what they read `ahead` bytes ahead, as do light maps of 16-bit
- * planes and loops for a costly dz, and maps of a single long run of rows `run_ahead` bytes. */
+ * planes and loops for a costly dz. Other light maps of planes, and maps of a single long run of rows, fetch
+ * `run_ahead` bytes ahead, or nothing where that is 0. */
 typedef struct {
     int64_t streams, row_streams, turn, ahead, run_ahead;
 } fbn_walk;

@@ -134,16 +134,22 @@ static int64_t ahead_of(const fbn_habits *h, int part) {
     return h->row_streams == 1 ? smaller(all, larger(all / part, LEAST_OF_ROW)) : all;
 }
 
+/* How far ahead maps fetch: rows that sums have read, of which a part is still in a cache, less far than what is only
+ * mapped, and planes that sums have read not at all. Where several streams are best, the processor fetches enough. */
+static int64_t run_ahead_of(const fbn_habits *h, const fbn_split *s) {
+    if (!s->large || h->row_streams != 1 || !(s->maps || s->rows)) return 0;
+    return ahead_of(h, s->maps ? 3 : FBN_ROWS);
+}
+
 /* What is in a cache is read best without streams: rows are if x and the result fit into it. A turn is a multiple of
- * FBN_LANES elements of any dtype. A run of rows that is only mapped fetches further ahead than one that sums have
- * read, of which a part is still in a cache. */
+ * FBN_LANES elements of any dtype. */
 static fbn_walk walk_of(const fbn_habits *h, const fbn_split *s, int beyond_cache) {
     const int64_t turn = smaller(or_usual(h->turn, 256), LONGEST_TURN);
     return (fbn_walk){.streams = s->large ? or_usual(h->streams, FBN_IMAGES) : 1,
                       .row_streams = beyond_cache ? smaller(or_usual(h->row_streams, 4), FBN_IMAGES) : 1,
                       .turn = in_steps(larger(turn, FBN_LANES * 8), FBN_LANES * 8),
                       .ahead = ahead_of(h, s->columns ? FBN_ROWS : 1),
-                      .run_ahead = s->large && h->row_streams == 1 ? ahead_of(h, s->maps ? 3 : FBN_ROWS) : 0};
+                      .run_ahead = run_ahead_of(h, s)};
 }
 
 /* Whether a result of so many bytes is written around the cache, unless it replaces what was read. That saves the read

@@ -224,17 +224,32 @@ FBN_INLINE int64_t NAME(affine_pairs)(const fbn_operands *o, const fbn_stretch *
     return NAME(map_pairs)(o, s, (NAME(parts)){FBN_IDENTITY, 0, 1, 0, 0});
 }
 
-/* Maps n elements of one channel, which are whole vectors, from element i on. */
+/* Maps n elements of one channel, or a few less, in a light loop, and returns how many. It fetches what lies `ahead`
+ * bytes further if `fetches`, which is a constant: a test in so short a loop takes time. */
+FBN_INLINE int64_t NAME(map_light)(const fbn_operands *o, int64_t i, int64_t n, const NAME(constants) * k,
+                                   NAME(parts) p, int backward, int64_t ahead, int fetches) {
+    enum { VECTORS = sizeof(elem) < sizeof(float) ? 4 : 2 }; /* for 16-bit elements of AVX2, a cache line */
+    int64_t m = 0;
+    for (; m + VECTORS * WIDTH <= n; m += VECTORS * WIDTH) {
+        if (fetches) NAME(fetch)(o, i + m, VECTORS, ahead, backward);
+        for (int j = 0; j < VECTORS; j += 2) NAME(map_two)(o, i + m + j * WIDTH, k, p, backward);
+    }
+    return m;
+}
+
+/* Maps n elements of one channel, which are whole vectors, from element i on. To fetch ahead gains something in light
+ * loops, and for wider elements where only y is computed and written around the cache. */
 FBN_INLINE void NAME(map_whole)(const fbn_operands *o, int64_t i, int64_t n, const NAME(constants) * k, NAME(parts) p,
                                 int backward) {
-    enum { LIGHT = sizeof(elem) < sizeof(float) ? 4 : 2 }; /* vectors: for 16-bit elements of AVX2, a cache line */
-    const int64_t ahead = o->walk.ahead;
+    const int is_half = sizeof(elem) < sizeof(float);
+    const int64_t ahead = is_half ? o->walk.ahead : o->walk.run_ahead;
+    const int fetches = is_half || (!backward && o->stream && ahead);
     int64_t m = 0;
     for (; !backward && NAME(is_smooth)(p) && m + NAME(AT_ONCE) * WIDTH <= n; m += NAME(AT_ONCE) * WIDTH)
         NAME(map_smooth)(o, i + m, 0, 0, k, p);
-    for (; NAME(is_light)(p) && m + LIGHT * WIDTH <= n; m += LIGHT * WIDTH) {
-        if (sizeof(elem) < sizeof(float)) NAME(fetch)(o, i + m, LIGHT, ahead, backward);
-        for (int j = 0; j < LIGHT; j += 2) NAME(map_two)(o, i + m + j * WIDTH, k, p, backward);
+    if (NAME(is_light)(p)) {
+        if (fetches) m = NAME(map_light)(o, i, n, k, p, backward, ahead, 1);
+        else m = NAME(map_light)(o, i, n, k, p, backward, 0, 0);
     }
     for (; m < n; m += WIDTH) NAME(map_n)(o, i + m, WIDTH, k, p, backward);
 }

@@ -179,24 +179,25 @@ def test_sums_are_cut_by_the_shape_alone(split_c: ct.CDLL, shape: tuple[int, int
     ("ahead", "shared"), [(0, 256), (-1, 0), (100, 100), (512, 256), (2048, 256), (3072, 384), (1 << 40, 1 << 17)]
 )
 def test_rows_of_one_stream_share_what_is_fetched_ahead(split_c: ct.CDLL, ahead: int, shared: int) -> None:
-    """Planes do not, nor do rows in several streams. Where rows are only mapped, a third of it is fetched."""
+    """Planes do not, nor do rows in several streams. What is only mapped fetches a third of it."""
     third = {0: 341, -1: 0, 100: 100, 512: 256, 2048: 682, 3072: 1024, 1 << 40: (1 << 20) // 3}[ahead]
     alone = min(max(ahead or 1024, 0), 1 << 20)
-    for shape, row_streams, wanted, run in (
-        ((100_000, 64, 1), 1, shared, third),
-        ((32, 2048, 49), 1, shared, 0),
-        ((8, 64, 3136), 1, alone, 0),
-        ((100_000, 64, 1), 3, alone, 0),
-        ((100_000, 64, 1), 0, alone, 0),
-        ((100, 64, 1), 1, shared, 0),
+    for shape, row_streams, wanted, mapped, after_sums in (
+        ((100_000, 64, 1), 1, shared, third, shared),
+        ((32, 2048, 49), 1, shared, third, 0),
+        ((8, 64, 3136), 1, alone, third, 0),
+        ((8, 64, 3136), 3, alone, 0, 0),
+        ((100_000, 64, 1), 3, alone, 0, 0),
+        ((100_000, 64, 1), 0, alone, 0, 0),
+        ((100, 64, 1), 1, shared, 0, 0),
     ):
         habits = (1, row_streams, 512, ahead)
         sums, maps = (split_of(split_c, shape, 1, 1 << 20, 1, kind, habits) for kind in (REDUCES, MAPS))
-        assert (sums.row_streams > 1) == (row_streams != 1 and shape[0] > 1000)
-        assert sums.ahead == wanted
         if shape[2] == 1:
-            assert maps.run_ahead == run
-            assert sums.run_ahead == (shared if run else 0)
+            assert (sums.row_streams > 1) == (row_streams != 1 and shape[0] > 1000)
+        assert sums.ahead == wanted
+        assert maps.run_ahead == mapped
+        assert sums.run_ahead == after_sums
 
 
 def test_planes_of_a_few_images_are_summed_channel_by_channel(split_c: ct.CDLL) -> None:
