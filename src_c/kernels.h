@@ -150,7 +150,8 @@ typedef struct {
     int64_t at, n, c;          /* n elements from element `at` on, which is of channel or column c */
     int64_t period;            /* maps of columns: these recur after so many, and the constants of the first
                                 * FBN_CHANNEL_PAD are repeated behind the last, so that a vector may reach into the next
-                                * period. Joined planes: columns are the elements of an image */
+                                * period. Planes: 0, or where they are joined the elements of an image, which are
+                                * then its columns */
     int64_t rows, apart;       /* so many such stretches, `apart` elements from each other. Sums of columns add them up,
                                 * and c is 0; other loops take one after another: in maps that stream, apart is whole
                                 * cache lines */
@@ -200,7 +201,7 @@ typedef struct {
     fbn_fold *fold;
     fbn_loop *moments_plane, *moments_stack, *moments_columns;
     fbn_loop *grad_moments_plane, *grad_moments_stack, *grad_moments_columns;
-    fbn_loop *affine_plane, *affine_joined, *affine_columns;
+    fbn_loop *affine_planes, *affine_columns;
     fbn_loop *grad_affine_plane, *grad_affine_joined, *grad_affine_columns;
     fbn_fence *fence;
 } fbn_dtype_kernels;

@@ -134,7 +134,7 @@ static void map_affine(const fbn_job *j, const fbn_tile *t, const fbn_panel *pan
     const fbn_dtype_kernels *k = j->kernels;
     fbn_operands o = operands_of(j, t, panel);
     o.out = j->result + bytes_to(j, t, panel->c0);
-    map_by(j, t, panel, k->affine_plane, j->split.joins ? k->affine_joined : k->affine_columns, &o);
+    map_by(j, t, panel, k->affine_planes, j->split.joins ? k->affine_planes : k->affine_columns, &o);
 }
 
 /* Positions that do not count are mapped as with frozen statistics, since the statistics do not depend on them. */

@@ -15,7 +15,7 @@ FBN_INLINE void NAME(dz_run)(const fbn_operands *o, int64_t i, int64_t c, int co
     int64_t m = 0;
     for (; m + SMOOTH <= n; m += SMOOTH) {
         vec dz[NAME(AT_ONCE)];
-        NAME(fetch)(&own, i + m, NAME(AT_ONCE), ahead, 1);
+        NAME(fetch)(&own, i + m, NAME(AT_ONCE), ahead, p, 1);
         NAME(smooth_of)(&own, i + m, c + m, columns, &k, p, 1, dz);
         for (int j = 0; j < NAME(AT_ONCE); j++) vstore(to + m + j * WIDTH, dz[j]);
     }

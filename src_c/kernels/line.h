@@ -95,12 +95,12 @@ FBN_INLINE int64_t NAME(misaligned)(const fbn_operands *o, int64_t i, int64_t st
 
 FBN_INLINE int64_t NAME(least)(int64_t a, int64_t b) { return a < b ? a : b; }
 
-/* Fetches the lines that lie `ahead` bytes after some vectors of x, and of dy. */
-FBN_INLINE void NAME(fetch)(const fbn_operands *o, int64_t i, int vectors, int64_t ahead, int backward) {
-    const char *x = (const char *)((const elem *)o->x + i) + ahead;
-    const char *dy = backward ? (const char *)((const elem *)o->dy + i) + ahead : x;
+/* Fetches the lines that lie `ahead` bytes after some vectors of what is read. */
+FBN_INLINE void NAME(fetch)(const fbn_operands *o, int64_t i, int vectors, int64_t ahead, NAME(parts) p, int backward) {
+    const int64_t at = i * (int64_t)sizeof(elem) + ahead;
     for (int b = 0; b < vectors * WIDTH * (int)sizeof(elem); b += FBN_LINE) {
-        prefetch(x + b);
-        if (backward) prefetch(dy + b);
+        prefetch((const char *)o->x + at + b);
+        if (backward) prefetch((const char *)o->dy + at + b);
+        if (p.has_residual) prefetch((const char *)o->residual + at + b);
     }
 }

@@ -129,7 +129,7 @@ FBN_INLINE void NAME(map_smooth)(const fbn_operands *o, int64_t i, int64_t c, in
 FBN_INLINE void NAME(map_one_of_columns)(const fbn_operands *o, int64_t i, int64_t c, int64_t ahead, NAME(parts) p,
                                          int backward) {
     const NAME(constants) k = NAME(constants_at)(o, c, 1, p);
-    NAME(fetch)(o, i, 1, ahead, backward);
+    NAME(fetch)(o, i, 1, ahead, p, backward);
     NAME(map_n)(o, i, WIDTH, &k, p, backward);
 }
 
@@ -144,7 +144,7 @@ FBN_INLINE vec NAME(mapped)(const fbn_operands *o, int64_t i, const NAME(constan
 FBN_INLINE void NAME(map_two_of_columns)(const fbn_operands *o, int64_t i, int64_t c, int64_t ahead, NAME(parts) p,
                                          int backward) {
     const NAME(constants) first = NAME(constants_at)(o, c, 1, p), second = NAME(constants_at)(o, c + WIDTH, 1, p);
-    NAME(fetch)(o, i, 2, ahead, backward);
+    NAME(fetch)(o, i, 2, ahead, p, backward);
     const vec one = NAME(mapped)(o, i, &first, p, backward), other = NAME(mapped)(o, i + WIDTH, &second, p, backward);
     NAME(put)((elem *)o->out + i, one, WIDTH, o->stream);
     NAME(put)((elem *)o->out + i + WIDTH, other, WIDTH, o->stream);
@@ -167,7 +167,7 @@ FBN_INLINE void NAME(map_columns)(const fbn_operands *o, const fbn_stretch *s, N
             const int64_t recur = (period - c + WIDTH - 1) / WIDTH * WIDTH, whole = NAME(least)(last - i, recur);
             int64_t k = 0;
             for (; smooth && k + SMOOTH <= whole; k += SMOOTH) {
-                NAME(fetch)(&own, i + k, NAME(AT_ONCE), ahead, 0);
+                NAME(fetch)(&own, i + k, NAME(AT_ONCE), ahead, p, 0);
                 NAME(map_smooth)(&own, i + k, c + k, 1, NULL, p);
             }
             for (; light && k + 2 * WIDTH <= whole; k += 2 * WIDTH)
@@ -231,25 +231,34 @@ FBN_INLINE int64_t NAME(map_light)(const fbn_operands *o, int64_t i, int64_t n, 
     enum { VECTORS = sizeof(elem) < sizeof(float) ? 4 : 2 }; /* for 16-bit elements of AVX2, a cache line */
     int64_t m = 0;
     for (; m + VECTORS * WIDTH <= n; m += VECTORS * WIDTH) {
-        if (fetches) NAME(fetch)(o, i + m, VECTORS, ahead, backward);
+        if (fetches) NAME(fetch)(o, i + m, VECTORS, ahead, p, backward);
         for (int j = 0; j < VECTORS; j += 2) NAME(map_two)(o, i + m + j * WIDTH, k, p, backward);
     }
     return m;
 }
 
-/* Maps n elements of one channel, which are whole vectors, from element i on. To fetch ahead gains something in light
- * loops, and for wider elements where only y is computed and written around the cache. */
+/* Whether a map adds a residual and computes little else, so that to fetch ahead gains something. */
+FBN_INLINE int NAME(is_sum)(NAME(parts) p) {
+    return p.has_residual && p.usual && (p.activation == FBN_IDENTITY || p.activation == FBN_RELU);
+}
+
+/* Maps n elements of one channel, which are whole vectors, from element i on. Light loops fetch ahead: those of wider
+ * elements only for y that is written around the cache, since elsewhere it gains nothing. */
 FBN_INLINE void NAME(map_whole)(const fbn_operands *o, int64_t i, int64_t n, const NAME(constants) * k, NAME(parts) p,
                                 int backward) {
     const int is_half = sizeof(elem) < sizeof(float);
     const int64_t ahead = is_half ? o->walk.ahead : o->walk.run_ahead;
     const int fetches = is_half || (!backward && o->stream && ahead);
     int64_t m = 0;
-    for (; !backward && NAME(is_smooth)(p) && m + NAME(AT_ONCE) * WIDTH <= n; m += NAME(AT_ONCE) * WIDTH)
+    for (; NAME(is_smooth)(p) && !backward && m + NAME(AT_ONCE) * WIDTH <= n; m += NAME(AT_ONCE) * WIDTH)
         NAME(map_smooth)(o, i + m, 0, 0, k, p);
     if (NAME(is_light)(p)) {
         if (fetches) m = NAME(map_light)(o, i, n, k, p, backward, ahead, 1);
         else m = NAME(map_light)(o, i, n, k, p, backward, 0, 0);
+    }
+    for (; NAME(is_sum)(p) && !backward && ahead && m + 2 * WIDTH <= n; m += 2 * WIDTH) {
+        NAME(fetch)(o, i + m, 2, ahead, p, 0);
+        for (int j = 0; j < 2; j++) NAME(affine_n)(o, i + m + j * WIDTH, WIDTH, k, p, o->stream);
     }
     for (; m < n; m += WIDTH) NAME(map_n)(o, i + m, WIDTH, k, p, backward);
 }
@@ -269,63 +278,80 @@ FBN_INLINE void NAME(map_plane)(const fbn_operands *o, const fbn_stretch *s, NAM
     }
 }
 
-/* Where in adjacent planes: element i, which is of `channel`, as are the next left - 1. */
+/* Where in adjacent planes: element i, which is of `channel`, as are the next left - 1. Planes have `inner` elements,
+ * and channels recur. */
 typedef struct {
-    int64_t i, channel, left;
+    int64_t i, channel, left, inner, channels;
 } NAME(place);
 
 /* Goes n elements further, at most into the next plane. */
-FBN_INLINE void NAME(go_on)(NAME(place) * at, int64_t n, int64_t inner, int64_t channels) {
+FBN_INLINE void NAME(go_on)(NAME(place) * at, int64_t n) {
     at->i += n;
     at->left -= n;
     if (at->left > 0) return;
-    at->left += inner;
-    at->channel = at->channel + 1 < channels ? at->channel + 1 : 0;
+    at->left += at->inner;
+    at->channel = at->channel + 1 < at->channels ? at->channel + 1 : 0;
 }
 
 /* Maps adjacent planes up to element `end`, by parts of vectors. */
-FBN_INLINE void NAME(map_joined_edge)(const fbn_operands *o, NAME(place) * at, int64_t end, int64_t channels,
-                                      int backward) {
+FBN_INLINE void NAME(map_joined_edge)(const fbn_operands *o, NAME(place) * at, int64_t end, int backward) {
     while (at->i < end) {
         const int64_t n = NAME(least)(at->left, end - at->i);
         NAME(map_edge)(o, at->i, n, at->channel, 0, backward);
-        NAME(go_on)(at, n, o->inner, channels);
+        NAME(go_on)(at, n);
     }
 }
 
-/* Maps adjacent planes of at least WIDTH elements, n of them. A vector that reaches into the next plane is computed for
- * either channel, so that whole vectors are written. There is no dresidual. */
-FBN_INLINE void NAME(map_joined_row)(const fbn_operands *o, NAME(place) at, int64_t n, int64_t channels, NAME(parts) p,
-                                     int backward) {
-    const int64_t end = at.i + n, step = NAME(step_of)(o->stream), inner = o->inner;
-    NAME(map_joined_edge)(o, &at, at.i + NAME(least)(NAME(misaligned)(o, at.i, step), n), channels, backward);
+/* The constants of a vector whose first n elements have those of `a`, and the others those of `b`. */
+FBN_INLINE NAME(constants) NAME(constants_of_both)(const NAME(constants) * a, const NAME(constants) * b, int64_t n) {
+    return (NAME(constants)){.prescale = vjoin(a->prescale, b->prescale, n),
+                             .neg_mean = vjoin(a->neg_mean, b->neg_mean, n),
+                             .scale = vjoin(a->scale, b->scale, n),
+                             .scale_low = vjoin(a->scale_low, b->scale_low, n),
+                             .shift = vjoin(a->shift, b->shift, n),
+                             .shift_low = vjoin(a->shift_low, b->shift_low, n),
+                             .on_dy = vjoin(a->on_dy, b->on_dy, n),
+                             .on_x = vjoin(a->on_x, b->on_x, n),
+                             .constant = vjoin(a->constant, b->constant, n),
+                             .postscale = vjoin(a->postscale, b->postscale, n),
+                             .slope = a->slope};
+}
+
+/* Maps n elements of adjacent planes, which have at least WIDTH each, or of a single one. Whole vectors are written,
+ * also where one reaches into the next plane. There is no dresidual. `own` is a copy of the operands for the loops. */
+FBN_INLINE void NAME(map_joined_row)(const fbn_operands *o, const fbn_operands *own, NAME(place) at, int64_t n,
+                                     NAME(parts) p, int backward) {
+    const int64_t end = at.i + n, step = NAME(step_of)(own->stream);
+    NAME(map_joined_edge)(o, &at, at.i + NAME(least)(NAME(misaligned)(own, at.i, step), n), backward);
     const int64_t last = at.i + ((end - at.i) & -step);
-    NAME(constants) k = NAME(constants_at)(o, at.channel, 0, p);
+    NAME(constants) k = NAME(constants_at)(own, at.channel, 0, p);
     while (at.i < last) {
         const int64_t whole = NAME(least)(at.left, last - at.i) / WIDTH * WIDTH;
-        NAME(map_whole)(o, at.i, whole, &k, p, backward);
-        NAME(go_on)(&at, whole, inner, channels);
+        NAME(map_whole)(own, at.i, whole, &k, p, backward);
+        NAME(go_on)(&at, whole);
         if (at.i == last) break;
         const int64_t i = at.i, left = at.left;
         if (left >= WIDTH) { /* whole vectors made up a plane */
-            k = NAME(constants_at)(o, at.channel, 0, p);
+            k = NAME(constants_at)(own, at.channel, 0, p);
             continue;
         }
-        NAME(go_on)(&at, WIDTH, inner, channels);
-        const NAME(constants) next = NAME(constants_at)(o, at.channel, 0, p);
-        const vec first = NAME(mapped)(o, i, &k, p, backward), second = NAME(mapped)(o, i, &next, p, backward);
-        NAME(put)((elem *)o->out + i, vjoin(first, second, left), WIDTH, o->stream);
+        NAME(go_on)(&at, WIDTH);
+        const NAME(constants) next = NAME(constants_at)(own, at.channel, 0, p);
+        const NAME(constants) both = NAME(constants_of_both)(&k, &next, left);
+        NAME(map_n)(own, i, WIDTH, &both, p, backward);
         k = next;
     }
-    NAME(map_joined_edge)(o, &at, end, channels, backward);
+    NAME(map_joined_edge)(o, &at, end, backward);
 }
+
+/* Maps parts of adjacent planes, whose columns recur, or of planes of channel c. */
 FBN_INLINE void NAME(map_joined_as)(const fbn_operands *o, const fbn_stretch *s, NAME(parts) p, int backward,
                                     int stream) {
     const fbn_operands own = NAME(with_stream)(o, stream);
-    const int64_t inner = own.inner, c = s->c / inner, left = inner - s->c % inner;
-    const int64_t at = s->at, n = s->n, rows = s->rows, apart = s->apart, channels = s->period / inner;
-    for (int64_t row = 0; row < rows; row++)
-        NAME(map_joined_row)(&own, (NAME(place)){at + row * apart, c, left}, n, channels, p, backward);
+    const int64_t n = s->n, rows = s->rows, apart = s->apart, inner = own.inner;
+    NAME(place) at = {s->at, s->c, n, n, 1};
+    if (s->period) at = (NAME(place)){s->at, s->c / inner, inner - s->c % inner, inner, s->period / inner};
+    for (int64_t row = 0; row < rows; row++, at.i += apart) NAME(map_joined_row)(o, &own, at, n, p, backward);
 }
 FBN_INLINE void NAME(map_joined)(const fbn_operands *o, const fbn_stretch *s, NAME(parts) p, int backward) {
     if (!NAME(is_light)(p)) NAME(map_joined_as)(o, s, p, backward, o->stream);
@@ -354,11 +380,11 @@ enum { NAME(ALL_HEAVY) = LONG_CONVERSIONS };
 FBN_INLINE void NAME(map_heavy)(const fbn_operands *o, const fbn_stretch *s, int columns, int backward, NAME(parts) p) {
     (void)p;
     if (backward) NAME(map_pieces)(o, s, columns ? NAME_OF_REAL(grad_affine_columns) : NAME_OF_REAL(grad_affine_plane));
-    else NAME(map_pieces)(o, s, columns ? NAME_OF_REAL(affine_columns) : NAME_OF_REAL(affine_plane));
+    else NAME(map_pieces)(o, s, NAME_OF_REAL(affine_columns));
 }
 FBN_INLINE void NAME(map_joined_heavy)(const fbn_operands *o, const fbn_stretch *s, NAME(parts) p, int backward) {
     (void)p;
-    NAME(map_pieces)(o, s, backward ? NAME_OF_REAL(grad_affine_joined) : NAME_OF_REAL(affine_joined));
+    NAME(map_pieces)(o, s, backward ? NAME_OF_REAL(grad_affine_joined) : NAME_OF_REAL(affine_planes));
 }
 #else
 static fbn_loop NAME(grad_affine_plane), NAME(grad_affine_columns);
@@ -372,41 +398,41 @@ FBN_INLINE void NAME(map_joined_heavy)(const fbn_operands *o, const fbn_stretch 
 }
 #endif
 
-FBN_INLINE void NAME(affine)(const fbn_operands *o, const fbn_stretch *s, int columns) {
+static void NAME(affine_singly)(const fbn_operands *o, const fbn_stretch *s) {
     const NAME(parts) any = NAME(any_parts)(o);
     if (NAME(ALL_HEAVY)) {
-        NAME(map_heavy)(o, s, columns, 0, any);
+        NAME(map_heavy)(o, s, 1, 0, any);
         return;
     }
-    const int exact = columns && o->exact; /* in planes the loop is as fast without it */
+    const int exact = o->exact;
     switch (o->usual ? o->activation : -1) {
     case FBN_IDENTITY:
-        if (o->residual) NAME(map_as)(o, s, columns, 0, (NAME(parts)){FBN_IDENTITY, 1, 1, 0, 0});
-        else if (exact) NAME(map_as)(o, s, columns, 0, (NAME(parts)){FBN_IDENTITY, 0, 1, 1, 0});
-        else NAME(map_as)(o, s, columns, 0, (NAME(parts)){FBN_IDENTITY, 0, 1, 0, 0});
+        if (o->residual) NAME(map_as)(o, s, 1, 0, (NAME(parts)){FBN_IDENTITY, 1, 1, 0, 0});
+        else if (exact) NAME(map_as)(o, s, 1, 0, (NAME(parts)){FBN_IDENTITY, 0, 1, 1, 0});
+        else NAME(map_as)(o, s, 1, 0, (NAME(parts)){FBN_IDENTITY, 0, 1, 0, 0});
         break;
     case FBN_RELU:
-        if (o->residual) NAME(map_as)(o, s, columns, 0, (NAME(parts)){FBN_RELU, 1, 1, 0, 0});
-        else if (exact) NAME(map_as)(o, s, columns, 0, (NAME(parts)){FBN_RELU, 0, 1, 1, 0});
-        else NAME(map_as)(o, s, columns, 0, (NAME(parts)){FBN_RELU, 0, 1, 0, 0});
+        if (o->residual) NAME(map_as)(o, s, 1, 0, (NAME(parts)){FBN_RELU, 1, 1, 0, 0});
+        else if (exact) NAME(map_as)(o, s, 1, 0, (NAME(parts)){FBN_RELU, 0, 1, 1, 0});
+        else NAME(map_as)(o, s, 1, 0, (NAME(parts)){FBN_RELU, 0, 1, 0, 0});
         break;
     case FBN_RELU6:
-        NAME(map_as)(o, s, columns, 0, (NAME(parts)){FBN_RELU6, any.has_residual, 1, exact, 0});
+        NAME(map_as)(o, s, 1, 0, (NAME(parts)){FBN_RELU6, any.has_residual, 1, exact, 0});
         break;
     case FBN_LEAKY_RELU:
-        NAME(map_as)(o, s, columns, 0, (NAME(parts)){FBN_LEAKY_RELU, any.has_residual, 1, exact, 0});
+        NAME(map_as)(o, s, 1, 0, (NAME(parts)){FBN_LEAKY_RELU, any.has_residual, 1, exact, 0});
         break;
     case FBN_HARDSWISH:
-        NAME(map_as)(o, s, columns, 0, (NAME(parts)){FBN_HARDSWISH, any.has_residual, 1, exact, 0});
+        NAME(map_as)(o, s, 1, 0, (NAME(parts)){FBN_HARDSWISH, any.has_residual, 1, exact, 0});
         break;
     case FBN_SILU:
-        NAME(map_heavy)(o, s, columns, 0, (NAME(parts)){FBN_SILU, any.has_residual, 1, exact, 0});
+        NAME(map_heavy)(o, s, 1, 0, (NAME(parts)){FBN_SILU, any.has_residual, 1, exact, 0});
         break;
     case FBN_SIGMOID:
-        NAME(map_heavy)(o, s, columns, 0, (NAME(parts)){FBN_SIGMOID, any.has_residual, 1, exact, 0});
+        NAME(map_heavy)(o, s, 1, 0, (NAME(parts)){FBN_SIGMOID, any.has_residual, 1, exact, 0});
         break;
     default:
-        NAME(map_as)(o, s, columns, 0, any);
+        NAME(map_as)(o, s, 1, 0, any);
     }
 }
 
@@ -445,33 +471,38 @@ FBN_INLINE void NAME(grad_affine)(const fbn_operands *o, const fbn_stretch *s, i
     }
 }
 
-static void NAME(affine_joined)(const fbn_operands *o, const fbn_stretch *s) {
+/* Planes of a channel, or adjacent ones of all channels. */
+static void NAME(affine_planes)(const fbn_operands *o, const fbn_stretch *s) {
     const NAME(parts) any = NAME(any_parts)(o);
     if (NAME(ALL_HEAVY)) {
         NAME(map_joined_heavy)(o, s, any, 0);
         return;
     }
-    switch (o->usual && !o->residual ? o->activation : -1) {
+    switch (o->usual ? o->activation : -1) {
     case FBN_IDENTITY:
-        NAME(map_joined)(o, s, (NAME(parts)){FBN_IDENTITY, 0, 1, 0, 0}, 0);
+        if (o->residual) NAME(map_joined)(o, s, (NAME(parts)){FBN_IDENTITY, 1, 1, 0, 0}, 0);
+        else NAME(map_joined)(o, s, (NAME(parts)){FBN_IDENTITY, 0, 1, 0, 0}, 0);
         break;
     case FBN_RELU:
-        NAME(map_joined)(o, s, (NAME(parts)){FBN_RELU, 0, 1, 0, 0}, 0);
+        if (o->residual) NAME(map_joined)(o, s, (NAME(parts)){FBN_RELU, 1, 1, 0, 0}, 0);
+        else NAME(map_joined)(o, s, (NAME(parts)){FBN_RELU, 0, 1, 0, 0}, 0);
         break;
     case FBN_RELU6:
-        NAME(map_joined)(o, s, (NAME(parts)){FBN_RELU6, 0, 1, 0, 0}, 0);
+        NAME(map_joined)(o, s, (NAME(parts)){FBN_RELU6, any.has_residual, 1, 0, 0}, 0);
         break;
     case FBN_LEAKY_RELU:
-        NAME(map_joined)(o, s, (NAME(parts)){FBN_LEAKY_RELU, 0, 1, 0, 0}, 0);
+        NAME(map_joined)(o, s, (NAME(parts)){FBN_LEAKY_RELU, any.has_residual, 1, 0, 0}, 0);
         break;
     case FBN_HARDSWISH:
-        NAME(map_joined)(o, s, (NAME(parts)){FBN_HARDSWISH, 0, 1, 0, 0}, 0);
+        NAME(map_joined)(o, s, (NAME(parts)){FBN_HARDSWISH, any.has_residual, 1, 0, 0}, 0);
         break;
     case FBN_SILU:
-        NAME(map_joined_heavy)(o, s, (NAME(parts)){FBN_SILU, 0, 1, 0, 0}, 0);
+        if (o->residual) NAME(map_joined_heavy)(o, s, (NAME(parts)){FBN_SILU, 1, 1, 0, 0}, 0);
+        else NAME(map_joined_heavy)(o, s, (NAME(parts)){FBN_SILU, 0, 1, 0, 0}, 0);
         break;
     case FBN_SIGMOID:
-        NAME(map_joined_heavy)(o, s, (NAME(parts)){FBN_SIGMOID, 0, 1, 0, 0}, 0);
+        if (o->residual) NAME(map_joined_heavy)(o, s, (NAME(parts)){FBN_SIGMOID, 1, 1, 0, 0}, 0);
+        else NAME(map_joined_heavy)(o, s, (NAME(parts)){FBN_SIGMOID, 0, 1, 0, 0}, 0);
         break;
     default:
         NAME(map_joined)(o, s, any, 0);
@@ -489,7 +520,6 @@ static void NAME(grad_affine_joined)(const fbn_operands *o, const fbn_stretch *s
     else if (o->activation == FBN_RELU) NAME(map_joined)(o, s, (NAME(parts)){FBN_RELU, 0, 1, 0, 0}, 1);
     else NAME(map_joined)(o, s, (NAME(parts)){FBN_IDENTITY, 0, 1, 0, 0}, 1);
 }
-static void NAME(affine_plane)(const fbn_operands *o, const fbn_stretch *s) { NAME(affine)(o, s, 0); }
 static void NAME(affine_columns)(const fbn_operands *o, const fbn_stretch *s);
 
 /* Apart, since a call seldom has pairs: what it keeps on the stack would slow down the others. */
@@ -502,7 +532,7 @@ FBN_APART void NAME(affine_in_pairs)(const fbn_operands *o, const fbn_stretch *s
 }
 static void NAME(affine_columns)(const fbn_operands *o, const fbn_stretch *s) {
     if (NAME(has_pairs)(o, s)) NAME(affine_in_pairs)(o, s);
-    else NAME(affine)(o, s, 1);
+    else NAME(affine_singly)(o, s);
 }
 static void NAME(grad_affine_plane)(const fbn_operands *o, const fbn_stretch *s) { NAME(grad_affine)(o, s, 0); }
 static void NAME(grad_affine_columns)(const fbn_operands *o, const fbn_stretch *s) { NAME(grad_affine)(o, s, 1); }

@@ -100,7 +100,7 @@ FBN_INLINE void NAME(sum_vectors)(const fbn_operands *o, const fbn_stretch *s, i
     int64_t ahead = o->walk.ahead;
     if (c + ahead / (int64_t)sizeof(elem) >= s->n) ahead += s->further * (int64_t)sizeof(elem);
     for (int64_t r = 0, i = s->at + c; r < rows; r++, i += s->apart) {
-        NAME(fetch)(o, i, vectors, ahead, backward);
+        NAME(fetch)(o, i, vectors, ahead, p, backward);
         for (int j = 0; j < vectors; j++)
             NAME(sum_n)(o, i + j * WIDTH, n, &k[j], origin[j], fill, p, backward, &sum[j], &other[j]);
     }
