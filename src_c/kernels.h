@@ -202,7 +202,7 @@ typedef struct {
     fbn_loop *moments_plane, *moments_stack, *moments_columns;
     fbn_loop *grad_moments_plane, *grad_moments_stack, *grad_moments_columns;
     fbn_loop *affine_planes, *affine_columns;
-    fbn_loop *grad_affine_plane, *grad_affine_joined, *grad_affine_columns;
+    fbn_loop *grad_affine_planes, *grad_affine_columns;
     fbn_fence *fence;
 } fbn_dtype_kernels;
 

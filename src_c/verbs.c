@@ -152,7 +152,7 @@ static void map_gradient(const fbn_job *j, const fbn_tile *t, const fbn_panel *p
         o.activation = FBN_IDENTITY;
     }
     const fbn_dtype_kernels *k = j->kernels;
-    map_by(j, t, panel, k->grad_affine_plane, j->split.joins ? k->grad_affine_joined : k->grad_affine_columns, &o);
+    map_by(j, t, panel, k->grad_affine_planes, j->split.joins ? k->grad_affine_planes : k->grad_affine_columns, &o);
 }
 
 /* ---- the operations: prepare, reduce, finish, map ---- */
@@ -277,7 +277,7 @@ static fbn_job job_of_x(const fbn_problem *p, const fbn_operation *operation, co
     return j;
 }
 
-/* Whether dz is dy, or that of a relu without a residual. The gradients of stacks and of joined planes are of these. */
+/* Whether dz is dy, or that of a relu without a residual. The gradients of stacks are of these. */
 static int is_simple(const fbn_job *j) { return !j->activation || (j->activation == FBN_RELU && !j->residual); }
 
 /* A job that differentiates. Where `x` holds y, the rows that describe it are in the workspace. */
@@ -439,7 +439,7 @@ static void keep_dz(fbn_job *j, const fbn_backward_args *a) {
 /* A map that computes dz reads the constants of y as well: with those of dx all but the two powers of two. */
 static void set_map_panel(fbn_job *j) {
     if (!j->activation || j->dz || j->dz_blocks) return;
-    j->split.joins &= is_simple(j);
+    j->split.joins &= !is_costly(j->p);
     if (!j->split.joins) j->split.map_panel = fbn_map_panel(&j->split, FBN_CONSTANTS - j->kernels->first_constant - 2);
 }
 

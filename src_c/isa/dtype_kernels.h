@@ -44,8 +44,7 @@ static const fbn_dtype_kernels NAME(kernels) = {
     .grad_moments_columns = NAME(grad_moments_columns),
     .affine_planes = NAME(affine_planes),
     .affine_columns = NAME(affine_columns),
-    .grad_affine_plane = NAME(grad_affine_plane),
-    .grad_affine_joined = NAME(grad_affine_joined),
+    .grad_affine_planes = NAME(grad_affine_planes),
     .grad_affine_columns = NAME(grad_affine_columns),
     .fence = NAME(fence),
 };

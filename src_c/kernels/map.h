@@ -53,10 +53,12 @@ FBN_INLINE void NAME(map_n)(const fbn_operands *o, int64_t i, int64_t n, const N
  * Such loops are compiled for either kind of store and take two vectors at a time. Vectors of a whole cache line gain
  * nothing by it (Zen 4), nor does the baseline, which is where float32's scale is split. Of 16-bit values there are
  * such loops only for AVX2, since the library would be larger. */
+FBN_INLINE int NAME(is_plain)(NAME(parts) p) {
+    return p.usual && !p.has_residual && (p.activation == FBN_IDENTITY || p.activation == FBN_RELU);
+}
 FBN_INLINE int NAME(is_light)(NAME(parts) p) {
     const int is_half = sizeof(elem) < sizeof(float), is_line = WIDTH * (int)sizeof(elem) == FBN_LINE;
-    const int has_loops = is_half ? LIGHT_HALVES : !is_line && !F32_SPLITS_B;
-    return has_loops && p.usual && !p.has_residual && (p.activation == FBN_IDENTITY || p.activation == FBN_RELU);
+    return NAME(is_plain)(p) && (is_half ? LIGHT_HALVES : !is_line && !F32_SPLITS_B);
 }
 
 /* What a map works on, in a copy that no store can change, so that loops need not read it again. Where `stream` is a
@@ -263,21 +265,6 @@ FBN_INLINE void NAME(map_whole)(const fbn_operands *o, int64_t i, int64_t n, con
     for (; m < n; m += WIDTH) NAME(map_n)(o, i + m, WIDTH, k, p, backward);
 }
 
-/* Maps parts of planes of channel c. */
-FBN_INLINE void NAME(map_plane)(const fbn_operands *o, const fbn_stretch *s, NAME(parts) p, int backward, int stream) {
-    const fbn_operands own = NAME(with_stream)(o, stream);
-    const NAME(constants) k = NAME(constants_at)(&own, s->c, 0, p);
-    const int64_t step = NAME(step_of)(stream), aligns = stream || s->n >= 4 * WIDTH;
-    for (int64_t row = 0; row < s->rows; row++) {
-        const int64_t at = s->at + row * s->apart, end = at + s->n;
-        const int64_t head = aligns ? NAME(least)(NAME(misaligned)(&own, at, step), s->n) : 0;
-        NAME(map_edge)(o, at, head, s->c, 0, backward);
-        const int64_t i = at + head, whole = (end - i) & -step;
-        NAME(map_whole)(&own, i, whole, &k, p, backward);
-        NAME(map_edge)(o, i + whole, end - i - whole, s->c, 0, backward);
-    }
-}
-
 /* Where in adjacent planes: element i, which is of `channel`, as are the next left - 1. Planes have `inner` elements,
  * and channels recur. */
 typedef struct {
@@ -293,13 +280,14 @@ FBN_INLINE void NAME(go_on)(NAME(place) * at, int64_t n) {
     at->channel = at->channel + 1 < at->channels ? at->channel + 1 : 0;
 }
 
-/* Maps adjacent planes up to element `end`, by parts of vectors. */
-FBN_INLINE void NAME(map_joined_edge)(const fbn_operands *o, NAME(place) * at, int64_t end, int backward) {
-    while (at->i < end) {
-        const int64_t n = NAME(least)(at->left, end - at->i);
-        NAME(map_edge)(o, at->i, n, at->channel, 0, backward);
-        NAME(go_on)(at, n);
+/* Maps adjacent planes up to element `end`, by parts of vectors, and returns where that is. */
+FBN_INLINE NAME(place) NAME(map_joined_edge)(const fbn_operands *o, NAME(place) at, int64_t end, int backward) {
+    while (at.i < end) {
+        const int64_t n = NAME(least)(at.left, end - at.i);
+        NAME(map_edge)(o, at.i, n, at.channel, 0, backward);
+        NAME(go_on)(&at, n);
     }
+    return at;
 }
 
 /* The constants of a vector whose first n elements have those of `a`, and the others those of `b`. */
@@ -317,12 +305,20 @@ FBN_INLINE NAME(constants) NAME(constants_of_both)(const NAME(constants) * a, co
                              .slope = a->slope};
 }
 
+/* Maps a vector whose first n elements have the constants `a`, and the others `b`. */
+FBN_INLINE void NAME(map_of_both)(const fbn_operands *o, int64_t i, const NAME(constants) * a,
+                                  const NAME(constants) * b, int64_t n, NAME(parts) p, int backward) {
+    const NAME(constants) both = NAME(constants_of_both)(a, b, n);
+    NAME(map_n)(o, i, WIDTH, &both, p, backward);
+}
+
 /* Maps n elements of adjacent planes, which have at least WIDTH each, or of a single one. Whole vectors are written,
- * also where one reaches into the next plane. There is no dresidual. `own` is a copy of the operands for the loops. */
-FBN_INLINE void NAME(map_joined_row)(const fbn_operands *o, const fbn_operands *own, NAME(place) at, int64_t n,
+ * also where one reaches into the next plane. `own` is a copy of the operands for the loops. */
+FBN_INLINE void NAME(map_planes_row)(const fbn_operands *o, const fbn_operands *own, NAME(place) at, int64_t n,
                                      NAME(parts) p, int backward) {
     const int64_t end = at.i + n, step = NAME(step_of)(own->stream);
-    NAME(map_joined_edge)(o, &at, at.i + NAME(least)(NAME(misaligned)(own, at.i, step), n), backward);
+    const int64_t head = NAME(least)(NAME(misaligned)(own, at.i, step), n);
+    if (head) at = NAME(map_joined_edge)(o, at, at.i + head, backward);
     const int64_t last = at.i + ((end - at.i) & -step);
     NAME(constants) k = NAME(constants_at)(own, at.channel, 0, p);
     while (at.i < last) {
@@ -337,26 +333,19 @@ FBN_INLINE void NAME(map_joined_row)(const fbn_operands *o, const fbn_operands *
         }
         NAME(go_on)(&at, WIDTH);
         const NAME(constants) next = NAME(constants_at)(own, at.channel, 0, p);
-        const NAME(constants) both = NAME(constants_of_both)(&k, &next, left);
-        NAME(map_n)(own, i, WIDTH, &both, p, backward);
+        NAME(map_of_both)(own, i, &k, &next, left, p, backward);
         k = next;
     }
-    NAME(map_joined_edge)(o, &at, end, backward);
+    if (at.i < end) NAME(map_joined_edge)(o, at, end, backward);
 }
 
 /* Maps parts of adjacent planes, whose columns recur, or of planes of channel c. */
-FBN_INLINE void NAME(map_joined_as)(const fbn_operands *o, const fbn_stretch *s, NAME(parts) p, int backward,
-                                    int stream) {
+FBN_INLINE void NAME(map_planes)(const fbn_operands *o, const fbn_stretch *s, NAME(parts) p, int backward, int stream) {
     const fbn_operands own = NAME(with_stream)(o, stream);
     const int64_t n = s->n, rows = s->rows, apart = s->apart, inner = own.inner;
     NAME(place) at = {s->at, s->c, n, n, 1};
     if (s->period) at = (NAME(place)){s->at, s->c / inner, inner - s->c % inner, inner, s->period / inner};
-    for (int64_t row = 0; row < rows; row++, at.i += apart) NAME(map_joined_row)(o, &own, at, n, p, backward);
-}
-FBN_INLINE void NAME(map_joined)(const fbn_operands *o, const fbn_stretch *s, NAME(parts) p, int backward) {
-    if (!NAME(is_light)(p)) NAME(map_joined_as)(o, s, p, backward, o->stream);
-    else if (o->stream) NAME(map_joined_as)(o, s, p, backward, 1);
-    else NAME(map_joined_as)(o, s, p, backward, 0);
+    for (int64_t row = 0; row < rows; row++, at.i += apart) NAME(map_planes_row)(o, &own, at, n, p, backward);
 }
 
 /* ---- which loop serves a call ---- */
@@ -364,7 +353,7 @@ FBN_INLINE void NAME(map_joined)(const fbn_operands *o, const fbn_stretch *s, NA
 FBN_INLINE void NAME(map_to)(const fbn_operands *o, const fbn_stretch *s, int columns, int backward, NAME(parts) p,
                              int stream) {
     if (columns) NAME(map_columns)(o, s, p, backward, stream);
-    else NAME(map_plane)(o, s, p, backward, stream);
+    else NAME(map_planes)(o, s, p, backward, stream);
 }
 FBN_INLINE void NAME(map_as)(const fbn_operands *o, const fbn_stretch *s, int columns, int backward, NAME(parts) p) {
     if (!NAME(is_light)(p)) NAME(map_to)(o, s, columns, backward, p, o->stream);
@@ -372,155 +361,86 @@ FBN_INLINE void NAME(map_as)(const fbn_operands *o, const fbn_stretch *s, int co
     else NAME(map_to)(o, s, columns, backward, p, 0);
 }
 
-/* Heavy maps are y of the SiLU and the sigmoid, whose loops are long. Their gradients map pieces of dz instead; 16-bit
+/* The identity and the ReLU, which have a loop for each set of parts. Columns alone gain something where shift_low is
+ * not read. */
+FBN_INLINE void NAME(map_short)(const fbn_operands *o, const fbn_stretch *s, int columns, int backward,
+                                int activation) {
+    const int residual = o->residual && !(backward && activation == FBN_IDENTITY), frozen = backward && o->frozen;
+    if (residual) NAME(map_as)(o, s, columns, backward, (NAME(parts)){activation, 1, 1, 0, frozen});
+    else if (frozen) NAME(map_as)(o, s, columns, 1, (NAME(parts)){activation, 0, 1, 0, 1});
+    else if (columns && !backward && o->exact) NAME(map_as)(o, s, 1, 0, (NAME(parts)){activation, 0, 1, 1, 0});
+    else NAME(map_as)(o, s, columns, backward, (NAME(parts)){activation, 0, 1, 0, 0});
+}
+
+/* Heavy maps are those of the SiLU and the sigmoid, whose loops are long. Gradients map pieces of dz instead; 16-bit
  * values, and all maps where conversions are long, use the loops of float32. */
 enum { NAME(ALL_HEAVY) = LONG_CONVERSIONS };
 
 #if WIDENS
 FBN_INLINE void NAME(map_heavy)(const fbn_operands *o, const fbn_stretch *s, int columns, int backward, NAME(parts) p) {
     (void)p;
-    if (backward) NAME(map_pieces)(o, s, columns ? NAME_OF_REAL(grad_affine_columns) : NAME_OF_REAL(grad_affine_plane));
-    else NAME(map_pieces)(o, s, NAME_OF_REAL(affine_columns));
-}
-FBN_INLINE void NAME(map_joined_heavy)(const fbn_operands *o, const fbn_stretch *s, NAME(parts) p, int backward) {
-    (void)p;
-    NAME(map_pieces)(o, s, backward ? NAME_OF_REAL(grad_affine_joined) : NAME_OF_REAL(affine_planes));
+    if (backward)
+        NAME(map_pieces)(o, s, columns ? NAME_OF_REAL(grad_affine_columns) : NAME_OF_REAL(grad_affine_planes));
+    else NAME(map_pieces)(o, s, columns ? NAME_OF_REAL(affine_columns) : NAME_OF_REAL(affine_planes));
 }
 #else
-static fbn_loop NAME(grad_affine_plane), NAME(grad_affine_columns);
+static fbn_loop NAME(grad_affine_planes), NAME(grad_affine_columns);
 
 FBN_INLINE void NAME(map_heavy)(const fbn_operands *o, const fbn_stretch *s, int columns, int backward, NAME(parts) p) {
-    if (backward) NAME(map_dz)(o, s, columns, columns ? NAME(grad_affine_columns) : NAME(grad_affine_plane));
+    if (backward) NAME(map_dz)(o, s, columns, columns ? NAME(grad_affine_columns) : NAME(grad_affine_planes));
     else NAME(map_as)(o, s, columns, 0, p);
-}
-FBN_INLINE void NAME(map_joined_heavy)(const fbn_operands *o, const fbn_stretch *s, NAME(parts) p, int backward) {
-    NAME(map_joined)(o, s, p, backward);
 }
 #endif
 
-static void NAME(affine_singly)(const fbn_operands *o, const fbn_stretch *s) {
-    const NAME(parts) any = NAME(any_parts)(o);
-    if (NAME(ALL_HEAVY)) {
-        NAME(map_heavy)(o, s, 1, 0, any);
-        return;
-    }
-    const int exact = o->exact;
-    switch (o->usual ? o->activation : -1) {
-    case FBN_IDENTITY:
-        if (o->residual) NAME(map_as)(o, s, 1, 0, (NAME(parts)){FBN_IDENTITY, 1, 1, 0, 0});
-        else if (exact) NAME(map_as)(o, s, 1, 0, (NAME(parts)){FBN_IDENTITY, 0, 1, 1, 0});
-        else NAME(map_as)(o, s, 1, 0, (NAME(parts)){FBN_IDENTITY, 0, 1, 0, 0});
-        break;
-    case FBN_RELU:
-        if (o->residual) NAME(map_as)(o, s, 1, 0, (NAME(parts)){FBN_RELU, 1, 1, 0, 0});
-        else if (exact) NAME(map_as)(o, s, 1, 0, (NAME(parts)){FBN_RELU, 0, 1, 1, 0});
-        else NAME(map_as)(o, s, 1, 0, (NAME(parts)){FBN_RELU, 0, 1, 0, 0});
-        break;
-    case FBN_RELU6:
-        NAME(map_as)(o, s, 1, 0, (NAME(parts)){FBN_RELU6, any.has_residual, 1, exact, 0});
-        break;
-    case FBN_LEAKY_RELU:
-        NAME(map_as)(o, s, 1, 0, (NAME(parts)){FBN_LEAKY_RELU, any.has_residual, 1, exact, 0});
-        break;
-    case FBN_HARDSWISH:
-        NAME(map_as)(o, s, 1, 0, (NAME(parts)){FBN_HARDSWISH, any.has_residual, 1, exact, 0});
-        break;
-    case FBN_SILU:
-        NAME(map_heavy)(o, s, 1, 0, (NAME(parts)){FBN_SILU, any.has_residual, 1, exact, 0});
-        break;
-    case FBN_SIGMOID:
-        NAME(map_heavy)(o, s, 1, 0, (NAME(parts)){FBN_SIGMOID, any.has_residual, 1, exact, 0});
-        break;
-    default:
-        NAME(map_as)(o, s, 1, 0, any);
-    }
+/* The SiLU and the sigmoid. Planes alone gain something where it is known whether there is a residual. */
+FBN_INLINE void NAME(map_long)(const fbn_operands *o, const fbn_stretch *s, int columns, int backward, int activation) {
+    const int exact = columns && !backward && o->exact;
+    const NAME(parts) p = {activation, o->residual != NULL, 1, exact, 0};
+    if (columns || backward) NAME(map_heavy)(o, s, columns, backward, p);
+    else if (o->residual) NAME(map_heavy)(o, s, 0, 0, (NAME(parts)){activation, 1, 1, 0, 0});
+    else NAME(map_heavy)(o, s, 0, 0, (NAME(parts)){activation, 0, 1, 0, 0});
 }
 
-FBN_INLINE void NAME(grad_affine)(const fbn_operands *o, const fbn_stretch *s, int columns) {
+FBN_INLINE void NAME(map_by_parts)(const fbn_operands *o, const fbn_stretch *s, int columns, int backward) {
     const NAME(parts) any = NAME(any_parts)(o);
+    const int residual = any.has_residual, exact = columns && !backward && any.exact, frozen = backward && any.frozen;
     if (NAME(ALL_HEAVY)) {
-        NAME(map_heavy)(o, s, columns, 1, any);
+        NAME(map_heavy)(o, s, columns, backward, any);
         return;
     }
     switch (o->usual ? o->activation : -1) {
     case FBN_IDENTITY:
-        if (o->frozen) NAME(map_as)(o, s, columns, 1, (NAME(parts)){FBN_IDENTITY, 0, 1, 0, 1});
-        else NAME(map_as)(o, s, columns, 1, (NAME(parts)){FBN_IDENTITY, 0, 1, 0, 0});
+        NAME(map_short)(o, s, columns, backward, FBN_IDENTITY);
         break;
     case FBN_RELU:
-        if (o->frozen && o->residual) NAME(map_as)(o, s, columns, 1, (NAME(parts)){FBN_RELU, 1, 1, 0, 1});
-        else if (o->frozen) NAME(map_as)(o, s, columns, 1, (NAME(parts)){FBN_RELU, 0, 1, 0, 1});
-        else if (o->residual) NAME(map_as)(o, s, columns, 1, (NAME(parts)){FBN_RELU, 1, 1, 0, 0});
-        else NAME(map_as)(o, s, columns, 1, (NAME(parts)){FBN_RELU, 0, 1, 0, 0});
+        NAME(map_short)(o, s, columns, backward, FBN_RELU);
         break;
     case FBN_RELU6:
-        NAME(map_as)(o, s, columns, 1, (NAME(parts)){FBN_RELU6, any.has_residual, 1, 0, any.frozen});
+        NAME(map_as)(o, s, columns, backward, (NAME(parts)){FBN_RELU6, residual, 1, exact, frozen});
         break;
     case FBN_LEAKY_RELU:
-        NAME(map_as)(o, s, columns, 1, (NAME(parts)){FBN_LEAKY_RELU, any.has_residual, 1, 0, any.frozen});
+        NAME(map_as)(o, s, columns, backward, (NAME(parts)){FBN_LEAKY_RELU, residual, 1, exact, frozen});
         break;
     case FBN_HARDSWISH:
-        NAME(map_as)(o, s, columns, 1, (NAME(parts)){FBN_HARDSWISH, any.has_residual, 1, 0, any.frozen});
+        NAME(map_as)(o, s, columns, backward, (NAME(parts)){FBN_HARDSWISH, residual, 1, exact, frozen});
         break;
     case FBN_SILU:
+        NAME(map_long)(o, s, columns, backward, FBN_SILU);
+        break;
     case FBN_SIGMOID:
-        NAME(map_heavy)(o, s, columns, 1, any);
+        NAME(map_long)(o, s, columns, backward, FBN_SIGMOID);
         break;
     default:
-        NAME(map_as)(o, s, columns, 1, any);
+        NAME(map_as)(o, s, columns, backward, any);
     }
 }
 
-/* Planes of a channel, or adjacent ones of all channels. */
-static void NAME(affine_planes)(const fbn_operands *o, const fbn_stretch *s) {
-    const NAME(parts) any = NAME(any_parts)(o);
-    if (NAME(ALL_HEAVY)) {
-        NAME(map_joined_heavy)(o, s, any, 0);
-        return;
-    }
-    switch (o->usual ? o->activation : -1) {
-    case FBN_IDENTITY:
-        if (o->residual) NAME(map_joined)(o, s, (NAME(parts)){FBN_IDENTITY, 1, 1, 0, 0}, 0);
-        else NAME(map_joined)(o, s, (NAME(parts)){FBN_IDENTITY, 0, 1, 0, 0}, 0);
-        break;
-    case FBN_RELU:
-        if (o->residual) NAME(map_joined)(o, s, (NAME(parts)){FBN_RELU, 1, 1, 0, 0}, 0);
-        else NAME(map_joined)(o, s, (NAME(parts)){FBN_RELU, 0, 1, 0, 0}, 0);
-        break;
-    case FBN_RELU6:
-        NAME(map_joined)(o, s, (NAME(parts)){FBN_RELU6, any.has_residual, 1, 0, 0}, 0);
-        break;
-    case FBN_LEAKY_RELU:
-        NAME(map_joined)(o, s, (NAME(parts)){FBN_LEAKY_RELU, any.has_residual, 1, 0, 0}, 0);
-        break;
-    case FBN_HARDSWISH:
-        NAME(map_joined)(o, s, (NAME(parts)){FBN_HARDSWISH, any.has_residual, 1, 0, 0}, 0);
-        break;
-    case FBN_SILU:
-        if (o->residual) NAME(map_joined_heavy)(o, s, (NAME(parts)){FBN_SILU, 1, 1, 0, 0}, 0);
-        else NAME(map_joined_heavy)(o, s, (NAME(parts)){FBN_SILU, 0, 1, 0, 0}, 0);
-        break;
-    case FBN_SIGMOID:
-        if (o->residual) NAME(map_joined_heavy)(o, s, (NAME(parts)){FBN_SIGMOID, 1, 1, 0, 0}, 0);
-        else NAME(map_joined_heavy)(o, s, (NAME(parts)){FBN_SIGMOID, 0, 1, 0, 0}, 0);
-        break;
-    default:
-        NAME(map_joined)(o, s, any, 0);
-    }
-}
+/* Planes of a channel, or adjacent ones of all channels; the gradients of the latter not of a SiLU or a sigmoid. */
+static void NAME(affine_planes)(const fbn_operands *o, const fbn_stretch *s) { NAME(map_by_parts)(o, s, 0, 0); }
+static void NAME(grad_affine_planes)(const fbn_operands *o, const fbn_stretch *s) { NAME(map_by_parts)(o, s, 0, 1); }
+static void NAME(grad_affine_columns)(const fbn_operands *o, const fbn_stretch *s) { NAME(map_by_parts)(o, s, 1, 1); }
 
-/* dz is dy, or was kept in its place, or is that of a relu without a residual. */
-static void NAME(grad_affine_joined)(const fbn_operands *o, const fbn_stretch *s) {
-    const NAME(parts) any = NAME(any_parts)(o);
-    if (NAME(ALL_HEAVY)) {
-        NAME(map_joined_heavy)(o, s, any, 1);
-        return;
-    }
-    if (!o->usual || o->frozen) NAME(map_joined)(o, s, any, 1);
-    else if (o->activation == FBN_RELU) NAME(map_joined)(o, s, (NAME(parts)){FBN_RELU, 0, 1, 0, 0}, 1);
-    else NAME(map_joined)(o, s, (NAME(parts)){FBN_IDENTITY, 0, 1, 0, 0}, 1);
-}
-static void NAME(affine_columns)(const fbn_operands *o, const fbn_stretch *s);
+FBN_APART void NAME(affine_singly)(const fbn_operands *o, const fbn_stretch *s) { NAME(map_by_parts)(o, s, 1, 0); }
 
 /* Apart, since a call seldom has pairs: what it keeps on the stack would slow down the others. */
 FBN_APART void NAME(affine_in_pairs)(const fbn_operands *o, const fbn_stretch *s) {
@@ -528,14 +448,12 @@ FBN_APART void NAME(affine_in_pairs)(const fbn_operands *o, const fbn_stretch *s
     fbn_stretch rest = *s;
     rest.at += paired * s->apart;
     rest.rows -= paired;
-    if (rest.rows) NAME(affine_columns)(o, &rest);
+    if (rest.rows) NAME(affine_singly)(o, &rest);
 }
 static void NAME(affine_columns)(const fbn_operands *o, const fbn_stretch *s) {
     if (NAME(has_pairs)(o, s)) NAME(affine_in_pairs)(o, s);
     else NAME(affine_singly)(o, s);
 }
-static void NAME(grad_affine_plane)(const fbn_operands *o, const fbn_stretch *s) { NAME(grad_affine)(o, s, 0); }
-static void NAME(grad_affine_columns)(const fbn_operands *o, const fbn_stretch *s) { NAME(grad_affine)(o, s, 1); }
 
 /* Orders streamed stores before later ones. */
 static void NAME(fence)(void) { stream_fence(); }

@@ -135,17 +135,18 @@ FBN_INLINE void f64_store_n(double *p, f64_vec a, int64_t n) {
     for (int i = 0; i < F64_WIDTH; i++)
         if (i < n) p[i] = lane[i];
 }
-FBN_INLINE f64_vec f64_join(f64_vec a, f64_vec b, int64_t n) {
-    double lane[F64_WIDTH];
-    f64_store(lane, a);
-    return f64_load_n(lane, n, b);
-}
 FBN_INLINE f64_vec f64_add(f64_vec a, f64_vec b) { return a + b; }
 FBN_INLINE f64_vec f64_sub(f64_vec a, f64_vec b) { return a - b; }
 FBN_INLINE f64_vec f64_mul(f64_vec a, f64_vec b) { return a * b; }
 FBN_INLINE f64_vec f64_div(f64_vec a, f64_vec b) { return a / b; }
 static inline f64_vec f64_where(f64_lanes condition, f64_vec a, f64_vec b) {
     return f64_of_bits((condition & f64_bits(a)) | (~condition & f64_bits(b)));
+}
+FBN_INLINE f64_vec f64_join(f64_vec a, f64_vec b, int64_t n) {
+    static const int64_t first[] = {0, 1, 2, 3};
+    f64_lanes lanes;
+    memcpy(&lanes, first, sizeof lanes);
+    return f64_where(EACH(lanes < (int64_t)n - (f64_lanes){0}), a, b);
 }
 FBN_INLINE f64_vec f64_where_less(f64_vec a, f64_vec b, f64_vec c, f64_vec d) { return f64_where(EACH(a < b), c, d); }
 FBN_INLINE f64_vec f64_min(f64_vec a, f64_vec b) { return f64_where_less(a, b, a, b); }
@@ -220,17 +221,18 @@ FBN_INLINE void f32_store_n(float *p, f32_vec a, int64_t n) {
     for (int i = 0; i < F32_WIDTH; i++)
         if (i < n) p[i] = lane[i];
 }
-FBN_INLINE f32_vec f32_join(f32_vec a, f32_vec b, int64_t n) {
-    float lane[F32_WIDTH];
-    f32_store(lane, a);
-    return f32_load_n(lane, n, b);
-}
 FBN_INLINE f32_vec f32_add(f32_vec a, f32_vec b) { return a + b; }
 FBN_INLINE f32_vec f32_sub(f32_vec a, f32_vec b) { return a - b; }
 FBN_INLINE f32_vec f32_mul(f32_vec a, f32_vec b) { return a * b; }
 FBN_INLINE f32_vec f32_div(f32_vec a, f32_vec b) { return a / b; }
 static inline f32_vec f32_where(f32_lanes condition, f32_vec a, f32_vec b) {
     return f32_of_bits((condition & f32_bits(a)) | (~condition & f32_bits(b)));
+}
+FBN_INLINE f32_vec f32_join(f32_vec a, f32_vec b, int64_t n) {
+    static const int32_t first[] = {0, 1, 2, 3};
+    f32_lanes lanes;
+    memcpy(&lanes, first, sizeof lanes);
+    return f32_where(EACH(lanes < (int32_t)n - (f32_lanes){0}), a, b);
 }
 FBN_INLINE f32_vec f32_where_less(f32_vec a, f32_vec b, f32_vec c, f32_vec d) { return f32_where(EACH(a < b), c, d); }
 #ifdef FBN_SSE2
