@@ -6,8 +6,8 @@
 #if defined(FBN_X86)
 static int has(uint32_t bits, uint32_t needed) { return (bits & needed) == needed; }
 
-/* What the processor can run, and the operating system saves the registers of: 2 for AVX-512 and AVX2, 1 for AVX2, 0
- * for neither. macOS says so of the registers of AVX-512 only once they have been used. */
+/* Which instructions the processor has, if the operating system saves their registers: 2 for AVX-512 and AVX2, 1 for
+ * AVX2, 0 for neither. macOS only says that it saves those of AVX-512 once they have been used. */
 static int level(void) {
     enum { FMA = 1 << 12, OSXSAVE = 1 << 27, AVX = 1 << 28, F16C = 1 << 29, AVX2 = 1 << 5 };
     const uint32_t avx512 = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31; /* F, DQ, BW, VL */

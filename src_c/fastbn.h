@@ -93,12 +93,12 @@ typedef struct {
     int64_t streams;     /* planes and arrays that are far apart and read in turns, at most 8 planes at once */
     int64_t row_streams; /* the same for rows and small planes */
     int64_t turn;        /* the bytes of a turn */
-    int64_t ahead;       /* how many bytes ahead sums, and maps of 16-bit planes, fetch what they read; if row_streams
-                          * is 1, each row or small plane of those that are read in turns fetches an eighth, as do
-                          * long runs of rows that are mapped, and what is only mapped a third, but not less than 256
-                          * where ahead is more; negative: the processor is left to do so */
-    int64_t stream_from; /* a result of at least so many bytes is written around the cache, one of a call that only maps
-                          * from half as many again, one that replaces an input never; negative: none is */
+    int64_t ahead;       /* how many bytes ahead sums, and maps of 16-bit planes, fetch what they read. If row_streams
+                          * is 1, rows and small planes fetch an eighth of that, since several are read in turns, as do
+                          * maps of rows that were summed; calls that only map fetch a third; and each at least 256
+                          * bytes, unless `ahead` is less. Negative: only the processor itself fetches ahead */
+    int64_t stream_from; /* a result of at least so many bytes is written around the cache. In a call that only maps, it
+                          * must have half as many again. One that replaces an input never is. Negative: none is */
     int64_t block;       /* the bytes of arrays that stay in a core's cache from one step of a call to the next */
 } fbn_habits;
 

@@ -160,9 +160,11 @@ static void total_gradient(fbn_job *j, int64_t c0, int64_t c1) {
     for (int64_t c = c0; c < c1; c++) products[c] -= sums[c] * low[c];
 }
 
-/* The gradients of gamma and beta, and the constants of dx. */
-static void finish_known_sums(fbn_job *j, int64_t c0, int64_t c1) {
-    const double *sums = fbn_first_sums(j), *products = fbn_second_sums(j), *inv_std = known_row(j, FBN_INV_STD);
+/* The gradients of gamma and beta, and the constants of dx. Frozen statistics do not depend on x, so that dx is gain *
+ * dz, as if the sums were 0. (So is dx of positions that do not count, but they use the constants of those that do.) */
+void fbn_finish_known_sums(fbn_job *j, int64_t c0, int64_t c1) {
+    double *sums = fbn_first_sums(j), *products = fbn_second_sums(j);
+    const double *inv_std = known_row(j, FBN_INV_STD);
     for (int64_t c = c0, n; j->dgamma && c < c1; c += n) {
         double values[SOME];
         n = some(c1 - c);
@@ -170,15 +172,19 @@ static void finish_known_sums(fbn_job *j, int64_t c0, int64_t c1) {
         fbn_put_all(j->dgamma, c, statistics_dtype(j), n, values);
     }
     if (j->dbeta) fbn_put_all(j->dbeta, c0, statistics_dtype(j), c1 - c0, sums + c0);
+    if (j->frozen) {
+        memset(sums + c0, 0, (size_t)(c1 - c0) * sizeof(double));
+        memset(products + c0, 0, (size_t)(c1 - c0) * sizeof(double));
+    }
     const fbn_channels known = known_at(j, c0);
     const fbn_constants constants = fbn_constants_at(j, c0);
-    j->kernels->set_gradient(&known, sums + c0, products + c0, j->count, j->frozen, c1 - c0, &constants);
+    j->kernels->set_gradient(&known, sums + c0, products + c0, j->count, c1 - c0, &constants);
     fbn_repeat_columns(j, c0, c1, j->kernels->first_constant, FBN_CONSTANTS); /* those of y may have got a prescale */
 }
 
 void fbn_finish_gradient(fbn_job *j, int64_t c0, int64_t c1) {
     total_gradient(j, c0, c1);
-    finish_known_sums(j, c0, c1);
+    fbn_finish_known_sums(j, c0, c1);
 }
 
 void fbn_finish_given_sums(fbn_job *j, int64_t c0, int64_t c1) {
@@ -186,14 +192,7 @@ void fbn_finish_given_sums(fbn_job *j, int64_t c0, int64_t c1) {
     const double *inv_std = known_row(j, FBN_INV_STD), *given = j->given_sums;
     memcpy(sums + c0, given + c0, (size_t)(c1 - c0) * sizeof(double));
     for (int64_t c = c0; c < c1; c++) products[c] = inv_std[c] == 0 ? 0 : given[j->p->channels + c] / inv_std[c];
-    finish_known_sums(j, c0, c1);
-}
-
-/* With frozen statistics dx does not need the sums. */
-void fbn_finish_no_sums(fbn_job *j, int64_t c0, int64_t c1) {
-    memset(fbn_first_sums(j) + c0, 0, (size_t)(c1 - c0) * sizeof(double));
-    memset(fbn_second_sums(j) + c0, 0, (size_t)(c1 - c0) * sizeof(double));
-    finish_known_sums(j, c0, c1);
+    fbn_finish_known_sums(j, c0, c1);
 }
 
 void fbn_finish_sums(fbn_job *j, int64_t c0, int64_t c1) {

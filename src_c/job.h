@@ -21,7 +21,7 @@ typedef struct {
     fbn_constants constants;
     const double *origin;
     int usual, exact; /* as in fbn_operands */
-    char *dz;         /* where dz is kept for the map in a block of the thread's; NULL if it is not */
+    char *dz;         /* the thread's block in which dz is kept for the map; NULL if there is none */
 } fbn_panel;
 
 /* Adds a tile to the sums of a panel. Columns are added to `sums` and `others`, planes to the lanes in `sums`. */
@@ -65,7 +65,7 @@ struct fbn_job {
     const double *known;      /* the rows that describe what `x` holds */
 
     /* What is computed for each channel, in the workspace. */
-    double *origin;          /* the value that the sums are taken about: one of x's, or the mean */
+    double *origin;          /* what the sums subtract from x: one of its values, or the mean */
     double *partial, *lanes; /* the sums of each segment; the lanes of each thread */
     fbn_constants constants;
 
@@ -91,7 +91,7 @@ void fbn_repeat_columns(fbn_job *job, int64_t c0, int64_t c1, int first, int las
 /* finish.c: the steps that are done once per channel. */
 fbn_of_channels fbn_set_origins, fbn_set_lines_known, fbn_set_lines_from_y;
 fbn_of_channels fbn_finish_batch, fbn_finish_statistics, fbn_finish_applied, fbn_finish_moments;
-fbn_of_channels fbn_finish_gradient, fbn_finish_given_sums, fbn_finish_no_sums, fbn_finish_sums;
+fbn_of_channels fbn_finish_gradient, fbn_finish_given_sums, fbn_finish_known_sums, fbn_finish_sums;
 
 /* run.c: carries the operation out. */
 void fbn_run(fbn_job *job);

@@ -102,10 +102,9 @@ typedef void fbn_invert(const double *var, double eps, int64_t n, double *inv_st
 /* Computes the constants of y for n channels. */
 typedef void fbn_set_line(const fbn_channels *known, int64_t n, const fbn_constants *constants);
 
-/* Computes those of dx, from the sums of dz and of dz * (x - mean), which do not matter if the statistics are frozen,
- * M = count and the constants of y. */
+/* Computes those of dx, from the sums of dz and of dz * (x - mean), M = count and the constants of y. */
 typedef void fbn_set_gradient(const fbn_channels *known, const double *sums, const double *products, double count,
-                              int frozen, int64_t n, const fbn_constants *constants);
+                              int64_t n, const fbn_constants *constants);
 
 /* Writes each of n constants `times` times, and may write FBN_CHANNEL_PAD values more. */
 typedef void fbn_spread(const void *from, int64_t n, int64_t times, void *to);

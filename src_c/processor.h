@@ -29,7 +29,7 @@ static inline uint32_t fbn_xgetbv(void) {
 #endif
 
 #if defined(FBN_CPUID)
-/* Whether the processor's name, AuthenticAMD or HygonGenuine, ends in "cAMD" or "uine". */
+/* Whether the maker is AuthenticAMD or HygonGenuine, by the last four letters. */
 static inline int fbn_is_amd(void) {
     enum { AMD = 0x444d4163, HYGON = 0x656e6975 };
     uint32_t answer[4];

@@ -104,7 +104,8 @@ static int by_channels(const fbn_split *s, const fbn_machine *machine, int array
     return 5 * divide_up(blocks, s->threads) * s->threads <= 7 * blocks;
 }
 
-/* There is room on the left as well, since the constants of rows start at any place in a cache line (see job_of). */
+/* One pad is for vectors that reach beyond the last channel. The other is for the constants of rows, which may start
+ * at any place in a cache line (see job_of). */
 int64_t fbn_padded(int64_t channels) { return round_up(channels, FBN_CHANNEL_PAD) + 2 * FBN_CHANNEL_PAD; }
 
 int64_t fbn_joined(int64_t channels) { return fbn_padded(channels * repeat_of(channels, JOINED)); }

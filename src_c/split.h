@@ -4,13 +4,12 @@
  * of units that follow each other. It has sums of its own, which are added up in order; since its bounds follow from
  * the shape and the mask alone, the bits of the result do not depend on anything else. A block is a number of channels,
  * of all units, that is small enough to stay in a core's cache from the reduction to the map. A panel is the number of
- * channels that a kernel gets at once. A tile is what one call of a kernel gets of them: units of equal length at equal
- * distances, which either all count towards the statistics or do not.
+ * channels that a kernel gets at once. A tile is the part of a panel that one call of a kernel gets: units of equal
+ * length at equal distances, of which all count towards the statistics, or none does.
  *
- * Kernels get rows and small planes as columns (see kernels.h). Small planes have a span of `inner` columns a channel.
- * Where nothing is reduced, memory is passed through from end to end: units are stretches of it, whatever planes they
- * are of.
- * Where rows are short, `repeat` of them are joined, so that the kernels' loops are long enough.
+ * Kernels get rows and small planes as columns (see kernels.h). Each channel of small planes has `inner` columns.
+ * Where rows are short, `repeat` of them are joined, so that the kernels' loops are long enough. A call that reduces
+ * nothing passes through memory from end to end: its units are stretches of memory, each with parts of several planes.
  */
 #ifndef FBN_SPLIT_H
 #define FBN_SPLIT_H
@@ -19,7 +18,7 @@
 
 typedef struct {
     int64_t outer, channels, inner;
-    int maps;                 /* nothing is reduced */
+    int maps;                 /* the call reduces nothing */
     int rows;                 /* channels-last */
     int columns;              /* kernels get columns: rows, or small planes */
     int stacks;               /* small planes of a few images, which are summed channel by channel */
@@ -42,7 +41,7 @@ typedef struct {
     fbn_walk walk;
 } fbn_split;
 
-/* What a call does: it only maps; it reduces and then maps; or it does so with a mask. */
+/* What a call does: it only maps, or it reduces and then maps, or it does both with a mask. */
 typedef enum { FBN_MAPS, FBN_REDUCES, FBN_MASKED } fbn_kind;
 
 /* The split of a valid problem, for a call that reads this number of large arrays. */
@@ -75,7 +74,7 @@ enum { FBN_STACKS = 32 };
  * for either, since some gradients sum them as columns. */
 int64_t fbn_lane_doubles(const fbn_split *split);
 
-/* The most columns in a panel of small planes, by the bytes of their constants. */
+/* The columns in a panel of small planes have at most so many bytes of each constant. */
 enum { FBN_COLUMN_BYTES = 4096 };
 
 typedef struct {

@@ -163,14 +163,14 @@ static const fbn_operation APPLY = {NULL, NULL, fbn_finish_applied, map_affine};
 static const fbn_operation PLAN_RUN = {NULL, NULL, NULL, map_affine};
 static const fbn_operation MOMENTS = {fbn_set_origins, reduce_moments, fbn_finish_moments, NULL};
 
-/* The gradient's sums are given, or the call computes them, or they are not needed. */
+/* The gradient's sums are given, or the call computes them, or frozen statistics take them for 0. */
 static fbn_operation backward_of(const fbn_backward_args *a) {
     const int needed = !a->frozen || a->dgamma || a->dbeta;
     return (fbn_operation){.prepare = a->from_y ? fbn_set_lines_from_y : fbn_set_lines_known,
                            .reduce = needed && !a->sums ? reduce_gradient : NULL,
                            .finish = a->sums  ? fbn_finish_given_sums
                                      : needed ? fbn_finish_gradient
-                                              : fbn_finish_no_sums,
+                                              : fbn_finish_known_sums,
                            .map = map_gradient};
 }
 

@@ -147,8 +147,7 @@ static void map_long_run(fbn_loop *loop, const fbn_operands *o, int64_t elem, fb
     }
 }
 
-/* Runs that are apart are pieces of rows. The processor fetches ahead within a piece; what comes next is fetched here.
- */
+/* Runs that are apart are pieces of rows. The processor fetches ahead within a piece, and the loops the next piece. */
 void fbn_map_runs(fbn_loop *loop, const fbn_operands *o, int64_t elem, fbn_runs r) {
     const int64_t streams = streams_of(o, o->walk.row_streams, FBN_IMAGES);
     const int alike = r.apart * elem % FBN_LINE == 0; /* all runs start at the same place of a cache line */

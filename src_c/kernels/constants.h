@@ -167,12 +167,12 @@ FBN_INLINE void NAME(set_one_gradient)(const fbn_channels *k, int64_t c, double 
 }
 
 /* Whether channel c, whose constants have been set without a postscale, needs none: it is usual, and on_x, a product of
- * the gain, 1 / std and the sums, is far from the ends of the range. */
-FBN_INLINE int NAME(fits)(const fbn_channels *k, int64_t c, double product, const fbn_constants *to) {
+ * the gain, 1 / std and the sums, is far from the ends of the range. All numbers are of one size, as in is_usual. */
+FBN_INLINE int64_t NAME(fits)(const fbn_channels *k, int64_t c, double product, const fbn_constants *to) {
     const double high = sizeof(real) == 8 ? 0x1p900 : 0x1p100, low = 1 / high;
-    const real on_x = ((const real *)to->of[FBN_ON_X])[c];
-    const int is_small = (on_x < low) & (on_x > -low) & (product != 0), is_large = (on_x > high) | (on_x < -high);
-    return NAME(is_usual)(k->mean[c], k->inv_std[c], k->inv_std[c] * k->gamma[c]) & !is_small & !is_large;
+    const double on_x = fabs((double)((const real *)to->of[FBN_ON_X])[c]);
+    const int64_t is_small = (on_x < low) & (product != 0), is_large = on_x > high;
+    return NAME(is_usual)(k->mean[c], k->inv_std[c], k->inv_std[c] * k->gamma[c]) & ~is_small & ~is_large;
 }
 
 /* The exponent of postscale squared, for a gain with the exponent `steep` and sums of which the larger, over M, has the
@@ -211,19 +211,16 @@ static void NAME(set_scaled_gradient)(const fbn_channels *k, int64_t c, double s
     NAME(set_one_gradient)(k, c, sum, product, count, NAME(root)(e), to);
 }
 
-/* Frozen statistics do not depend on x, so that dx is gain * dz, whatever the sums are. (So is dx of positions that do
- * not count, but they use the constants of those that do.) Whether a channel gets a postscale must depend on that
- * channel alone: it may change how a subnormal dx is rounded. */
+/* Whether a channel gets a postscale must depend on that channel alone: it may change how a subnormal dx is rounded. */
 static void NAME(set_gradient)(const fbn_channels *k, const double *sums, const double *products, double count,
-                               int frozen, int64_t n, const fbn_constants *to) {
+                               int64_t n, const fbn_constants *to) {
+    const fbn_channels known = *k; /* no store can change these, so the loops need not read them again */
+    const fbn_constants own = *to;
     int64_t fit = 0;
-    for (int64_t c = 0; c < n; c++)
-        NAME(set_one_gradient)(k, c, frozen ? 0 : sums[c], frozen ? 0 : products[c], count, 1, to);
-    for (int64_t c = 0; c < n; c++) fit += NAME(fits)(k, c, frozen ? 0 : products[c], to);
-    for (int64_t c = 0; fit < n && c < n; c++) {
-        const double sum = frozen ? 0 : sums[c], product = frozen ? 0 : products[c];
-        if (!NAME(fits)(k, c, product, to)) NAME(set_scaled_gradient)(k, c, sum, product, count, to);
-    }
+    for (int64_t c = 0; c < n; c++) NAME(set_one_gradient)(&known, c, sums[c], products[c], count, 1, &own);
+    for (int64_t c = 0; c < n; c++) fit += NAME(fits)(&known, c, products[c], &own);
+    for (int64_t c = 0; fit < n && c < n; c++)
+        if (!NAME(fits)(k, c, products[c], to)) NAME(set_scaled_gradient)(k, c, sums[c], products[c], count, to);
 }
 
 /* For the columns of small planes. Whole vectors are written, whose ends the next channel overwrites. */

@@ -53,12 +53,10 @@ FBN_INLINE void NAME(map_n)(const fbn_operands *o, int64_t i, int64_t n, const N
  * Such loops are compiled for either kind of store and take two vectors at a time. Vectors of a whole cache line gain
  * nothing by it (Zen 4), nor does the baseline, which is where float32's scale is split. Of 16-bit values there are
  * such loops only for AVX2, since the library would be larger. */
-FBN_INLINE int NAME(is_plain)(NAME(parts) p) {
-    return p.usual && !p.has_residual && (p.activation == FBN_IDENTITY || p.activation == FBN_RELU);
-}
 FBN_INLINE int NAME(is_light)(NAME(parts) p) {
     const int is_half = sizeof(elem) < sizeof(float), is_line = WIDTH * (int)sizeof(elem) == FBN_LINE;
-    return NAME(is_plain)(p) && (is_half ? LIGHT_HALVES : !is_line && !F32_SPLITS_B);
+    const int has_loops = is_half ? LIGHT_HALVES : !is_line && !F32_SPLITS_B;
+    return has_loops && p.usual && !p.has_residual && (p.activation == FBN_IDENTITY || p.activation == FBN_RELU);
 }
 
 /* What a map works on, in a copy that no store can change, so that loops need not read it again. Where `stream` is a

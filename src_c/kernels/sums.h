@@ -2,7 +2,7 @@
  * where dz is the gradient of z.
  *
  * The origin of the moments is one of the channel's values, so that a large common offset cancels before the values are
- * squared. The sums are float64. Sums about the same origin can be added up, however the work was split.
+ * squared. The sums are float64. Those about the same origin can be added up, whatever parts of x they are of.
  */
 
 FBN_INLINE vec NAME(kept_dz)(const fbn_operands *o, int64_t i, int64_t n, vec dz) {
