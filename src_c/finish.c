@@ -178,7 +178,8 @@ void fbn_finish_known_sums(fbn_job *j, int64_t c0, int64_t c1) {
     }
     const fbn_channels known = known_at(j, c0);
     const fbn_constants constants = fbn_constants_at(j, c0);
-    j->kernels->set_gradient(&known, sums + c0, products + c0, j->count, c1 - c0, &constants);
+    j->kernels->set_gradient(&known, sums + c0, products + c0, j->count, (j->activation & FBN_WHICH) != 0, c1 - c0,
+                             &constants);
     fbn_repeat_columns(j, c0, c1, j->kernels->first_constant, FBN_CONSTANTS); /* those of y may have got a prescale */
 }
 

@@ -102,9 +102,10 @@ typedef void fbn_invert(const double *var, double eps, int64_t n, double *inv_st
 /* Computes the constants of y for n channels. */
 typedef void fbn_set_line(const fbn_channels *known, int64_t n, const fbn_constants *constants);
 
-/* Computes those of dx, from the sums of dz and of dz * (x - mean), M = count and the constants of y. */
+/* Computes those of dx, from the sums of dz and of dz * (x - mean), M = count and the constants of y. The latter may
+ * change with the powers of two; they still serve to compute z if the map does, which it may with an activation. */
 typedef void fbn_set_gradient(const fbn_channels *known, const double *sums, const double *products, double count,
-                              int64_t n, const fbn_constants *constants);
+                              int computes_z, int64_t n, const fbn_constants *constants);
 
 /* Writes each of n constants `times` times, and may write FBN_CHANNEL_PAD values more. */
 typedef void fbn_spread(const void *from, int64_t n, int64_t times, void *to);

@@ -436,7 +436,8 @@ static void keep_dz(fbn_job *j, const fbn_backward_args *a) {
     }
 }
 
-/* A map that computes dz reads the constants of y as well: with those of dx all but the two powers of two. */
+/* A map that computes dz reads the constants of y as well: with those of dx all but the two powers of two. A costly dz
+ * is computed for one channel after another, so its planes are not joined. */
 static void set_map_panel(fbn_job *j) {
     if (!j->activation || j->dz || j->dz_blocks) return;
     j->split.joins &= !is_costly(j->p);

@@ -191,11 +191,11 @@ static int NAME(postscale_exponent)(int steep, int size) {
 }
 
 /* Chooses the powers of two of a channel that does not fit. on_x must be neither too large, which takes a larger
- * postscale, nor a subnormal number, which takes the prescale of the spread. If it is 0, the prescaled x - mean must
- * not be infinite, which it can be where y takes the place of x. Exponents of products are found from those of their
- * factors, since the products may be infinite or 0. */
+ * postscale, nor a subnormal number, which takes the prescale of the spread. Where the map computes z, the scale of y
+ * must not leave the range: it may be beyond it with that prescale if gamma is, and then the postscale is smaller.
+ * Exponents of products are found from those of their factors, since the products may be infinite or 0. */
 static void NAME(set_scaled_gradient)(const fbn_channels *k, int64_t c, double sum, double product, double count,
-                                      const fbn_constants *to) {
+                                      int computes_z, const fbn_constants *to) {
     const int steep = NAME(exponent_of)(k->inv_std[c] * k->gamma[c]), spread = NAME(exponent_of)(k->inv_std[c]);
     const int of_sum = NAME(exponent_of)(sum) - NAME(exponent_of)(count);
     const int of_product = NAME(exponent_of)(product) + spread - NAME(exponent_of)(count);
@@ -203,24 +203,28 @@ static void NAME(set_scaled_gradient)(const fbn_channels *k, int64_t c, double s
     const int scaled = 2 * NAME(exponent_of)(((const real *)to->of[FBN_PRESCALE])[c]);
     int e = steep - NAME(between)(steep, -NAME(ROOM), NAME(MOST)), of_x = of_product + spread - scaled + steep;
     if (sum != 0 || product != 0) e = NAME(postscale_exponent)(steep, size);
-    if (product == 0 ? scaled - spread > NAME(MOST) - NAME(ROOM) : spread < scaled && of_x - e < -NAME(MOST)) {
-        NAME(set_one_line)(k, c, NAME(unusual_root)(spread), to);
-        of_x += scaled - 2 * NAME(exponent_of)(NAME(root)(spread));
+    const int least = computes_z ? steep - NAME(MOST) + 1 : spread, best = spread > least ? spread : least;
+    if (product != 0 && best < scaled && of_x - e < -NAME(MOST)) {
+        NAME(set_one_line)(k, c, NAME(unusual_root)(best), to);
+        of_x += scaled - 2 * NAME(exponent_of)(NAME(root)(best));
     }
+    if (product != 0 && best > spread && of_x - e < -NAME(MOST))
+        e = NAME(between)(of_x + NAME(MOST), steep > NAME(MOST) ? steep - NAME(MOST) : 0, e);
     if (product != 0 && of_x - e > NAME(MOST)) e = of_x - NAME(MOST);
     NAME(set_one_gradient)(k, c, sum, product, count, NAME(root)(e), to);
 }
 
 /* Whether a channel gets a postscale must depend on that channel alone: it may change how a subnormal dx is rounded. */
 static void NAME(set_gradient)(const fbn_channels *k, const double *sums, const double *products, double count,
-                               int64_t n, const fbn_constants *to) {
+                               int computes_z, int64_t n, const fbn_constants *to) {
     const fbn_channels known = *k; /* no store can change these, so the loops need not read them again */
     const fbn_constants own = *to;
     int64_t fit = 0;
     for (int64_t c = 0; c < n; c++) NAME(set_one_gradient)(&known, c, sums[c], products[c], count, 1, &own);
     for (int64_t c = 0; c < n; c++) fit += NAME(fits)(&known, c, products[c], &own);
     for (int64_t c = 0; fit < n && c < n; c++)
-        if (!NAME(fits)(k, c, products[c], to)) NAME(set_scaled_gradient)(k, c, sums[c], products[c], count, to);
+        if (!NAME(fits)(k, c, products[c], to))
+            NAME(set_scaled_gradient)(k, c, sums[c], products[c], count, computes_z, to);
 }
 
 /* For the columns of small planes. Whole vectors are written, whose ends the next channel overwrites. */

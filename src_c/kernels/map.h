@@ -13,10 +13,19 @@ FBN_INLINE void NAME(affine_n)(const fbn_operands *o, int64_t i, int64_t n, cons
     NAME(put)((elem *)o->out + i, NAME(affine_of)(o, i, n, k, p), n, stream);
 }
 
+/* The factor of on_x. It may be infinite where that is 0. */
+FBN_INLINE vec NAME(off_mean)(vec x, const NAME(constants) * k, NAME(parts) p) {
+    const real most = sizeof(real) == 8 ? (real)DBL_MAX : FLT_MAX;
+    const vec d = NAME(centre)(x, k, p);
+    if (p.usual) return d;
+    const vec finite = vmax(vset(-most), vmin(vset(most), d)); /* or NaN */
+    return vwhere_less(vminus_abs(k->on_x), vset(0), d, finite);
+}
+
 /* dx. Where products are rounded, too, each term passes four roundings at most: 2 epsilon of the sum of the terms. */
 FBN_INLINE vec NAME(dx_of)(vec dz, vec x, const NAME(constants) * k, NAME(parts) p) {
     const vec of_dy = p.frozen ? vmul(k->on_dy, dz) : vmuladd(k->on_dy, dz, k->constant);
-    const vec d = p.frozen ? of_dy : vmuladd(k->on_x, NAME(centre)(x, k, p), of_dy);
+    const vec d = p.frozen ? of_dy : vmuladd(k->on_x, NAME(off_mean)(x, k, p), of_dy);
     return p.usual ? d : vmul(vmul(d, k->postscale), k->postscale);
 }
 
@@ -238,7 +247,7 @@ FBN_INLINE int64_t NAME(map_light)(const fbn_operands *o, int64_t i, int64_t n, 
 }
 
 /* Whether a map adds a residual and computes little else, so that to fetch ahead gains something. */
-FBN_INLINE int NAME(is_sum)(NAME(parts) p) {
+FBN_INLINE int NAME(adds_residual)(NAME(parts) p) {
     return p.has_residual && p.usual && (p.activation == FBN_IDENTITY || p.activation == FBN_RELU);
 }
 
@@ -256,7 +265,7 @@ FBN_INLINE void NAME(map_whole)(const fbn_operands *o, int64_t i, int64_t n, con
         if (fetches) m = NAME(map_light)(o, i, n, k, p, backward, ahead, 1);
         else m = NAME(map_light)(o, i, n, k, p, backward, 0, 0);
     }
-    for (; NAME(is_sum)(p) && !backward && ahead && m + 2 * WIDTH <= n; m += 2 * WIDTH) {
+    for (; NAME(adds_residual)(p) && !backward && ahead && m + 2 * WIDTH <= n; m += 2 * WIDTH) {
         NAME(fetch)(o, i + m, 2, ahead, p, 0);
         for (int j = 0; j < 2; j++) NAME(affine_n)(o, i + m + j * WIDTH, WIDTH, k, p, o->stream);
     }
@@ -289,7 +298,7 @@ FBN_INLINE NAME(place) NAME(map_joined_edge)(const fbn_operands *o, NAME(place) 
 }
 
 /* The constants of a vector whose first n elements have those of `a`, and the others those of `b`. */
-FBN_INLINE NAME(constants) NAME(constants_of_both)(const NAME(constants) * a, const NAME(constants) * b, int64_t n) {
+FBN_INLINE NAME(constants) NAME(joined_constants)(const NAME(constants) * a, const NAME(constants) * b, int64_t n) {
     return (NAME(constants)){.prescale = vjoin(a->prescale, b->prescale, n),
                              .neg_mean = vjoin(a->neg_mean, b->neg_mean, n),
                              .scale = vjoin(a->scale, b->scale, n),
@@ -303,15 +312,16 @@ FBN_INLINE NAME(constants) NAME(constants_of_both)(const NAME(constants) * a, co
                              .slope = a->slope};
 }
 
-/* Maps a vector whose first n elements have the constants `a`, and the others `b`. */
-FBN_INLINE void NAME(map_of_both)(const fbn_operands *o, int64_t i, const NAME(constants) * a,
-                                  const NAME(constants) * b, int64_t n, NAME(parts) p, int backward) {
-    const NAME(constants) both = NAME(constants_of_both)(a, b, n);
+/* Maps a vector across the border of two planes: its first n elements have the constants `a`, the others `b`. */
+FBN_INLINE void NAME(map_across)(const fbn_operands *o, int64_t i, const NAME(constants) * a, const NAME(constants) * b,
+                                 int64_t n, NAME(parts) p, int backward) {
+    const NAME(constants) both = NAME(joined_constants)(a, b, n);
     NAME(map_n)(o, i, WIDTH, &both, p, backward);
 }
 
-/* Maps n elements of adjacent planes, which have at least WIDTH each, or of a single one. Whole vectors are written,
- * also where one reaches into the next plane. `own` is a copy of the operands for the loops. */
+/* Maps n elements of adjacent planes, which have at least WIDTH each, or of a single one, whose channel does not
+ * change. Whole vectors are written, also where one reaches into the next plane. `own` is a copy of the operands for
+ * the loops, where `stream` is a constant. */
 FBN_INLINE void NAME(map_planes_row)(const fbn_operands *o, const fbn_operands *own, NAME(place) at, int64_t n,
                                      NAME(parts) p, int backward) {
     const int64_t end = at.i + n, step = NAME(step_of)(own->stream);
@@ -325,13 +335,13 @@ FBN_INLINE void NAME(map_planes_row)(const fbn_operands *o, const fbn_operands *
         NAME(go_on)(&at, whole);
         if (at.i == last) break;
         const int64_t i = at.i, left = at.left;
-        if (left >= WIDTH) { /* whole vectors made up a plane */
+        if (left >= WIDTH) { /* a plane ended where a vector did */
             k = NAME(constants_at)(own, at.channel, 0, p);
             continue;
         }
         NAME(go_on)(&at, WIDTH);
         const NAME(constants) next = NAME(constants_at)(own, at.channel, 0, p);
-        NAME(map_of_both)(own, i, &k, &next, left, p, backward);
+        NAME(map_across)(own, i, &k, &next, left, p, backward);
         k = next;
     }
     if (at.i < end) NAME(map_joined_edge)(o, at, end, backward);
@@ -341,8 +351,13 @@ FBN_INLINE void NAME(map_planes_row)(const fbn_operands *o, const fbn_operands *
 FBN_INLINE void NAME(map_planes)(const fbn_operands *o, const fbn_stretch *s, NAME(parts) p, int backward, int stream) {
     const fbn_operands own = NAME(with_stream)(o, stream);
     const int64_t n = s->n, rows = s->rows, apart = s->apart, inner = own.inner;
-    NAME(place) at = {s->at, s->c, n, n, 1};
-    if (s->period) at = (NAME(place)){s->at, s->c / inner, inner - s->c % inner, inner, s->period / inner};
+    NAME(place) at = {.i = s->at, .channel = s->c, .left = n, .inner = n, .channels = 1};
+    if (s->period)
+        at = (NAME(place)){.i = s->at,
+                           .channel = s->c / inner,
+                           .left = inner - s->c % inner,
+                           .inner = inner,
+                           .channels = s->period / inner};
     for (int64_t row = 0; row < rows; row++, at.i += apart) NAME(map_planes_row)(o, &own, at, n, p, backward);
 }
 
@@ -359,10 +374,10 @@ FBN_INLINE void NAME(map_as)(const fbn_operands *o, const fbn_stretch *s, int co
     else NAME(map_to)(o, s, columns, backward, p, 0);
 }
 
-/* The identity and the ReLU, which have a loop for each set of parts. Columns alone gain something where shift_low is
- * not read. */
-FBN_INLINE void NAME(map_short)(const fbn_operands *o, const fbn_stretch *s, int columns, int backward,
-                                int activation) {
+/* The identity and the ReLU, which have a loop for each set of parts. Only loops over
+ * columns have a version that does not load shift_low, since those over planes load it once. */
+FBN_INLINE void NAME(map_simple)(const fbn_operands *o, const fbn_stretch *s, int columns, int backward,
+                                 int activation) {
     const int residual = o->residual && !(backward && activation == FBN_IDENTITY), frozen = backward && o->frozen;
     if (residual) NAME(map_as)(o, s, columns, backward, (NAME(parts)){activation, 1, 1, 0, frozen});
     else if (frozen) NAME(map_as)(o, s, columns, 1, (NAME(parts)){activation, 0, 1, 0, 1});
@@ -370,8 +385,9 @@ FBN_INLINE void NAME(map_short)(const fbn_operands *o, const fbn_stretch *s, int
     else NAME(map_as)(o, s, columns, backward, (NAME(parts)){activation, 0, 1, 0, 0});
 }
 
-/* Heavy maps are those of the SiLU and the sigmoid, whose loops are long. Gradients map pieces of dz instead; 16-bit
- * values, and all maps where conversions are long, use the loops of float32. */
+/* Heavy maps are those of the SiLU and the sigmoid, whose loops are long. Their gradients compute a piece of dz first,
+ * and then map it as if it were dy. 16-bit values use the loops of float32, as do all maps where conversions are long.
+ */
 enum { NAME(ALL_HEAVY) = LONG_CONVERSIONS };
 
 #if WIDENS
@@ -391,7 +407,8 @@ FBN_INLINE void NAME(map_heavy)(const fbn_operands *o, const fbn_stretch *s, int
 #endif
 
 /* The SiLU and the sigmoid. Planes alone gain something where it is known whether there is a residual. */
-FBN_INLINE void NAME(map_long)(const fbn_operands *o, const fbn_stretch *s, int columns, int backward, int activation) {
+FBN_INLINE void NAME(map_sigmoids)(const fbn_operands *o, const fbn_stretch *s, int columns, int backward,
+                                   int activation) {
     const int exact = columns && !backward && o->exact;
     const NAME(parts) p = {activation, o->residual != NULL, 1, exact, 0};
     if (columns || backward) NAME(map_heavy)(o, s, columns, backward, p);
@@ -408,10 +425,10 @@ FBN_INLINE void NAME(map_by_parts)(const fbn_operands *o, const fbn_stretch *s, 
     }
     switch (o->usual ? o->activation : -1) {
     case FBN_IDENTITY:
-        NAME(map_short)(o, s, columns, backward, FBN_IDENTITY);
+        NAME(map_simple)(o, s, columns, backward, FBN_IDENTITY);
         break;
     case FBN_RELU:
-        NAME(map_short)(o, s, columns, backward, FBN_RELU);
+        NAME(map_simple)(o, s, columns, backward, FBN_RELU);
         break;
     case FBN_RELU6:
         NAME(map_as)(o, s, columns, backward, (NAME(parts)){FBN_RELU6, residual, 1, exact, frozen});
@@ -423,17 +440,18 @@ FBN_INLINE void NAME(map_by_parts)(const fbn_operands *o, const fbn_stretch *s, 
         NAME(map_as)(o, s, columns, backward, (NAME(parts)){FBN_HARDSWISH, residual, 1, exact, frozen});
         break;
     case FBN_SILU:
-        NAME(map_long)(o, s, columns, backward, FBN_SILU);
+        NAME(map_sigmoids)(o, s, columns, backward, FBN_SILU);
         break;
     case FBN_SIGMOID:
-        NAME(map_long)(o, s, columns, backward, FBN_SIGMOID);
+        NAME(map_sigmoids)(o, s, columns, backward, FBN_SIGMOID);
         break;
     default:
         NAME(map_as)(o, s, columns, backward, any);
     }
 }
 
-/* Planes of a channel, or adjacent ones of all channels; the gradients of the latter not of a SiLU or a sigmoid. */
+/* Planes of a channel, or adjacent ones of all channels. Gradients of a SiLU or a sigmoid are never of the latter,
+ * since map_dz takes one channel at a time (see set_map_panel in verbs.c). */
 static void NAME(affine_planes)(const fbn_operands *o, const fbn_stretch *s) { NAME(map_by_parts)(o, s, 0, 0); }
 static void NAME(grad_affine_planes)(const fbn_operands *o, const fbn_stretch *s) { NAME(map_by_parts)(o, s, 0, 1); }
 static void NAME(grad_affine_columns)(const fbn_operands *o, const fbn_stretch *s) { NAME(map_by_parts)(o, s, 1, 1); }

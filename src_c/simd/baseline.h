@@ -143,9 +143,9 @@ static inline f64_vec f64_where(f64_lanes condition, f64_vec a, f64_vec b) {
     return f64_of_bits((condition & f64_bits(a)) | (~condition & f64_bits(b)));
 }
 FBN_INLINE f64_vec f64_join(f64_vec a, f64_vec b, int64_t n) {
-    static const int64_t first[] = {0, 1, 2, 3};
+    static const int64_t lane_numbers[] = {0, 1, 2, 3};
     f64_lanes lanes;
-    memcpy(&lanes, first, sizeof lanes);
+    memcpy(&lanes, lane_numbers, sizeof lanes);
     return f64_where(EACH(lanes < (int64_t)n - (f64_lanes){0}), a, b);
 }
 FBN_INLINE f64_vec f64_where_less(f64_vec a, f64_vec b, f64_vec c, f64_vec d) { return f64_where(EACH(a < b), c, d); }
@@ -229,9 +229,9 @@ static inline f32_vec f32_where(f32_lanes condition, f32_vec a, f32_vec b) {
     return f32_of_bits((condition & f32_bits(a)) | (~condition & f32_bits(b)));
 }
 FBN_INLINE f32_vec f32_join(f32_vec a, f32_vec b, int64_t n) {
-    static const int32_t first[] = {0, 1, 2, 3};
+    static const int32_t lane_numbers[] = {0, 1, 2, 3};
     f32_lanes lanes;
-    memcpy(&lanes, first, sizeof lanes);
+    memcpy(&lanes, lane_numbers, sizeof lanes);
     return f32_where(EACH(lanes < (int32_t)n - (f32_lanes){0}), a, b);
 }
 FBN_INLINE f32_vec f32_where_less(f32_vec a, f32_vec b, f32_vec c, f32_vec d) { return f32_where(EACH(a < b), c, d); }

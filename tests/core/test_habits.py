@@ -151,6 +151,23 @@ def test_bits_wherever_dz_is_kept(shape: tuple[int, ...], axis: int, dtype: str)
                 cases.assert_same_bits(gradients(activation, c.dy.copy()), wanted, f"{activation}, {name}, over dy")
 
 
+@pytest.mark.parametrize("shape", [(64, 3), (9, 3, 49), (2, 3, 700)], ids=str)
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu"])
+def test_gradient_where_gamma_is_beyond_float32(shape: tuple[int, ...], activation: str) -> None:
+    """The power of two that suits dx leaves nothing of x in z, which is computed again where dz was not kept."""
+    c = cases.call(shape)
+    gamma, mean, var = np.full(3, -1e75), np.full(3, -44.32953916653982), np.full(3, 1e76)
+    y, made = fastbn.forward(c.x, gamma, None, mean, var, training=False, eps=0, activation=activation, backend="c")
+    assert (y <= 0).all()  # since x > mean
+    wanted = -1e37 * c.dy.astype(np.float64) * (0.01 if activation == "leaky_relu" else 0)
+    for name in ("never streamed", "streamed"):
+        use(EXTREME[name])
+        sums = fastbn.backward_sums(c.dy, made, backend="c")
+        for given in (None, sums):
+            dx = fastbn.backward(c.dy, made, sums=given, backend="c").dx
+            np.testing.assert_allclose(dx, wanted, rtol=1e-6, err_msg=f"{name}, given {given}")
+
+
 @pytest.mark.parametrize("dtype", [*cases.DTYPES, *cases.HALVES])
 @pytest.mark.parametrize(
     ("shape", "axis"),
