@@ -13,13 +13,13 @@ FBN_INLINE void NAME(affine_n)(const fbn_operands *o, int64_t i, int64_t n, cons
     NAME(put)((elem *)o->out + i, NAME(affine_of)(o, i, n, k, p), n, stream);
 }
 
-/* The factor of on_x. It may be infinite where that is 0. */
+/* The factor of on_x. Where that is 0, a finite x may not make an infinite one, since the product would be NaN. */
 FBN_INLINE vec NAME(off_mean)(vec x, const NAME(constants) * k, NAME(parts) p) {
     const real most = sizeof(real) == 8 ? (real)DBL_MAX : FLT_MAX;
     const vec d = NAME(centre)(x, k, p);
     if (p.usual) return d;
-    const vec finite = vmax(vset(-most), vmin(vset(most), d)); /* or NaN */
-    return vwhere_less(vminus_abs(k->on_x), vset(0), d, finite);
+    const vec limited = vmax(vset(-most), vmin(vset(most), d));
+    return vwhere_less(vminus_abs(k->on_x), vset(0), d, vwhere_less(vset(-(real)INFINITY), vminus_abs(x), limited, d));
 }
 
 /* dx. Where products are rounded, too, each term passes four roundings at most: 2 epsilon of the sum of the terms. */
