@@ -168,6 +168,16 @@ def test_gradient_where_gamma_is_beyond_float32(shape: tuple[int, ...], activati
             np.testing.assert_allclose(dx, wanted, rtol=1e-6, err_msg=f"{name}, given {given}")
 
 
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_gradient_of_0_where_gamma_and_the_spread_are_large(activation: str | None) -> None:
+    """The prescaled x - mean is infinite here, and its factor 0."""
+    x = np.tile(np.array([[1e38], [-1e38]], np.float32), (16, 2))
+    _, made = fastbn.forward(x, np.full(2, 1e80), None, activation=activation, backend="c")
+    for name in ("never streamed", "streamed"):
+        use(EXTREME[name])
+        assert (fastbn.backward(np.zeros_like(x), made, backend="c").dx == 0).all()
+
+
 @pytest.mark.parametrize("dtype", [*cases.DTYPES, *cases.HALVES])
 @pytest.mark.parametrize(
     ("shape", "axis"),
