@@ -143,13 +143,15 @@ def _fold(parts: Array, c0: int, channel_of: Array, span: int, line: Array) -> N
 
 
 @_jit
-def _inputs(p: _Split, q: _Task, c0: int, c1: int, r: int, i: int, n: int, own: Array, work: Array, kept: Array) -> Any:
+def _inputs(
+    p: _Split, q: _Task, c0: int, c1: int, r: int, i: int, n: int, own: Array, scaled: bool, work: Array, kept: Array
+) -> Any:
     """Returns dz and x of a run (or what replaces x), and fills `kept` by the mask."""
     x, residual, dy, dz, seen = q.x[i : i + n], q.residual[i : i + n], q.dy[i : i + n], work[0, :n], work[1, :n]
     if q.from_y:
         loops.deactivate(q.options.activation, x, residual, dz, seen, work.dtype.type(q.options.slope))
     elif q.options.activation != Activation.IDENTITY and q.backward:
-        loops.normalize(p.span, c0, c1, 1, 0, x, residual, dz, n, own)
+        loops.normalize(p.span, c0, c1, 1, 0, x, residual, dz, n, own, scaled)
     if q.backward:
         loops.activate(q.options.activation, True, dy, dz, work.dtype.type(q.options.slope))
     if q.mask.size:
@@ -160,7 +162,7 @@ def _inputs(p: _Split, q: _Task, c0: int, c1: int, r: int, i: int, n: int, own: 
 
 @_part
 def _reduce(
-    p: _Split, q: _Task, c0: int, c1: int, segment: int, own: Array, line: Array, work: Array, kept: Array
+    p: _Split, q: _Task, c0: int, c1: int, segment: int, own: Array, scaled: bool, line: Array, work: Array, kept: Array
 ) -> None:
     """Adds up the rows of a segment, one of each quarter at once: processors fetch these ahead on different pages."""
     start, last = segment * p.segment, min(p.rows, (segment + 1) * p.segment)
@@ -175,7 +177,7 @@ def _reduce(
         i, n = _run(p, q, c0, c1, row)
         dz, x = q.dy[i : i + n], q.x[i : i + n]
         if not q.as_it_is:
-            dz, x = _inputs(p, q, c0, c1, row, i, n, own, work, kept)
+            dz, x = _inputs(p, q, c0, c1, row, i, n, own, scaled, work, kept)
         if p.plane:
             loops.add(True, 1, 0, q.backward, dz, x, kept[:n], n, line)
         else:
@@ -183,14 +185,16 @@ def _reduce(
 
 
 @_part
-def _map(p: _Split, q: _Task, c0: int, c1: int, segment: int, own: Array, work: Array, kept: Array) -> None:
+def _map(
+    p: _Split, q: _Task, c0: int, c1: int, segment: int, own: Array, scaled: bool, work: Array, kept: Array
+) -> None:
     """Fills y or dx in the rows of a segment. In place, the loops get a copy, since LLVM's are slow otherwise."""
     start, last = segment * p.segment, min(p.rows, (segment + 1) * p.segment)
     four_at_once = p.length > CACHED and not (p.span or q.backward or q.in_place)
     rest = last - (last - start) % 4 if four_at_once else start
     for row in range(start, rest, 4):
         i, n = _run(p, q, c0, c1, row)
-        loops.normalize(p.span, c0, c1, 4, p.stride, q.x[i:], q.residual[i:], q.out[i:], n, own)
+        loops.normalize(p.span, c0, c1, 4, p.stride, q.x[i:], q.residual[i:], q.out[i:], n, own, scaled)
         for at in range(i, i + 4 * p.stride, p.stride):
             loops.activate(q.options.activation, False, q.dy, q.out[at : at + n], work.dtype.type(q.options.slope))
     for row in range(rest, last):
@@ -198,25 +202,21 @@ def _map(p: _Split, q: _Task, c0: int, c1: int, segment: int, own: Array, work: 
         out, dz, x = q.out[i : i + n], q.dy[i : i + n], q.x[i : i + n]
         if q.backward:
             if not q.as_it_is:
-                dz, x = _inputs(p, q, c0, c1, row, i, n, own, work, kept)
+                dz, x = _inputs(p, q, c0, c1, row, i, n, own, scaled, work, kept)
             elif q.in_place:
                 dz = loops.copy(dz, work[0, :n])
-            loops.differentiate(p.span, c0, c1, kept[:n], dz, x, out, own)
+            loops.differentiate(p.span, c0, c1, kept[:n], dz, x, out, own, scaled)
             loops.copy(dz, q.dresidual[i : i + n])
             continue
         if q.in_place:
             x = loops.copy(x, work[1, :n])
-        loops.normalize(p.span, c0, c1, 1, 0, x, q.residual[i : i + n], out, n, own)
+        loops.normalize(p.span, c0, c1, 1, 0, x, q.residual[i : i + n], out, n, own, scaled)
         loops.activate(q.options.activation, False, q.dy, out, work.dtype.type(q.options.slope))
 
 
 @_part
 def _finish(q: _Task, c: int) -> None:
-    """Computes a channel's constants from its sums. Threads that share a strip all do so and write the same values.
-
-    dx = A dz + B (x - mean) + D: A = gamma/std, B = -A dgamma / (M std), D = -A dbeta / M. That is Ioffe & Szegedy
-    2015, section 3, gathered by input. D has the term of mean_low, too.
-    """
+    """Computes a channel's constants from its sums. Threads that share a strip all do so and write the same values."""
     first, second, reduced = q.totals[0, c], q.totals[1, c], q.parts.shape[2] > 0
     if reduced:
         first, second = loops.total(q.parts[0, c]), loops.total(q.parts[1, c])
@@ -236,10 +236,7 @@ def _finish(q: _Task, c: int) -> None:
         second = (second - first * q.saved[MEAN_LOW, c]) * q.saved[INV_STD, c]
     loops.set_line(q.saved, q.constants, c)
     if q.backward:
-        on_dy = q.constants[loops.SCALE, c]
-        on_x = -second / q.count * on_dy * q.saved[INV_STD, c]
-        q.constants[loops.ON_DY, c], q.constants[loops.ON_X, c] = on_dy, on_x
-        q.constants[loops.CONSTANT, c] = -on_dy * first / q.count - on_x * q.saved[MEAN_LOW, c]
+        loops.set_gradient(q.saved, q.constants, first, second, q.count, c)
     q.totals[0, c], q.totals[1, c] = first, second
 
 
@@ -261,19 +258,21 @@ def _share(reduces: bool, maps: bool, unit: int, last: int, p: _Split, q: _Task)
                     loops.set_line(q.saved, q.constants, c)
                 else:
                     q.origin[c] = q.constants[MEAN, c] = loops.median(q.x, q.chosen, c * p.inner)
+            scaled = q.backward and loops.scales(q.constants, c0, c1)
             _spread(q.constants[: loops.FORWARD_CONSTANTS], c0, columns, line)
             for segment in range(first, end):
                 line[SUM * STRIP :] = 0.0
-                _reduce(p, q, c0, c1, segment, own, line, work, kept)
+                _reduce(p, q, c0, c1, segment, own, scaled, line, work, kept)
                 _fold(q.parts[:, :, segment], c0, columns, p.inner, line)
         if maps and (unit == begin or not p.in_order):
             for c in range(q.saved.shape[1]) if p.in_order else range(c0, c1):
                 _finish(q, c)
         if maps and q.out.size:
+            scaled = loops.scales(q.constants, c0, c1)
             if not p.span:
                 _spread(q.constants[: loops.CONSTANTS if q.backward else loops.FORWARD_CONSTANTS], c0, columns, line)
             for segment in range(end - 1, first - 1, -1):
-                _map(p, q, c0, c1, segment, own, work, kept)
+                _map(p, q, c0, c1, segment, own, scaled, work, kept)
         unit += end - first
 
 

@@ -25,8 +25,11 @@ Array = np.ndarray[Any, Any]
 
 STRIP = 1024  # the most columns of a run
 SAVED_MEAN, MEAN_LOW, VAR, INV_STD, GAMMA, BETA = range(len(SAVED_ROWS))
-MEAN, SCALE, SHIFT, ON_DY, ON_X, CONSTANT, SUM, PRODUCT = range(8)  # the rows of `line`: constants, then sums
-FORWARD_CONSTANTS, CONSTANTS, LINE_ROWS = 3, 6, 8
+# The rows of `line`: constants, then sums.
+MEAN, PRESCALE, SCALE, SHIFT, ON_DY, ON_X, CONSTANT, POSTSCALE, SUM, PRODUCT = range(10)
+FORWARD_CONSTANTS, CONSTANTS, LINE_ROWS = 4, 8, 10
+SMALL, LARGE = 2.0**-300, 2.0**300  # products of three numbers between these are in float64's range
+LEAST_NORMAL = float(np.finfo(np.float64).tiny)
 NOTHING, COUNTS, MOVES_NO_OTHER = 0, 1, 2  # what a position is to the gradients, by the mask and dy
 ZERO, HALF, ONE, THREE, SIX = (np.float32(value) for value in (0, 0.5, 1, 3, 6))
 NO_BOUND = np.float32(math.nan)  # no number is greater
@@ -48,10 +51,41 @@ def median(x: Array, places: tuple[int, int, int], start: int) -> float:
 
 @scalar
 def set_line(saved: Array, constants: Array, c: int) -> None:
-    """For y = (x - mean - mean_low) * gamma / std + beta, where the term of mean_low moves into the shift."""
-    scale = saved[INV_STD, c] * saved[GAMMA, c]
-    constants[MEAN, c], constants[SCALE, c] = saved[SAVED_MEAN, c], scale
-    constants[SHIFT, c] = saved[BETA, c] - saved[MEAN_LOW, c] * scale
+    """For y = (x - mean - mean_low) * gamma / std + beta, where the term of mean_low moves into the shift.
+
+    gamma / std may be beyond float64's range where y is not. So x - mean is first multiplied by a power of two: 1, or
+    about 1 / std where that or gamma / std is small or large.
+    """
+    inv_std, gamma, prescale = saved[INV_STD, c], saved[GAMMA, c], 1.0
+    usual = SMALL < inv_std < LARGE and (SMALL < abs(inv_std * gamma) < LARGE or gamma == 0)
+    if not usual and 0 < inv_std < math.inf:
+        prescale = math.ldexp(1.0, math.frexp(inv_std)[1])
+    scale = inv_std / prescale * gamma
+    constants[MEAN, c], constants[PRESCALE, c], constants[SCALE, c] = saved[SAVED_MEAN, c], prescale, scale
+    constants[SHIFT, c] = saved[BETA, c] - saved[MEAN_LOW, c] * prescale * scale
+
+
+@scalar
+def set_gradient(saved: Array, constants: Array, dbeta: float, dgamma: float, count: float, c: int) -> None:
+    """For dx = A (dz + B (x - mean) + D): A = gamma / std, B = -dgamma / (M std), D = -dbeta / M.
+
+    That is Ioffe & Szegedy 2015, section 3, gathered by input. D has the term of mean_low, too. B is divided by the
+    prescale, and so is A where it is no normal number.
+    """
+    prescale, scale = constants[PRESCALE, c], constants[SCALE, c]
+    on_x, gain = -dgamma / count * (saved[INV_STD, c] / prescale), scale * prescale
+    is_normal = LEAST_NORMAL <= abs(gain) < math.inf
+    constants[ON_DY, c], constants[POSTSCALE, c] = (gain, 1.0) if is_normal else (scale, prescale)
+    constants[ON_X, c], constants[CONSTANT, c] = on_x, -dbeta / count - on_x * (saved[MEAN_LOW, c] * prescale)
+
+
+@scalar
+def scales(constants: Array, c0: int, c1: int) -> bool:
+    """Whether any of these channels has a prescale."""
+    found = False
+    for c in range(c0, c1):
+        found |= constants[PRESCALE, c] != 1
+    return found
 
 
 # Loops over a run ----------------------------------------------------------------------------------------------------
@@ -98,7 +132,17 @@ def total(values: Array) -> float:
 
 @loop
 def normalize(
-    span: int, c0: int, c1: int, rows: int, step: int, x: Array, residual: Array, z: Array, n: int, constants: Array
+    span: int,
+    c0: int,
+    c1: int,
+    rows: int,
+    step: int,
+    x: Array,
+    residual: Array,
+    z: Array,
+    n: int,
+    constants: Array,
+    scaled: bool,
 ) -> None:
     """Fills z, the argument of the activation, in n columns of `rows` rows, a constant, that begin `step` apart."""
     first, c = 0, c0
@@ -109,22 +153,30 @@ def normalize(
             mean, scale, shift = constants[MEAN, j], constants[SCALE, j], constants[SHIFT, j]
             for row in range(rows):
                 at = np.uint64(row * step + first + k)
-                z[at] = (x[at] - mean) * scale + (shift + residual[at] if residual.size else shift)
+                d = (x[at] - mean) * constants[PRESCALE, j] if scaled else x[at] - mean
+                z[at] = d * scale + (shift + residual[at] if residual.size else shift)
         first, c = last, c + 1 if c + 1 < c1 else c0
 
 
 @loop
-def differentiate(span: int, c0: int, c1: int, kept: Array, dz: Array, x: Array, dx: Array, constants: Array) -> None:
+def differentiate(
+    span: int, c0: int, c1: int, kept: Array, dz: Array, x: Array, dx: Array, constants: Array, scaled: bool
+) -> None:
     """Fills dx."""
     first, c = 0, c0
     while first < x.size:
         last = min(first + span, x.size) if span else x.size
         for k in range(last - first):
             j, at = c if span else k, np.uint64(first + k)
-            own = constants[ON_DY, j] * dz[at]
-            through_statistics = constants[ON_X, j] * (x[at] - constants[MEAN, j]) + constants[CONSTANT, j]
+            d = x[at] - constants[MEAN, j]
+            if scaled:
+                d *= constants[PRESCALE, j]
+            through_statistics = constants[ON_X, j] * d + constants[CONSTANT, j]
             what = kept[at] if kept.size else np.uint8(COUNTS)
-            dx[at] = (own if what != NOTHING else 0.0) + (through_statistics if what == COUNTS else 0.0)
+            result = constants[ON_DY, j] * (dz[at] + (through_statistics if what == COUNTS else 0.0))
+            if scaled:
+                result *= constants[POSTSCALE, j]
+            dx[at] = result if what != NOTHING else 0.0
         first, c = last, c + 1 if c + 1 < c1 else c0
 
 

@@ -58,9 +58,21 @@ def _moments(x: Array, mask: Array | None, into: Array) -> Array:
     return centred
 
 
+def _times_gain(values: Array, saved: Array) -> Array:
+    """Multiplies `values` by gamma / std, in two steps where float64 cannot hold that as a normal number."""
+    inv_std, gamma = saved[3], saved[4]
+    gain = inv_std * gamma
+    size, limits = abs(gain), np.finfo(gain.dtype)
+    held = (gamma == 0) | (inv_std == 0) | ((size >= limits.tiny) & (size <= limits.max))
+    values *= _column(np.where(held, gain, inv_std))
+    if not held.all():
+        values *= _column(np.where(held, 1, gamma))
+    return values
+
+
 def _preactivation(centred: Array, residual: Array | None, saved: Array) -> Array:
     """Overwrites `centred` with z, the argument of the activation."""
-    z = np.multiply(centred, _column(saved[3] * saved[4]), out=centred)
+    z = _times_gain(centred, saved)
     z += _column(saved[5])
     if residual is not None:
         z += residual
@@ -252,7 +264,7 @@ def backward(call: BackwardCall) -> None:
             if mask is not None:
                 np.copyto(xhat, 0, where=~_where(mask))
             dz -= xhat
-        dz *= _column(call.saved[4] * call.saved[3])
+        _times_gain(dz, call.saved)
         if left_out is not None:
             np.copyto(dz, 0, where=left_out)
         call.dx[...] = dz

@@ -51,6 +51,13 @@ enum {
 
 static int NAME(exponent_of)(double v) { return v == 0 || !isfinite(v) ? 0 : ilogb(v); }
 
+/* The exponent of the gain, gamma / std, or one less where float64 cannot hold the gain as a normal number. */
+static int NAME(gain_exponent)(const fbn_channels *k, int64_t c) {
+    const double inv_std = k->inv_std[c], gamma = k->gamma[c], gain = inv_std * gamma;
+    return fabs(gain) >= DBL_MIN && isfinite(gain) ? ilogb(gain)
+                                                   : NAME(exponent_of)(inv_std) + NAME(exponent_of)(gamma);
+}
+
 static int NAME(between)(int e, int low, int high) { return e < low ? low : e > high ? high : e; }
 
 /* The power of two whose square has the exponent e, or e - 1 if e is odd, within +-FURTHEST. */
@@ -61,30 +68,32 @@ static double NAME(root)(int e) {
 
 /* The largest exponent of prescale with which x - mean overflows, for a finite x, only where y does, too: with the
  * statistics of other values, x may be any number of standard deviations from the mean. */
-static int NAME(largest_prescale)(double mean, double gain) {
-    const int any_x = NAME(exponent_of)(mean) < NAME(LARGE) ? 0 : -1, as_y = NAME(exponent_of)(gain) - 2;
-    return gain == 0 || any_x > as_y ? any_x : as_y;
+static int NAME(largest_prescale)(double mean, int steep, int is_flat) {
+    const int any_x = NAME(exponent_of)(mean) < NAME(LARGE) ? 0 : -1, as_y = steep - 2;
+    return is_flat || any_x > as_y ? any_x : as_y;
 }
 
 /* The exponent e of prescale squared. For an unusual spread, it scales x - mean to about 1. It also keeps scale =
  * gain / 2^e and the scaled mean within the range. */
-static int NAME(prescale_exponent)(double mean, double inv_std, double gain) {
-    const int most = NAME(MOST), furthest = NAME(FURTHEST);
-    const int spread = NAME(exponent_of)(inv_std), steep = NAME(exponent_of)(gain);
+static int NAME(prescale_exponent)(const fbn_channels *k, int64_t c) {
+    const int most = NAME(MOST), furthest = NAME(FURTHEST), is_flat = k->inv_std[c] == 0 || k->gamma[c] == 0;
+    const int spread = NAME(exponent_of)(k->inv_std[c]), steep = NAME(gain_exponent)(k, c);
+    const double mean = k->mean[c];
     int e = spread >= -NAME(USUAL) && spread <= NAME(USUAL) ? 0 : spread;
-    e = NAME(between)(e, -furthest, NAME(largest_prescale)(mean, gain));
-    if (gain != 0) e = NAME(between)(e, steep - most, steep + most);
+    e = NAME(between)(e, -furthest, NAME(largest_prescale)(mean, steep, is_flat));
+    if (!is_flat) e = NAME(between)(e, steep - most, steep + most);
     if (mean != 0) e = NAME(between)(e, -furthest, most - NAME(exponent_of)(mean));
     return e;
 }
 
 /* Whether all exponents of a channel are usual, as a number of the size of a double, which keeps the vectors of a loop
  * whole. Comparisons are faster than computing the exponents. */
-FBN_INLINE int64_t NAME(is_usual)(double mean, double inv_std, double gain) {
+FBN_INLINE int64_t NAME(is_usual)(const fbn_channels *k, int64_t c) {
     const double high = sizeof(real) == 8 ? 0x1p500 : 0x1p60, low = 1 / high;
+    const double inv_std = k->inv_std[c], gamma = k->gamma[c], gain = inv_std * gamma;
     const int64_t usual_spread = (fabs(inv_std) < high) & (fabs(inv_std) > low);
-    const int64_t usual_gain = (fabs(gain) < high) & ((fabs(gain) > low) | (gain == 0));
-    return usual_spread & usual_gain & (fabs(mean) < high);
+    const int64_t usual_gain = (fabs(gain) < high) & ((fabs(gain) > low) | (gamma == 0));
+    return usual_spread & usual_gain & (fabs(k->mean[c]) < high);
 }
 
 /* v rounded. A NaN becomes the plain one, as bfloat16 needs (see H_store in simd/baseline.h). */
@@ -114,12 +123,13 @@ FBN_INLINE void NAME(set_scale)(double scale, int64_t c, const fbn_constants *to
 /* y = ((x - mean_hi) - mean_lo) * gain + beta, where mean_lo * gain is moved into the shift. */
 FBN_INLINE void NAME(set_one_line)(const fbn_channels *k, int64_t c, double prescale, const fbn_constants *to) {
     const real mean_hi = (real)k->mean[c];
-    const double mean_lo = (k->mean[c] - mean_hi) + k->mean_low[c], gain = k->inv_std[c] * k->gamma[c];
-    const double moved = mean_lo * gain, shift = k->beta[c] - moved;
+    const double mean_lo = (k->mean[c] - mean_hi) + k->mean_low[c], square = prescale * prescale;
+    const double scale = k->inv_std[c] / square * k->gamma[c], moved = mean_lo * square * scale;
+    const double shift = k->beta[c] - moved;
     const real shift_hi = NAME(rounded)(shift), shift_low = (real)((k->beta[c] - shift_hi) - moved);
     ((real *)to->of[FBN_PRESCALE])[c] = (real)prescale;
-    ((real *)to->of[FBN_NEG_MEAN])[c] = NAME(rounded)(-mean_hi * (prescale * prescale));
-    NAME(set_scale)(NAME(finite)(gain / (prescale * prescale)), c, to);
+    ((real *)to->of[FBN_NEG_MEAN])[c] = NAME(rounded)(-mean_hi * square);
+    NAME(set_scale)(NAME(finite)(scale), c, to);
     ((real *)to->of[FBN_SHIFT])[c] = shift_hi;
     /* NaN where beta is infinite; and +0 rather than -0, since a loop that does not read it adds +0. */
     ((real *)to->of[FBN_SHIFT_LOW])[c] = fabs(shift_low) > 0 ? shift_low : 0;
@@ -128,7 +138,7 @@ FBN_INLINE void NAME(set_one_line)(const fbn_channels *k, int64_t c, double pres
 /* Whether channel c needs no prescale. A split scale is multiplied before the shift is added, and may overflow where y
  * does not if the shift is large. */
 FBN_INLINE int NAME(has_usual_line)(const fbn_channels *k, int64_t c) {
-    const int usual = NAME(is_usual)(k->mean[c], k->inv_std[c], k->inv_std[c] * k->gamma[c]);
+    const int usual = NAME(is_usual)(k, c);
     return SPLITS_SCALE ? usual & (k->beta[c] < 0x1p100) & (k->beta[c] > -0x1p100) : usual;
 }
 
@@ -137,7 +147,7 @@ FBN_INLINE int NAME(has_usual_line)(const fbn_channels *k, int64_t c) {
 static double NAME(unusual_root)(int e) { return SPLITS_SCALE && NAME(root)(e) == 1 ? -1 : NAME(root)(e); }
 
 static double NAME(prescale_of)(const fbn_channels *k, int64_t c) {
-    const int e = NAME(prescale_exponent)(k->mean[c], k->inv_std[c], k->inv_std[c] * k->gamma[c]);
+    const int e = NAME(prescale_exponent)(k, c);
     return NAME(has_usual_line)(k, c) ? NAME(root)(e) : NAME(unusual_root)(e);
 }
 
@@ -157,7 +167,7 @@ static void NAME(set_line)(const fbn_channels *k, int64_t n, const fbn_constants
  * (Ioffe & Szegedy 2015, section 3, solved for dx). The kernel computes x - mean_hi, prescaled. */
 FBN_INLINE void NAME(set_one_gradient)(const fbn_channels *k, int64_t c, double sum, double product, double count,
                                        double postscale, const fbn_constants *to) {
-    const double a = k->inv_std[c] * k->gamma[c] / (postscale * postscale), b = -(product * k->inv_std[c]) / count * a;
+    const double a = k->inv_std[c] / (postscale * postscale) * k->gamma[c], b = -(product * k->inv_std[c]) / count * a;
     const double prescale = ((const real *)to->of[FBN_PRESCALE])[c],
                  mean_lo = (k->mean[c] - (real)k->mean[c]) + k->mean_low[c];
     ((real *)to->of[FBN_ON_DY])[c] = NAME(rounded)(a);
@@ -172,7 +182,7 @@ FBN_INLINE int64_t NAME(fits)(const fbn_channels *k, int64_t c, double product, 
     const double high = sizeof(real) == 8 ? 0x1p900 : 0x1p100, low = 1 / high;
     const double on_x = fabs((double)((const real *)to->of[FBN_ON_X])[c]);
     const int64_t is_small = (on_x < low) & (product != 0), is_large = on_x > high;
-    return NAME(is_usual)(k->mean[c], k->inv_std[c], k->inv_std[c] * k->gamma[c]) & ~is_small & ~is_large;
+    return NAME(is_usual)(k, c) & ~is_small & ~is_large;
 }
 
 /* The exponent of postscale squared, for a gain with the exponent `steep` and sums of which the larger, over M, has the
@@ -196,7 +206,7 @@ static int NAME(postscale_exponent)(int steep, int size) {
  * Exponents of products are found from those of their factors, since the products may be infinite or 0. */
 static void NAME(set_scaled_gradient)(const fbn_channels *k, int64_t c, double sum, double product, double count,
                                       int computes_z, const fbn_constants *to) {
-    const int steep = NAME(exponent_of)(k->inv_std[c] * k->gamma[c]), spread = NAME(exponent_of)(k->inv_std[c]);
+    const int steep = NAME(gain_exponent)(k, c), spread = NAME(exponent_of)(k->inv_std[c]);
     const int of_sum = NAME(exponent_of)(sum) - NAME(exponent_of)(count);
     const int of_product = NAME(exponent_of)(product) + spread - NAME(exponent_of)(count);
     const int size = product == 0 || (sum != 0 && of_sum > of_product) ? of_sum : of_product;

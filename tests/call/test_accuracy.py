@@ -524,6 +524,32 @@ def test_gradient_where_neither_spread_nor_gain_is_usual(layout: str, kernel: ca
     cases.check(cases.Call(*arrays, arrays[1], gamma, nothing, nothing, nothing + 1), eps=0.0)
 
 
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("training", [True, False], ids=["training", "frozen"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_float64_where_neither_spread_nor_gain_is_usual(
+    layout: str, training: bool, activation: str | None, kernel: cases.Kernel
+) -> None:
+    """The gain and its product with 1 / std may be beyond float64 where y and dx are not."""
+    spreads, gammas, sizes = np.array(
+        list(
+            product(
+                (-490, -400, -100, -3, 0, 100, 330, 490),
+                (-1010, -900, -600, -330, 0, 100, 330, 700, 1010),
+                (-600, -400, -100, 0, 100, 400, 600),
+            )
+        )
+    ).T
+    fits = (gammas - spreads + sizes < 1012) & (abs(spreads + sizes) < 980)  # dx and the sums do
+    rng = np.random.default_rng(0)
+    x, dy = rng.uniform(1, 2, (2, 32, int(fits.sum()))) * rng.choice([-1, 1], (2, 32, 1))
+    x, dy = np.ldexp(x, spreads[fits]), np.ldexp(dy, sizes[fits])
+    gamma, nothing = np.ldexp(1.0, gammas[fits]), np.zeros(x.shape[1])
+    arrays = [laid_out(array, layout) for array in (x, dy)]
+    c = cases.Call(*arrays, arrays[1], gamma, nothing, nothing, np.ldexp(1.5, 2 * spreads[fits]))
+    cases.check(c, training=training, activation=activation, eps=0.0)
+
+
 def test_large_gradients_with_tiny_sums(kernel: cases.Kernel) -> None:
     """Sums in which large values of dy cancel do not tell how large dy is; and dy may be a subnormal number."""
     x, zero, one = np.array([[1], [-1], [1], [-1], [0], [0]], "f4"), np.zeros(1, "f4"), np.ones(1, "f4")
