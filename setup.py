@@ -63,6 +63,10 @@ if len(ISAS) == 1 and not MSVC:  # such as in a universal build for macOS, which
     FLAGS.append("-DFBN_BASELINE_ALONE")
 if X86_32 and not MSVC:  # whose own arithmetic has excess precision, which kernels.h refuses
     FLAGS += ["-msse2", "-mfpmath=sse"]
+# For debuggers and profilers, which are seldom used on a wheel, it would be larger by a seventieth: tables that unwind
+# the stack of kernels, and the names of static functions.
+OF_KERNELS = [] if MSVC else ["-fno-asynchronous-unwind-tables"]
+WITHOUT_NAMES = [] if MSVC else ["-Wl,-x"]
 CORE = [
     f"src_c/{name}.c"
     for name in ("check", "dispatch", "finish", "machine", "panel", "run", "split", "values", "verbs", "walk")
@@ -145,7 +149,7 @@ class BuildExt(build_ext):
     def build_extension(self, ext):
         compile_flags, link_flags = openmp_flags(self.compiler)
         units = [(source, FLAGS + compile_flags) for source in CORE]
-        units += [(f"src_c/isa/{isa}.c", FLAGS + flags) for isa, flags in ISAS.items()]
+        units += [(f"src_c/isa/{isa}.c", FLAGS + OF_KERNELS + flags) for isa, flags in ISAS.items()]
 
         def compiled(unit):
             source, flags = unit
@@ -161,7 +165,7 @@ class BuildExt(build_ext):
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             ext.extra_objects = [path for objects in pool.map(compiled, units) for path in objects]
         ext.depends = [*ext.depends, *ext.extra_objects]
-        ext.extra_link_args = link_flags
+        ext.extra_link_args = link_flags + WITHOUT_NAMES
         super().build_extension(ext)
         self.build_for_embedders(ext.extra_objects, link_flags)
 

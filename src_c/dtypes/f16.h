@@ -16,6 +16,10 @@
 #define vstore f16_store
 #define vstore_n f16_store_n
 #define vstream f16_stream
+#ifdef F16_PAIRS
+#define vload_pair f16_load_pair
+#define vstore_pair f16_store_pair
+#endif
 #define vget f32_load
 #define vjoin f32_join
 #define vadd f32_add

@@ -17,6 +17,8 @@
 #undef vstore_n
 #undef vstream
 #undef vget
+#undef vload_pair
+#undef vstore_pair
 #undef vload_two
 #undef vstore_two
 #undef vjoin

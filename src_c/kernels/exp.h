@@ -9,8 +9,8 @@
 
 /* How many vectors loops compute at once. A function's `count` is at most that. Each operation is done for all of
  * them before the next, since those on one vector wait for each other, and processors do not look far enough ahead to
- * find others. Where float32's scale is split there are too few registers. */
-enum { NAME(AT_ONCE) = F32_SPLITS_B ? 1 : 4 };
+ * find others. Where float32's scale is split there are registers for two (x86 without AVX2). */
+enum { NAME(AT_ONCE) = F32_SPLITS_B ? 2 : 4 };
 
 /* 2^-k (1 - less), |less| < 1/2. k was added to a shift, which rounded it to an integer. */
 typedef struct {

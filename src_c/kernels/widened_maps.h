@@ -5,7 +5,14 @@
 
 /* Rounds and writes n values, whole vectors around the cache if `stream`. */
 FBN_INLINE void NAME(narrow_part)(const float *from, int64_t n, elem *to, int stream) {
-    for (int64_t i = 0; i < n; i += WIDTH) NAME(put)(to + i, vget(from + i), NAME(least)(n - i, WIDTH), stream);
+    int64_t i = 0;
+#ifdef vstore_pair
+    for (; i + 2 * WIDTH <= n; i += 2 * WIDTH) {
+        const vec pair[] = {vget(from + i), vget(from + i + WIDTH)};
+        vstore_pair(to + i, pair);
+    }
+#endif
+    for (; i < n; i += WIDTH) NAME(put)(to + i, vget(from + i), NAME(least)(n - i, WIDTH), stream);
 }
 
 /* Rounds and writes n elements of the result from element i on, whole cache lines as a stream if it is one. */

@@ -10,6 +10,13 @@ enum { NAME(PIECE) = 2048 };
 
 FBN_INLINE void NAME(widen)(const elem *from, int64_t n, int64_t ahead, float *to) {
     int64_t i = 0;
+#ifdef vload_pair
+    for (; i + 2 * WIDTH <= n; i += 2 * WIDTH) {
+        vec pair[2];
+        vload_pair(from + i, pair);
+        for (int j = 0; j < 2; j++) f32_store(to + i + j * WIDTH, pair[j]);
+    }
+#endif
     for (; i + WIDTH <= n; i += WIDTH) {
         prefetch((const char *)(from + i) + ahead);
         f32_store(to + i, vload(from + i));

@@ -41,6 +41,7 @@
  *                         Arm compute only such NaN from them
  *   H_wide_load(p)          T_widen(H_load(p))
  *   LIGHT_HALVES          whether light loops and plain sums are compiled for 16-bit elements (see kernels/map.h)
+ *   f16_load_pair, f16_store_pair            two vectors of adjacent elements. Only where F16_PAIRS is defined
  *   bf16_load_two, bf16_store_two            two vectors of adjacent elements, whose lanes may be mixed. Only where
  *                         that is faster, and BF16_MIXES_TWO is defined. The last takes `stream`
  * prefetch(p)             may fetch the line at p into the cache; any address is allowed
@@ -374,16 +375,18 @@ static inline f32_vec f16_exact(f32_lanes a) {
     const f32_lanes scaled = rest + more + (special & more) + (subnormal & 1 << 23);
     return f32_of_bits(sign | f32_bits(f32_of_bits(scaled) - f32_of_bits(subnormal & f32_bits(f32_set(0x1p-14f)))));
 }
-/* The sum with 2^13 times the power of 2 at or below |a|, or the least one of a normal float16, is rounded where the
- * float16 must be, and ends with its fraction and leading 1. What is too large to be finite counts as 2^16. */
-static inline f32_lanes f16_round(f32_vec a) {
-    const f32_lanes bits = f32_bits(a), rest = bits & 0x7fffffff;
-    const f32_vec size = f32_min(f32_of_bits(rest), f32_set(0x1p16f));
+/* The float16 nearest to `size`, which is at most 2^16 and not negative. The sum with 2^13 times the power of 2 at or
+ * below it, or the least one of a normal float16, is rounded where the float16 must be, and ends with its fraction and
+ * leading 1. A NaN gives more than any float16 has. */
+static inline f32_lanes f16_nearest(f32_vec size) {
     const f32_vec power = f32_max(f32_of_bits(f32_bits(size) & 0x7f800000), f32_set(0x1p-14f)), large = power * 0x1p13f;
     const f32_lanes fraction = f32_bits(large + size) - f32_bits(large);
-    const f32_lanes number = fraction + ((f32_bits(power) - (113 << 23)) >> 13);
-    const f32_lanes nan = EACH(a != a) & (0x200 | (rest >> 13 & 0x3ff));
-    return (bits >> 16 & -0x8000) | number | nan;
+    return fraction + ((f32_bits(power) - (113 << 23)) >> 13);
+}
+/* Every NaN becomes 0x7e00 with its sign. */
+static inline f32_lanes f16_round(f32_vec a) {
+    const f32_vec size = f32_min(f32_of_bits(f32_bits(a) & 0x7fffffff), f32_set(0x1p16f));
+    return (f32_bits(a) >> 16 & -0x8000) | f16_nearest(size) | (EACH(a != a) & 0x200);
 }
 FBN_INLINE f32_vec f16_load(const uint16_t *p) { return f16_exact(half_load(p)); }
 FBN_INLINE f32_vec f16_load_n(const uint16_t *p, int64_t n, f32_vec fill) {
@@ -398,6 +401,37 @@ FBN_INLINE void f16_store(uint16_t *p, f32_vec a) { half_store(p, f16_round(a));
 FBN_INLINE void f16_store_n(uint16_t *p, f32_vec a, int64_t n) { half_store_n(p, f16_round(a), n); }
 FBN_INLINE void f16_stream(uint16_t *p, f32_vec a) { f16_store(p, a); }
 FBN_INLINE f32_wide f16_wide_load(const uint16_t *p) { return f32_widen(f16_load(p)); }
+
+/* Two vectors, with much of the work in 16-bit lanes. */
+#ifdef FBN_SSE2
+#define F16_PAIRS
+/* n, with the exponent of a normal float16, is right but for subnormals: these are 2 n - 2^-14, which is less than n
+ * there and nowhere else. (To multiply subnormal numbers takes Intel's processors long.) */
+static inline f32_vec f16_signed(__m128i fraction_and_exponent, __m128i sign) {
+    const f32_vec n = _mm_castsi128_ps(fraction_and_exponent), size = _mm_min_ps(n, n + n - 0x1p-14f);
+    return _mm_or_ps(size, _mm_castsi128_ps(sign));
+}
+FBN_INLINE void f16_load_pair(const uint16_t *p, f32_vec *to) {
+    const __m128i a = _mm_loadu_si128((const __m128i *)p), zero = _mm_setzero_si128();
+    const __m128i sign = _mm_and_si128(a, _mm_set1_epi16(-0x8000)), rest = _mm_xor_si128(a, sign);
+    const __m128i more = _mm_set1_epi16((127 - 15) << 7), special = _mm_cmpgt_epi16(rest, _mm_set1_epi16(0x7bff));
+    const __m128i low = _mm_slli_epi16(a, 13), exponent = _mm_add_epi16(_mm_srli_epi16(rest, 3), more);
+    const __m128i high = _mm_add_epi16(exponent, _mm_and_si128(special, more));
+    to[0] = f16_signed(_mm_unpacklo_epi16(low, high), _mm_unpacklo_epi16(zero, sign));
+    to[1] = f16_signed(_mm_unpackhi_epi16(low, high), _mm_unpackhi_epi16(zero, sign));
+}
+/* Packing limits what a NaN gives to 0x7fff, and to the least number what is negative, as bits of an integer. */
+FBN_INLINE void f16_store_pair(uint16_t *p, const f32_vec *a) {
+    const __m128 most = _mm_set1_ps(0x1p16f), rest = _mm_castsi128_ps(_mm_set1_epi32(0x7fffffff));
+    const f32_lanes first = f16_nearest(_mm_min_ps(most, _mm_and_ps(a[0], rest)));
+    const f32_lanes second = f16_nearest(_mm_min_ps(most, _mm_and_ps(a[1], rest)));
+    const __m128i number = _mm_packs_epi32((__m128i)first, (__m128i)second);
+    const __m128i nan = _mm_cmpgt_epi16(number, _mm_set1_epi16(0x7c00));
+    const __m128i sign = _mm_and_si128(_mm_packs_epi32((__m128i)a[0], (__m128i)a[1]), _mm_set1_epi16(-0x8000));
+    const __m128i plain = _mm_andnot_si128(_mm_and_si128(nan, _mm_set1_epi16(0x1ff)), number);
+    _mm_storeu_si128((__m128i *)p, _mm_or_si128(sign, plain));
+}
+#endif
 
 /* bfloat16: the upper half of a float32. A NaN is cut off rather than rounded, which could carry into its sign: other
  * processors may set any bits of a NaN that they compute. */
