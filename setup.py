@@ -69,7 +69,7 @@ OF_KERNELS = [] if MSVC else ["-fno-asynchronous-unwind-tables"]
 WITHOUT_NAMES = [] if MSVC else ["-Wl,-x"]
 CORE = [
     f"src_c/{name}.c"
-    for name in ("check", "dispatch", "finish", "machine", "panel", "run", "split", "values", "verbs", "walk")
+    for name in ("check", "dispatch", "finish", "machine", "mixed", "panel", "run", "split", "values", "verbs", "walk")
 ]
 FOR_EMBEDDERS = (
     "fastbn/include/fastbn.h",

@@ -16,7 +16,8 @@ enum {
     MAPPED_BYTES = 1 << 14,    /* of the constants of the channels of rows that are mapped at a time */
     JOINED = 512,              /* sums join shorter rows to so many columns */
     JOINED_TO_MAP = 256,       /* maps to so many, whose constants leave room in the nearest cache */
-    BLOCK_CHANNELS = 64,       /* the most channels in a channels-first block */
+    BLOCK_CHANNELS = 64,       /* the most channels in a channels-first block ... */
+    MASKED_CHANNELS = 8,       /* ... and the least that are looked for with a mask */
     CHUNK = 1 << 18,           /* bytes of rows that are mapped at a time, on the way from the end backwards */
     LARGE_CHUNK = 1 << 22,     /* the same where memory, not a cache, is read: changes of direction are slow there */
     CHANNELS_TO_SHARE = 16384, /* from so many channels on, threads share what is done once per channel */
@@ -66,11 +67,13 @@ static int64_t channel_bytes(const fbn_split *s, int arrays) { return s->outer *
 
 /* Channels in a block: as many as fill two thirds of a core's cache, or a third if they are small planes of several
  * arrays, which leaves room for what is fetched ahead and for the results. Fewer small planes than a panel has would be
- * slow. */
-static int64_t block_of(const fbn_split *s, const fbn_machine *machine, int arrays) {
+ * slow, and so would fewer channels with a mask, which is looked through for each block. */
+static int64_t block_of(const fbn_split *s, const fbn_machine *machine, int arrays, fbn_kind kind) {
     const int64_t usual = machine->core_cache / 3 * (s->columns && arrays > 1 ? 1 : 2);
     const int64_t room = machine->habits.block > 0 ? machine->habits.block : usual;
-    const int64_t fit = room / larger(channel_bytes(s, arrays), 1), panel = s->columns && !s->rows ? panel_of(s) : 1;
+    const int64_t least = kind == FBN_MASKED ? MASKED_CHANNELS : 0;
+    const int64_t fit = larger(room / larger(channel_bytes(s, arrays), 1), least),
+                  panel = s->columns && !s->rows ? panel_of(s) : 1;
     if (s->rows || s->stretches) return larger(s->channels, 1);
     if (s->cuts > 1) return 1;
     const int64_t most = smaller(smaller(divide_up(s->channels, s->threads), fit), BLOCK_CHANNELS);
@@ -184,7 +187,7 @@ fbn_split fbn_split_of(const fbn_problem *p, int arrays, fbn_kind kind) {
     s.padded = fbn_padded(p->channels);
     s.joined = fbn_padded(p->channels * s.repeat);
     s.threads = (int)larger(1, smaller(p->threads, values / FBN_WORK_PER_THREAD));
-    s.block = block_of(&s, p->machine, arrays);
+    s.block = block_of(&s, p->machine, arrays, kind);
     s.by_channels = by_channels(&s, p->machine, arrays);
     s.panel = s.rows || !s.columns ? s.block : smaller(panel_of(&s), larger(p->channels, 1));
     s.map_repeat = map_repeat_of(&s);
@@ -222,26 +225,55 @@ static int64_t length_of(const fbn_split *s, int64_t unit) {
     return smaller(s->cut, s->inner - unit % s->cuts * s->cut);
 }
 
-static fbn_tile rows_at(int64_t unit, int64_t last, const unsigned char *mask) {
-    int64_t next = last;
-    if (mask)
-        for (next = unit + 1; next < last && !mask[next] == !mask[unit];) next++;
-    return (fbn_tile){.unit = unit, .rows = next - unit, .counts = !mask || mask[unit], .next_unit = next};
+int64_t fbn_position(const fbn_split *s, int64_t unit, int64_t from) {
+    return s->rows ? unit : unit / s->cuts * s->inner + unit % s->cuts * s->cut + from;
 }
 
-/* Positions of one plane that follow each other and all have the same mask. */
+/* How many of n positions, the first and those that follow it, have the same mask. */
+static int64_t run_of(const unsigned char *mask, int64_t n) {
+    int64_t i = 1;
+    while (i < n && !mask[i] == !mask[0]) i++;
+    return i;
+}
+
+/* How often the mask changes between the first of n positions and the last. */
+static int64_t changes_of(const unsigned char *mask, int64_t n) {
+    int changes = 0;
+    for (int i = 1; i < (int)n; i++) changes += !mask[i] != !mask[i - 1];
+    return changes;
+}
+
+/* The positions of the tile that begins at position `from` of n: a run, or all up to a multiple of what a mixed tile
+ * has if the mask changes often there. A position has `width` bytes; where it has many, they take longer than a call.
+ */
+static int64_t masked_length(const unsigned char *mask, int64_t from, int64_t n, int64_t width, int *mixed) {
+    enum { SHORT_RUNS = 32, WIDE = 128 };
+    const int64_t most = smaller(FBN_MIXED, FBN_MIXED_BYTES / width),
+                  some = smaller(n, (from / most + 1) * most) - from;
+    *mixed = width <= WIDE && changes_of(mask + from, some) * SHORT_RUNS > some;
+    return *mixed ? some : run_of(mask + from, n - from);
+}
+
+static fbn_tile rows_at(const fbn_split *s, int64_t unit, int64_t last, const unsigned char *mask) {
+    int mixed = 0;
+    const int64_t n = mask ? masked_length(mask, unit, last, s->channels * s->elem, &mixed) : last - unit;
+    return (fbn_tile){.unit = unit, .rows = n, .counts = !mask || mask[unit], .mixed = mixed, .next_unit = unit + n};
+}
+
+/* Positions of one plane that follow each other. */
 static fbn_tile positions_at(const fbn_split *s, int64_t unit, int64_t from, const unsigned char *mask) {
+    const unsigned char *of_unit = mask + fbn_position(s, unit, 0);
     const int64_t length = length_of(s, unit);
-    const unsigned char *of_unit = mask + unit / s->cuts * s->inner + unit % s->cuts * s->cut;
-    int64_t to = from + 1;
-    while (to < length && !of_unit[to] == !of_unit[from]) to++;
-    const int ends = to == length;
+    int mixed;
+    const int64_t n = masked_length(of_unit, from, length, s->elem, &mixed);
+    const int ends = from + n == length;
     return (fbn_tile){.unit = unit,
                       .from = from,
-                      .planes = {1, 0, 0, s->inner, to - from},
+                      .planes = {1, 0, 0, s->inner, n},
                       .counts = of_unit[from] != 0,
+                      .mixed = mixed,
                       .next_unit = unit + ends,
-                      .next_from = ends ? 0 : to};
+                      .next_from = ends ? 0 : from + n};
 }
 
 static fbn_tile planes_at(const fbn_split *s, int64_t unit, int64_t last) {
@@ -255,6 +287,6 @@ static fbn_tile planes_at(const fbn_split *s, int64_t unit, int64_t last) {
 }
 
 fbn_tile fbn_tile_at(const fbn_split *s, int64_t unit, int64_t from, int64_t last, const unsigned char *mask) {
-    if (s->columns || s->stretches) return rows_at(unit, last, mask);
+    if (s->columns || s->stretches) return rows_at(s, unit, last, mask);
     return mask ? positions_at(s, unit, from, mask) : planes_at(s, unit, last);
 }

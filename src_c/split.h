@@ -5,7 +5,7 @@
  * the shape and the mask alone, the bits of the result do not depend on anything else. A block is a number of channels,
  * of all units, that is small enough to stay in a core's cache from the reduction to the map. A panel is the number of
  * channels that a kernel gets at once. A tile is the part of a panel that one call of a kernel gets: units of equal
- * length at equal distances, of which all count towards the statistics, or none does.
+ * length at equal distances, of which all count towards the statistics, or none does, or which a mask mixes.
  *
  * Kernels get rows and small planes as columns (see kernels.h). Each channel of small planes has `inner` columns.
  * Where rows are short, `repeat` of them are joined, so that the kernels' loops are long enough. A call that reduces
@@ -77,17 +77,24 @@ int64_t fbn_lane_doubles(const fbn_split *split);
 /* The columns in a panel of small planes have at most so many bytes of each constant. */
 enum { FBN_COLUMN_BYTES = 4096 };
 
+/* A mixed tile has at most so many positions, and so many bytes of them. */
+enum { FBN_MIXED = 512, FBN_MIXED_BYTES = FBN_MIXED * 8 };
+
 typedef struct {
     int64_t unit, from; /* where it starts: a unit, and an element in it */
     int64_t rows;       /* of columns */
     fbn_planes planes;  /* otherwise */
     int counts;         /* whether its positions count towards the statistics */
+    int mixed;          /* some do and some do not: it is of rows of all channels, or of one plane of each channel */
     int64_t next_unit, next_from;
 } fbn_tile;
 
 /* The tile that starts at a unit and an element in it, and ends before the unit `last`. mask is NULL where all
- * positions are treated alike. */
+ * positions are treated alike. Where the mask changes often, tiles are mixed. */
 fbn_tile fbn_tile_at(const fbn_split *split, int64_t unit, int64_t from, int64_t last, const unsigned char *mask);
+
+/* The index of a tile's first position in the mask. */
+int64_t fbn_position(const fbn_split *split, int64_t unit, int64_t from);
 
 /* The index of a unit's first element of channel c. */
 int64_t fbn_start(const fbn_split *split, int64_t unit, int64_t c);

@@ -2,7 +2,7 @@
 #include <string.h>
 
 #include "check.h"
-#include "job.h"
+#include "mixed.h"
 
 enum { ALIGNMENT = 64 };
 
@@ -79,10 +79,55 @@ static void sum_stacks(const fbn_split *s, fbn_loop *loop, const fbn_operands *o
                            .others = lanes + FBN_LANES});
 }
 
+/* The part of a mixed tile whose places count, or do not. Gathered, they are rows or a plane of their own. */
+static fbn_tile part_of(const fbn_tile *t, int counts, const fbn_places *places) {
+    fbn_tile part = *t;
+    part.counts = counts;
+    part.rows = part.planes.inner = places->count[counts];
+    return part;
+}
+
+/* The operands from channel c of a panel of planes on. */
+static fbn_operands operands_at(const fbn_job *j, const fbn_operands *o, int64_t c) {
+    const int64_t skip = c * j->split.inner * j->split.elem;
+    fbn_operands own = *o;
+    own.x = at(o->x, skip);
+    own.dy = at(o->dy, skip);
+    own.residual = at(o->residual, skip);
+    return own;
+}
+
+/* Adds a mixed tile: what does not count only to the sums of a gradient. */
+static void sum_mixed(const fbn_job *j, const fbn_tile *t, const fbn_panel *panel, fbn_loop *of_plane,
+                      fbn_loop *of_columns, int64_t rows, double *sums, double *others) {
+    const int64_t all = j->split.rows ? t->rows : t->planes.inner, row = j->split.channels * j->split.elem;
+    fbn_places places;
+    fbn_gathered room;
+    fbn_find_places(j->reduce_mask + fbn_position(&j->split, t->unit, t->from), all, &places);
+    for (int counts = j->dy ? 0 : 1; counts < 2; counts++) {
+        const fbn_tile part = part_of(t, counts, &places);
+        const fbn_operands o = operands_of(j, &part, panel);
+        const uint16_t *at = places.at[counts];
+        if (part.rows && j->split.rows) {
+            const fbn_operands own = fbn_gather(&o, row, at, part.rows, &room);
+            sum_columns(j, of_columns, rows, &own, &part, panel, sums, others);
+        }
+        for (int64_t c = 0; part.rows && !j->split.rows && c < panel->c1 - panel->c0; c++) {
+            double *lanes = sums + c * 2 * FBN_LANES;
+            const fbn_operands here = operands_at(j, &o, c);
+            const fbn_operands own = fbn_gather(&here, j->split.elem, at, part.rows, &room);
+            of_plane(&own,
+                     &(fbn_stretch){
+                         .n = part.rows, .c = c, .rows = 1, .sums = lanes, .others = lanes + FBN_LANES, .whole = 1});
+        }
+    }
+}
+
 static void reduce_moments(const fbn_job *j, const fbn_tile *t, const fbn_panel *panel, double *sums, double *others) {
     const fbn_operands o = operands_of(j, t, panel);
     const fbn_dtype_kernels *k = j->sums;
-    if (!t->counts) return;
+    if (t->mixed) sum_mixed(j, t, panel, k->moments_plane, k->moments_columns, FBN_ROWS, sums, others);
+    if (t->mixed || !t->counts) return;
     if (j->split.stacks) sum_stacks(&j->split, k->moments_stack, &o, t, panel, sums);
     else if (j->split.columns) sum_columns(j, k->moments_columns, FBN_ROWS, &o, t, panel, sums, others);
     else fbn_sum_planes(k->moments_plane, &o, j->split.elem, planes_of(j, t, panel), sums);
@@ -93,7 +138,8 @@ static void reduce_gradient(const fbn_job *j, const fbn_tile *t, const fbn_panel
     fbn_operands o = operands_of(j, t, panel);
     o.dz = dz_of(j, t, panel);
     const fbn_dtype_kernels *k = (j->activation & FBN_WHICH) ? j->kernels : j->sums;
-    if (j->split.stacks) sum_stacks(&j->split, k->grad_moments_stack, &o, t, panel, sums);
+    if (t->mixed) sum_mixed(j, t, panel, k->grad_moments_plane, k->grad_moments_columns, FBN_GRAD_ROWS, sums, others);
+    else if (j->split.stacks) sum_stacks(&j->split, k->grad_moments_stack, &o, t, panel, sums);
     else if (j->split.columns) sum_columns(j, k->grad_moments_columns, FBN_GRAD_ROWS, &o, t, panel, sums, others);
     else fbn_sum_planes(k->grad_moments_plane, &o, j->split.elem, planes_of(j, t, panel), sums);
 }
@@ -137,8 +183,45 @@ static void map_affine(const fbn_job *j, const fbn_tile *t, const fbn_panel *pan
     map_by(j, t, panel, k->affine_planes, j->split.joins ? k->affine_planes : k->affine_columns, &o);
 }
 
+/* Puts back what a loop has found for the places `at`. */
+static void put_back(const fbn_job *j, const fbn_operands *o, int64_t skip, int64_t width, const uint16_t *at,
+                     int64_t n) {
+    fbn_scatter(o->out, width, at, n, j->result + skip);
+    if (j->dresidual && o->residual && o->activation & FBN_WHICH)
+        fbn_scatter(o->dresidual, width, at, n, j->dresidual + skip);
+}
+
+static void map_mixed_gradient(const fbn_job *j, const fbn_tile *t, const fbn_panel *panel) {
+    const int64_t all = j->split.rows ? t->rows : t->planes.inner, row = j->split.channels * j->split.elem;
+    const fbn_dtype_kernels *k = j->kernels;
+    fbn_places places;
+    fbn_gathered room;
+    fbn_find_places(j->map_mask + fbn_position(&j->split, t->unit, t->from), all, &places);
+    for (int counts = 0; counts < 2; counts++) {
+        const fbn_tile part = part_of(t, counts, &places);
+        const uint16_t *at = places.at[counts];
+        fbn_operands o = operands_of(j, &part, panel);
+        o.frozen = j->frozen || !counts;
+        if (part.rows && j->split.rows) {
+            const fbn_operands own = fbn_gather(&o, row, at, part.rows, &room);
+            fbn_map_runs(k->grad_affine_columns, &own, j->split.elem, columns_of(&j->split, &own, &part, panel));
+            put_back(j, &own, bytes_to(j, t, panel->c0), row, at, part.rows);
+        }
+        for (int64_t c = 0; part.rows && !j->split.rows && c < panel->c1 - panel->c0; c++) {
+            const fbn_operands here = operands_at(j, &o, c);
+            const fbn_operands own = fbn_gather(&here, j->split.elem, at, part.rows, &room);
+            k->grad_affine_planes(&own, &(fbn_stretch){.n = part.rows, .c = c, .rows = 1});
+            put_back(j, &own, bytes_to(j, t, panel->c0 + c), j->split.elem, at, part.rows);
+        }
+    }
+}
+
 /* Positions that do not count are mapped as with frozen statistics, since the statistics do not depend on them. */
 static void map_gradient(const fbn_job *j, const fbn_tile *t, const fbn_panel *panel) {
+    if (t->mixed) {
+        map_mixed_gradient(j, t, panel);
+        return;
+    }
     const int64_t skip = bytes_to(j, t, panel->c0);
     fbn_operands o = operands_of(j, t, panel);
     o.out = j->result + skip;

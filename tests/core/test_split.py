@@ -29,6 +29,7 @@ INTS = (
     "whole_rows",
 )
 MAPS, REDUCES, MASKED = range(3)
+MIXED_BYTES = 4096
 
 
 class Split(ct.Structure):
@@ -90,7 +91,7 @@ class Tile(ct.Structure):
     """fbn_tile, with its fbn_planes."""
 
     _fields_ = tuple(
-        (name, ct.c_int if name == "counts" else ct.c_int64)
+        (name, ct.c_int if name in ("counts", "mixed") else ct.c_int64)
         for name in [
             "unit",
             "start",
@@ -103,6 +104,7 @@ class Tile(ct.Structure):
             "dz_apart",
             "dz_step",
             "counts",
+            "mixed",
             "next_unit",
             "next_from",
         ]
@@ -250,7 +252,9 @@ def test_tiles_cover_each_value_once(split_c: ct.CDLL, shape: tuple[int, int, in
                 where = (start + np.arange(tile.images)[:, None] * tile.apart + np.arange(tile.inner)).ravel()
             seen[where] += 1
             if mask is not None:
-                assert (mask.ravel()[_position(where, shape)] != 0).all() == bool(tile.counts)
+                counts = mask.ravel()[_position(where, shape)] != 0
+                assert tile.mixed or (counts == bool(tile.counts)).all()
+                assert not tile.mixed or counts.size <= MIXED_BYTES / (4 if inner > 1 else 4 * channels)
     image = seen.reshape(shape)
     assert (image[:, 0] == 1).all()
     assert (image[:, -1] == 1).all()
