@@ -13,27 +13,26 @@ void fbn_find_places(const unsigned char *mask, int64_t n, fbn_places *places) {
     places->count[1] = counted;
 }
 
-/* An element is copied as an integer of its size, a row as bytes. */
+/* Where `width` is a constant, a value is copied by an instruction. */
+FBN_INLINE void gather_by(size_t width, const char *from, const uint16_t *at, int64_t n, char *to) {
+    for (int64_t k = 0; k < n; k++, to += width) memcpy(to, from + at[k] * width, width);
+}
+FBN_INLINE void scatter_by(size_t width, const char *from, const uint16_t *at, int64_t n, char *to) {
+    for (int64_t k = 0; k < n; k++, from += width) memcpy(to + at[k] * width, from, width);
+}
+
 static void gather(const char *from, int64_t width, const uint16_t *at, int64_t n, char *to) {
-    if (width == 2)
-        for (int64_t k = 0; k < n; k++) ((uint16_t *)to)[k] = ((const uint16_t *)from)[at[k]];
-    else if (width == 4)
-        for (int64_t k = 0; k < n; k++) ((uint32_t *)to)[k] = ((const uint32_t *)from)[at[k]];
-    else if (width == 8)
-        for (int64_t k = 0; k < n; k++) ((uint64_t *)to)[k] = ((const uint64_t *)from)[at[k]];
-    else
-        for (int64_t k = 0; k < n; k++) memcpy(to + k * width, from + at[k] * width, (size_t)width);
+    if (width == 2) gather_by(2, from, at, n, to);
+    else if (width == 4) gather_by(4, from, at, n, to);
+    else if (width == 8) gather_by(8, from, at, n, to);
+    else gather_by((size_t)width, from, at, n, to);
 }
 
 void fbn_scatter(const char *from, int64_t width, const uint16_t *at, int64_t n, char *to) {
-    if (width == 2)
-        for (int64_t k = 0; k < n; k++) ((uint16_t *)to)[at[k]] = ((const uint16_t *)from)[k];
-    else if (width == 4)
-        for (int64_t k = 0; k < n; k++) ((uint32_t *)to)[at[k]] = ((const uint32_t *)from)[k];
-    else if (width == 8)
-        for (int64_t k = 0; k < n; k++) ((uint64_t *)to)[at[k]] = ((const uint64_t *)from)[k];
-    else
-        for (int64_t k = 0; k < n; k++) memcpy(to + at[k] * width, from + k * width, (size_t)width);
+    if (width == 2) scatter_by(2, from, at, n, to);
+    else if (width == 4) scatter_by(4, from, at, n, to);
+    else if (width == 8) scatter_by(8, from, at, n, to);
+    else scatter_by((size_t)width, from, at, n, to);
 }
 
 fbn_operands fbn_gather(const fbn_operands *operands, int64_t width, const uint16_t *at, int64_t n, fbn_gathered *to) {

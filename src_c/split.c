@@ -244,19 +244,20 @@ static int64_t changes_of(const unsigned char *mask, int64_t n) {
 }
 
 /* The positions of the tile that begins at position `from` of n: a run, or all up to a multiple of what a mixed tile
- * has if the mask changes often there. A position has `width` bytes; where it has many, they take longer than a call.
- */
-static int64_t masked_length(const unsigned char *mask, int64_t from, int64_t n, int64_t width, int *mixed) {
-    enum { SHORT_RUNS = 32, WIDE = 128 };
-    const int64_t most = smaller(FBN_MIXED, FBN_MIXED_BYTES / width),
-                  some = smaller(n, (from / most + 1) * most) - from;
-    *mixed = width <= WIDE && changes_of(mask + from, some) * SHORT_RUNS > some;
+ * has if runs are short there. A position has `width` bytes. Wide ones are not mixed: to copy them would take longer
+ * than to call a loop for each run. */
+static int64_t masked_length(const fbn_split *s, const unsigned char *mask, int64_t from, int64_t n, int *mixed) {
+    enum { SHORT_RUN = 64, SHORT_ROWS = 16, WIDE = 128 };
+    const int64_t width = (s->rows ? s->channels : 1) * s->elem;
+    const int64_t most = smaller(FBN_MIXED, FBN_MIXED_BYTES / smaller(width, WIDE));
+    const int64_t some = smaller(n, (from / most + 1) * most) - from;
+    *mixed = width <= WIDE && changes_of(mask + from, some) * (s->rows ? SHORT_ROWS : SHORT_RUN) > some;
     return *mixed ? some : run_of(mask + from, n - from);
 }
 
 static fbn_tile rows_at(const fbn_split *s, int64_t unit, int64_t last, const unsigned char *mask) {
     int mixed = 0;
-    const int64_t n = mask ? masked_length(mask, unit, last, s->channels * s->elem, &mixed) : last - unit;
+    const int64_t n = mask ? masked_length(s, mask, unit, last, &mixed) : last - unit;
     return (fbn_tile){.unit = unit, .rows = n, .counts = !mask || mask[unit], .mixed = mixed, .next_unit = unit + n};
 }
 
@@ -265,7 +266,7 @@ static fbn_tile positions_at(const fbn_split *s, int64_t unit, int64_t from, con
     const unsigned char *of_unit = mask + fbn_position(s, unit, 0);
     const int64_t length = length_of(s, unit);
     int mixed;
-    const int64_t n = masked_length(of_unit, from, length, s->elem, &mixed);
+    const int64_t n = masked_length(s, of_unit, from, length, &mixed);
     const int ends = from + n == length;
     return (fbn_tile){.unit = unit,
                       .from = from,

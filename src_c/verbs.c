@@ -97,28 +97,33 @@ static fbn_operands operands_at(const fbn_job *j, const fbn_operands *o, int64_t
     return own;
 }
 
+/* The bytes of a position of a mixed tile: a row of all channels, or an element of one. */
+static int64_t width_of(const fbn_split *s) { return (s->rows ? s->channels : 1) * s->elem; }
+
+static void find_places(const fbn_split *s, const fbn_tile *t, const unsigned char *mask, fbn_places *places) {
+    fbn_find_places(mask + fbn_position(s, t->unit, t->from), s->rows ? t->rows : t->planes.inner, places);
+}
+
+/* How often a mixed tile is gathered: once a channel, or once. */
+static int64_t times_of(const fbn_split *s, const fbn_panel *panel) { return s->rows ? 1 : panel->c1 - panel->c0; }
+
 /* Adds a mixed tile: what does not count only to the sums of a gradient. */
 static void sum_mixed(const fbn_job *j, const fbn_tile *t, const fbn_panel *panel, fbn_loop *of_plane,
                       fbn_loop *of_columns, int64_t rows, double *sums, double *others) {
-    const int64_t all = j->split.rows ? t->rows : t->planes.inner, row = j->split.channels * j->split.elem;
     fbn_places places;
     fbn_gathered room;
-    fbn_find_places(j->reduce_mask + fbn_position(&j->split, t->unit, t->from), all, &places);
+    find_places(&j->split, t, j->reduce_mask, &places);
     for (int counts = j->dy ? 0 : 1; counts < 2; counts++) {
         const fbn_tile part = part_of(t, counts, &places);
         const fbn_operands o = operands_of(j, &part, panel);
-        const uint16_t *at = places.at[counts];
-        if (part.rows && j->split.rows) {
-            const fbn_operands own = fbn_gather(&o, row, at, part.rows, &room);
-            sum_columns(j, of_columns, rows, &own, &part, panel, sums, others);
-        }
-        for (int64_t c = 0; part.rows && !j->split.rows && c < panel->c1 - panel->c0; c++) {
-            double *lanes = sums + c * 2 * FBN_LANES;
+        for (int64_t c = 0; part.rows && c < times_of(&j->split, panel); c++) {
             const fbn_operands here = operands_at(j, &o, c);
-            const fbn_operands own = fbn_gather(&here, j->split.elem, at, part.rows, &room);
-            of_plane(&own,
-                     &(fbn_stretch){
-                         .n = part.rows, .c = c, .rows = 1, .sums = lanes, .others = lanes + FBN_LANES, .whole = 1});
+            const fbn_operands own = fbn_gather(&here, width_of(&j->split), places.at[counts], part.rows, &room);
+            double *lanes = sums + c * 2 * FBN_LANES;
+            const fbn_stretch plane = {
+                .n = part.rows, .c = c, .rows = 1, .sums = lanes, .others = lanes + FBN_LANES, .whole = 1};
+            if (j->split.rows) sum_columns(j, of_columns, rows, &own, &part, panel, sums, others);
+            else of_plane(&own, &plane);
         }
     }
 }
@@ -183,35 +188,26 @@ static void map_affine(const fbn_job *j, const fbn_tile *t, const fbn_panel *pan
     map_by(j, t, panel, k->affine_planes, j->split.joins ? k->affine_planes : k->affine_columns, &o);
 }
 
-/* Puts back what a loop has found for the places `at`. */
-static void put_back(const fbn_job *j, const fbn_operands *o, int64_t skip, int64_t width, const uint16_t *at,
-                     int64_t n) {
-    fbn_scatter(o->out, width, at, n, j->result + skip);
-    if (j->dresidual && o->residual && o->activation & FBN_WHICH)
-        fbn_scatter(o->dresidual, width, at, n, j->dresidual + skip);
-}
-
 static void map_mixed_gradient(const fbn_job *j, const fbn_tile *t, const fbn_panel *panel) {
-    const int64_t all = j->split.rows ? t->rows : t->planes.inner, row = j->split.channels * j->split.elem;
+    const fbn_split *s = &j->split;
     const fbn_dtype_kernels *k = j->kernels;
     fbn_places places;
     fbn_gathered room;
-    fbn_find_places(j->map_mask + fbn_position(&j->split, t->unit, t->from), all, &places);
+    find_places(s, t, j->map_mask, &places);
     for (int counts = 0; counts < 2; counts++) {
         const fbn_tile part = part_of(t, counts, &places);
         const uint16_t *at = places.at[counts];
         fbn_operands o = operands_of(j, &part, panel);
         o.frozen = j->frozen || !counts;
-        if (part.rows && j->split.rows) {
-            const fbn_operands own = fbn_gather(&o, row, at, part.rows, &room);
-            fbn_map_runs(k->grad_affine_columns, &own, j->split.elem, columns_of(&j->split, &own, &part, panel));
-            put_back(j, &own, bytes_to(j, t, panel->c0), row, at, part.rows);
-        }
-        for (int64_t c = 0; part.rows && !j->split.rows && c < panel->c1 - panel->c0; c++) {
+        for (int64_t c = 0; part.rows && c < times_of(s, panel); c++) {
             const fbn_operands here = operands_at(j, &o, c);
-            const fbn_operands own = fbn_gather(&here, j->split.elem, at, part.rows, &room);
-            k->grad_affine_planes(&own, &(fbn_stretch){.n = part.rows, .c = c, .rows = 1});
-            put_back(j, &own, bytes_to(j, t, panel->c0 + c), j->split.elem, at, part.rows);
+            const fbn_operands own = fbn_gather(&here, width_of(s), at, part.rows, &room);
+            const int64_t skip = bytes_to(j, t, panel->c0 + c);
+            if (s->rows) fbn_map_runs(k->grad_affine_columns, &own, s->elem, columns_of(s, &own, &part, panel));
+            else k->grad_affine_planes(&own, &(fbn_stretch){.n = part.rows, .c = c, .rows = 1});
+            fbn_scatter(own.out, width_of(s), at, part.rows, j->result + skip);
+            if (j->dresidual && own.residual && own.activation & FBN_WHICH)
+                fbn_scatter(own.dresidual, width_of(s), at, part.rows, j->dresidual + skip);
         }
     }
 }

@@ -258,7 +258,7 @@ def _share(reduces: bool, maps: bool, unit: int, last: int, p: _Split, q: _Task)
                     loops.set_line(q.saved, q.constants, c)
                 else:
                     q.origin[c] = q.constants[MEAN, c] = loops.median(q.x, q.chosen, c * p.inner)
-            scaled = q.backward and loops.scales(q.constants, c0, c1)
+            scaled = q.backward and loops.scales(q.constants, c0, c1, False)
             _spread(q.constants[: loops.FORWARD_CONSTANTS], c0, columns, line)
             for segment in range(first, end):
                 line[SUM * STRIP :] = 0.0
@@ -268,7 +268,7 @@ def _share(reduces: bool, maps: bool, unit: int, last: int, p: _Split, q: _Task)
             for c in range(q.saved.shape[1]) if p.in_order else range(c0, c1):
                 _finish(q, c)
         if maps and q.out.size:
-            scaled = loops.scales(q.constants, c0, c1)
+            scaled = loops.scales(q.constants, c0, c1, q.backward)
             if not p.span:
                 _spread(q.constants[: loops.CONSTANTS if q.backward else loops.FORWARD_CONSTANTS], c0, columns, line)
             for segment in range(end - 1, first - 1, -1):

@@ -26,9 +26,9 @@ Array = np.ndarray[Any, Any]
 STRIP = 1024  # the most columns of a run
 SAVED_MEAN, MEAN_LOW, VAR, INV_STD, GAMMA, BETA = range(len(SAVED_ROWS))
 # The rows of `line`: constants, then sums.
-MEAN, PRESCALE, SCALE, SHIFT, ON_DY, ON_X, CONSTANT, POSTSCALE, SUM, PRODUCT = range(10)
-FORWARD_CONSTANTS, CONSTANTS, LINE_ROWS = 4, 8, 10
-SMALL, LARGE = 2.0**-300, 2.0**300  # products of three numbers between these are in float64's range
+MEAN, POWER, SCALE, SHIFT, POWER_OF_X, ON_X, CONSTANT, SUM, PRODUCT = range(9)
+FORWARD_CONSTANTS, CONSTANTS, LINE_ROWS = 4, 7, 9
+SMALL, LARGE = 2.0**-900, 2.0**900
 LEAST_NORMAL = float(np.finfo(np.float64).tiny)
 NOTHING, COUNTS, MOVES_NO_OTHER = 0, 1, 2  # what a position is to the gradients, by the mask and dy
 ZERO, HALF, ONE, THREE, SIX = (np.float32(value) for value in (0, 0.5, 1, 3, 6))
@@ -53,38 +53,41 @@ def median(x: Array, places: tuple[int, int, int], start: int) -> float:
 def set_line(saved: Array, constants: Array, c: int) -> None:
     """For y = (x - mean - mean_low) * gamma / std + beta, where the term of mean_low moves into the shift.
 
-    gamma / std may be beyond float64's range where y is not. So x - mean is first multiplied by a power of two: 1, or
-    about 1 / std where that or gamma / std is small or large.
+    Where gamma / std is no normal number, though y may be one, it is divided by a power of two, by which x - mean is
+    multiplied.
     """
-    inv_std, gamma, prescale = saved[INV_STD, c], saved[GAMMA, c], 1.0
-    usual = SMALL < inv_std < LARGE and (SMALL < abs(inv_std * gamma) < LARGE or gamma == 0)
-    if not usual and 0 < inv_std < math.inf:
-        prescale = math.ldexp(1.0, math.frexp(inv_std)[1])
-    scale = inv_std / prescale * gamma
-    constants[MEAN, c], constants[PRESCALE, c], constants[SCALE, c] = saved[SAVED_MEAN, c], prescale, scale
-    constants[SHIFT, c] = saved[BETA, c] - saved[MEAN_LOW, c] * prescale * scale
+    inv_std, gamma, power = saved[INV_STD, c], saved[GAMMA, c], 1.0
+    gain = inv_std * gamma
+    if not LEAST_NORMAL <= abs(gain) < math.inf and 0 < inv_std < math.inf and 0 < abs(gamma) < math.inf:
+        exponent = math.frexp(inv_std)[1] + math.frexp(gamma)[1]
+        power = math.ldexp(1.0, exponent + 1000 if exponent < 0 else exponent - 1000)
+        gain = inv_std / power * gamma
+    constants[MEAN, c], constants[POWER, c], constants[SCALE, c] = saved[SAVED_MEAN, c], power, gain
+    constants[SHIFT, c] = saved[BETA, c] - saved[MEAN_LOW, c] * power * gain
 
 
 @scalar
 def set_gradient(saved: Array, constants: Array, dbeta: float, dgamma: float, count: float, c: int) -> None:
-    """For dx = A (dz + B (x - mean) + D): A = gamma / std, B = -dgamma / (M std), D = -dbeta / M.
+    """For dx = A dz + B (x - mean) + D: A = gamma / std, B = -A dgamma / (M std), D = -A dbeta / M.
 
-    That is Ioffe & Szegedy 2015, section 3, gathered by input. D has the term of mean_low, too. B is divided by the
-    prescale, and so is A where it is no normal number.
+    That is Ioffe & Szegedy 2015, section 3, gathered by input. D has the term of mean_low, too. All three are divided
+    by the power of two of A. Where B is large or small, x - mean is multiplied by one that is about 1 / std.
     """
-    prescale, scale = constants[PRESCALE, c], constants[SCALE, c]
-    on_x, gain = -dgamma / count * (saved[INV_STD, c] / prescale), scale * prescale
-    is_normal = LEAST_NORMAL <= abs(gain) < math.inf
-    constants[ON_DY, c], constants[POSTSCALE, c] = (gain, 1.0) if is_normal else (scale, prescale)
-    constants[ON_X, c], constants[CONSTANT, c] = on_x, -dbeta / count - on_x * (saved[MEAN_LOW, c] * prescale)
+    inv_std, scale, power = saved[INV_STD, c], constants[SCALE, c], 1.0
+    of_xhat = -dgamma / count * scale
+    if of_xhat != 0 and not SMALL < abs(of_xhat * inv_std) < LARGE and 0 < inv_std < math.inf:
+        power = math.ldexp(1.0, math.frexp(inv_std)[1])
+    on_x = of_xhat * (inv_std / power)
+    constants[POWER_OF_X, c], constants[ON_X, c] = power, on_x
+    constants[CONSTANT, c] = -scale * dbeta / count - on_x * (saved[MEAN_LOW, c] * power)
 
 
 @scalar
-def scales(constants: Array, c0: int, c1: int) -> bool:
-    """Whether any of these channels has a prescale."""
+def scales(constants: Array, c0: int, c1: int, backward: bool) -> bool:
+    """Whether any of these channels has a power of two other than 1."""
     found = False
     for c in range(c0, c1):
-        found |= constants[PRESCALE, c] != 1
+        found |= constants[POWER, c] != 1 or (backward and constants[POWER_OF_X, c] != 1)
     return found
 
 
@@ -153,7 +156,7 @@ def normalize(
             mean, scale, shift = constants[MEAN, j], constants[SCALE, j], constants[SHIFT, j]
             for row in range(rows):
                 at = np.uint64(row * step + first + k)
-                d = (x[at] - mean) * constants[PRESCALE, j] if scaled else x[at] - mean
+                d = (x[at] - mean) * constants[POWER, j] if scaled else x[at] - mean
                 z[at] = d * scale + (shift + residual[at] if residual.size else shift)
         first, c = last, c + 1 if c + 1 < c1 else c0
 
@@ -170,13 +173,12 @@ def differentiate(
             j, at = c if span else k, np.uint64(first + k)
             d = x[at] - constants[MEAN, j]
             if scaled:
-                d *= constants[PRESCALE, j]
+                d *= constants[POWER_OF_X, j]
             through_statistics = constants[ON_X, j] * d + constants[CONSTANT, j]
             what = kept[at] if kept.size else np.uint8(COUNTS)
-            result = constants[ON_DY, j] * (dz[at] + (through_statistics if what == COUNTS else 0.0))
-            if scaled:
-                result *= constants[POSTSCALE, j]
-            dx[at] = result if what != NOTHING else 0.0
+            own = constants[SCALE, j] * dz[at]
+            result = (own if what != NOTHING else 0.0) + (through_statistics if what == COUNTS else 0.0)
+            dx[at] = result * constants[POWER, j] if scaled else result
         first, c = last, c + 1 if c + 1 < c1 else c0
 
 

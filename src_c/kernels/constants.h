@@ -124,7 +124,8 @@ FBN_INLINE void NAME(set_scale)(double scale, int64_t c, const fbn_constants *to
 FBN_INLINE void NAME(set_one_line)(const fbn_channels *k, int64_t c, double prescale, const fbn_constants *to) {
     const real mean_hi = (real)k->mean[c];
     const double mean_lo = (k->mean[c] - mean_hi) + k->mean_low[c], square = prescale * prescale;
-    const double scale = k->inv_std[c] / square * k->gamma[c], moved = mean_lo * square * scale;
+    const double scale = k->inv_std[c] / square * k->gamma[c];
+    const double moved = prescale == 1 ? mean_lo * scale : NAME(finite)(mean_lo * square * scale);
     const double shift = k->beta[c] - moved;
     const real shift_hi = NAME(rounded)(shift), shift_low = (real)((k->beta[c] - shift_hi) - moved);
     ((real *)to->of[FBN_PRESCALE])[c] = (real)prescale;
