@@ -44,6 +44,7 @@ elif ARM:
 
 # GCC would copy all loops for each value of a flag that they test, which takes a sixth more code. src_c/kernels/map.h
 # does so itself for the few loops that are faster for it.
+# Tables that unwind the stack, which only debuggers read here, would be another hundredth of the wheel.
 FLAGS = (
     ["/O2", "/std:c11", "/fp:precise"]
     if MSVC
@@ -56,6 +57,7 @@ FLAGS = (
         "-fno-trapping-math",
         "-fno-unswitch-loops",
         "-fvisibility=hidden",
+        "-fno-asynchronous-unwind-tables",
         "-g0",
     ]
 )
@@ -63,10 +65,8 @@ if len(ISAS) == 1 and not MSVC:  # such as in a universal build for macOS, which
     FLAGS.append("-DFBN_BASELINE_ALONE")
 if X86_32 and not MSVC:  # whose own arithmetic has excess precision, which kernels.h refuses
     FLAGS += ["-msse2", "-mfpmath=sse"]
-# For debuggers and profilers, which are seldom used on a wheel, it would be larger by a seventieth: tables that unwind
-# the stack of kernels, and the names of static functions.
-OF_KERNELS = [] if MSVC else ["-fno-asynchronous-unwind-tables"]
-WITHOUT_NAMES = [] if MSVC else ["-Wl,-x"]
+# Names of functions that are not exported, which only debuggers read, would be a hundredth of the wheel.
+WITHOUT_NAMES = [] if MSVC else ["-Wl,-x" if sys.platform == "darwin" else "-Wl,-s"]
 CORE = [
     f"src_c/{name}.c"
     for name in ("check", "dispatch", "finish", "machine", "mixed", "panel", "run", "split", "values", "verbs", "walk")
@@ -149,7 +149,7 @@ class BuildExt(build_ext):
     def build_extension(self, ext):
         compile_flags, link_flags = openmp_flags(self.compiler)
         units = [(source, FLAGS + compile_flags) for source in CORE]
-        units += [(f"src_c/isa/{isa}.c", FLAGS + OF_KERNELS + flags) for isa, flags in ISAS.items()]
+        units += [(f"src_c/isa/{isa}.c", FLAGS + flags) for isa, flags in ISAS.items()]
 
         def compiled(unit):
             source, flags = unit

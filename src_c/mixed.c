@@ -21,7 +21,7 @@ FBN_INLINE void scatter_by(size_t width, const char *from, const uint16_t *at, i
     for (int64_t k = 0; k < n; k++, from += width) memcpy(to + at[k] * width, from, width);
 }
 
-static void gather(const char *from, int64_t width, const uint16_t *at, int64_t n, char *to) {
+FBN_APART void gather(const char *from, int64_t width, const uint16_t *at, int64_t n, char *to) {
     if (width == 2) gather_by(2, from, at, n, to);
     else if (width == 4) gather_by(4, from, at, n, to);
     else if (width == 8) gather_by(8, from, at, n, to);

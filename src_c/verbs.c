@@ -108,7 +108,7 @@ static void find_places(const fbn_split *s, const fbn_tile *t, const unsigned ch
 static int64_t times_of(const fbn_split *s, const fbn_panel *panel) { return s->rows ? 1 : panel->c1 - panel->c0; }
 
 /* Adds a mixed tile: what does not count only to the sums of a gradient. */
-static void sum_mixed(const fbn_job *j, const fbn_tile *t, const fbn_panel *panel, fbn_loop *of_plane,
+FBN_APART void sum_mixed(const fbn_job *j, const fbn_tile *t, const fbn_panel *panel, fbn_loop *of_plane,
                       fbn_loop *of_columns, int64_t rows, double *sums, double *others) {
     fbn_places places;
     fbn_gathered room;
@@ -188,7 +188,7 @@ static void map_affine(const fbn_job *j, const fbn_tile *t, const fbn_panel *pan
     map_by(j, t, panel, k->affine_planes, j->split.joins ? k->affine_planes : k->affine_columns, &o);
 }
 
-static void map_mixed_gradient(const fbn_job *j, const fbn_tile *t, const fbn_panel *panel) {
+FBN_APART void map_mixed_gradient(const fbn_job *j, const fbn_tile *t, const fbn_panel *panel) {
     const fbn_split *s = &j->split;
     const fbn_dtype_kernels *k = j->kernels;
     fbn_places places;
