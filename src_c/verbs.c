@@ -109,7 +109,7 @@ static int64_t times_of(const fbn_split *s, const fbn_panel *panel) { return s->
 
 /* Adds a mixed tile: what does not count only to the sums of a gradient. */
 FBN_APART void sum_mixed(const fbn_job *j, const fbn_tile *t, const fbn_panel *panel, fbn_loop *of_plane,
-                      fbn_loop *of_columns, int64_t rows, double *sums, double *others) {
+                         fbn_loop *of_columns, int64_t rows, double *sums, double *others) {
     fbn_places places;
     fbn_gathered room;
     find_places(&j->split, t, j->reduce_mask, &places);
