@@ -225,6 +225,8 @@ static int64_t length_of(const fbn_split *s, int64_t unit) {
     return smaller(s->cut, s->inner - unit % s->cuts * s->cut);
 }
 
+int64_t fbn_width(const fbn_split *s) { return (s->rows ? s->channels : 1) * s->elem; }
+
 int64_t fbn_position(const fbn_split *s, int64_t unit, int64_t from) {
     return s->rows ? unit : unit / s->cuts * s->inner + unit % s->cuts * s->cut + from;
 }
@@ -248,7 +250,7 @@ static int64_t changes_of(const unsigned char *mask, int64_t n) {
  * than to call a loop for each run. */
 static int64_t masked_length(const fbn_split *s, const unsigned char *mask, int64_t from, int64_t n, int *mixed) {
     enum { SHORT_RUN = 64, SHORT_ROWS = 16, WIDE = 128 };
-    const int64_t width = (s->rows ? s->channels : 1) * s->elem;
+    const int64_t width = fbn_width(s);
     const int64_t most = smaller(FBN_MIXED, FBN_MIXED_BYTES / smaller(width, WIDE));
     const int64_t some = smaller(n, (from / most + 1) * most) - from;
     *mixed = width <= WIDE && changes_of(mask + from, some) * (s->rows ? SHORT_ROWS : SHORT_RUN) > some;

@@ -93,6 +93,9 @@ typedef struct {
  * positions are treated alike. Where the mask changes often, tiles are mixed. */
 fbn_tile fbn_tile_at(const fbn_split *split, int64_t unit, int64_t from, int64_t last, const unsigned char *mask);
 
+/* The bytes of a position of the mask: a row of all channels, or an element of one. */
+int64_t fbn_width(const fbn_split *split);
+
 /* The index of a tile's first position in the mask. */
 int64_t fbn_position(const fbn_split *split, int64_t unit, int64_t from);
 

@@ -97,9 +97,6 @@ static fbn_operands operands_at(const fbn_job *j, const fbn_operands *o, int64_t
     return own;
 }
 
-/* The bytes of a position of a mixed tile: a row of all channels, or an element of one. */
-static int64_t width_of(const fbn_split *s) { return (s->rows ? s->channels : 1) * s->elem; }
-
 static void find_places(const fbn_split *s, const fbn_tile *t, const unsigned char *mask, fbn_places *places) {
     fbn_find_places(mask + fbn_position(s, t->unit, t->from), s->rows ? t->rows : t->planes.inner, places);
 }
@@ -118,7 +115,7 @@ FBN_APART void sum_mixed(const fbn_job *j, const fbn_tile *t, const fbn_panel *p
         const fbn_operands o = operands_of(j, &part, panel);
         for (int64_t c = 0; part.rows && c < times_of(&j->split, panel); c++) {
             const fbn_operands here = operands_at(j, &o, c);
-            const fbn_operands own = fbn_gather(&here, width_of(&j->split), places.at[counts], part.rows, &room);
+            const fbn_operands own = fbn_gather(&here, fbn_width(&j->split), places.at[counts], part.rows, &room);
             double *lanes = sums + c * 2 * FBN_LANES;
             const fbn_stretch plane = {
                 .n = part.rows, .c = c, .rows = 1, .sums = lanes, .others = lanes + FBN_LANES, .whole = 1};
@@ -201,13 +198,13 @@ FBN_APART void map_mixed_gradient(const fbn_job *j, const fbn_tile *t, const fbn
         o.frozen = j->frozen || !counts;
         for (int64_t c = 0; part.rows && c < times_of(s, panel); c++) {
             const fbn_operands here = operands_at(j, &o, c);
-            const fbn_operands own = fbn_gather(&here, width_of(s), at, part.rows, &room);
+            const fbn_operands own = fbn_gather(&here, fbn_width(s), at, part.rows, &room);
             const int64_t skip = bytes_to(j, t, panel->c0 + c);
             if (s->rows) fbn_map_runs(k->grad_affine_columns, &own, s->elem, columns_of(s, &own, &part, panel));
             else k->grad_affine_planes(&own, &(fbn_stretch){.n = part.rows, .c = c, .rows = 1});
-            fbn_scatter(own.out, width_of(s), at, part.rows, j->result + skip);
+            fbn_scatter(own.out, fbn_width(s), at, part.rows, j->result + skip);
             if (j->dresidual && own.residual && own.activation & FBN_WHICH)
-                fbn_scatter(own.dresidual, width_of(s), at, part.rows, j->dresidual + skip);
+                fbn_scatter(own.dresidual, fbn_width(s), at, part.rows, j->dresidual + skip);
         }
     }
 }

@@ -550,6 +550,39 @@ def test_float64_where_neither_spread_nor_gain_is_usual(
     cases.check(c, training=training, activation=activation, eps=0.0)
 
 
+@pytest.mark.parametrize(
+    ("x", "var", "gamma"), [(1e200, 1e-300, 1e-300), (1e250, 1e-200, 1e-250), (1e300, 1e-190, 1e-200)]
+)
+def test_float64_far_from_the_mean(x: float, var: float, gamma: float, kernel: cases.Kernel) -> None:
+    """(x - mean) / std is beyond the range, and y is not."""
+    y = fastbn.infer(np.full((2, 1), x), np.array([gamma]), np.zeros(1), np.zeros(1), np.array([var]), eps=0)
+    wanted = oracle.long(x) * oracle.long(gamma) / np.sqrt(oracle.long(var))
+    assert (abs(oracle.long(y) - wanted) <= 4 * oracle.ulp(wanted, "float64")).all()
+
+
+@pytest.mark.parametrize(
+    ("spread", "gamma", "size"), [(1e90, 1e170, 1e-235), (1e90, 1e90, 1e-230), (1e-85, 1e-85, 1e224)]
+)
+def test_float64_gradients_whose_factors_are_not_usual(
+    spread: float, gamma: float, size: float, kernel: cases.Kernel
+) -> None:
+    x, dy = np.random.default_rng(0).standard_normal((2, 6, 1)) * np.array([[[spread]], [[size]]])
+    nothing = np.zeros(1)
+    cases.check(cases.Call(x, dy, dy, np.array([gamma]), nothing, nothing, nothing + 1), eps=0.0)
+
+
+@pytest.mark.parametrize("gamma", [1e80, 1e100, 1e292, 1.9e299])
+def test_gamma_beyond_float32(gamma: float, kernel: cases.Kernel) -> None:
+    """Then y is infinite or 0, and never NaN."""
+    x = np.array([[2.3283585e-15], [1.7280453e-16]], "f4")
+    y, cache = fastbn.forward(x, np.array([gamma]), np.zeros(1), eps=0, activation="relu")
+    assert y.ravel().tolist() == [np.inf, 0]
+    _, dgamma, dbeta = fastbn.backward(np.ones_like(x), cache)
+    for total in (dgamma, dbeta):
+        assert total is not None
+        np.testing.assert_allclose(total, 1, rtol=1e-6)
+
+
 def test_large_gradients_with_tiny_sums(kernel: cases.Kernel) -> None:
     """Sums in which large values of dy cancel do not tell how large dy is; and dy may be a subnormal number."""
     x, zero, one = np.array([[1], [-1], [1], [-1], [0], [0]], "f4"), np.zeros(1, "f4"), np.ones(1, "f4")

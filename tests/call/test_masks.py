@@ -82,6 +82,14 @@ def test_shapes_that_broadcast(any_backend: cases.Kernel, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("channels", [2, 33, 1025])
+def test_rows_of_any_width(kernel: cases.Kernel, dtype: str, channels: int) -> None:
+    """Narrow rows are gathered where the mask changes often, and wide ones are not."""
+    c = cases.call((640, channels), dtype)
+    for run in (1, 15, 17):
+        cases.check(c, mask=np.arange(640) // run % 3 > 0, activation="relu", residual=True)
+
+
 def test_all_true_is_no_mask(any_backend: cases.Kernel, dtype: str) -> None:
     for shape, axis in SHAPES:
         c = cases.call(shape, dtype, axis)
