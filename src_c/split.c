@@ -56,10 +56,13 @@ static int64_t map_repeat_of(const fbn_split *s) {
     return smaller(larger(s->outer, 1), repeat_of(s->channels * s->inner, JOINED_TO_MAP));
 }
 
-/* The channels of small planes that kernels get at once: as many as have FBN_COLUMN_BYTES of each constant, in whole
- * cache lines of elements if possible. */
+/* The channels of small planes that kernels get at once: all, if those have no more than FBN_COLUMN_BYTES of each
+ * constant. Otherwise panels are equally large, so that none is only a few columns, and of whole cache lines of elements
+ * if possible. */
 static int64_t panel_of(const fbn_split *s) {
-    return in_steps(FBN_COLUMN_BYTES / s->real / s->inner, to_multiple(s->inner, FBN_LINE / s->elem));
+    const int64_t most = FBN_COLUMN_BYTES / s->real / s->inner, step = to_multiple(s->inner, FBN_LINE / s->elem);
+    const int64_t panels = divide_up(s->channels, in_steps(most, step));
+    return s->channels <= most ? larger(s->channels, 1) : in_steps(divide_up(s->channels, panels) + step - 1, step);
 }
 
 /* The bytes of a channel in all the arrays that a call reads. */
@@ -189,7 +192,7 @@ fbn_split fbn_split_of(const fbn_problem *p, int arrays, fbn_kind kind) {
     s.threads = (int)larger(1, smaller(p->threads, values / FBN_WORK_PER_THREAD));
     s.block = block_of(&s, p->machine, arrays, kind);
     s.by_channels = by_channels(&s, p->machine, arrays);
-    s.panel = s.rows || !s.columns ? s.block : smaller(panel_of(&s), larger(p->channels, 1));
+    s.panel = s.rows || !s.columns ? s.block : panel_of(&s);
     s.map_repeat = map_repeat_of(&s);
     s.large = is_large(values * s.elem, p->machine, kind);
     s.whole_rows = are_whole(&s, p);

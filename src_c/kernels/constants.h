@@ -265,11 +265,15 @@ FBN_INLINE f64_vec NAME(lanes_of)(const double *values, int64_t n) {
 }
 
 /* Within a vector the upper half of the lanes is added to the lower, too, for as many sums at once as fill a vector. */
-static void NAME(fold)(const double *values, int64_t n, int64_t apart, int64_t count, double *sums) {
+FBN_INLINE void NAME(fold_all)(const double *values, int64_t n, int64_t apart, int64_t count, double *sums) {
     for (int64_t c = 0; c < count; c += F64_WIDTH) {
         const int64_t some = count - c < F64_WIDTH ? count - c : F64_WIDTH;
         f64_vec lanes[F64_WIDTH];
         for (int k = 0; k < F64_WIDTH; k++) lanes[k] = NAME(lanes_of)(values + (c + (k < some ? k : 0)) * apart, n);
         f64_store_n(sums + c, f64_sums(lanes), some);
     }
+}
+static void NAME(fold)(const double *values, int64_t n, int64_t apart, int64_t count, double *sums) {
+    if (n == FBN_LANES) NAME(fold_all)(values, FBN_LANES, apart, count, sums); /* most sums are; it has few steps */
+    else NAME(fold_all)(values, n, apart, count, sums);
 }

@@ -162,17 +162,16 @@ FBN_INLINE void NAME(sum_stacked)(const fbn_operands *o, const fbn_stretch *s, i
     }
 }
 
-/* Adds the planes of a channel of a few images: the elements of each column first, and then the columns to lanes. The
- * bits are those of sum_columns and a fold, but the sums of columns are not stored. All the lanes at once have more
- * sums that do not wait for each other; those of gradients would need too many registers. */
-FBN_INLINE void NAME(sum_stack)(const fbn_operands *o, const fbn_stretch *s, int64_t channel, int64_t rows,
+/* Adds the planes of a channel of a few images: the elements of each column first, and then the columns to lanes, so
+ * many vectors of them at a time. The bits are those of sum_columns and a fold, but the sums of columns are not stored.
+ */
+FBN_INLINE void NAME(sum_stack)(const fbn_operands *o, const fbn_stretch *s, int64_t channel, int64_t rows, int vectors,
                                 NAME(parts) p, int backward) {
     enum { STEP = FBN_LANES / WIDTH };
     const NAME(constants) k = NAME(constants_at)(o, channel, 0, p);
     const wide origin = wset(o->origin[channel]);
     const vec fill = vset((real)o->origin[channel]);
     const int64_t start = s->at + channel * s->n, end = start + s->n;
-    const int vectors = backward ? 1 : STEP;
     for (int lane = 0; lane < FBN_LANES; lane += vectors * WIDTH) {
         double *sums = s->sums + channel * 2 * FBN_LANES + lane, *others = sums + (s->others - s->sums);
         wide sum[STEP], other[STEP];
@@ -194,14 +193,19 @@ FBN_INLINE void NAME(sum_stack)(const fbn_operands *o, const fbn_stretch *s, int
     }
 }
 
+/* All the lanes at once have more sums that do not wait for each other, but need all registers, which is faster for
+ * FBN_ROWS images alone; those of gradients would need too many. A single image needs no loop over rows. */
 FBN_INLINE void NAME(sum_stacks)(const fbn_operands *o, const fbn_stretch *s, NAME(parts) p, int backward) {
+    enum { STEP = FBN_LANES / WIDTH };
     const fbn_operands own = *o; /* no store can change it, so loops need not read it again */
     const fbn_stretch stretch = *s;
     const int64_t channels = stretch.channels, rows = stretch.rows;
-    if (p.usual && rows == 1) /* which needs no loop over rows */
-        for (int64_t c = 0; c < channels; c++) NAME(sum_stack)(&own, &stretch, c, 1, p, backward);
+    if (p.usual && rows == 1)
+        for (int64_t c = 0; c < channels; c++) NAME(sum_stack)(&own, &stretch, c, 1, 1, p, backward);
+    else if (!backward && rows == FBN_ROWS)
+        for (int64_t c = 0; c < channels; c++) NAME(sum_stack)(&own, &stretch, c, rows, STEP, p, backward);
     else
-        for (int64_t c = 0; c < channels; c++) NAME(sum_stack)(&own, &stretch, c, rows, p, backward);
+        for (int64_t c = 0; c < channels; c++) NAME(sum_stack)(&own, &stretch, c, rows, 1, p, backward);
 }
 
 FBN_INLINE void NAME(sum_as)(const fbn_operands *o, const fbn_stretch *s, int columns, int backward, NAME(parts) p) {
