@@ -81,8 +81,11 @@ static inline double *fbn_second_sums(const fbn_job *j) { return j->partial + j-
 /* The constants from channel c on. */
 fbn_constants fbn_constants_at(const fbn_job *job, int64_t c);
 
-/* panel.c: channels as kernels get them. `room` has FBN_ROOM bytes, for the constants of small planes' columns. */
+/* panel.c: channels as kernels get them. `room` is for the constants of small planes' columns. It has FBN_ROOM bytes,
+ * or fbn_room_doubles numbers. */
 enum { FBN_ROOM = FBN_CONSTANTS * (FBN_COLUMN_BYTES + FBN_CHANNEL_PAD * (int)sizeof(double)) };
+_Static_assert(FBN_CONSTANTS_OF_Y *(FBN_PLANNED_BYTES + 2 * FBN_CHANNEL_PAD * (int)sizeof(double)) <= FBN_ROOM,
+               "a plan needs room for whole images");
 fbn_panel fbn_panel_to_sum(const fbn_job *job, int64_t c0, int64_t c1, double *lanes, void *room);
 fbn_panel fbn_panel_to_map(const fbn_job *job, int64_t c0, int64_t c1, void *room);
 void fbn_reduce_panel(const fbn_job *job, int64_t segment, const fbn_panel *panel, double *lanes);

@@ -16,6 +16,12 @@
 static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+/* Where a thread keeps the constants of columns. */
+static void *room_of(const fbn_job *j, int64_t thread, void *on_stack) {
+    const int64_t all = fbn_lane_doubles(&j->split), room = fbn_room_doubles(&j->split);
+    return room ? j->lanes + (thread + 1) * all - room : on_stack;
+}
+
 /* The place of channel c in a thread's block of dz, which starts with channel c0. */
 static char *dz_at(const fbn_job *j, char *dz, int64_t c0, int64_t c) {
     return dz ? dz + fbn_block_bytes(&j->split, c - c0) : NULL;
@@ -71,7 +77,8 @@ static void begin(fbn_job *j, int64_t c0, int64_t c1) {
 
 /* All steps on one of this thread's blocks of channels, then on the next. */
 static void work_by_channels(fbn_job *j, int64_t t, int threads) {
-    _Alignas(64) double room[FBN_ROOM / sizeof(double)]; /* as kernels.h says of the stack */
+    _Alignas(64) double stack[FBN_ROOM / sizeof(double)]; /* as kernels.h says of the stack */
+    void *room = room_of(j, t, stack);
     const fbn_operation *o = j->operation;
     const int64_t C = j->split.channels, block = j->split.block, blocks = divide_up(C, block);
     char *dz = j->dz_blocks ? j->dz_blocks + t * fbn_block_bytes(&j->split, block) : NULL;
@@ -94,7 +101,8 @@ static void barrier(int threads) {
 /* This thread's share of the first step, then of the next. Share t of n things is [n * t / threads, n * (t + 1) /
  * threads). */
 static void work_by_steps(fbn_job *j, int64_t t, int threads) {
-    _Alignas(64) double room[FBN_ROOM / sizeof(double)]; /* as kernels.h says of the stack */
+    _Alignas(64) double stack[FBN_ROOM / sizeof(double)]; /* as kernels.h says of the stack */
+    void *room = room_of(j, t, stack);
     const fbn_operation *o = j->operation;
     const int64_t C = j->split.channels, pad = FBN_CHANNEL_PAD, groups = divide_up(C, pad);
     const int64_t c0 = groups * t / threads * pad, c1 = smaller(groups * (t + 1) / threads * pad, C);

@@ -16,6 +16,7 @@ enum {
     MAPPED_BYTES = 1 << 14,    /* of the constants of the channels of rows that are mapped at a time */
     JOINED = 512,              /* sums join shorter rows to so many columns */
     JOINED_TO_MAP = 256,       /* maps to so many, whose constants leave room in the nearest cache */
+    WHOLE_BYTES = 1 << 16,     /* of each constant of the columns of whole images */
     BLOCK_CHANNELS = 64,       /* the most channels in a channels-first block ... */
     MASKED_CHANNELS = 8,       /* ... and the least that are looked for with a mask */
     CHUNK = 1 << 18,           /* bytes of rows that are mapped at a time, on the way from the end backwards */
@@ -56,13 +57,29 @@ static int64_t map_repeat_of(const fbn_split *s) {
     return smaller(larger(s->outer, 1), repeat_of(s->channels * s->inner, JOINED_TO_MAP));
 }
 
+/* Whether so many parts, which take equally long, can be shared by the threads: at most two sevenths of their time may
+ * be lost. */
+static int share_well(int64_t parts, int64_t threads) { return 5 * divide_up(parts, threads) * threads <= 7 * parts; }
+
+/* Whether a panel has all channels of small planes, though their constants do not stay in the nearest cache. Images
+ * then follow each other as one run. In panels each image begins and ends within a cache line, a part of which takes
+ * long to write, above all around the cache. Threads that reduce share the segments. */
+static int has_whole_images(const fbn_split *s, fbn_kind kind) {
+    const int64_t columns = s->channels * s->inner, bytes = columns * s->real;
+    const int64_t most = s->large ? WHOLE_BYTES : FBN_COLUMN_BYTES / 4 * 5;
+    if (!s->columns || s->rows || s->joins || bytes <= FBN_COLUMN_BYTES || columns * s->elem % FBN_LINE == 0) return 0;
+    if (kind == FBN_PLANNED) return bytes <= smaller(most, FBN_PLANNED_BYTES);
+    return bytes <= most && (s->maps || share_well(s->segments, s->threads));
+}
+
 /* The channels of small planes that kernels get at once: all, if those have no more than FBN_COLUMN_BYTES of each
- * constant. Otherwise panels are equally large, so that none is only a few columns, and of whole cache lines of elements
- * if possible. */
+ * constant. Otherwise panels are equally large, so that none is only a few columns, and of whole cache lines of
+ * elements if possible. */
 static int64_t panel_of(const fbn_split *s) {
-    const int64_t most = FBN_COLUMN_BYTES / s->real / s->inner, step = to_multiple(s->inner, FBN_LINE / s->elem);
-    const int64_t panels = divide_up(s->channels, in_steps(most, step));
-    return s->channels <= most ? larger(s->channels, 1) : in_steps(divide_up(s->channels, panels) + step - 1, step);
+    const int64_t most = FBN_COLUMN_BYTES / s->real / s->inner, line = to_multiple(s->inner, FBN_LINE / s->elem);
+    const int64_t largest = in_steps(most, line), panels = divide_up(s->channels, largest);
+    if (s->whole_images || s->channels <= most) return larger(s->channels, 1);
+    return smaller(round_up(divide_up(s->channels, panels), line), largest);
 }
 
 /* The bytes of a channel in all the arrays that a call reads. */
@@ -98,16 +115,15 @@ int64_t fbn_map_panel(const fbn_split *s, int constants) {
     return round_up(divide_up(s->channels, divide_up(s->channels, most)), larger(FBN_CHANNEL_PAD, FBN_LINE / s->elem));
 }
 
-/* Going block by block saves memory traffic, but the blocks must divide well among the threads: at most two sevenths of
- * the threads' time may be lost. A block must fit into the shared cache; a plane is a block in any case. Where no block
- * fits into a core's cache, but x as a whole into the shared one, joined planes are passed through from end to end. */
+/* Going block by block saves memory traffic, but the blocks must divide well among the threads. A block must fit into
+ * the shared cache; a plane is a block in any case. Where no block fits into a core's cache, but x as a whole into the
+ * shared one, joined planes are passed through from end to end. */
 static int by_channels(const fbn_split *s, const fbn_machine *machine, int arrays) {
     const int64_t bytes = channel_bytes(s, arrays), all = s->channels * channel_bytes(s, 1);
     if (s->rows) return 0;
     if (s->columns && s->block * bytes > machine->shared_cache / 2) return 0;
     if (s->joins && s->block * bytes > machine->core_cache && all <= machine->shared_cache / 2) return 0;
-    const int64_t blocks = divide_up(s->channels, s->block);
-    return 5 * divide_up(blocks, s->threads) * s->threads <= 7 * blocks;
+    return share_well(divide_up(s->channels, s->block), s->threads);
 }
 
 /* One pad is for vectors that reach beyond the last channel. The other is for the constants of rows, which may start
@@ -159,11 +175,13 @@ static fbn_walk walk_of(const fbn_habits *h, const fbn_split *s, int beyond_cach
                       .run_ahead = run_ahead_of(h, s)};
 }
 
+static int maps(fbn_kind kind) { return kind == FBN_MAPS || kind == FBN_PLANNED; }
+
 /* Whether a result of so many bytes is written around the cache, unless it replaces what was read. That saves the read
  * of each line that is written, but drops from the cache what could have stayed there. A call that only maps reads
  * nothing twice, so that the cache holds half as large a result again. */
 static int is_large(int64_t result, const fbn_machine *machine, fbn_kind kind) {
-    const int64_t from = machine->habits.stream_from, bytes = kind == FBN_MAPS ? result / 3 * 2 : result;
+    const int64_t from = machine->habits.stream_from, bytes = maps(kind) ? result / 3 * 2 : result;
     return from ? from > 0 && bytes >= from : bytes > machine->shared_cache / PART_OF_CACHE;
 }
 
@@ -172,7 +190,9 @@ fbn_split fbn_split_of(const fbn_problem *p, int arrays, fbn_kind kind) {
     const int is_plane = p->channels == 1 && p->outer > 0; /* one channel is one plane */
     fbn_split s = {.outer = is_plane ? 1 : p->outer, .channels = p->channels, .inner = is_plane ? values : p->inner};
     s.rows = s.inner == 1;
-    s.maps = kind == FBN_MAPS;
+    s.maps = maps(kind);
+    s.planned = kind == FBN_PLANNED;
+    s.large = is_large(values * (int64_t)fbn_element(p->dtype), p->machine, kind);
     s.stretches = s.maps && can_join(s.outer, s.inner);
     s.columns = s.rows || (s.inner > 1 && kind != FBN_MASKED && !s.stretches && s.inner < SMALL_PLANE);
     s.stacks = s.columns && !s.rows && are_stacks(s.outer, s.inner, arrays);
@@ -190,11 +210,11 @@ fbn_split fbn_split_of(const fbn_problem *p, int arrays, fbn_kind kind) {
     s.padded = fbn_padded(p->channels);
     s.joined = fbn_padded(p->channels * s.repeat);
     s.threads = (int)larger(1, smaller(p->threads, values / FBN_WORK_PER_THREAD));
+    s.whole_images = has_whole_images(&s, kind);
     s.block = block_of(&s, p->machine, arrays, kind);
     s.by_channels = by_channels(&s, p->machine, arrays);
     s.panel = s.rows || !s.columns ? s.block : panel_of(&s);
     s.map_repeat = map_repeat_of(&s);
-    s.large = is_large(values * s.elem, p->machine, kind);
     s.whole_rows = are_whole(&s, p);
     s.map_panel = fbn_map_panel(&s, 4);
     s.shares_channels = p->channels >= CHANNELS_TO_SHARE;
@@ -209,7 +229,12 @@ int64_t fbn_block_bytes(const fbn_split *s, int64_t channels) { return channels 
 int64_t fbn_lane_doubles(const fbn_split *s) {
     const int64_t columns = s->columns ? 3 * fbn_padded(fbn_columns(s, s->panel)) : 0;
     const int64_t channels = s->stacks ? FBN_STACKS : s->columns ? 0 : s->panel; /* with lanes */
-    return larger(columns, channels * 2 * FBN_LANES);
+    return larger(columns, channels * 2 * FBN_LANES) + fbn_room_doubles(s);
+}
+
+int64_t fbn_room_doubles(const fbn_split *s) {
+    const int64_t bytes = FBN_CONSTANTS * fbn_padded(fbn_columns(s, s->panel)) * s->real;
+    return s->whole_images && !s->planned ? bytes / (int64_t)sizeof(double) : 0;
 }
 
 int64_t fbn_start(const fbn_split *s, int64_t unit, int64_t c) {

@@ -34,6 +34,8 @@ typedef struct {
     int64_t block, panel;     /* channels in a block, and in a panel */
     int64_t map_panel;        /* channels in a panel that is mapped, if a map reads four constants of each */
     int whole_rows;           /* rows are mapped whole, even if their constants do not stay in the nearest cache */
+    int whole_images;         /* small planes: a panel has all channels, even so */
+    int planned;              /* the call has a plan instead of a workspace */
     int threads;              /* how many threads have enough work */
     int by_channels;          /* a thread does all steps on one block before it turns to the next */
     int shares_channels;      /* there are so many channels that threads share the work done once per channel */
@@ -41,8 +43,8 @@ typedef struct {
     fbn_walk walk;
 } fbn_split;
 
-/* What a call does: it only maps, or it reduces and then maps, or it does both with a mask. */
-typedef enum { FBN_MAPS, FBN_REDUCES, FBN_MASKED } fbn_kind;
+/* What a call does: it only maps, or it reduces and then maps, or it does both with a mask, or it maps by a plan. */
+typedef enum { FBN_MAPS, FBN_REDUCES, FBN_MASKED, FBN_PLANNED } fbn_kind;
 
 /* The split of a valid problem, for a call that reads this number of large arrays. */
 fbn_split fbn_split_of(const fbn_problem *problem, int arrays, fbn_kind kind);
@@ -70,12 +72,15 @@ int64_t fbn_block_bytes(const fbn_split *split, int64_t channels);
 /* The channels of stacks that kernels get at once. */
 enum { FBN_STACKS = 32 };
 
-/* How many float64 numbers a thread needs to reduce a panel: lanes, or the columns' sums and origins. Stacks have room
- * for either, since some gradients sum them as columns. */
+/* How many float64 numbers of workspace a thread needs: for lanes, or the columns' sums and origins, and behind these
+ * for the constants of whole images, which would not fit on the stack. Stacks have room for lanes and for columns,
+ * since some gradients sum them as columns. */
 int64_t fbn_lane_doubles(const fbn_split *split);
+int64_t fbn_room_doubles(const fbn_split *split);
 
-/* The columns in a panel of small planes have at most so many bytes of each constant. */
-enum { FBN_COLUMN_BYTES = 4096 };
+/* The columns in a panel of small planes have at most so many bytes of each constant, but for whole images. Those of a
+ * plan, which has the constants of y alone, fit into the same room. */
+enum { FBN_COLUMN_BYTES = 4096, FBN_PLANNED_BYTES = FBN_COLUMN_BYTES * FBN_CONSTANTS / (FBN_CONSTANTS_OF_Y + 1) };
 
 /* A mixed tile has at most so many positions, and so many bytes of them. */
 enum { FBN_MIXED = 512, FBN_MIXED_BYTES = FBN_MIXED * 8 };

@@ -298,9 +298,10 @@ size_t fbn_workspace_bytes(const fbn_problem *p) {
     if (fbn_check_problem(p)) return 0;
     const fbn_split s = fbn_split_of(p, 1, FBN_REDUCES);
     int64_t doubles = doubles_of(&s);
-    if (!s.rows) { /* a mask makes no difference to rows */
-        const fbn_split masked = fbn_split_of(p, 1, FBN_MASKED);
-        const int64_t more = doubles_of(&masked);
+    /* Rows are cut alike whatever a call does. A single thread needs no more room to map alone than to reduce first. */
+    for (fbn_kind kind = s.threads > 1 ? FBN_MAPS : FBN_MASKED; !s.rows && kind <= FBN_MASKED; kind++) {
+        const fbn_split other = fbn_split_of(p, 1, kind);
+        const int64_t more = doubles_of(&other);
         doubles = doubles > more ? doubles : more;
     }
     return bytes_of(doubles, 2 * ALIGNMENT + most_bytes_of_blocks(p));
@@ -323,7 +324,8 @@ static fbn_job job_of(const fbn_problem *p, const fbn_operation *operation, int 
     j.kernels = p->machine->kernels->of[p->dtype];
     j.sums = p->machine->kernels->sums[p->dtype];
     j.split = fbn_split_of(p, arrays,
-                           masked                                               ? FBN_MASKED
+                           operation == &PLAN_RUN                               ? FBN_PLANNED
+                           : masked                                             ? FBN_MASKED
                            : operation->map == map_affine && !operation->reduce ? FBN_MAPS
                                                                                 : FBN_REDUCES);
     /* Joined planes need no constants for each column, so a panel may be as large as a block, or have all channels. */

@@ -27,8 +27,10 @@ INTS = (
     "shares_channels",
     "large",
     "whole_rows",
+    "whole_images",
+    "planned",
 )
-MAPS, REDUCES, MASKED = range(3)
+MAPS, REDUCES, MASKED, PLANNED = range(4)
 MIXED_BYTES = 4096
 
 
@@ -62,6 +64,8 @@ class Split(ct.Structure):
             "panel",
             "map_panel",
             "whole_rows",
+            "whole_images",
+            "planned",
             "threads",
             "by_channels",
             "shares_channels",
@@ -118,7 +122,8 @@ def split_c(tmp_path_factory: pytest.TempPathFactory) -> ct.CDLL:
     c_api.run([c_api.compiler("cc", "gcc", "clang"), "-shared", "-fPIC", *sources, "-lm", "-o", library])
     loaded = ct.CDLL(str(library))
     loaded.fbn_split_of.restype, loaded.fbn_tile_at.restype = Split, Tile
-    loaded.fbn_start.restype = ct.c_int64
+    for function in (loaded.fbn_start, loaded.fbn_lane_doubles, loaded.fbn_room_doubles):
+        function.restype = ct.c_int64
     loaded.fbn_start.argtypes = [ct.POINTER(Split), ct.c_int64, ct.c_int64]
     loaded.fbn_tile_at.argtypes = [ct.POINTER(Split), ct.c_int64, ct.c_int64, ct.c_int64, ct.c_void_p]
     return loaded
@@ -226,6 +231,7 @@ def test_blocks(split_c: ct.CDLL, shape: tuple[int, int, int], threads: int) -> 
     assert 1 <= split.threads <= max(1, min(threads, values // 32768))
     assert 1 <= split.block <= shape[1]
     assert 1 <= split.panel <= max(split.block, 4096 // 4 // shape[2])
+    assert split_c.fbn_lane_doubles(ct.byref(split)) >= split_c.fbn_room_doubles(ct.byref(split))
     if not split.rows and split.block > split.panel:
         assert split.block * values // shape[1] * 4 <= 1 << 20
     assert split.segment * split.segments >= split.units
@@ -300,6 +306,37 @@ def test_ragged_rows_are_mapped_whole_where_parts_of_vectors_are_slow(split_c: c
             for channels in (1169, 4095, 4096, 8193)
         ]
         assert found == wanted
+
+
+@pytest.mark.parametrize(
+    ("shape", "kind", "threads", "most"),
+    [
+        ((100, 69, 13), REDUCES, 1, 69),  # few enough columns, though 64 channels would be whole cache lines
+        ((100, 128, 9), REDUCES, 1, 64),
+        ((33, 128, 81), REDUCES, 1, 12),  # fewer than are whole lines
+        ((100, 138, 13), REDUCES, 1, 48),  # equal panels
+        ((100, 140, 9), REDUCES, 1, 140),  # no whole lines: a quarter more columns are still one run
+        ((100, 143, 9), REDUCES, 1, 80),
+        ((5000, 151, 28), REDUCES, 1, 151),  # and many more where they are written around the cache
+        ((5000, 151, 28), MAPS, 1, 151),
+        ((5000, 151, 28), PLANNED, 1, 32),  # a plan has no workspace for their constants
+        ((5000, 51, 28), PLANNED, 1, 51),
+        ((5000, 152, 28), REDUCES, 1, 32),  # whole lines
+        ((700, 600, 28), REDUCES, 1, 36),  # too many
+        ((500, 501, 15), REDUCES, 1, 501),
+        ((500, 501, 15), REDUCES, 2, 64),  # a single segment, which threads could not share
+        ((500, 501, 15), MAPS, 2, 501),
+    ],
+)
+def test_small_planes_are_mapped_as_whole_images_or_in_equal_panels(
+    split_c: ct.CDLL, shape: tuple[int, int, int], kind: int, threads: int, most: int
+) -> None:
+    split = split_of(split_c, shape, threads, 1 << 20, kind=kind)
+    assert (split.panel, split.map_panel) == (most, most)
+    room = split_c.fbn_room_doubles(ct.byref(split))
+    columns = most * shape[2] * 4
+    assert (room > 0) == (columns > 4096 and kind != PLANNED), "the stack has no room for larger panels"
+    assert room == 0 or room * 8 >= 10 * (columns + 16 * 4)
 
 
 @pytest.mark.parametrize(
