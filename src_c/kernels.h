@@ -160,6 +160,8 @@ typedef struct {
     int64_t channels; /* sums of stacks: planes of n elements, of so many channels, follow each other in each of `rows`
                        * images. The lanes of a channel are 2 * FBN_LANES from those of the one before it */
     int64_t further;  /* sums of columns: the elements from the end of a stretch to those that are added next */
+    int64_t groups, step; /* sums of columns: so many times `rows` stretches, each time `step` elements further. More
+                           * than one only for float32 and float64 without an activation */
 } fbn_stretch;
 
 /* Sums are float64. The elements of a column are added in the order of the rows. Those of stacks are added likewise,

@@ -58,14 +58,14 @@ static void sum_columns(const fbn_job *j, fbn_loop *loop, int64_t rows, const fb
     fbn_operands o = *operands;
     const int64_t step = fbn_columns(&j->split, j->split.channels), repeat = j->split.repeat, runs = t->rows / repeat;
     const int64_t skip = runs * step * j->split.elem, rest = t->rows % repeat * j->split.channels;
-    fbn_sum_runs(loop, &o, rows, (fbn_runs){runs, step, fbn_columns(&j->split, panel->c1 - panel->c0), 0, 0}, sums,
-                 others);
+    fbn_sum_runs(loop, &o, j->split.elem, rows,
+                 (fbn_runs){runs, step, fbn_columns(&j->split, panel->c1 - panel->c0), 0, 0}, sums, others);
     if (rest == 0) return;
     o.x = at(o.x, skip);
     o.dy = at(o.dy, skip);
     o.residual = at(o.residual, skip);
     o.dz = o.dz ? (char *)o.dz + skip : NULL;
-    fbn_sum_runs(loop, &o, rows, (fbn_runs){1, rest, rest, 0, 0}, sums, others);
+    fbn_sum_runs(loop, &o, j->split.elem, rows, (fbn_runs){1, rest, rest, 0, 0}, sums, others);
 }
 
 /* The units of a tile are images. */

@@ -29,7 +29,8 @@ typedef struct {
 /* `elem` is the bytes of an element. Sums are added to `lanes`, [channels][2][FBN_LANES], or to `sums` and `others`. A
  * map of planes reads dz in the place of dy if dz_step is not 0. */
 void fbn_sum_planes(fbn_loop *loop, const fbn_operands *o, int64_t elem, fbn_planes planes, double *lanes);
-void fbn_sum_runs(fbn_loop *loop, const fbn_operands *o, int64_t rows, fbn_runs runs, double *sums, double *others);
+void fbn_sum_runs(fbn_loop *loop, const fbn_operands *o, int64_t elem, int64_t rows, fbn_runs runs, double *sums,
+                  double *others);
 void fbn_map_planes(fbn_loop *loop, const fbn_operands *o, int64_t elem, fbn_planes planes);
 void fbn_map_runs(fbn_loop *loop, const fbn_operands *o, int64_t elem, fbn_runs runs);
 

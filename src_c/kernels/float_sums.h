@@ -1,10 +1,49 @@
 /* float_sums.h: which loop of sums.h serves a call, and sums of dz that is computed first. */
 
+/* Adds some groups of short rows: one or two vectors of columns, whose sums stay in registers. The last vector has n
+ * columns, and is filled up. */
+FBN_INLINE void NAME(sum_some)(const fbn_operands *o, const fbn_stretch *s, int64_t c, int vectors, int64_t n, vec fill,
+                               int backward) {
+    const NAME(parts) plain = {FBN_IDENTITY, 0, 1, 0, 0};
+    const NAME(constants) none = NAME(constants_at)(o, c, 1, plain);
+    wide origin[2], sum[2], other[2];
+    for (int j = 0; j < vectors; j++) {
+        origin[j] = wget(o->origin + c + j * WIDTH);
+        sum[j] = wget(s->sums + c + j * WIDTH);
+        other[j] = wget(s->others + c + j * WIDTH);
+    }
+    for (int64_t group = 0, first = s->at + c; group < s->groups; group++, first += s->step)
+        for (int64_t r = 0, i = first; r < s->rows; r++, i += s->apart) {
+            NAME(fetch)(o, i, vectors, o->walk.ahead, plain, backward);
+            for (int j = 0; j < vectors; j++)
+                NAME(sum_n)(o, i + j * WIDTH, j == vectors - 1 ? n : WIDTH, &none, origin[j], fill, plain, backward,
+                            &sum[j], &other[j]);
+        }
+    for (int j = 0; j < vectors; j++) {
+        wput(s->sums + c + j * WIDTH, sum[j]);
+        wput(s->others + c + j * WIDTH, other[j]);
+    }
+}
+FBN_INLINE void NAME(sum_groups)(const fbn_operands *o, const fbn_stretch *s, int backward) {
+    const fbn_operands own = *o; /* no store can change it, so loops need not read it again */
+    int64_t c = 0;
+    for (; c + 2 * WIDTH <= s->n; c += 2 * WIDTH) NAME(sum_some)(&own, s, c, 2, WIDTH, vset(0), backward);
+    if (c == s->n) return;
+    const int64_t last = c + WIDTH < s->n ? c + WIDTH : c;
+    real origins[WIDTH];
+    for (int k = 0; k < WIDTH; k++) origins[k] = (real)o->origin[last + k];
+    if (last > c) NAME(sum_some)(&own, s, c, 2, s->n - last, vget(origins), backward);
+    else NAME(sum_some)(&own, s, c, 1, s->n - last, vget(origins), backward);
+}
+FBN_APART void NAME(moments_groups)(const fbn_operands *o, const fbn_stretch *s) { NAME(sum_groups)(o, s, 0); }
+FBN_APART void NAME(plain_groups)(const fbn_operands *o, const fbn_stretch *s) { NAME(sum_groups)(o, s, 1); }
+
 FBN_APART void NAME(plain_plane)(const fbn_operands *o, const fbn_stretch *s) {
     NAME(sum_as)(o, s, 0, 1, (NAME(parts)){FBN_IDENTITY, 0, 1, 0, 0});
 }
 FBN_APART void NAME(plain_columns)(const fbn_operands *o, const fbn_stretch *s) {
-    NAME(sum_as)(o, s, 1, 1, (NAME(parts)){FBN_IDENTITY, 0, 1, 0, 0});
+    if (s->groups > 1) NAME(plain_groups)(o, s);
+    else NAME(sum_as)(o, s, 1, 1, (NAME(parts)){FBN_IDENTITY, 0, 1, 0, 0});
 }
 
 /* How many bytes ahead a piece fetches. The last of a plane fetches from the plane that comes after it. Where one
@@ -98,7 +137,8 @@ FBN_APART void NAME(moments_plane)(const fbn_operands *o, const fbn_stretch *s) 
     NAME(sum_as)(o, s, 0, 0, (NAME(parts)){FBN_IDENTITY, 0, 1, 0, 0});
 }
 static void NAME(moments_columns)(const fbn_operands *o, const fbn_stretch *s) {
-    NAME(sum_as)(o, s, 1, 0, (NAME(parts)){FBN_IDENTITY, 0, 1, 0, 0});
+    if (s->groups > 1) NAME(moments_groups)(o, s);
+    else NAME(sum_as)(o, s, 1, 0, (NAME(parts)){FBN_IDENTITY, 0, 1, 0, 0});
 }
 static void NAME(grad_moments_plane)(const fbn_operands *o, const fbn_stretch *s) { NAME(grad_moments)(o, s, 0); }
 static void NAME(grad_moments_columns)(const fbn_operands *o, const fbn_stretch *s) { NAME(grad_moments)(o, s, 1); }
