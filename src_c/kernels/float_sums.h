@@ -24,19 +24,32 @@ FBN_INLINE void NAME(sum_some)(const fbn_operands *o, const fbn_stretch *s, int6
         wput(s->others + c + j * WIDTH, other[j]);
     }
 }
-FBN_INLINE void NAME(sum_groups)(const fbn_operands *o, const fbn_stretch *s, int backward) {
+/* The last columns: at most two vectors, and not two whole ones. */
+FBN_INLINE void NAME(sum_rest)(const fbn_operands *o, const fbn_stretch *s, int64_t c, int backward) {
+    const int64_t n = s->n - c, last = n > WIDTH ? WIDTH : 0;
+    real origins[WIDTH];
+    for (int k = 0; k < WIDTH; k++) origins[k] = (real)o->origin[c + last + k];
+    if (last) NAME(sum_some)(o, s, c, 2, n - WIDTH, vget(origins), backward);
+    else NAME(sum_some)(o, s, c, 1, n, vget(origins), backward);
+}
+FBN_APART void NAME(moments_groups_rest)(const fbn_operands *o, const fbn_stretch *s, int64_t c) {
+    NAME(sum_rest)(o, s, c, 0);
+}
+FBN_APART void NAME(plain_groups_rest)(const fbn_operands *o, const fbn_stretch *s, int64_t c) {
+    NAME(sum_rest)(o, s, c, 1);
+}
+FBN_APART void NAME(moments_groups)(const fbn_operands *o, const fbn_stretch *s) {
     const fbn_operands own = *o; /* no store can change it, so loops need not read it again */
     int64_t c = 0;
-    for (; c + 2 * WIDTH <= s->n; c += 2 * WIDTH) NAME(sum_some)(&own, s, c, 2, WIDTH, vset(0), backward);
-    if (c == s->n) return;
-    const int64_t last = c + WIDTH < s->n ? c + WIDTH : c;
-    real origins[WIDTH];
-    for (int k = 0; k < WIDTH; k++) origins[k] = (real)o->origin[last + k];
-    if (last > c) NAME(sum_some)(&own, s, c, 2, s->n - last, vget(origins), backward);
-    else NAME(sum_some)(&own, s, c, 1, s->n - last, vget(origins), backward);
+    for (; c + 2 * WIDTH <= s->n; c += 2 * WIDTH) NAME(sum_some)(&own, s, c, 2, WIDTH, vset(0), 0);
+    if (c < s->n) NAME(moments_groups_rest)(o, s, c);
 }
-FBN_APART void NAME(moments_groups)(const fbn_operands *o, const fbn_stretch *s) { NAME(sum_groups)(o, s, 0); }
-FBN_APART void NAME(plain_groups)(const fbn_operands *o, const fbn_stretch *s) { NAME(sum_groups)(o, s, 1); }
+FBN_APART void NAME(plain_groups)(const fbn_operands *o, const fbn_stretch *s) {
+    const fbn_operands own = *o;
+    int64_t c = 0;
+    for (; c + 2 * WIDTH <= s->n; c += 2 * WIDTH) NAME(sum_some)(&own, s, c, 2, WIDTH, vset(0), 1);
+    if (c < s->n) NAME(plain_groups_rest)(o, s, c);
+}
 
 FBN_APART void NAME(plain_plane)(const fbn_operands *o, const fbn_stretch *s) {
     NAME(sum_as)(o, s, 0, 1, (NAME(parts)){FBN_IDENTITY, 0, 1, 0, 0});
