@@ -161,7 +161,7 @@ typedef struct {
                        * images. The lanes of a channel are 2 * FBN_LANES from those of the one before it */
     int64_t further;  /* sums of columns: the elements from the end of a stretch to those that are added next */
     int64_t groups, step; /* sums of columns: so many times `rows` stretches, each time `step` elements further. More
-                           * than one only for float32 and float64 without an activation */
+                           * than one only where the table says so, and without an activation */
 } fbn_stretch;
 
 /* Sums are float64. The elements of a column are added in the order of the rows. Those of stacks are added likewise,
@@ -191,6 +191,7 @@ typedef void fbn_fence(void);
 
 typedef struct {
     int first_constant; /* FBN_SCALE_LOW or, where that is not read, the one after it */
+    int adds_groups;    /* sums of columns may get several groups of rows at once */
     int fast_parts;     /* storing a part of a vector takes no longer than storing all of it */
     fbn_set_origin *set_origin;
     fbn_get_values *get;

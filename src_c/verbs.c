@@ -52,20 +52,29 @@ static fbn_operands operands_of(const fbn_job *j, const fbn_tile *t, const fbn_p
                           .walk = j->split.walk};
 }
 
+/* How many groups of rows a loop gets at once: those of short rows are so many that the sums of some columns are loaded
+ * and stored once for all that stays in the nearest cache. */
+static int64_t groups_of(const fbn_job *j, const fbn_operands *o, int64_t rows, int64_t length) {
+    enum { SHORT = 192, SOME = 8192 }; /* bytes */
+    const int64_t bytes = length * j->split.elem;
+    const int is_plain = !o->dy || o->activation == FBN_IDENTITY;
+    return j->sums->adds_groups && is_plain && bytes <= SHORT ? SOME / (rows * bytes) : 1;
+}
+
 /* Small planes are runs of the panel's columns. Rows are runs of `repeat` rows that are joined, and what is left. */
 static void sum_columns(const fbn_job *j, fbn_loop *loop, int64_t rows, const fbn_operands *operands, const fbn_tile *t,
                         const fbn_panel *panel, double *sums, double *others) {
     fbn_operands o = *operands;
     const int64_t step = fbn_columns(&j->split, j->split.channels), repeat = j->split.repeat, runs = t->rows / repeat;
     const int64_t skip = runs * step * j->split.elem, rest = t->rows % repeat * j->split.channels;
-    fbn_sum_runs(loop, &o, j->split.elem, rows,
-                 (fbn_runs){runs, step, fbn_columns(&j->split, panel->c1 - panel->c0), 0, 0}, sums, others);
+    const int64_t length = fbn_columns(&j->split, panel->c1 - panel->c0), groups = groups_of(j, &o, rows, length);
+    fbn_sum_runs(loop, &o, rows, groups, (fbn_runs){runs, step, length, 0, 0}, sums, others);
     if (rest == 0) return;
     o.x = at(o.x, skip);
     o.dy = at(o.dy, skip);
     o.residual = at(o.residual, skip);
     o.dz = o.dz ? (char *)o.dz + skip : NULL;
-    fbn_sum_runs(loop, &o, j->split.elem, rows, (fbn_runs){1, rest, rest, 0, 0}, sums, others);
+    fbn_sum_runs(loop, &o, rows, 1, (fbn_runs){1, rest, rest, 0, 0}, sums, others);
 }
 
 /* The units of a tile are images. */

@@ -74,19 +74,11 @@ void fbn_sum_planes(fbn_loop *loop, const fbn_operands *o, int64_t elem, fbn_pla
     }
 }
 
-/* How many groups of rows a loop gets at once: those of short rows are so many that the sums of a vector of columns are
- * loaded and stored once for all that stays in the nearest cache. */
-static int64_t groups_of(const fbn_operands *o, int64_t elem, int64_t rows, int64_t length) {
-    enum { SHORT = 192, SOME = 8192 }; /* bytes */
-    const int is_plain = elem >= (int64_t)sizeof(float) && (!o->dy || o->activation == FBN_IDENTITY);
-    return is_plain && length * elem <= SHORT ? SOME / (rows * length * elem) : 1;
-}
-
 /* Rows that are added at a time are far apart, since most processors read several streams faster than one. What
  * would be fetched beyond the end of a run is fetched from the one that comes next. */
-void fbn_sum_runs(fbn_loop *loop, const fbn_operands *o, int64_t elem, int64_t rows, fbn_runs r, double *sums,
+void fbn_sum_runs(fbn_loop *loop, const fbn_operands *o, int64_t rows, int64_t groups, fbn_runs r, double *sums,
                   double *others) {
-    const int64_t times = r.count / rows, most = groups_of(o, elem, rows, r.length);
+    const int64_t times = r.count / rows;
     fbn_stretch s = {.n = r.length,
                      .rows = rows,
                      .apart = times * r.apart,
@@ -96,7 +88,7 @@ void fbn_sum_runs(fbn_loop *loop, const fbn_operands *o, int64_t elem, int64_t r
                      .further = r.apart - r.length};
     for (int64_t i = 0; i < times; i += s.groups) {
         s.at = i * r.apart;
-        s.groups = smaller(most, times - i);
+        s.groups = smaller(groups, times - i);
         loop(o, &s);
     }
     s.at = times * rows * r.apart;

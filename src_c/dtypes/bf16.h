@@ -8,6 +8,7 @@
 #define SPLITS_SCALE F32_SPLITS_B
 #define WIDENS 1
 #define LONG_CONVERSIONS 0
+#define ADDS_GROUPS 0
 #define SUMS "../kernels/widened_sums.h"
 #define value_of bf16_value
 #define vset f32_set

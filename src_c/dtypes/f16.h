@@ -8,6 +8,7 @@
 #define SPLITS_SCALE F32_SPLITS_B
 #define WIDENS 1
 #define LONG_CONVERSIONS F32_SPLITS_B
+#define ADDS_GROUPS 0
 #define SUMS "../kernels/widened_sums.h"
 #define value_of f16_value
 #define vset f32_set

@@ -8,6 +8,7 @@
 #define SPLITS_SCALE F32_SPLITS_B
 #define WIDENS 0
 #define LONG_CONVERSIONS 0
+#define ADDS_GROUPS !F32_SPLITS_B
 #define SUMS "../kernels/float_sums.h"
 #define value_of f32_value
 #define vset f32_set

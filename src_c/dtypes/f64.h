@@ -8,6 +8,7 @@
 #define SPLITS_SCALE F64_SPLITS_B
 #define WIDENS 0
 #define LONG_CONVERSIONS 0
+#define ADDS_GROUPS 0
 #define SUMS "../kernels/float_sums.h"
 #define value_of f64_value
 #define vset f64_set

@@ -8,6 +8,7 @@
 #undef SPLITS_SCALE
 #undef WIDENS
 #undef LONG_CONVERSIONS
+#undef ADDS_GROUPS
 #undef SUMS
 #undef value_of
 #undef vset

@@ -26,6 +26,7 @@
 
 static const fbn_dtype_kernels NAME(kernels) = {
     .first_constant = SPLITS_SCALE ? FBN_SCALE_LOW : FBN_SCALE_LOW + 1,
+    .adds_groups = ADDS_GROUPS,
     .fast_parts = FAST_PARTS,
     .set_origin = NAME(set_origin),
     .get = NAME_OF_REAL(get),

@@ -1,6 +1,8 @@
 /* float_sums.h: which loop of sums.h serves a call, and sums of dz that is computed first. */
 
-/* Adds some groups of short rows: one or two vectors of columns, whose sums stay in registers. The last vector has n
+/* ---- several groups of short rows (float32 alone, which is most of what is computed) ---- */
+
+/* Adds the groups: one or two vectors of columns, whose sums stay in registers. The last vector has n
  * columns, and is filled up. */
 FBN_INLINE void NAME(sum_some)(const fbn_operands *o, const fbn_stretch *s, int64_t c, int vectors, int64_t n, vec fill,
                                int backward) {
@@ -24,6 +26,7 @@ FBN_INLINE void NAME(sum_some)(const fbn_operands *o, const fbn_stretch *s, int6
         wput(s->others + c + j * WIDTH, other[j]);
     }
 }
+
 /* The last columns: at most two vectors, and not two whole ones. */
 FBN_INLINE void NAME(sum_rest)(const fbn_operands *o, const fbn_stretch *s, int64_t c, int backward) {
     const int64_t n = s->n - c, last = n > WIDTH ? WIDTH : 0;
@@ -51,11 +54,13 @@ FBN_APART void NAME(plain_groups)(const fbn_operands *o, const fbn_stretch *s) {
     if (c < s->n) NAME(plain_groups_rest)(o, s, c);
 }
 
+/* ---- sums of dz that is dy, or is computed first ---- */
+
 FBN_APART void NAME(plain_plane)(const fbn_operands *o, const fbn_stretch *s) {
     NAME(sum_as)(o, s, 0, 1, (NAME(parts)){FBN_IDENTITY, 0, 1, 0, 0});
 }
 FBN_APART void NAME(plain_columns)(const fbn_operands *o, const fbn_stretch *s) {
-    if (s->groups > 1) NAME(plain_groups)(o, s);
+    if (ADDS_GROUPS && s->groups > 1) NAME(plain_groups)(o, s);
     else NAME(sum_as)(o, s, 1, 1, (NAME(parts)){FBN_IDENTITY, 0, 1, 0, 0});
 }
 
@@ -150,7 +155,7 @@ FBN_APART void NAME(moments_plane)(const fbn_operands *o, const fbn_stretch *s) 
     NAME(sum_as)(o, s, 0, 0, (NAME(parts)){FBN_IDENTITY, 0, 1, 0, 0});
 }
 static void NAME(moments_columns)(const fbn_operands *o, const fbn_stretch *s) {
-    if (s->groups > 1) NAME(moments_groups)(o, s);
+    if (ADDS_GROUPS && s->groups > 1) NAME(moments_groups)(o, s);
     else NAME(sum_as)(o, s, 1, 0, (NAME(parts)){FBN_IDENTITY, 0, 1, 0, 0});
 }
 static void NAME(grad_moments_plane)(const fbn_operands *o, const fbn_stretch *s) { NAME(grad_moments)(o, s, 0); }

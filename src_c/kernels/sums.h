@@ -193,16 +193,16 @@ FBN_INLINE void NAME(sum_stack)(const fbn_operands *o, const fbn_stretch *s, int
     }
 }
 
-/* All the lanes at once have more sums that do not wait for each other, but need all registers, which is faster for
- * FBN_ROWS images alone; those of gradients would need too many. A single image needs no loop over rows. */
+/* A single image needs no loop over rows. All the lanes at once have more sums that do not wait for each other, but
+ * need all registers, which is faster for FBN_ROWS images alone; those of gradients would need too many. */
 FBN_INLINE void NAME(sum_stacks)(const fbn_operands *o, const fbn_stretch *s, NAME(parts) p, int backward) {
     enum { STEP = FBN_LANES / WIDTH };
     const fbn_operands own = *o; /* no store can change it, so loops need not read it again */
     const fbn_stretch stretch = *s;
     const int64_t channels = stretch.channels, rows = stretch.rows;
-    if (p.usual && rows == 1)
+    if (!(p.activation & NAME(ANY)) && rows == 1)
         for (int64_t c = 0; c < channels; c++) NAME(sum_stack)(&own, &stretch, c, 1, 1, p, backward);
-    else if (!backward && rows == FBN_ROWS)
+    else if (STEP > 1 && !backward && rows == FBN_ROWS)
         for (int64_t c = 0; c < channels; c++) NAME(sum_stack)(&own, &stretch, c, rows, STEP, p, backward);
     else
         for (int64_t c = 0; c < channels; c++) NAME(sum_stack)(&own, &stretch, c, rows, 1, p, backward);

@@ -153,10 +153,7 @@ FBN_INLINE f64_vec f64_where_less(f64_vec a, f64_vec b, f64_vec c, f64_vec d) { 
 FBN_INLINE f64_vec f64_min(f64_vec a, f64_vec b) { return f64_where_less(a, b, a, b); }
 FBN_INLINE f64_vec f64_max(f64_vec a, f64_vec b) { return f64_where_less(b, a, a, b); }
 FBN_INLINE f64_vec f64_relu(f64_vec a) { return f64_of_bits(~EACH(a < 0) & f64_bits(a)); }
-/* Not ~EACH(z <= 0), which GCC 12 cannot compile where z is constant. */
-FBN_INLINE f64_vec f64_keep_if_positive(f64_vec z, f64_vec a) {
-    return f64_of_bits((EACH(z > 0) | EACH(z != z)) & f64_bits(a));
-}
+FBN_INLINE f64_vec f64_keep_if_positive(f64_vec z, f64_vec a) { return f64_of_bits(~EACH(z <= 0) & f64_bits(a)); }
 FBN_INLINE f64_vec f64_zero_nan(f64_vec a) { return f64_of_bits(EACH(a == a) & f64_bits(a)); }
 FBN_INLINE f64_vec f64_minus_abs(f64_vec a) { return f64_of_bits(f64_bits(f64_set(-(double)0)) | f64_bits(a)); }
 static inline f64_vec f64_power_of_2(f64_lanes e) { return f64_of_bits((e + 1023) << 52); }

@@ -82,7 +82,7 @@ class Split(ct.Structure):
 class DtypeKernels(ct.Structure):
     """The first fields of fbn_dtype_kernels, which are all that a split asks for."""
 
-    _fields_ = (("first_constant", ct.c_int), ("fast_parts", ct.c_int))
+    _fields_ = (("first_constant", ct.c_int), ("adds_groups", ct.c_int), ("fast_parts", ct.c_int))
 
 
 class Kernels(ct.Structure):
@@ -140,7 +140,7 @@ def split_of(
     fast_parts: bool = True,
     dtype: int = 0,
 ) -> Any:
-    kernels = Kernels(None, (ct.POINTER(DtypeKernels) * 4)(*[ct.pointer(DtypeKernels(0, fast_parts))] * 4))
+    kernels = Kernels(None, (ct.POINTER(DtypeKernels) * 4)(*[ct.pointer(DtypeKernels(0, 0, fast_parts))] * 4))
     machine = c_api.Machine(ct.addressof(kernels), core, 8 << 20, c_api.Habits(*habits))
     problem = c_api.Problem(ct.pointer(machine), dtype, 0, 0.0, *shape, threads)
     return split_c.fbn_split_of(ct.byref(problem), arrays, kind)
