@@ -193,19 +193,21 @@ FBN_INLINE void NAME(sum_stack)(const fbn_operands *o, const fbn_stretch *s, int
     }
 }
 
-/* A single image needs no loop over rows. All the lanes at once have more sums that do not wait for each other, but
- * need all registers, which is faster for FBN_ROWS images alone; those of gradients would need too many. */
+/* All the lanes at once have more sums that do not wait for each other. Those of gradients would need too many
+ * registers, as would those of float32, whose sums are twice as wide, but for FBN_ROWS images. A single image needs no
+ * loop over rows. */
 FBN_INLINE void NAME(sum_stacks)(const fbn_operands *o, const fbn_stretch *s, NAME(parts) p, int backward) {
-    enum { STEP = FBN_LANES / WIDTH };
+    enum { STEP = FBN_LANES / WIDTH, IS_DOUBLE = sizeof(real) == sizeof(double) };
     const fbn_operands own = *o; /* no store can change it, so loops need not read it again */
     const fbn_stretch stretch = *s;
     const int64_t channels = stretch.channels, rows = stretch.rows;
+    const int vectors = IS_DOUBLE && !backward ? STEP : 1;
     if (!(p.activation & NAME(ANY)) && rows == 1)
-        for (int64_t c = 0; c < channels; c++) NAME(sum_stack)(&own, &stretch, c, 1, 1, p, backward);
-    else if (STEP > 1 && !backward && rows == FBN_ROWS)
+        for (int64_t c = 0; c < channels; c++) NAME(sum_stack)(&own, &stretch, c, 1, vectors, p, backward);
+    else if (vectors < STEP && !backward && rows == FBN_ROWS)
         for (int64_t c = 0; c < channels; c++) NAME(sum_stack)(&own, &stretch, c, rows, STEP, p, backward);
     else
-        for (int64_t c = 0; c < channels; c++) NAME(sum_stack)(&own, &stretch, c, rows, 1, p, backward);
+        for (int64_t c = 0; c < channels; c++) NAME(sum_stack)(&own, &stretch, c, rows, vectors, p, backward);
 }
 
 FBN_INLINE void NAME(sum_as)(const fbn_operands *o, const fbn_stretch *s, int columns, int backward, NAME(parts) p) {
