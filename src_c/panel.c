@@ -2,7 +2,7 @@
  *
  * Planes and rows use the constants of the channels themselves. Where several rows are joined, finish.c has repeated
  * the constants for each of them. The columns of small planes need each channel's constants once per element of a
- * plane: they are spread for one panel at a time, so that they stay in the nearest cache.
+ * plane: they are spread for one panel at a time, so that they stay in the nearest cache, unless whole images are one.
  */
 #include <string.h>
 

@@ -77,8 +77,8 @@ static void begin(fbn_job *j, int64_t c0, int64_t c1) {
 
 /* All steps on one of this thread's blocks of channels, then on the next. */
 static void work_by_channels(fbn_job *j, int64_t t, int threads) {
-    _Alignas(64) double stack[FBN_ROOM / sizeof(double)]; /* as kernels.h says of the stack */
-    void *room = room_of(j, t, stack);
+    _Alignas(64) double on_stack[FBN_ROOM / sizeof(double)]; /* as kernels.h says of the stack */
+    void *room = room_of(j, t, on_stack);
     const fbn_operation *o = j->operation;
     const int64_t C = j->split.channels, block = j->split.block, blocks = divide_up(C, block);
     char *dz = j->dz_blocks ? j->dz_blocks + t * fbn_block_bytes(&j->split, block) : NULL;
@@ -101,8 +101,8 @@ static void barrier(int threads) {
 /* This thread's share of the first step, then of the next. Share t of n things is [n * t / threads, n * (t + 1) /
  * threads). */
 static void work_by_steps(fbn_job *j, int64_t t, int threads) {
-    _Alignas(64) double stack[FBN_ROOM / sizeof(double)]; /* as kernels.h says of the stack */
-    void *room = room_of(j, t, stack);
+    _Alignas(64) double on_stack[FBN_ROOM / sizeof(double)]; /* as kernels.h says of the stack */
+    void *room = room_of(j, t, on_stack);
     const fbn_operation *o = j->operation;
     const int64_t C = j->split.channels, pad = FBN_CHANNEL_PAD, groups = divide_up(C, pad);
     const int64_t c0 = groups * t / threads * pad, c1 = smaller(groups * (t + 1) / threads * pad, C);

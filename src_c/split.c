@@ -13,10 +13,11 @@ enum {
     LEAST_JOINED = 40,  /* planes of so many elements are mapped joined: most vectors lie within one */
     STRETCH = 4096,     /* the elements of a unit of joined planes */
     SMALL_PLANES = 64,  /* the least small planes of a channel that are mapped at a time */
-    MAPPED_BYTES = 1 << 14,    /* of the constants of the channels of rows that are mapped at a time */
-    JOINED = 512,              /* sums join shorter rows to so many columns */
-    JOINED_TO_MAP = 256,       /* maps to so many, whose constants leave room in the nearest cache */
-    WHOLE_BYTES = 1 << 16,     /* of each constant of the columns of whole images */
+    MAPPED_BYTES = 1 << 14, /* of the constants of the channels of rows that are mapped at a time */
+    JOINED = 512,           /* sums join shorter rows to so many columns */
+    JOINED_TO_MAP = 256,    /* maps to so many, whose constants leave room in the nearest cache */
+    WHOLE_BYTES = 1 << 16,  /* of each constant of the columns of whole images that are written around the cache, ... */
+    WHOLE_IN_CACHE = 5 << 10,  /* ... and of others */
     BLOCK_CHANNELS = 64,       /* the most channels in a channels-first block ... */
     MASKED_CHANNELS = 8,       /* ... and the least that are looked for with a mask */
     CHUNK = 1 << 18,           /* bytes of rows that are mapped at a time, on the way from the end backwards */
@@ -66,7 +67,7 @@ static int share_well(int64_t parts, int64_t threads) { return 5 * divide_up(par
  * long to write, above all around the cache. Threads that reduce share the segments. */
 static int has_whole_images(const fbn_split *s, fbn_kind kind) {
     const int64_t columns = s->channels * s->inner, bytes = columns * s->real;
-    const int64_t most = s->large ? WHOLE_BYTES : FBN_COLUMN_BYTES / 4 * 5;
+    const int64_t most = s->large ? WHOLE_BYTES : WHOLE_IN_CACHE;
     if (!s->columns || s->rows || s->joins || bytes <= FBN_COLUMN_BYTES || columns * s->elem % FBN_LINE == 0) return 0;
     if (kind == FBN_PLANNED) return bytes <= smaller(most, FBN_PLANNED_BYTES);
     return bytes <= most && (s->maps || share_well(s->segments, s->threads));
@@ -227,6 +228,7 @@ int64_t fbn_columns(const fbn_split *s, int64_t channels) { return channels * (s
 int64_t fbn_block_bytes(const fbn_split *s, int64_t channels) { return channels * channel_bytes(s, 1); }
 
 int64_t fbn_lane_doubles(const fbn_split *s) {
+    if (s->maps) return fbn_room_doubles(s);
     const int64_t columns = s->columns ? 3 * fbn_padded(fbn_columns(s, s->panel)) : 0;
     const int64_t channels = s->stacks ? FBN_STACKS : s->columns ? 0 : s->panel; /* with lanes */
     return larger(columns, channels * 2 * FBN_LANES) + fbn_room_doubles(s);

@@ -43,7 +43,8 @@ typedef struct {
     fbn_walk walk;
 } fbn_split;
 
-/* What a call does: it only maps, or it reduces and then maps, or it does both with a mask, or it maps by a plan. */
+/* What a call does: it only maps, or it reduces and then maps, or it does both with a mask. These have a workspace. The
+ * last one maps by a plan instead. */
 typedef enum { FBN_MAPS, FBN_REDUCES, FBN_MASKED, FBN_PLANNED } fbn_kind;
 
 /* The split of a valid problem, for a call that reads this number of large arrays. */
@@ -72,9 +73,9 @@ int64_t fbn_block_bytes(const fbn_split *split, int64_t channels);
 /* The channels of stacks that kernels get at once. */
 enum { FBN_STACKS = 32 };
 
-/* How many float64 numbers of workspace a thread needs: for lanes, or the columns' sums and origins, and behind these
- * for the constants of whole images, which would not fit on the stack. Stacks have room for lanes and for columns,
- * since some gradients sum them as columns. */
+/* How many float64 numbers of workspace a thread needs: to reduce, for lanes, or the columns' sums and origins; behind
+ * these for the constants of whole images, which would not fit on the stack. Stacks have room for lanes and for
+ * columns, since some gradients sum them as columns. */
 int64_t fbn_lane_doubles(const fbn_split *split);
 int64_t fbn_room_doubles(const fbn_split *split);
 

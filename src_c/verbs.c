@@ -52,13 +52,13 @@ static fbn_operands operands_of(const fbn_job *j, const fbn_tile *t, const fbn_p
                           .walk = j->split.walk};
 }
 
-/* How many groups of rows a loop gets at once: those of short rows are so many that the sums of some columns are loaded
- * and stored once for all that stays in the nearest cache. */
+/* How many groups of rows a loop gets at once. Those of short rows are as many as stay in the nearest cache, so that it
+ * loads and stores the sums of some columns once for all of them. */
 static int64_t groups_of(const fbn_job *j, const fbn_operands *o, int64_t rows, int64_t length) {
-    enum { SHORT = 192, SOME = 8192 }; /* bytes */
+    enum { SHORT_ROW = 192, IN_CACHE = 8192 }; /* bytes */
     const int64_t bytes = length * j->split.elem;
     const int is_plain = !o->dy || o->activation == FBN_IDENTITY;
-    return j->sums->adds_groups && is_plain && bytes <= SHORT ? SOME / (rows * bytes) : 1;
+    return j->sums->adds_groups && is_plain && bytes <= SHORT_ROW ? IN_CACHE / (rows * bytes) : 1;
 }
 
 /* Small planes are runs of the panel's columns. Rows are runs of `repeat` rows that are joined, and what is left. */
@@ -307,7 +307,7 @@ size_t fbn_workspace_bytes(const fbn_problem *p) {
     if (fbn_check_problem(p)) return 0;
     const fbn_split s = fbn_split_of(p, 1, FBN_REDUCES);
     int64_t doubles = doubles_of(&s);
-    /* Rows are cut alike whatever a call does. A single thread needs no more room to map alone than to reduce first. */
+    /* Rows are cut alike whatever a call does. A single thread needs no more to map alone than to reduce first. */
     for (fbn_kind kind = s.threads > 1 ? FBN_MAPS : FBN_MASKED; !s.rows && kind <= FBN_MASKED; kind++) {
         const fbn_split other = fbn_split_of(p, 1, kind);
         const int64_t more = doubles_of(&other);

@@ -274,6 +274,6 @@ FBN_INLINE void NAME(fold_all)(const double *values, int64_t n, int64_t apart, i
     }
 }
 static void NAME(fold)(const double *values, int64_t n, int64_t apart, int64_t count, double *sums) {
-    if (n == FBN_LANES) NAME(fold_all)(values, FBN_LANES, apart, count, sums); /* most sums are; it has few steps */
+    if (n == FBN_LANES) NAME(fold_all)(values, FBN_LANES, apart, count, sums); /* those of planes, in few steps */
     else NAME(fold_all)(values, n, apart, count, sums);
 }

@@ -1,9 +1,9 @@
 /* float_sums.h: which loop of sums.h serves a call, and sums of dz that is computed first. */
 
-/* ---- several groups of short rows (float32 alone, which is most of what is computed) ---- */
+/* ---- several groups of short rows, without an activation (ADDS_GROUPS) ---- */
 
-/* Adds the groups: one or two vectors of columns, whose sums stay in registers. The last vector has n
- * columns, and is filled up. */
+/* Adds one or two vectors of columns, whose sums stay in registers from group to group. The last vector has n columns,
+ * and is filled up. */
 FBN_INLINE void NAME(sum_some)(const fbn_operands *o, const fbn_stretch *s, int64_t c, int vectors, int64_t n, vec fill,
                                int backward) {
     const NAME(parts) plain = {FBN_IDENTITY, 0, 1, 0, 0};
@@ -54,7 +54,7 @@ FBN_APART void NAME(plain_groups)(const fbn_operands *o, const fbn_stretch *s) {
     if (c < s->n) NAME(plain_groups_rest)(o, s, c);
 }
 
-/* ---- sums of dz that is dy, or is computed first ---- */
+/* ---- which loop serves a call ---- */
 
 FBN_APART void NAME(plain_plane)(const fbn_operands *o, const fbn_stretch *s) {
     NAME(sum_as)(o, s, 0, 1, (NAME(parts)){FBN_IDENTITY, 0, 1, 0, 0});

@@ -193,9 +193,9 @@ FBN_INLINE void NAME(sum_stack)(const fbn_operands *o, const fbn_stretch *s, int
     }
 }
 
-/* All the lanes at once have more sums that do not wait for each other. Those of gradients would need too many
- * registers, as would those of float32, whose sums are twice as wide, but for FBN_ROWS images. A single image needs no
- * loop over rows. */
+/* float64 takes all lanes at once, which are more sums that do not wait for each other. Gradients, and dtypes that are
+ * computed in float32, whose sums take twice as many registers, take one vector of them. Only for FBN_ROWS images,
+ * where lanes stay in registers for longest, are all of them faster. A single image needs no loop over rows. */
 FBN_INLINE void NAME(sum_stacks)(const fbn_operands *o, const fbn_stretch *s, NAME(parts) p, int backward) {
     enum { STEP = FBN_LANES / WIDTH, IS_DOUBLE = sizeof(real) == sizeof(double) };
     const fbn_operands own = *o; /* no store can change it, so loops need not read it again */

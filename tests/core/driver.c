@@ -22,6 +22,10 @@ static void set_shape(fbn_problem *p, int large) {
     if (large) {
         p->channels = pick(channels, 9);
         p->inner = pick(inner, p->channels > 3 ? 8 : 9);
+        if (one_in(4)) { /* small planes: whole images beside panels, and short rows */
+            p->inner = 2 + below(38);
+            p->channels = (one_in(2) ? 1000 + below(600) : 16 + below(32)) / p->inner + 1;
+        }
         p->outer = (2 * FBN_WORK_PER_THREAD + below(100000)) / (p->channels * p->inner) + 1;
     } else {
         p->outer = below(one_in(4) ? 200 : 7);

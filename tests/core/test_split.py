@@ -231,7 +231,9 @@ def test_blocks(split_c: ct.CDLL, shape: tuple[int, int, int], threads: int) -> 
     assert 1 <= split.threads <= max(1, min(threads, values // 32768))
     assert 1 <= split.block <= shape[1]
     assert 1 <= split.panel <= max(split.block, 4096 // 4 // shape[2])
-    assert split_c.fbn_lane_doubles(ct.byref(split)) >= split_c.fbn_room_doubles(ct.byref(split))
+    for kind in (MAPS, PLANNED):
+        maps = split_of(split_c, shape, threads, 1 << 20, kind=kind)
+        assert split_c.fbn_lane_doubles(ct.byref(maps)) == 0, "what is only mapped needs no lanes"
     if not split.rows and split.block > split.panel:
         assert split.block * values // shape[1] * 4 <= 1 << 20
     assert split.segment * split.segments >= split.units
