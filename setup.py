@@ -213,7 +213,8 @@ extension = Extension(
     "fastbn._backends.c.bridge",
     ["fastbn/_backends/c/bridge.pyx"],
     include_dirs=["src_c", np.get_include()],
-    # Python's own flags have -O3, with which it compiles longer and runs no faster, nor does it with aligned jumps.
+    # Python's own flags have -O3, with which it compiles longer and runs no faster. Nor does it with aligned jumps,
+    # which take room, as do tables that unwind the stack (see FLAGS).
     extra_compile_args=[]
     if MSVC
     else ["-g0", "-O2", "-fno-asynchronous-unwind-tables", "-falign-jumps=1", "-falign-labels=1"],

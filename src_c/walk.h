@@ -27,8 +27,8 @@ typedef struct {
 } fbn_runs;
 
 /* `elem` is the bytes of an element. Sums of runs add `rows` of them at a time, and give a loop at most so many groups
- * of them at once. Sums are added to `lanes`, [channels][2][FBN_LANES], or to `sums` and `others`. A
- * map of planes reads dz in the place of dy if dz_step is not 0. */
+ * of them at once. Sums are added to `lanes`, [channels][2][FBN_LANES], or to `sums` and `others`. A map of planes
+ * reads dz in the place of dy if dz_step is not 0. */
 void fbn_sum_planes(fbn_loop *loop, const fbn_operands *o, int64_t elem, fbn_planes planes, double *lanes);
 void fbn_sum_runs(fbn_loop *loop, const fbn_operands *o, int64_t rows, int64_t groups, fbn_runs runs, double *sums,
                   double *others);

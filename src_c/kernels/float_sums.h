@@ -2,29 +2,11 @@
 
 /* ---- several groups of short rows, without an activation (ADDS_GROUPS) ---- */
 
-/* Adds one or two vectors of columns, whose sums stay in registers from group to group. The last vector has n columns,
- * and is filled up. */
+/* One or two vectors of columns, whose sums stay in registers from group to group. */
 FBN_INLINE void NAME(sum_some)(const fbn_operands *o, const fbn_stretch *s, int64_t c, int vectors, int64_t n, vec fill,
                                int backward) {
     const NAME(parts) plain = {FBN_IDENTITY, 0, 1, 0, 0};
-    const NAME(constants) none = NAME(constants_at)(o, c, 1, plain);
-    wide origin[2], sum[2], other[2];
-    for (int j = 0; j < vectors; j++) {
-        origin[j] = wget(o->origin + c + j * WIDTH);
-        sum[j] = wget(s->sums + c + j * WIDTH);
-        other[j] = wget(s->others + c + j * WIDTH);
-    }
-    for (int64_t group = 0, first = s->at + c; group < s->groups; group++, first += s->step)
-        for (int64_t r = 0, i = first; r < s->rows; r++, i += s->apart) {
-            NAME(fetch)(o, i, vectors, o->walk.ahead, plain, backward);
-            for (int j = 0; j < vectors; j++)
-                NAME(sum_n)(o, i + j * WIDTH, j == vectors - 1 ? n : WIDTH, &none, origin[j], fill, plain, backward,
-                            &sum[j], &other[j]);
-        }
-    for (int j = 0; j < vectors; j++) {
-        wput(s->sums + c + j * WIDTH, sum[j]);
-        wput(s->others + c + j * WIDTH, other[j]);
-    }
+    NAME(sum_vectors)(o, s, c, vectors, n, fill, s->groups, plain, backward);
 }
 
 /* The last columns: at most two vectors, and not two whole ones. */

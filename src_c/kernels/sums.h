@@ -85,10 +85,11 @@ FBN_INLINE void NAME(sum_plane)(const fbn_operands *o, const fbn_stretch *s, NAM
     }
 }
 
-/* Adds the columns of one or two vectors from column c on, of `rows` rows. A single vector may be a part of one, with n
- * columns. Two have twice as many sums that do not wait for each other. */
+/* Adds the columns of one or two vectors from column c on, of so many groups of rows. The last vector may be a part of
+ * one, with n columns. Two have twice as many sums that do not wait for each other. Most loops have one group, and know
+ * it: to count them would take longer. */
 FBN_INLINE void NAME(sum_vectors)(const fbn_operands *o, const fbn_stretch *s, int64_t c, int vectors, int64_t n,
-                                  vec fill, int64_t rows, NAME(parts) p, int backward) {
+                                  vec fill, int64_t groups, NAME(parts) p, int backward) {
     wide origin[2], sum[2], other[2];
     NAME(constants) k[2];
     for (int j = 0; j < vectors; j++) {
@@ -99,11 +100,13 @@ FBN_INLINE void NAME(sum_vectors)(const fbn_operands *o, const fbn_stretch *s, i
     }
     int64_t ahead = o->walk.ahead;
     if (c + ahead / (int64_t)sizeof(elem) >= s->n) ahead += s->further * (int64_t)sizeof(elem);
-    for (int64_t r = 0, i = s->at + c; r < rows; r++, i += s->apart) {
-        NAME(fetch)(o, i, vectors, ahead, p, backward);
-        for (int j = 0; j < vectors; j++)
-            NAME(sum_n)(o, i + j * WIDTH, n, &k[j], origin[j], fill, p, backward, &sum[j], &other[j]);
-    }
+    for (int64_t group = 0, first = s->at + c; group < groups; group++, first += s->step)
+        for (int64_t r = 0, i = first; r < s->rows; r++, i += s->apart) {
+            NAME(fetch)(o, i, vectors, ahead, p, backward);
+            for (int j = 0; j < vectors; j++)
+                NAME(sum_n)(o, i + j * WIDTH, j == vectors - 1 ? n : WIDTH, &k[j], origin[j], fill, p, backward,
+                            &sum[j], &other[j]);
+        }
     for (int j = 0; j < vectors; j++) {
         wput(s->sums + c + j * WIDTH, sum[j]);
         wput(s->others + c + j * WIDTH, other[j]);
@@ -116,12 +119,12 @@ FBN_APART void NAME(moments_rest)(const fbn_operands *o, const fbn_stretch *s, i
     for (; c < s->n; c += WIDTH) {
         real origins[WIDTH];
         for (int k = 0; k < WIDTH; k++) origins[k] = (real)o->origin[c + k];
-        NAME(sum_vectors)(o, s, c, 1, NAME(least)(s->n - c, WIDTH), vget(origins), s->rows, NAME(any_parts)(o), 0);
+        NAME(sum_vectors)(o, s, c, 1, NAME(least)(s->n - c, WIDTH), vget(origins), 1, NAME(any_parts)(o), 0);
     }
 }
 FBN_APART void NAME(grad_moments_rest)(const fbn_operands *o, const fbn_stretch *s, int64_t c) {
     for (; c < s->n; c += WIDTH)
-        NAME(sum_vectors)(o, s, c, 1, NAME(least)(s->n - c, WIDTH), vset(0), s->rows, NAME(any_parts)(o), 1);
+        NAME(sum_vectors)(o, s, c, 1, NAME(least)(s->n - c, WIDTH), vset(0), 1, NAME(any_parts)(o), 1);
 }
 
 /* Adds the columns of some rows. */
@@ -131,9 +134,8 @@ FBN_INLINE void NAME(sum_columns)(const fbn_operands *o, const fbn_stretch *s, N
     int64_t c = 0;
     const int both = (int)WIDTH < FBN_LANES && p.activation == FBN_IDENTITY; /* others need too many registers */
     for (; both && c + 2 * WIDTH <= stretch.n; c += 2 * WIDTH)
-        NAME(sum_vectors)(&own, &stretch, c, 2, WIDTH, vset(0), stretch.rows, p, backward);
-    for (; c + WIDTH <= stretch.n; c += WIDTH)
-        NAME(sum_vectors)(&own, &stretch, c, 1, WIDTH, vset(0), stretch.rows, p, backward);
+        NAME(sum_vectors)(&own, &stretch, c, 2, WIDTH, vset(0), 1, p, backward);
+    for (; c + WIDTH <= stretch.n; c += WIDTH) NAME(sum_vectors)(&own, &stretch, c, 1, WIDTH, vset(0), 1, p, backward);
     if (c == stretch.n) return;
     if (backward) NAME(grad_moments_rest)(o, s, c);
     else NAME(moments_rest)(o, s, c);

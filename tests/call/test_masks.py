@@ -90,6 +90,7 @@ def test_rows_of_any_width(kernel: cases.Kernel, dtype: str, channels: int) -> N
         cases.check(c, mask=np.arange(640) // run % 3 > 0, activation="relu", residual=True)
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
 def test_all_true_is_no_mask(any_backend: cases.Kernel, dtype: str) -> None:
     for shape, axis in SHAPES:
         c = cases.call(shape, dtype, axis)
