@@ -106,7 +106,7 @@ def _back_and_forth(size: int) -> Pass:
     return Pass(f"two layers, {size / MIB:.1f} MiB", call)
 
 
-def _stages(caches: tuple[int, ...], quick: bool) -> tuple[list[Stage], list[Pass]]:
+def _stages(caches: tuple[int, ...], threads: int, quick: bool) -> tuple[list[Stage], list[Pass]]:
     """The stages, and the passes on which all that was found is compared with the default."""
     core, shared = caches[1] or MIB, caches[2] or 8 * MIB
     arrays = Arrays(4 * MIB if quick else min(max(shared * 3 // 2, 48 * MIB), 160 * MIB))
@@ -115,9 +115,10 @@ def _stages(caches: tuple[int, ...], quick: bool) -> tuple[list[Stage], list[Pas
     rows, few = arrays.passes("NHWC 64", (0, 64), -1), arrays.passes("NHWC 3", (0, 3), -1)
     middle = between.passes("NCHW 28x28, in cache", (0, 64, 28, 28), 1, "forward backward")
     middle += between.passes("NHWC 256, in cache", (0, 256), -1, "forward")
-    # The default is an eighth of the shared cache.
-    parts = tuple(shared * part // 32 for part in (1, 2, 8, 16, 32))
-    ladder = [_back_and_forth(size * 3 // 4) for size in (*parts[:2], shared // 8, *parts[2:])]
+    # The default is an eighth of the shared cache. Results of a call that only maps are half as large as is needed to
+    # write them around the cache.
+    parts, needed = tuple(shared * part // 32 for part in (1, 2, 8, 16, 32)), 1.5 if threads == 1 else 2.5
+    ladder = [_back_and_forth(int(size * needed / 2)) for size in (*parts[:2], shared // 8, *parts[2:])]
     stages = [
         Stage("streams", (1, 2, 4, 8), planes + small),
         Stage("turn", (256, 512, 1024, 2048, 4096), planes + small),
@@ -247,7 +248,7 @@ def run(*, quick: bool = False, kept: bool = True) -> Habits:
 
 def _measured(bridge: Any, usual: Habits, quick: bool) -> tuple[list[Found], list[tuple[str, ...]], float]:
     """What each stage found; for each pass, what all of it gains; and the mean time over the default's."""
-    stages, passes = _stages(bridge.caches(), quick)
+    stages, passes = _stages(bridge.caches(), get_num_threads(), quick)
     if quick:
         stages = [Stage(habit, candidates[:2], timed[:2]) for habit, candidates, timed in stages]
         passes = passes[:2]

@@ -105,7 +105,7 @@ static int64_t block_of(const fbn_split *s, const fbn_machine *machine, int arra
  * written around the cache, or parts of vectors are slow to store. */
 static int are_whole(const fbn_split *s, const fbn_problem *p) {
     const int slow_parts = !p->machine->kernels->of[p->dtype]->fast_parts;
-    return s->rows && s->channels * s->elem % FBN_LINE && (s->large || slow_parts);
+    return s->rows && s->channels * s->elem % FBN_LINE && (s->around || slow_parts);
 }
 
 int64_t fbn_map_panel(const fbn_split *s, int constants) {
@@ -178,12 +178,23 @@ static fbn_walk walk_of(const fbn_habits *h, const fbn_split *s, int beyond_cach
 
 static int maps(fbn_kind kind) { return kind == FBN_MAPS || kind == FBN_PLANNED; }
 
-/* Whether a result of so many bytes is written around the cache, unless it replaces what was read. That saves the read
- * of each line that is written, but drops from the cache what could have stayed there. A call that only maps reads
- * nothing twice, so that the cache holds half as large a result again. */
+/* From what size on results are large. */
+static int64_t large_from(const fbn_machine *machine) {
+    const int64_t from = machine->habits.stream_from;
+    return from > 0 ? from : from < 0 ? INT64_MAX : machine->shared_cache / PART_OF_CACHE + 1;
+}
+
+/* Whether a result of so many bytes is large. A call that only maps reads nothing twice, so that the cache holds half
+ * as large a result again. */
 static int is_large(int64_t result, const fbn_machine *machine, fbn_kind kind) {
-    const int64_t from = machine->habits.stream_from, bytes = maps(kind) ? result / 3 * 2 : result;
-    return from ? from > 0 && bytes >= from : bytes > machine->shared_cache / PART_OF_CACHE;
+    return (maps(kind) ? result / 3 * 2 : result) >= large_from(machine);
+}
+
+/* Whether a result is written around the cache, unless it replaces what was read. That saves the read of each line that
+ * is written, but drops from the cache what could have stayed there. Several threads read a cache faster than one does,
+ * but memory hardly so: what counts for them is whether the cache holds all arrays of the call. */
+static int is_around(int64_t result, int arrays, const fbn_machine *machine, const fbn_split *s) {
+    return s->large && (s->threads == 1 || result / 5 * (arrays + 1) >= large_from(machine));
 }
 
 fbn_split fbn_split_of(const fbn_problem *p, int arrays, fbn_kind kind) {
@@ -211,6 +222,7 @@ fbn_split fbn_split_of(const fbn_problem *p, int arrays, fbn_kind kind) {
     s.padded = fbn_padded(p->channels);
     s.joined = fbn_padded(p->channels * s.repeat);
     s.threads = (int)larger(1, smaller(p->threads, values / FBN_WORK_PER_THREAD));
+    s.around = is_around(values * s.elem, arrays, p->machine, &s);
     s.whole_images = has_whole_images(&s, kind);
     s.block = block_of(&s, p->machine, arrays, kind);
     s.by_channels = by_channels(&s, p->machine, arrays);

@@ -39,7 +39,8 @@ typedef struct {
     int threads;              /* how many threads have enough work */
     int by_channels;          /* a thread does all steps on one block before it turns to the next */
     int shares_channels;      /* there are so many channels that threads share the work done once per channel */
-    int large;                /* the result is written around the cache, unless its lines have been read (verbs.c) */
+    int large;                /* the result is so large that memory is read, not a cache */
+    int around;               /* it is written around the cache, unless its lines have been read (verbs.c) */
     fbn_walk walk;
 } fbn_split;
 

@@ -33,7 +33,7 @@ static char *dz_of(const fbn_job *j, const fbn_tile *t, const fbn_panel *panel) 
 /* Whether the result is written around the cache. One that replaces an input, or a dz that was kept there, is not,
  * however large: its cache lines have been read anyway. */
 static int is_written_around(const fbn_job *j) {
-    return j->split.large && j->result != j->x && j->result != j->dy && j->result != j->dz;
+    return j->split.around && j->result != j->x && j->result != j->dy && j->result != j->dz;
 }
 
 static fbn_operands operands_of(const fbn_job *j, const fbn_tile *t, const fbn_panel *panel) {
@@ -167,7 +167,7 @@ static fbn_runs stretches_of(const fbn_split *s, const fbn_tile *t) {
  * shorter than a vector, are faster as one run. */
 static int are_apart(const fbn_split *s, const fbn_operands *o) {
     const int ragged = s->channels > FBN_CHANNEL_PAD && s->channels % FBN_CHANNEL_PAD;
-    return s->rows && s->repeat == 1 && ragged && !s->large && !o->dy;
+    return s->rows && s->repeat == 1 && ragged && !s->around && !o->dy;
 }
 
 /* The columns of a tile: one run, in which they recur, or a run for each row or image. */
@@ -516,7 +516,7 @@ fbn_status fbn_backward_sums(const fbn_problem *p, const fbn_sums_args *a, void 
 static void keep_dz(fbn_job *j, const fbn_backward_args *a) {
     if (!j->operation->reduce || !j->activation || a->from_y || a->mask || j->split.elem < 4) return;
     if (a->residual) j->dz = a->dresidual;
-    else if (!j->split.large || (j->split.columns && is_costly(j->p))) j->dz = a->dx;
+    else if (!j->split.around || (j->split.columns && is_costly(j->p))) j->dz = a->dx;
     else if (bytes_of_blocks(j->p, &j->split)) {
         const uintptr_t end = (uintptr_t)(j->lanes + j->split.threads * fbn_lane_doubles(&j->split));
         j->dz_blocks = (char *)((end + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);

@@ -427,8 +427,8 @@ def test_only_a_clear_gain_is_taken(
 
 def test_all_that_may_be_found_is_plausible() -> None:
     """For any caches that the C core may tell; 0 is unknown."""
-    for caches in ((0, 0, 0), (1 << 20, 64 << 20, 0), (32 << 10, 1 << 20, 32 << 20)):
-        stages, passes = _tune._stages(caches, quick=True)
+    for caches, threads in (((0, 0, 0), 1), ((1 << 20, 64 << 20, 0), 2), ((32 << 10, 1 << 20, 32 << 20), 64)):
+        stages, passes = _tune._stages(caches, threads, quick=True)
         assert {stage.habit for stage in stages} == set(habits.PLAUSIBLE)
         assert len({timed.name for timed in passes}) == len(passes)
         for stage in stages:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes as ct
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,6 +27,7 @@ INTS = (
     "by_channels",
     "shares_channels",
     "large",
+    "around",
     "whole_rows",
     "whole_images",
     "planned",
@@ -70,6 +72,7 @@ class Split(ct.Structure):
             "by_channels",
             "shares_channels",
             "large",
+            "around",
             "streams",
             "row_streams",
             "turn",
@@ -221,6 +224,20 @@ def test_planes_of_a_few_images_are_summed_channel_by_channel(split_c: ct.CDLL) 
         assert stacks(8, 256, arrays)
     assert [stacks(8, inner, 1) for inner in (39, 40, 255)] == [False, True, True]
     assert not stacks(8, 255, 2)
+
+
+@pytest.mark.parametrize("dtype", [0, 2])
+@pytest.mark.parametrize(("stream_from", "least"), [(0, (1 << 20) + 1), (3_000_000, 3_000_000), (-1, 1 << 60), (1, 1)])
+def test_what_is_written_around_the_cache(split_c: ct.CDLL, dtype: int, stream_from: int, least: int) -> None:
+    """Calls of several threads count what they read, too. The default is an eighth of the shared cache, 8 MiB."""
+    for values in (1 << 17, 1 << 19, 1 << 20, 1_200_000, 1_600_000, 1 << 21, 1 << 22):
+        shape, size = (values, 1, 1), values * (4 if dtype == 0 else 2)
+        for threads, arrays, kind in itertools.product((1, 2, 64), (1, 2, 3), (MAPS, REDUCES, MASKED, PLANNED)):
+            habits = (0, 0, 0, 0, stream_from, 0)
+            split = split_of(split_c, shape, threads, 1 << 20, arrays, kind, habits, dtype=dtype)
+            large = (size // 3 * 2 if kind in (MAPS, PLANNED) else size) >= least
+            assert split.large == large
+            assert split.around == (large and (threads == 1 or size // 5 * (arrays + 1) >= least))
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
