@@ -4,13 +4,15 @@
  * within 4.5 ulp of the terms of which they are the sum.
  *
  * Far from 0, where e or its square might overflow, 1 + e is rounded to e or to 1. Such z are rare, and left to
- * functions that are not inlined.
+ * functions that are not inlined, which keep the values of near ones.
  */
 
+/* Whether the sum of squares says that every z is near: to compare it takes less time than to compare each z. The sum
+ * may be too large though every z is near. Then the functions below look at each, and keep the values of near ones. */
 FBN_INLINE int NAME(all_near)(const vec *z, int count) {
-    int all = 1;
-    for (int j = 0; j < count; j++) all &= vall_less(vset(-NAME(NEAR)), vminus_abs(z[j]));
-    return all;
+    vec squares = vmul(z[0], z[0]);
+    for (int j = 1; j < count; j++) squares = vmuladd(z[j], z[j], squares);
+    return vall_less(squares, vset((real)NAME(NEAR) * NAME(NEAR)));
 }
 
 /* The lanes of `near` where z is near, else those of `far`. */
