@@ -67,10 +67,7 @@ if X86_32 and not MSVC:  # whose own arithmetic has excess precision, which kern
     FLAGS += ["-msse2", "-mfpmath=sse"]
 # Names of functions that are not exported, which only debuggers read, would be a hundredth of the wheel.
 WITHOUT_NAMES = [] if MSVC else ["-Wl,-x" if sys.platform == "darwin" else "-Wl,-s"]
-CORE = [
-    f"src_c/{name}.c"
-    for name in ("check", "dispatch", "finish", "machine", "mixed", "panel", "run", "split", "values", "verbs", "walk")
-]
+CORE = sorted(path.as_posix() for path in Path("src_c").glob("*.c"))
 FOR_EMBEDDERS = (
     "fastbn/include/fastbn.h",
     "fastbn/lib/fastbn.lib" if MSVC else "fastbn/lib/libfastbn.a",

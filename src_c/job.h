@@ -2,8 +2,8 @@
  *
  * An operation has four steps: prepare (what the reduction needs to know about a channel), reduce (the sums of each
  * channel), finish (the constants of a channel, from its sums) and map (y or dx, from the constants). A step that an
- * operation does not need is NULL. verbs.c fills a job in, run.c carries it out, and finish.c has the steps that are
- * done once per channel.
+ * operation does not need is NULL. verbs.c fills a job in and run.c carries it out; finish.c has the steps that are
+ * done once per channel, and tile.c those that read values.
  */
 #ifndef FBN_JOB_H
 #define FBN_JOB_H
@@ -90,6 +90,10 @@ fbn_panel fbn_panel_to_sum(const fbn_job *job, int64_t c0, int64_t c1, double *l
 fbn_panel fbn_panel_to_map(const fbn_job *job, int64_t c0, int64_t c1, void *room);
 void fbn_reduce_panel(const fbn_job *job, int64_t segment, const fbn_panel *panel, double *lanes);
 void fbn_repeat_columns(fbn_job *job, int64_t c0, int64_t c1, int first, int last);
+
+/* tile.c: the steps that are done on each tile of a panel. */
+fbn_of_sums fbn_reduce_moments, fbn_reduce_gradient;
+fbn_of_results fbn_map_affine, fbn_map_gradient;
 
 /* finish.c: the steps that are done once per channel. */
 fbn_of_channels fbn_set_origins, fbn_set_lines_known, fbn_set_lines_from_y;

@@ -11,6 +11,7 @@ enum {
     LARGE_STACK = 40,   /* planes of so many elements are summed channel by channel if there are FBN_ROWS images, ... */
     LARGE_STACKS = 256, /* ... and those of so many in calls that read more than x */
     LEAST_JOINED = 40,  /* planes of so many elements are mapped joined: most vectors lie within one */
+    LEAST_RAGGED = 24,  /* ... and those of so many if they would be slow as columns */
     STRETCH = 4096,     /* the elements of a unit of joined planes */
     SMALL_PLANES = 64,  /* the least small planes of a channel that are mapped at a time */
     MAPPED_BYTES = 1 << 14, /* of the constants of the channels of rows that are mapped at a time */
@@ -62,15 +63,21 @@ static int64_t map_repeat_of(const fbn_split *s) {
  * be lost. */
 static int share_well(int64_t parts, int64_t threads) { return 5 * divide_up(parts, threads) * threads <= 7 * parts; }
 
+/* The most bytes of each constant of the columns of whole images. */
+static int64_t whole_bytes(const fbn_split *s) {
+    const int64_t most = s->large ? WHOLE_BYTES : WHOLE_IN_CACHE;
+    return s->planned ? smaller(most, FBN_PLANNED_BYTES) : most;
+}
+
+static int is_ragged(const fbn_split *s) { return s->channels * s->inner * s->elem % FBN_LINE != 0; }
+
 /* Whether a panel has all channels of small planes, though their constants do not stay in the nearest cache. Images
  * then follow each other as one run. In panels each image begins and ends within a cache line, a part of which takes
  * long to write, above all around the cache. Threads that reduce share the segments. */
-static int has_whole_images(const fbn_split *s, fbn_kind kind) {
-    const int64_t columns = s->channels * s->inner, bytes = columns * s->real;
-    const int64_t most = s->large ? WHOLE_BYTES : WHOLE_IN_CACHE;
-    if (!s->columns || s->rows || s->joins || bytes <= FBN_COLUMN_BYTES || columns * s->elem % FBN_LINE == 0) return 0;
-    if (kind == FBN_PLANNED) return bytes <= smaller(most, FBN_PLANNED_BYTES);
-    return bytes <= most && (s->maps || share_well(s->segments, s->threads));
+static int has_whole_images(const fbn_split *s) {
+    const int64_t bytes = s->channels * s->inner * s->real;
+    if (!s->columns || s->rows || s->joins || bytes <= FBN_COLUMN_BYTES || !is_ragged(s)) return 0;
+    return bytes <= whole_bytes(s) && (s->maps || share_well(s->segments, s->threads));
 }
 
 /* The channels of small planes that kernels get at once: all, if those have no more than FBN_COLUMN_BYTES of each
@@ -147,6 +154,14 @@ static int can_join(int64_t images, int64_t inner) {
     return inner >= LEAST_JOINED || (has_two && (inner % FBN_LANES == 0 || images < FBN_ROWS));
 }
 
+/* Whether what is only mapped is passed through from end to end: planes that can be joined, and somewhat smaller ones
+ * of large ragged images which have too many columns for whole images. A vector of two planes is computed twice. */
+static int are_stretches(const fbn_split *s, const fbn_problem *p) {
+    const int too_many = s->channels * s->inner * s->real > whole_bytes(s);
+    const int slow = s->large && is_ragged(s) && too_many && !fbn_is_costly(p);
+    return s->maps && (can_join(s->outer, s->inner) || (s->inner >= LEAST_RAGGED && slow));
+}
+
 static int64_t or_usual(int64_t habit, int64_t usual) { return habit ? habit : usual; }
 
 /* How far ahead is fetched: this part of the habit where one stream of rows is best (Zen 3). Sums of rows and small
@@ -201,17 +216,17 @@ fbn_split fbn_split_of(const fbn_problem *p, int arrays, fbn_kind kind) {
     const int64_t values = p->outer * p->channels * p->inner;
     const int is_plane = p->channels == 1 && p->outer > 0; /* one channel is one plane */
     fbn_split s = {.outer = is_plane ? 1 : p->outer, .channels = p->channels, .inner = is_plane ? values : p->inner};
+    s.real = p->dtype == FBN_F64 ? 8 : 4;
+    s.elem = (int64_t)fbn_element(p->dtype);
     s.rows = s.inner == 1;
     s.maps = maps(kind);
     s.planned = kind == FBN_PLANNED;
-    s.large = is_large(values * (int64_t)fbn_element(p->dtype), p->machine, kind);
-    s.stretches = s.maps && can_join(s.outer, s.inner);
+    s.large = is_large(values * s.elem, p->machine, kind);
+    s.stretches = are_stretches(&s, p);
     s.columns = s.rows || (s.inner > 1 && kind != FBN_MASKED && !s.stretches && s.inner < SMALL_PLANE);
     s.stacks = s.columns && !s.rows && are_stacks(s.outer, s.inner, arrays);
     s.joins = s.stretches || (s.columns && !s.rows && can_join(s.outer, s.inner));
     s.repeat = s.rows && values >= FBN_WORTH_JOINING ? repeat_of(p->channels, JOINED) : 1;
-    s.real = p->dtype == FBN_F64 ? 8 : 4;
-    s.elem = (int64_t)fbn_element(p->dtype);
     s.cut = s.stretches ? STRETCH : s.inner <= 2 * SEGMENT ? s.inner : SEGMENT;
     s.cuts = s.rows || s.stretches ? 1 : divide_up(s.inner, larger(s.cut, 1));
     s.units = s.stretches ? divide_up(values, STRETCH) : s.outer * s.cuts;
@@ -223,7 +238,7 @@ fbn_split fbn_split_of(const fbn_problem *p, int arrays, fbn_kind kind) {
     s.joined = fbn_padded(p->channels * s.repeat);
     s.threads = (int)larger(1, smaller(p->threads, values / FBN_WORK_PER_THREAD));
     s.around = is_around(values * s.elem, arrays, p->machine, &s);
-    s.whole_images = has_whole_images(&s, kind);
+    s.whole_images = has_whole_images(&s);
     s.block = block_of(&s, p->machine, arrays, kind);
     s.by_channels = by_channels(&s, p->machine, arrays);
     s.panel = s.rows || !s.columns ? s.block : panel_of(&s);
@@ -234,6 +249,8 @@ fbn_split fbn_split_of(const fbn_problem *p, int arrays, fbn_kind kind) {
     s.walk = walk_of(&p->machine->habits, &s, values * s.elem > p->machine->shared_cache / 2);
     return s;
 }
+
+int fbn_is_costly(const fbn_problem *p) { return p->activation == FBN_SILU || p->activation == FBN_SIGMOID; }
 
 int64_t fbn_columns(const fbn_split *s, int64_t channels) { return channels * (s->rows ? s->repeat : s->inner); }
 

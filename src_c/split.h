@@ -40,7 +40,7 @@ typedef struct {
     int by_channels;          /* a thread does all steps on one block before it turns to the next */
     int shares_channels;      /* there are so many channels that threads share the work done once per channel */
     int large;                /* the result is so large that memory is read, not a cache */
-    int around;               /* it is written around the cache, unless its lines have been read (verbs.c) */
+    int around;               /* it is written around the cache, unless its lines have been read (tile.c) */
     fbn_walk walk;
 } fbn_split;
 
@@ -50,6 +50,9 @@ typedef enum { FBN_MAPS, FBN_REDUCES, FBN_MASKED, FBN_PLANNED } fbn_kind;
 
 /* The split of a valid problem, for a call that reads this number of large arrays. */
 fbn_split fbn_split_of(const fbn_problem *problem, int arrays, fbn_kind kind);
+
+/* Whether the activation is a SiLU or a sigmoid, which take long to compute. */
+int fbn_is_costly(const fbn_problem *problem);
 
 /* Rows are joined in calls on at least so many values. */
 enum { FBN_WORTH_JOINING = 4096 };

@@ -73,6 +73,7 @@ def setup_lists(platform: str | None = None, bits: int = 64) -> dict[str, Any]:
             kept.append(node)
     found: dict[str, Any] = {}
     with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(cases.CHECKOUT)
         if platform:
             patch.setattr("sysconfig.get_platform", lambda: platform)
             patch.setattr("sys.maxsize", 2 ** (bits - 1) - 1)

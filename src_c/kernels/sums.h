@@ -55,7 +55,9 @@ FBN_INLINE void NAME(sum_plane)(const fbn_operands *o, const fbn_stretch *s, NAM
     const wide origin = wset(own.origin[s->c]);
     const vec fill = vset((real)own.origin[s->c]);
     const int whole = s->whole;
-    const int64_t ahead = own.walk.ahead / (int64_t)sizeof(elem), further = s->apart - s->n; /* to the next plane */
+    /* Whole planes fetch from the next plane, which begins `further` elements behind them, but none beyond it. */
+    const int64_t most = own.walk.ahead / (int64_t)sizeof(elem), further = s->apart - s->n;
+    const int64_t ahead = whole ? NAME(least)(most, s->n) : most;
     for (int64_t row = 0; row < s->rows; row++) {
         double *sums = s->sums + (whole ? 0 : row * 2 * FBN_LANES), *others = sums + (s->others - s->sums);
         const int64_t end = s->at + row * s->apart + s->n;

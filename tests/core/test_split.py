@@ -33,6 +33,7 @@ INTS = (
     "planned",
 )
 MAPS, REDUCES, MASKED, PLANNED = range(4)
+SMOOTH = (4, 6)  # the activations SiLU and sigmoid
 MIXED_BYTES = 4096
 
 
@@ -142,10 +143,11 @@ def split_of(
     habits: Any = (),
     fast_parts: bool = True,
     dtype: int = 0,
+    activation: int = 0,
 ) -> Any:
     kernels = Kernels(None, (ct.POINTER(DtypeKernels) * 4)(*[ct.pointer(DtypeKernels(0, 0, fast_parts))] * 4))
     machine = c_api.Machine(ct.addressof(kernels), core, 8 << 20, c_api.Habits(*habits))
-    problem = c_api.Problem(ct.pointer(machine), dtype, 0, 0.0, *shape, threads)
+    problem = c_api.Problem(ct.pointer(machine), dtype, activation, 0.0, *shape, threads)
     return split_c.fbn_split_of(ct.byref(problem), arrays, kind)
 
 
@@ -238,6 +240,24 @@ def test_what_is_written_around_the_cache(split_c: ct.CDLL, dtype: int, stream_f
             large = (size // 3 * 2 if kind in (MAPS, PLANNED) else size) >= least
             assert split.large == large
             assert split.around == (large and (threads == 1 or size // 5 * (arrays + 1) >= least))
+
+
+def test_planes_of_large_ragged_images_are_mapped_from_end_to_end(split_c: ct.CDLL) -> None:
+    """Those with too many columns for whole images; not with a SiLU, and not after a reduction."""
+
+    def stretches(shape: tuple[int, int, int], kind: int = MAPS, activation: int = 0) -> bool:
+        return bool(split_of(split_c, shape, 1, 1 << 20, kind=kind, activation=activation).stretches)
+
+    assert stretches((140, 969, 37))
+    assert stretches((140, 1001, 24))
+    assert not stretches((140, 1001, 23))
+    assert not stretches((140, 968, 36)), "images of whole cache lines"
+    assert not stretches((140, 401, 37)), "whole images"
+    assert stretches((140, 401, 37), PLANNED), "a plan has no room for whole images"
+    assert not stretches((8, 969, 37)), "in the cache"
+    assert not stretches((140, 969, 37), REDUCES)
+    assert [stretches((140, 969, 37), activation=a) for a in range(7)] == [a not in SMOOTH for a in range(7)]
+    assert all(stretches((140, 969, 40), activation=a) for a in range(7))
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -338,7 +358,7 @@ def test_ragged_rows_are_mapped_whole_where_parts_of_vectors_are_slow(split_c: c
         ((100, 143, 9), REDUCES, 1, 80),
         ((5000, 151, 28), REDUCES, 1, 151),  # and many more where they are written around the cache
         ((5000, 151, 28), MAPS, 1, 151),
-        ((5000, 151, 28), PLANNED, 1, 32),  # a plan has no workspace for their constants
+        ((5000, 151, 20), PLANNED, 1, 40),  # a plan has no workspace for their constants
         ((5000, 51, 28), PLANNED, 1, 51),
         ((5000, 152, 28), REDUCES, 1, 32),  # whole lines
         ((700, 600, 28), REDUCES, 1, 36),  # too many

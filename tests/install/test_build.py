@@ -48,7 +48,7 @@ def objects(checkout: Path, tools: Environment) -> Iterator[dict[str, int]]:
 @pytest.mark.parametrize(
     ("name", "read_by"),
     [
-        ("split.h", {"split", "run", "panel", "finish", "mixed", "verbs"}),
+        ("split.h", {"split", "run", "panel", "finish", "mixed", "tile", "verbs"}),
         ("kernels/float_sums.h", {"baseline", "avx2", "avx512", "neon"}),  # which a macro names
     ],
 )
