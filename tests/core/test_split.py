@@ -242,6 +242,18 @@ def test_what_is_written_around_the_cache(split_c: ct.CDLL, dtype: int, stream_f
             assert split.around == (large and (threads == 1 or size // 5 * (arrays + 1) >= least))
 
 
+def test_small_planes_in_the_cache_are_passed_through_from_end_to_end(split_c: ct.CDLL) -> None:
+    """By a single thread. Several share the blocks, and larger planes and results are taken block by block."""
+
+    def blocks(shape: tuple[int, int, int], threads: int = 1) -> bool:
+        return bool(split_of(split_c, shape, threads, 1 << 20).by_channels)
+
+    assert not blocks((32, 128, 49))
+    assert blocks((32, 128, 49), threads=2)
+    assert blocks((32, 1024, 49))
+    assert blocks((4, 64, 512))
+
+
 def test_planes_of_large_ragged_images_are_mapped_from_end_to_end(split_c: ct.CDLL) -> None:
     """Those with too many columns for whole images; not with a SiLU, and not after a reduction."""
 
