@@ -123,17 +123,22 @@ int64_t fbn_map_panel(const fbn_split *s, int constants) {
     return round_up(divide_up(s->channels, divide_up(s->channels, most)), larger(FBN_CHANNEL_PAD, FBN_LINE / s->elem));
 }
 
+/* Whether joined planes are faster passed through from end to end than block by block: where no block fits into a
+ * core's cache, but x as a whole into the shared one, or where a block takes a large part of the shared cache. It may
+ * take less where planes of different blocks share cache lines. */
+static int passes_through(const fbn_split *s, const fbn_machine *machine, int arrays) {
+    const int64_t bytes = channel_bytes(s, 1), block = s->block * bytes, part = is_ragged(s) ? 16 : 8;
+    const int fits = block * arrays <= machine->core_cache, all_fit = s->channels * bytes <= machine->shared_cache / 2;
+    return s->joins && ((!fits && all_fit) || block > machine->shared_cache / part);
+}
+
 /* Going block by block saves memory traffic, but the blocks must divide well among the threads. A block must fit into
- * the shared cache; a plane is a block in any case. Where no block fits into a core's cache, but x as a whole into the
- * shared one, joined planes are passed through from end to end. So are all small planes that stay in the cache, by a
- * single thread: it saves no traffic there, and the processor fetches one long run better than a block's short ones.
- */
+ * the shared cache; a plane is a block in any case. A single thread passes small planes that stay in the cache through
+ * from end to end: blocks save no traffic there, and one long run is fetched better than their short ones. */
 static int by_channels(const fbn_split *s, const fbn_machine *machine, int arrays) {
-    const int64_t bytes = channel_bytes(s, arrays), all = s->channels * channel_bytes(s, 1);
     if (s->rows || (s->columns && s->threads == 1 && !s->large)) return 0;
-    if (s->columns && s->block * bytes > machine->shared_cache / 2) return 0;
-    if (s->joins && s->block * bytes > machine->core_cache && all <= machine->shared_cache / 2) return 0;
-    return share_well(divide_up(s->channels, s->block), s->threads);
+    if (s->columns && s->block * channel_bytes(s, arrays) > machine->shared_cache / 2) return 0;
+    return !passes_through(s, machine, arrays) && share_well(divide_up(s->channels, s->block), s->threads);
 }
 
 /* One pad is for vectors that reach beyond the last channel. The other is for the constants of rows, which may start

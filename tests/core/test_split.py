@@ -254,6 +254,21 @@ def test_small_planes_in_the_cache_are_passed_through_from_end_to_end(split_c: c
     assert blocks((4, 64, 512))
 
 
+def test_blocks_that_take_much_of_the_shared_cache_are_passed_through(split_c: ct.CDLL) -> None:
+    """That is 8 MiB here, and a core's cache too small for any of these blocks. Joined planes alone are."""
+
+    def blocks(shape: tuple[int, int, int], core: int = 1 << 18) -> bool:
+        return bool(split_of(split_c, shape, 1, core).by_channels)
+
+    assert blocks((250, 128, 64)), "a block of 16 channels takes a little less than an eighth"
+    assert not blocks((260, 128, 64))
+    assert blocks((120, 200, 63)), "images that are not whole cache lines: a sixteenth"
+    assert not blocks((140, 200, 63))
+    assert not blocks((150, 100, 64)), "x takes less than half of the shared cache, and no block fits into a core's"
+    assert blocks((150, 100, 64), core=1 << 20)
+    assert blocks((400, 128, 36)), "planes that are not joined"
+
+
 def test_planes_of_large_ragged_images_are_mapped_from_end_to_end(split_c: ct.CDLL) -> None:
     """Those with too many columns for whole images; not with a SiLU, and not after a reduction."""
 
