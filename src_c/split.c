@@ -132,12 +132,13 @@ static int passes_through(const fbn_split *s, const fbn_machine *machine, int ar
     return s->joins && ((!fits && all_fit) || block > machine->shared_cache / part);
 }
 
-/* Going block by block saves memory traffic, but the blocks must divide well among the threads. A block must fit into
- * the shared cache; a plane is a block in any case. A single thread passes small planes that stay in the cache through
- * from end to end: blocks save no traffic there, and one long run is fetched better than their short ones. */
+/* Going block by block saves memory traffic, but the blocks must divide well among the threads, and the shared cache
+ * must have room for one beside its results and what others leave there. A single thread passes small planes that stay
+ * in the cache through from end to end: blocks save no traffic there, and one long run is fetched better than their
+ * short ones. */
 static int by_channels(const fbn_split *s, const fbn_machine *machine, int arrays) {
     if (s->rows || (s->columns && s->threads == 1 && !s->large)) return 0;
-    if (s->columns && s->block * channel_bytes(s, arrays) > machine->shared_cache / 2) return 0;
+    if (s->block * channel_bytes(s, arrays) > machine->shared_cache / 3) return 0;
     return !passes_through(s, machine, arrays) && share_well(divide_up(s->channels, s->block), s->threads);
 }
 

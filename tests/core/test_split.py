@@ -266,7 +266,10 @@ def test_blocks_that_take_much_of_the_shared_cache_are_passed_through(split_c: c
     assert not blocks((140, 200, 63))
     assert not blocks((150, 100, 64)), "x takes less than half of the shared cache, and no block fits into a core's"
     assert blocks((150, 100, 64), core=1 << 20)
-    assert blocks((400, 128, 36)), "planes that are not joined"
+    assert blocks((400, 128, 36)), "planes that are not joined, up to a third"
+    assert not blocks((1000, 128, 36))
+    assert blocks((870, 4, 800)), "a channel of larger planes, too"
+    assert not blocks((880, 4, 800))
 
 
 def test_planes_of_large_ragged_images_are_mapped_from_end_to_end(split_c: ct.CDLL) -> None:
