@@ -8,6 +8,7 @@ enum {
     SEGMENT_ROWS = 128, /* the least rows in a channels-last segment, counted after joining */
     SEGMENTS_MOST = 64, /* the most channels-last segments */
     SMALL_PLANE = 512,  /* planes of fewer elements are taken as columns */
+    SHORT_PLANE = 4096, /* bytes of planes that are read faster in the order of memory, if a channel has very many */
     LARGE_STACK = 40,   /* planes of so many elements are summed channel by channel if there are FBN_ROWS images, ... */
     LARGE_STACKS = 256, /* ... and those of so many in calls that read more than x */
     LEAST_JOINED = 40,  /* planes of so many elements are mapped joined: most vectors lie within one */
@@ -123,12 +124,14 @@ int64_t fbn_map_panel(const fbn_split *s, int constants) {
     return round_up(divide_up(s->channels, divide_up(s->channels, most)), larger(FBN_CHANNEL_PAD, FBN_LINE / s->elem));
 }
 
-/* Whether joined planes are faster passed through from end to end than block by block: where no block fits into a
- * core's cache, but x as a whole into the shared one, or where a block takes a large part of the shared cache. It may
- * take less where planes of different blocks share cache lines. */
+/* Whether planes are faster passed through from end to end than block by block. Short ones are where a block is far
+ * larger than a core's cache. Joined ones are where no block fits into that, but x as a whole into the shared cache, or
+ * where a block takes a large part of this. It may take less where planes of different blocks share cache lines. */
 static int passes_through(const fbn_split *s, const fbn_machine *machine, int arrays) {
     const int64_t bytes = channel_bytes(s, 1), block = s->block * bytes, part = is_ragged(s) ? 16 : 8;
     const int fits = block * arrays <= machine->core_cache, all_fit = s->channels * bytes <= machine->shared_cache / 2;
+    const int is_short = !s->columns && s->inner * s->elem <= SHORT_PLANE && s->threads == 1;
+    if (is_short && block / 4 > machine->core_cache) return 1;
     return s->joins && ((!fits && all_fit) || block > machine->shared_cache / part);
 }
 
@@ -140,6 +143,12 @@ static int by_channels(const fbn_split *s, const fbn_machine *machine, int array
     if (s->rows || (s->columns && s->threads == 1 && !s->large)) return 0;
     if (s->block * channel_bytes(s, arrays) > machine->shared_cache / 3) return 0;
     return !passes_through(s, machine, arrays) && share_well(divide_up(s->channels, s->block), s->threads);
+}
+
+/* The channels of planes, or of rows, that kernels get at once: a block or, where planes are passed through from end to
+ * end, as many as have their lanes in the nearest cache. */
+static int64_t panel_of_planes(const fbn_split *s) {
+    return s->rows || s->stretches || s->by_channels ? s->block : smaller(s->channels, BLOCK_CHANNELS);
 }
 
 /* One pad is for vectors that reach beyond the last channel. The other is for the constants of rows, which may start
@@ -249,7 +258,7 @@ fbn_split fbn_split_of(const fbn_problem *p, int arrays, fbn_kind kind) {
     s.whole_images = has_whole_images(&s);
     s.block = block_of(&s, p->machine, arrays, kind);
     s.by_channels = by_channels(&s, p->machine, arrays);
-    s.panel = s.rows || !s.columns ? s.block : panel_of(&s);
+    s.panel = s.columns && !s.rows ? panel_of(&s) : panel_of_planes(&s);
     s.map_repeat = map_repeat_of(&s);
     s.whole_rows = are_whole(&s, p);
     s.map_panel = fbn_map_panel(&s, 4);
@@ -267,7 +276,8 @@ int64_t fbn_block_bytes(const fbn_split *s, int64_t channels) { return channels 
 int64_t fbn_lane_doubles(const fbn_split *s) {
     if (s->maps) return fbn_room_doubles(s);
     const int64_t columns = s->columns ? 3 * fbn_padded(fbn_columns(s, s->panel)) : 0;
-    const int64_t channels = s->stacks ? FBN_STACKS : s->columns ? 0 : s->panel; /* with lanes */
+    const int64_t planes = smaller(s->channels, BLOCK_CHANNELS); /* no panel has more, whatever a call does */
+    const int64_t channels = s->stacks ? FBN_STACKS : s->columns ? 0 : planes;
     return larger(columns, channels * 2 * FBN_LANES) + fbn_room_doubles(s);
 }
 

@@ -55,22 +55,40 @@ static void sum_in_turns(fbn_loop *loop, const fbn_operands *o, int64_t streams,
         for (int k = 0; k < 2 * FBN_LANES; k++) lanes[k] += own[s][k];
 }
 
+/* Adds so many planes of channel c, of one image and those that follow it. The plane that is read after each is `apart`
+ * elements away. */
+static void sum_whole(fbn_loop *loop, const fbn_operands *o, int64_t elem, const fbn_planes *p, int64_t c,
+                      int64_t image, int64_t images, int64_t apart, double *lanes) {
+    const fbn_operands own = with_dz(o, elem, p, c, image);
+    double *sums = lanes + c * 2 * FBN_LANES;
+    loop(&own, &(fbn_stretch){.at = c * p->step + image * p->apart,
+                              .n = p->inner,
+                              .c = c,
+                              .rows = images,
+                              .apart = apart,
+                              .sums = sums,
+                              .others = sums + FBN_LANES,
+                              .whole = 1});
+}
+
+/* Planes in the order of memory. */
+static void sum_by_image(fbn_loop *loop, const fbn_operands *o, int64_t elem, const fbn_planes *p, double *lanes) {
+    const int64_t last = p->channels - 1, back = p->apart - last * p->step;
+    for (int64_t image = 0; image < p->images; image++)
+        for (int64_t c = 0; c <= last; c++) sum_whole(loop, o, elem, p, c, image, 1, c < last ? p->step : back, lanes);
+}
+
 void fbn_sum_planes(fbn_loop *loop, const fbn_operands *o, int64_t elem, fbn_planes p, double *lanes) {
     const int64_t streams = streams_of_planes(o, &p, p.images), turn = turn_of(o, elem, streams, p.inner);
     const int64_t together = p.dz_step ? 1 : p.images;
-    for (int64_t c = 0; c < p.channels; c++, lanes += 2 * FBN_LANES) {
-        if (streams > 1) sum_in_turns(loop, o, streams, turn, &p, c, lanes);
-        for (int64_t image = 0; streams == 1 && image < p.images; image += together) {
-            const fbn_operands operands = with_dz(o, elem, &p, c, image);
-            loop(&operands, &(fbn_stretch){.at = c * p.step + image * p.apart,
-                                           .n = p.inner,
-                                           .c = c,
-                                           .rows = together,
-                                           .apart = p.apart,
-                                           .sums = lanes,
-                                           .others = lanes + FBN_LANES,
-                                           .whole = 1});
-        }
+    if (streams == 1 && p.by_image) {
+        sum_by_image(loop, o, elem, &p, lanes);
+        return;
+    }
+    for (int64_t c = 0; c < p.channels; c++) {
+        if (streams > 1) sum_in_turns(loop, o, streams, turn, &p, c, lanes + c * 2 * FBN_LANES);
+        for (int64_t image = 0; streams == 1 && image < p.images; image += together)
+            sum_whole(loop, o, elem, &p, c, image, together, p.apart, lanes);
     }
 }
 

@@ -15,9 +15,10 @@ enum { FBN_IMAGES = 8 };
 /* `images` times `channels` runs of `inner` contiguous elements. The runs of an image start `step` elements apart, and
  * images, of which there are at most FBN_IMAGES, start `apart` elements apart. dz may lie elsewhere: the images of a
  * channel next to each other, dz_apart elements apart, and channels dz_step elements apart. A dz_step of 0 means that
- * it lies as x does. */
+ * it lies as x does. Sums take one channel after another or, if by_image, one image after another. */
 typedef struct {
     int64_t images, apart, channels, step, inner, dz_apart, dz_step;
+    int by_image;
 } fbn_planes;
 
 /* `count` runs of `length` contiguous elements, `apart` elements apart. Each starts with column `first`. The columns

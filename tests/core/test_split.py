@@ -111,6 +111,7 @@ class Tile(ct.Structure):
             "inner",
             "dz_apart",
             "dz_step",
+            "by_image",  # an int, and what follows it up to the end of fbn_planes
             "counts",
             "mixed",
             "next_unit",
@@ -268,8 +269,26 @@ def test_blocks_that_take_much_of_the_shared_cache_are_passed_through(split_c: c
     assert blocks((150, 100, 64), core=1 << 20)
     assert blocks((400, 128, 36)), "planes that are not joined, up to a third"
     assert not blocks((1000, 128, 36))
-    assert blocks((870, 4, 800)), "a channel of larger planes, too"
-    assert not blocks((880, 4, 800))
+    assert blocks((400, 4, 1600)), "a channel of larger planes, too"
+    assert not blocks((440, 4, 1600))
+
+
+def test_short_planes_of_very_many_images_are_read_in_the_order_of_memory(split_c: ct.CDLL) -> None:
+    """By a single thread, up to 64 channels at a time; the workspace has room for their lanes."""
+
+    def split(images: int, inner: int, threads: int = 1, channels: int = 80, arrays: int = 1) -> Any:
+        found = split_of(split_c, (images, channels, inner), threads, 1 << 18, arrays)
+        assert split_c.fbn_lane_doubles(ct.byref(found)) >= 2 * 16 * found.panel
+        return found
+
+    assert [split(images, 900).by_channels for images in (280, 300)] == [1, 0], "a block of 1 MiB"
+    assert [split(150, inner).by_channels for inner in (1024, 1025)] == [1, 1]
+    assert [split(270, inner).by_channels for inner in (1024, 1025)] == [0, 1]
+    assert split(300, 900, threads=2).by_channels
+    assert [split(300, 900, channels=channels).panel for channels in (3, 64, 80)] == [3, 64, 64]
+    assert split(280, 900).panel == 1
+    wanted = {split_c.fbn_lane_doubles(ct.byref(split(300, 900, arrays=arrays))) for arrays in (1, 2, 3)}
+    assert len(wanted) == 1, "the workspace is the same for each call"
 
 
 def test_planes_of_large_ragged_images_are_mapped_from_end_to_end(split_c: ct.CDLL) -> None:
@@ -297,7 +316,8 @@ def test_blocks(split_c: ct.CDLL, shape: tuple[int, int, int], threads: int) -> 
     split, values = split_of(split_c, shape, threads, 1 << 20), int(np.prod(shape))
     assert 1 <= split.threads <= max(1, min(threads, values // 32768))
     assert 1 <= split.block <= shape[1]
-    assert 1 <= split.panel <= max(split.block, 4096 // 4 // shape[2])
+    passed_through = not (split.rows or split.columns or split.by_channels)
+    assert 1 <= split.panel <= (64 if passed_through else max(split.block, 4096 // 4 // shape[2]))
     for kind in (MAPS, PLANNED):
         maps = split_of(split_c, shape, threads, 1 << 20, kind=kind)
         assert split_c.fbn_lane_doubles(ct.byref(maps)) == 0, "what is only mapped needs no lanes"
