@@ -1,8 +1,8 @@
 /* run.c: in which order, and by which threads, is an operation carried out? The only file that uses OpenMP.
  *
- * Where a block of channels fits into a core's cache, one thread does all steps on it, so that memory is read once and
- * written once. Otherwise all threads reduce, then finish, then map. The map starts at the end of the array, which the
- * reduction has just left in the cache. Threads wait for each other only where a step needs what other threads
+ * A thread may do all steps on a block of channels that stays in a cache, so that memory is read once and written once.
+ * Otherwise all threads reduce, then finish, then map (split.c chooses). The map starts at the end of the array, which
+ * the reduction has just left in the cache. Threads wait for each other only where a step needs what other threads
  * computed: on a busy machine, time is lost at barriers.
  *
  * Neither the blocks nor the number of threads change a bit of the result; split.h says why.
