@@ -98,9 +98,8 @@ typedef struct {
                           * maps of rows that were summed; calls that only map fetch a third; and each at least 256
                           * bytes, unless `ahead` is less. Negative: only the processor itself fetches ahead */
     int64_t stream_from; /* a result of at least so many bytes is written around the cache. In a call that only maps, it
-                          * must have half as many again. In a call of several threads, all arrays that it reads and
-                          * the result must have five times as many. A result that replaces an input never is.
-                          * Negative: none is */
+                          * must have half as many again; and in a call of several threads, the large arrays together
+                          * five times as many. One that replaces an input never is. Negative: none is */
     int64_t block;       /* the bytes of arrays that stay in a core's cache from one step of a call to the next */
 } fbn_habits;
 

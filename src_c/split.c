@@ -8,7 +8,8 @@ enum {
     SEGMENT_ROWS = 128, /* the least rows in a channels-last segment, counted after joining */
     SEGMENTS_MOST = 64, /* the most channels-last segments */
     SMALL_PLANE = 512,  /* planes of fewer elements are taken as columns */
-    SHORT_PLANE = 4096, /* bytes of planes that are read faster in the order of memory, if a channel has very many */
+    SHORT_PLANE = 4096, /* bytes of planes that are read faster in the order of memory if a channel has many, ... */
+    LONG_BLOCK = 4,     /* ... which fill a core's cache so many times */
     LARGE_STACK = 40,   /* planes of so many elements are summed channel by channel if there are FBN_ROWS images, ... */
     LARGE_STACKS = 256, /* ... and those of so many in calls that read more than x */
     LEAST_JOINED = 40,  /* planes of so many elements are mapped joined: most vectors lie within one */
@@ -124,31 +125,33 @@ int64_t fbn_map_panel(const fbn_split *s, int constants) {
     return round_up(divide_up(s->channels, divide_up(s->channels, most)), larger(FBN_CHANNEL_PAD, FBN_LINE / s->elem));
 }
 
+/* Whether planes are short, as small ones are. */
+static int is_short(const fbn_split *s) { return s->inner * s->elem <= SHORT_PLANE; }
+
 /* Whether planes are faster passed through from end to end than block by block. Short ones are where a block is far
  * larger than a core's cache. Joined ones are where no block fits into that, but x as a whole into the shared cache, or
  * where a block takes a large part of this. It may take less where planes of different blocks share cache lines. */
 static int passes_through(const fbn_split *s, const fbn_machine *machine, int arrays) {
     const int64_t bytes = channel_bytes(s, 1), block = s->block * bytes, part = is_ragged(s) ? 16 : 8;
     const int fits = block * arrays <= machine->core_cache, all_fit = s->channels * bytes <= machine->shared_cache / 2;
-    const int is_short = !s->columns && s->inner * s->elem <= SHORT_PLANE && s->threads == 1;
-    if (is_short && block / 4 > machine->core_cache) return 1;
+    if (!s->columns && is_short(s) && s->threads == 1 && block / LONG_BLOCK > machine->core_cache) return 1;
     return s->joins && ((!fits && all_fit) || block > machine->shared_cache / part);
 }
 
 /* Going block by block saves memory traffic, but the blocks must divide well among the threads, and the shared cache
- * must have room for one beside its results and what others leave there. A single thread passes small planes that stay
- * in the cache through from end to end: blocks save no traffic there, and one long run is fetched better than their
- * short ones. */
+ * must have room for one: if planes are short, beside its results and what others leave there. A single thread passes
+ * small planes that stay in the cache through from end to end: blocks save no traffic there, and one long run is
+ * fetched better than their short ones. */
 static int by_channels(const fbn_split *s, const fbn_machine *machine, int arrays) {
     if (s->rows || (s->columns && s->threads == 1 && !s->large)) return 0;
-    if (s->block * channel_bytes(s, arrays) > machine->shared_cache / 3) return 0;
+    if (s->block * channel_bytes(s, arrays) > machine->shared_cache / (is_short(s) ? 3 : 1)) return 0;
     return !passes_through(s, machine, arrays) && share_well(divide_up(s->channels, s->block), s->threads);
 }
 
 /* The channels of planes, or of rows, that kernels get at once: a block or, where planes are passed through from end to
  * end, as many as have their lanes in the nearest cache. */
 static int64_t panel_of_planes(const fbn_split *s) {
-    return s->rows || s->stretches || s->by_channels ? s->block : smaller(s->channels, BLOCK_CHANNELS);
+    return s->rows || s->stretches || s->by_channels || s->cuts > 1 ? s->block : smaller(s->channels, BLOCK_CHANNELS);
 }
 
 /* One pad is for vectors that reach beyond the last channel. The other is for the constants of rows, which may start

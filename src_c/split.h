@@ -9,7 +9,7 @@
  *
  * Kernels get rows and small planes as columns (see kernels.h). Each channel of small planes has `inner` columns.
  * Where rows are short, `repeat` of them are joined, so that the kernels' loops are long enough. A call that reduces
- * nothing passes through memory from end to end: its units are stretches of memory, each with parts of several planes.
+ * nothing may map stretches of memory from end to end, each with parts of several planes: then these are its units.
  */
 #ifndef FBN_SPLIT_H
 #define FBN_SPLIT_H

@@ -10,7 +10,7 @@ static int64_t bytes_to(const fbn_job *j, const fbn_tile *t, int64_t c) {
 static fbn_planes planes_of(const fbn_job *j, const fbn_tile *t, const fbn_panel *panel) {
     fbn_planes planes = t->planes;
     planes.channels = panel->c1 - panel->c0;
-    planes.by_image = !j->split.by_channels;
+    planes.by_image = !j->split.by_channels && j->split.cuts == 1; /* several cuts of a plane follow each other */
     if (panel->dz) {
         planes.dz_apart = j->split.inner;
         planes.dz_step = j->split.outer * j->split.inner;

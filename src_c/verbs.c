@@ -49,7 +49,7 @@ static int arrays_of(const fbn_problem *p, int has_residual) {
  * cache.
  */
 static int64_t bytes_of_blocks(const fbn_problem *p, const fbn_split *s) {
-    if (!fbn_is_costly(p) || s->elem < 4 || !s->large || !s->by_channels || s->columns || s->cuts > 1) return 0;
+    if (!fbn_is_costly(p) || s->elem < 4 || !s->around || !s->by_channels || s->columns || s->cuts > 1) return 0;
     const int64_t block = fbn_block_bytes(s, s->block);
     return block <= p->machine->shared_cache / 6 ? s->threads * block : 0;
 }

@@ -25,6 +25,9 @@ static void set_shape(fbn_problem *p, int large) {
         if (one_in(4)) { /* small planes: whole images beside panels, and short rows */
             p->inner = 2 + below(38);
             p->channels = (one_in(2) ? 1000 + below(600) : 16 + below(32)) / p->inner + 1;
+        } else if (one_in(4)) { /* many images of few channels, or of more than a panel has */
+            p->inner = one_in(2) ? 24 + below(20) : 500 + below(700);
+            p->channels = one_in(2) ? 1 + below(6) : 60 + below(10);
         }
         p->outer = (2 * FBN_WORK_PER_THREAD + below(100000)) / (p->channels * p->inner) + 1;
     } else {
@@ -223,7 +226,7 @@ static fbn_status bad_plan(call *c) {
     if (c->verb != PLAN_RUN) return FBN_OK;
     const int which = (int)below(3);
     if (which == 0) memset(c->at[PLAN], 0x5A, c->memory[PLAN].bytes);
-    else if (which == 1) ((unsigned char *)c->at[PLAN])[0] ^= 0x40;
+    else if (which == 1) ((unsigned char *)c->at[PLAN])[0]++; /* which a second fault does not undo */
     else if (c->problem.channels < 1) return FBN_OK;
     else c->problem.channels--;
     return FBN_BAD_PLAN;

@@ -269,8 +269,8 @@ def test_blocks_that_take_much_of_the_shared_cache_are_passed_through(split_c: c
     assert blocks((150, 100, 64), core=1 << 20)
     assert blocks((400, 128, 36)), "planes that are not joined, up to a third"
     assert not blocks((1000, 128, 36))
-    assert blocks((400, 4, 1600)), "a channel of larger planes, too"
-    assert not blocks((440, 4, 1600))
+    assert blocks((1300, 4, 1600)), "planes of more than 4 KiB, up to all of it"
+    assert not blocks((1320, 4, 1600))
 
 
 def test_short_planes_of_very_many_images_are_read_in_the_order_of_memory(split_c: ct.CDLL) -> None:
