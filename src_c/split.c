@@ -128,24 +128,36 @@ int64_t fbn_map_panel(const fbn_split *s, int constants) {
 /* Whether planes are short, as small ones are. */
 static int is_short(const fbn_split *s) { return s->inner * s->elem <= SHORT_PLANE; }
 
+/* Whether sums may read planes, not small ones, in the order of memory: where one stream is best. */
+static int in_order(const fbn_split *s, const fbn_machine *machine) {
+    return !s->columns && machine->habits.streams == 1;
+}
+
 /* Whether planes are faster passed through from end to end than block by block. Short ones are where a block is far
  * larger than a core's cache. Joined ones are where no block fits into that, but x as a whole into the shared cache, or
  * where a block takes a large part of this. It may take less where planes of different blocks share cache lines. */
 static int passes_through(const fbn_split *s, const fbn_machine *machine, int arrays) {
     const int64_t bytes = channel_bytes(s, 1), block = s->block * bytes, part = is_ragged(s) ? 16 : 8;
     const int fits = block * arrays <= machine->core_cache, all_fit = s->channels * bytes <= machine->shared_cache / 2;
-    if (!s->columns && is_short(s) && s->threads == 1 && block / LONG_BLOCK > machine->core_cache) return 1;
+    const int far_larger = block / LONG_BLOCK > machine->core_cache;
+    if (in_order(s, machine) && is_short(s) && s->threads == 1 && far_larger) return 1;
     return s->joins && ((!fits && all_fit) || block > machine->shared_cache / part);
 }
 
-/* Going block by block saves memory traffic, but the blocks must divide well among the threads, and the shared cache
- * must have room for one: if planes are short, beside its results and what others leave there. A single thread passes
+/* Whether the shared cache has room for a block: if planes are short, beside its results and what others leave there.
+ * Planes that are read in several streams are blocks in any case. */
+static int has_room(const fbn_split *s, const fbn_machine *machine, int arrays) {
+    if (!s->columns && !in_order(s, machine)) return 1;
+    return s->block * channel_bytes(s, arrays) <= machine->shared_cache / (is_short(s) ? 3 : 1);
+}
+
+/* Going block by block saves memory traffic, but the blocks must divide well among the threads. A single thread passes
  * small planes that stay in the cache through from end to end: blocks save no traffic there, and one long run is
  * fetched better than their short ones. */
 static int by_channels(const fbn_split *s, const fbn_machine *machine, int arrays) {
     if (s->rows || (s->columns && s->threads == 1 && !s->large)) return 0;
-    if (s->block * channel_bytes(s, arrays) > machine->shared_cache / (is_short(s) ? 3 : 1)) return 0;
-    return !passes_through(s, machine, arrays) && share_well(divide_up(s->channels, s->block), s->threads);
+    if (!has_room(s, machine, arrays) || passes_through(s, machine, arrays)) return 0;
+    return share_well(divide_up(s->channels, s->block), s->threads);
 }
 
 /* The channels of planes, or of rows, that kernels get at once: a block or, where planes are passed through from end to

@@ -258,8 +258,8 @@ def test_small_planes_in_the_cache_are_passed_through_from_end_to_end(split_c: c
 def test_blocks_that_take_much_of_the_shared_cache_are_passed_through(split_c: ct.CDLL) -> None:
     """That is 8 MiB here, and a core's cache too small for any of these blocks. Joined planes alone are."""
 
-    def blocks(shape: tuple[int, int, int], core: int = 1 << 18) -> bool:
-        return bool(split_of(split_c, shape, 1, core).by_channels)
+    def blocks(shape: tuple[int, int, int], core: int = 1 << 18, streams: int = 1) -> bool:
+        return bool(split_of(split_c, shape, 1, core, habits=(streams,)).by_channels)
 
     assert blocks((250, 128, 64)), "a block of 16 channels takes a little less than an eighth"
     assert not blocks((260, 128, 64))
@@ -271,13 +271,14 @@ def test_blocks_that_take_much_of_the_shared_cache_are_passed_through(split_c: c
     assert not blocks((1000, 128, 36))
     assert blocks((1300, 4, 1600)), "planes of more than 4 KiB, up to all of it"
     assert not blocks((1320, 4, 1600))
+    assert blocks((1320, 4, 1600), streams=2), "which are read in streams"
 
 
 def test_short_planes_of_very_many_images_are_read_in_the_order_of_memory(split_c: ct.CDLL) -> None:
     """By a single thread, up to 64 channels at a time; the workspace has room for their lanes."""
 
     def split(images: int, inner: int, threads: int = 1, channels: int = 80, arrays: int = 1) -> Any:
-        found = split_of(split_c, (images, channels, inner), threads, 1 << 18, arrays)
+        found = split_of(split_c, (images, channels, inner), threads, 1 << 18, arrays, habits=(1,))
         assert split_c.fbn_lane_doubles(ct.byref(found)) >= 2 * 16 * found.panel
         return found
 
