@@ -128,10 +128,8 @@ int64_t fbn_map_panel(const fbn_split *s, int constants) {
 /* Whether planes are short, as small ones are. */
 static int is_short(const fbn_split *s) { return s->inner * s->elem <= SHORT_PLANE; }
 
-/* Whether sums may read planes, not small ones, in the order of memory: where one stream is best. */
-static int in_order(const fbn_split *s, const fbn_machine *machine) {
-    return !s->columns && machine->habits.streams == 1;
-}
+/* Whether sums may read planes in the order of memory: where one stream is best. */
+static int in_order(const fbn_machine *machine) { return machine->habits.streams == 1; }
 
 /* Whether planes are faster passed through from end to end than block by block. Short ones are where a block is far
  * larger than a core's cache. Joined ones are where no block fits into that, but x as a whole into the shared cache, or
@@ -140,14 +138,14 @@ static int passes_through(const fbn_split *s, const fbn_machine *machine, int ar
     const int64_t bytes = channel_bytes(s, 1), block = s->block * bytes, part = is_ragged(s) ? 16 : 8;
     const int fits = block * arrays <= machine->core_cache, all_fit = s->channels * bytes <= machine->shared_cache / 2;
     const int far_larger = block / LONG_BLOCK > machine->core_cache;
-    if (in_order(s, machine) && is_short(s) && s->threads == 1 && far_larger) return 1;
+    if (!s->columns && in_order(machine) && is_short(s) && s->threads == 1 && far_larger) return 1;
     return s->joins && ((!fits && all_fit) || block > machine->shared_cache / part);
 }
 
 /* Whether the shared cache has room for a block: if planes are short, beside its results and what others leave there.
  * Planes that are read in several streams are blocks in any case. */
 static int has_room(const fbn_split *s, const fbn_machine *machine, int arrays) {
-    if (!s->columns && !in_order(s, machine)) return 1;
+    if (!s->columns && !in_order(machine)) return 1;
     return s->block * channel_bytes(s, arrays) <= machine->shared_cache / (is_short(s) ? 3 : 1);
 }
 

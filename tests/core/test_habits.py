@@ -108,6 +108,24 @@ def results(c: cases.Call, axis: int, activation: Any, masked: bool) -> tuple[An
     return (*found, *fastbn.backward(c.dy, made, sums=sums))
 
 
+@pytest.mark.parametrize(("activation", "masked"), [(None, False), ("relu", False), ("relu", True), ("silu", False)])
+def test_bits_of_planes_in_the_order_of_memory(activation: str | None, masked: bool) -> None:
+    """A channel is far larger than a core's cache, so one thread passes through from end to end if one stream is best.
+
+    Two threads take blocks of channels, and so does one where several streams are best.
+    """
+    inner, images = 600, max(1, 5 * (bridge.caches()[1] or 1 << 20) // (600 * 4))
+    c = call((images, 3, inner), 1, "float32")
+    with fastbn.use_backend("c"):
+        found = []
+        for threads, streams in ((1, 1), (2, 1), (1, 8)):
+            use((streams, streams, 0, 0, 0, 0))
+            with fastbn.use_num_threads(threads):
+                found.append([np.asarray(array).tobytes() for array in results(c, 1, activation, masked)])
+    assert found[0] == found[1]
+    assert found[0] == found[2]
+
+
 @pytest.mark.parametrize("dtype", [*cases.DTYPES, *cases.HALVES])
 @pytest.mark.parametrize(("shape", "axis"), SHAPES, ids=str)
 def test_bits_of_large_calls(shape: tuple[int, ...], axis: int, dtype: str) -> None:
