@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -128,9 +129,10 @@ def processor() -> str:
 
 
 def describe_machine(backends: Iterable[str], versions: Mapping[str, str], command: str) -> dict[str, str]:
-    """The processor, the versions, what the backends say about themselves, and the command."""
+    """The processor, the date, the versions, what the backends say about themselves, and the command."""
     system = " ".join(word for word in (platform.system(), platform.machine(), *platform.libc_ver()) if word)
-    described = {"processor": processor(), "system": system, "fastbn": fastbn.__version__}
+    described = {"processor": processor(), "system": system, "date": time.strftime("%Y-%m-%d")}
+    described["fastbn"] = fastbn.__version__
     for backend in backends:
         details = ", ".join(f"{key} {value}" for key, value in select(backend).describe().items())
         described[f"fastbn {backend}"] = details

@@ -14,7 +14,7 @@ How many times as long as fastbn others take: geometric means over {shapes}. Abo
 plainest loops in C that move the same bytes; "copy": `np.copyto` of the same array. A number in parentheses: the mean
 is of so many shapes, since others were too noisy or did not run. Other processors differ.
 
-By `{command}`, on {system}.
+By `{command}`, on {system}, {date}.
 
 """
 
@@ -82,7 +82,9 @@ def page(run: Run) -> str:
     table = [["", *names], ["---"] * (len(names) + 1)]
     table += [[what, *(_figure(mean, shapes) for mean in means)] for what, shapes, means in lines]
     versions = [
-        f"- {name}: {value}" for name, value in run.machine.items() if name not in ("processor", "system", "command")
+        f"- {name}: {value}"
+        for name, value in run.machine.items()
+        if name not in ("processor", "system", "date", "command")
     ]
     noisy = sum(row.noisy for row in run.rows)
     notes = [f"- {note}" for note in run.notes] + [f"- {noisy} of {len(run.rows)} rows were too noisy to count"] * (

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from .call import checks
-from .call.checks import _array, _names, _overlaps_itself, _refuse, kind, shown
+from .call.checks import _array, _names, _refuse, kind, overlaps_itself, shown
 from .call.dtypes import KINDS, DType, find, is_float, kind_of, native
 from .config.environment import BACKENDS
 
@@ -132,7 +132,7 @@ def _array_of(name: str, flag: str) -> Callable[[Any, object], Array | None]:
 def _writable(name: str, array: Array) -> None:
     if not array.flags.writeable:
         _refuse(ValueError, name, "a read-only array", "a writable one, since it is written to")
-    if _overlaps_itself(array):
+    if overlaps_itself(array):
         _refuse(ValueError, name, f"strides {array.strides}", "an array whose elements do not overlap")
 
 

@@ -7,6 +7,7 @@ import numpy as np
 from ._backends import get_num_threads, select, threads_of
 from ._moments import Moments, Sums
 from .call import batch, check_parts, checks, ghost
+from .call.blocks import can_copy
 from .call.record import USUAL, Call, Options, check
 from .call.results import Cache, Forward, Gradients, Parts, parts_of
 
@@ -119,6 +120,10 @@ def forward(
     if express is not None and plain and type(training) is bool:
         done = express(x, gamma, beta, running_mean, running_var, momentum, correction, eps, axis, activation, residual,
                        out, training, get_num_threads)  # fmt: skip
+        if done is None and can_copy(out, x, (x, gamma, beta, running_mean, running_var, residual)):
+            done = express(x, gamma, beta, running_mean, running_var, momentum, correction, eps, axis, activation,
+                           residual, None, training, get_num_threads)  # fmt: skip
+            done = done and (_copied(done[0], out), done[1])
         if done is not None:
             y, saved = done
             kept, added = batch.views(x, residual)
@@ -198,6 +203,10 @@ def infer(
     express = getattr(chosen, "express_infer", None)
     if express is not None:
         y = express(x, gamma, beta, running_mean, running_var, eps, axis, activation, residual, out, get_num_threads)
+        if y is None and can_copy(out, x, (x, gamma, beta, running_mean, running_var, residual), may_be=x):
+            y = express(x, gamma, beta, running_mean, running_var, eps, axis, activation, residual, None,
+                        get_num_threads)  # fmt: skip
+            y = _copied(y, out)
         if y is not None:
             return cast(Array, y)
     call = Call(x, gamma, beta, running_mean, running_var, 0.0, 0, eps, axis, None, Options(activation), residual, out,
@@ -259,6 +268,11 @@ def backward(
     if express is not None and sums is None and type(cache) is Cache and type(parts) is Parts and parts.plain:
         gradients = express(dy, parts.x, parts.residual, parts.saved, parts.axis, parts.frozen, parts.options,
                             parts.has_gamma, parts.has_beta, out, get_num_threads)  # fmt: skip
+        may_be = dy if parts.residual is None else None  # the residual's gradient may be dy
+        if gradients is None and can_copy(out, parts.x, (parts.x, parts.residual, dy), may_be):
+            gradients = express(dy, parts.x, parts.residual, parts.saved, parts.axis, parts.frozen, parts.options,
+                                parts.has_gamma, parts.has_beta, None, get_num_threads)  # fmt: skip
+            gradients = gradients and (_copied(gradients[0], out), *gradients[1:])
         if gradients is not None:
             return Gradients(*gradients)
     parts = parts_of(cache)
@@ -346,3 +360,11 @@ def backward_sums(dy: Array, cache: Cache, *, backend: str | None = None) -> Sum
     parts = parts_of(cache)
     check_parts.whole("cache", parts.virtual)
     return batch.backward_sums(dy, parts, chosen, threads_of(chosen))
+
+
+def _copied(result: Array | None, out: Array | None) -> Array | None:
+    """`out` with the values of a result, if there is one."""
+    if result is None or out is None:
+        return None
+    np.copyto(out, result)
+    return out

@@ -26,7 +26,6 @@ def moments(call: Call, backend: Backend) -> Moments:
     axis = checks.axis(call.axis, x)
     mask = checks.mask(call.mask, x, axis)
     positions, channels = positions_of(x.shape, axis), x.shape[axis]
-    mask = None if mask is None else np.broadcast_to(mask, positions)
     count = math.prod(positions) if mask is None else int(np.count_nonzero(mask))
     call = call._replace(x=x, axis=axis, mask=mask, moments=np.zeros((3, channels)))
     if count and channels:

@@ -8,7 +8,7 @@ that would have too few channels, it is cut along its positions, and its moments
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ import numpy as np
 
 from .._backends import Backend
 from .._moments import blend, merged, save
+from . import checks
 from .dtypes import FLOAT32, kind_of, native
 from .record import CHANNELS, READ, ROWS, WRITTEN, AnyCall, BackwardCall, Call, arrays_of, replaced
 from .shape import memory_order, three_of
@@ -25,6 +26,10 @@ Index = tuple[slice, ...]
 
 PIECE = 1 << 19
 """The most elements that are copied at a time: a few megabytes."""
+
+SMALL = 1 << 16
+"""The most elements of a result that is made in memory of its own and then copied to `out`. With more, that memory
+costs more than it saves."""
 
 RUN = 128
 """The fewest adjacent elements that a block takes from an array, if there are as many. NumPy copies shorter runs
@@ -62,7 +67,7 @@ class Blocks:
         if not x.shape[axis]:
             self.blocks = []
         else:
-            self.blocks = DIRECT if direct else _cut(shape, self.at, min(_run(array, axis) for array in arrays))
+            self.blocks = DIRECT if direct else _cut(shape, self.at, arrays, axis)
         self._buffers: dict[int, Array] = {}
 
     # The verbs -------------------------------------------------------------------------------------------------------
@@ -222,14 +227,12 @@ def _run(array: Array, axis: int) -> int:
     return math.prod(array.shape[i] for i in order[order.index(axis) + 1 :])
 
 
-def _cut(shape: tuple[int, ...], at: int, run: int) -> list[Block]:
-    """The blocks of an array of this shape, whose axes are in memory order, with channels on axis `at`.
-
-    In every array of the call, at least `run` elements of a channel are adjacent.
-    """
+def _cut(shape: tuple[int, ...], at: int, arrays: Iterable[Array], axis: int) -> list[Block]:
+    """The blocks of arrays with channels on `axis`. In memory order, x has this shape, and its channels are at `at`."""
     channels, size = shape[at], math.prod(shape)
-    if not size:
+    if size <= PIECE:
         return [Block(EVERYTHING, [(EVERYTHING,) * len(shape)])]
+    run = min(_run(array, axis) for array in arrays)
     least, fit = -(-RUN // run), PIECE // (size // channels)
     if fit < least > 1:  # a single piece would have short runs: a piece has fewer positions, and thus more channels
         fit = PIECE // RUN
@@ -249,3 +252,20 @@ def _cut(shape: tuple[int, ...], at: int, run: int) -> list[Block]:
 
 def _steps(size: int, step: int) -> list[slice]:
     return [slice(start, min(start + step, size)) for start in range(0, size, step)]
+
+
+def can_copy(out: object, x: object, inputs: Sequence[object], may_be: object = None) -> bool:
+    """Whether a call may be made without `out`, and its result then copied there: small ones are faster than blocks.
+
+    `out` must be a plain array that shares no memory with an input, or be `may_be`. All others are left to the checks.
+    """
+    if type(out) is not np.ndarray or type(x) is not np.ndarray or x.size > SMALL:
+        return False
+    if out.shape != x.shape or out.dtype != x.dtype or not out.flags.writeable or checks.overlaps_itself(out):
+        return False
+    others = (array for array in inputs if type(array) is np.ndarray and not _is_same(array, may_be, out))
+    return not any(np.may_share_memory(out, array) for array in others)
+
+
+def _is_same(array: Array, may_be: object, out: Array) -> bool:
+    return array is may_be and array.shape == out.shape and checks.same_memory(out, array)

@@ -200,7 +200,7 @@ def _statistic(name: str, value: object, channels: int, written: bool) -> Array:
     _shape(name, array, channels)
     if written and not array.flags.writeable:
         _refuse(ValueError, name, "a read-only array", "a writable one, since it is updated in place")
-    if written and _overlaps_itself(array):
+    if written and overlaps_itself(array):
         _refuse(ValueError, name, f"strides {array.strides}", "an array whose elements do not overlap")
     return array
 
@@ -250,7 +250,7 @@ def out(value: object, x: Array, inputs: Mapping[str, Array | None], *, may_be: 
         _refuse(ValueError, "out", f"shape {array.shape}", f"x's shape {x.shape}")
     if not array.flags.writeable:
         _refuse(ValueError, "out", "a read-only array", "a writable one")
-    if _overlaps_itself(array):
+    if overlaps_itself(array):
         _refuse(ValueError, "out", f"strides {array.strides}", "an array whose elements do not overlap")
     for name, other in inputs.items():
         if not isinstance(other, np.ndarray) or not overlap(array, other):
@@ -261,7 +261,7 @@ def out(value: object, x: Array, inputs: Mapping[str, Array | None], *, may_be: 
     return array
 
 
-def _overlaps_itself(array: Array) -> bool:
+def overlaps_itself(array: Array) -> bool:
     """Whether elements may share memory, since the strides do not nest as those of slices and transposes do."""
     end = array.itemsize
     if array.size and not array.flags.c_contiguous:
@@ -341,19 +341,20 @@ ACTIVATIONS = ", ".join([_names(BY_NAME), *(f"({name!r}, slope)" for name in DEF
 
 
 def mask(value: object, x: Array, channel_axis: int) -> Array | None:
-    """A mask of x's positions, or None."""
+    """A mask of the shape of x's positions, or None."""
     if value is None:
         return None
     array = _array("mask", value)
     if array.dtype != np.bool_:
         _refuse(TypeError, "mask", f"dtype {array.dtype}", "bool, or None")
     positions = positions_of(x.shape, channel_axis)
+    if array.shape == positions:
+        return booleans(array)
     try:
-        np.broadcast_to(array, positions)
+        return np.broadcast_to(booleans(array), positions)
     except ValueError:
         allowed = f"one that broadcasts to {positions}, x's shape {x.shape} without its channel axis"
         _refuse(ValueError, "mask", f"shape {array.shape}", allowed)
-    return booleans(array)
 
 
 def booleans(array: Array) -> Array:

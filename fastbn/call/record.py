@@ -14,7 +14,6 @@ import numpy as np
 from . import checks
 from .activations import BY_NAME, Activation, as_given
 from .dtypes import FLOAT64, DType, kind_of, native, rounded
-from .shape import positions_of
 
 Array = np.ndarray[Any, Any]
 
@@ -192,7 +191,6 @@ def check(call: Call, *, updates: bool, keeps: bool) -> Call:
     if out is None:
         out = np.empty_like(x, native(x.dtype), subok=False)
     mean, var = _statistics(given)
-    mask = None if mask is None else np.broadcast_to(mask, positions_of(x.shape, axis))
     return call._replace(
         x=x, gamma=gamma, beta=beta, running_mean=mean, running_var=var, momentum=momentum, correction=correction,
         eps=eps, axis=axis, mask=mask, options=options, residual=residual, out=out if call.out is None else call.out,

@@ -116,12 +116,14 @@ def test_the_summary_has_geometric_means_over_the_shapes():
 
 def test_a_page_names_the_processor_and_the_command():
     run = made_up_run()
-    run.machine.update({"system": "Linux", "command": "fastbn bench --shapes resnet50", "torch": "2.13"})
+    run.machine.update({"system": "Linux", "date": "2026-11-28", "torch": "2.13"})
+    run.machine["command"] = "fastbn bench --shapes resnet50"
     text = summary.page(run)
     assert text.startswith("# Batch norm on A processor\n")
-    assert "By `fastbn bench --shapes resnet50`, on Linux." in text
+    assert "By `fastbn bench --shapes resnet50`, on Linux, 2026-11-28." in text
     assert "| training forward, channels-last, float32, 1 thread | 0.80 | 0.80 | 4.8 |" in text
     assert "- torch: 2.13" in text
+    assert "- date" not in text
 
 
 def choices(**times):

@@ -63,7 +63,7 @@ def test_pieces_of_any_size(any_backend: cases.Kernel, dtype: str, piece: int, m
                     placed, axis=axis, mask=m, residual=m is not None, activation=activation, eps=0.01, where=where,
                     out=place if activation else None,
                 )  # fmt: skip
-            x = place(c.x)
+            x = place(c.x.copy())
             y, cache = fastbn.forward(x, None, c.beta, axis=axis, activation="leaky_relu", out=x)
             exact = oracle.forward(c.x, None, c.beta, axis=axis, activation="leaky_relu")
             cases.assert_y(y, exact, axis=axis, activation="leaky_relu")
@@ -185,3 +185,88 @@ def test_empty_arrays_of_odd_strides(any_backend: cases.Kernel, dtype: str) -> N
     for x in (c.x[:0, :, ::2], c.x[::2, :, :0], np.broadcast_to(c.x[:, :, :1], (4, 5, 6))[:0], odd[4:]):
         y, cache = fastbn.forward(x, None, None, c.running_mean, c.running_var, training=False)
         assert y.shape == fastbn.backward(x, cache).dx.shape == x.shape
+
+
+# ---- small results with `out` that the express lane makes elsewhere
+
+
+def of_kind(kind: str, c: cases.Call) -> tuple[cases.Call, Callable[[Array], Array]]:
+    """A call whose data lies in a way that kernels do not take, and what lays `out` in this way."""
+    place = WRITABLE[kind]
+    return c._replace(x=place(c.x), dy=place(c.dy), residual=place(c.residual)), place
+
+
+@pytest.mark.parametrize("limit", [0, blocks.SMALL])
+@pytest.mark.parametrize("kind", WRITABLE)
+def test_out_has_the_bits_that_a_fresh_result_has(
+    any_backend: cases.Kernel, dtype: str, kind: str, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether it is filled block by block, or by a copy of a small result."""
+    monkeypatch.setattr(blocks, "SMALL", limit)
+    for shape, axis in (((8, 20), 1), ((3, 5, 4, 7), -1)):
+        c, place = of_kind(kind, cases.call(shape, dtype, axis))
+        out, dx = place(np.zeros_like(c.x)), place(np.zeros_like(c.x))
+        given = (c.x, c.gamma, c.beta)
+        for residual, activation in ((None, None), (c.residual, "relu"), (c.residual, None)):
+            options: dict[str, Any] = {"axis": axis, "residual": residual, "activation": activation}
+            mean, var = (np.full(c.gamma.shape, value, c.gamma.dtype) for value in (0.5, 2.0))
+            fresh = fastbn.infer(*given, mean, var, **options)
+            assert fastbn.infer(*given, mean, var, out=out, **options) is out
+            np.testing.assert_array_equal(out, fresh, strict=True)
+            running = (mean.copy(), var.copy())
+            y, cache = fastbn.forward(*given, mean, var, **options)
+            again, other = fastbn.forward(*given, *running, out=out, **options)
+            assert again is out
+            np.testing.assert_array_equal(out, y, strict=True)
+            np.testing.assert_array_equal(running, (mean, var))
+            expected = fastbn.backward(c.dy, cache)
+            got = fastbn.backward(c.dy, other, out=dx)
+            assert got.dx is dx
+            for one, same in zip((*got, got.dresidual), (*expected, expected.dresidual), strict=True):
+                assert one is same is None or np.array_equal(one, same)
+
+
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("kind", ["every second element", "negative strides"])
+def test_small_results_in_place(any_backend: cases.Kernel, kind: str, activation: str | None) -> None:
+    """X becomes y, and dy becomes dx. The residual's gradient keeps dy's values."""
+    c, place = of_kind(kind, cases.call((8, 20), "float32", 1))
+    mean, var = np.zeros(20, "f4"), np.ones(20, "f4")
+    expected = fastbn.infer(c.x, c.gamma, c.beta, mean, var, activation=activation)
+    x = place(c.x.copy())
+    assert fastbn.infer(x, c.gamma, c.beta, mean, var, activation=activation, out=x) is x
+    np.testing.assert_array_equal(x, expected)
+    for residual in (None, c.residual):
+        cache = fastbn.forward(c.x, c.gamma, c.beta, residual=residual, activation=activation).cache
+        dx, dgamma, dbeta = whole = fastbn.backward(c.dy, cache)
+        dy = place(c.dy.copy())
+        got = fastbn.backward(dy, cache, out=dy)
+        assert got.dx is dy
+        for one, same in zip((*got, got.dresidual), (dx, dgamma, dbeta, whole.dresidual), strict=True):
+            assert one is same is None or np.array_equal(one, same)
+
+
+def test_a_small_out_is_checked_before_anything_is_written(any_backend: cases.Kernel) -> None:
+    """Whatever is wrong with it: the running statistics are as they were."""
+    x = np.arange(80, dtype="f4").reshape(4, 20)[:, ::2]
+    gamma, wide = np.ones(10, "f4"), np.zeros((4, 20), "f4")
+    mean, var = np.full(10, 3.0, "f4"), np.full(10, 5.0, "f4")
+    read_only = np.zeros((4, 10), "f4")
+    read_only.flags.writeable = False
+    shifted = x.base.reshape(4, 20)[:, 1::2]
+    bad = {
+        "dtype": np.zeros((4, 10)),
+        "shape": np.zeros((4, 11), "f4"),
+        "read-only": read_only,
+        "elements do not overlap": np.lib.stride_tricks.as_strided(wide, (4, 10), (4, 4)),
+        "memory shared with x": x[::-1],
+    }
+    for words, out in bad.items():
+        with pytest.raises((TypeError, ValueError), match=f"^out: .*{words}"):
+            fastbn.forward(x, gamma, None, mean, var, out=out)
+        with pytest.raises((TypeError, ValueError), match=f"^out: .*{words}"):
+            fastbn.infer(x, gamma, None, mean, var, out=out)
+    assert (mean == 3).all()
+    assert (var == 5).all()
+    fastbn.infer(x, gamma, None, mean, var, out=shifted)  # between x's elements, but none of them
+    np.testing.assert_array_equal(shifted, fastbn.infer(x, gamma, None, mean, var))
