@@ -66,7 +66,6 @@ class Rival:
         call = self._call(problem, pass_)
         contestants = [Contestant(name="torch", call=call, results=self.results)]
         if glibc.available():
-            contestants.append(
-                Contestant(name="torch reused", call=call, results=self.results, within=glibc.freed_memory_kept)
-            )
+            within = partial(glibc.freed_memory_kept, call, problem.x.nbytes)
+            contestants.append(Contestant(name="torch reused", call=call, results=self.results, within=within))
         return contestants

@@ -246,6 +246,25 @@ def test_torchs_activations_agree_with_fastbn(activation):
 
 
 @pytest.mark.parametrize("pass_", problem.PASSES)
+def test_torchs_memory_is_reused(pass_):
+    """In the calls that are timed, no page of a result is touched for the first time."""
+    loaded = rivals.load(["torch"])
+    if loaded.missing:
+        pytest.skip(loaded.missing[0])
+    glibc = _part("rivals.glibc")
+    if not glibc.available():
+        pytest.skip("needs glibc")
+    (torch,) = loaded.rivals.values()
+    torch.set_threads(1)
+    p = problem.Problem((8, 256, 56, 56), "nchw", "float32")
+    (reused,) = (one for one in torch.prepare(p, pass_) if one.name == "torch reused")
+    for _ in range(3):
+        with reused.within():
+            faults = [glibc.page_faults(reused.call) for _ in range(4)]
+            assert sorted(faults)[2] <= p.x.nbytes // 4096 // 10, f"in one call at most: {faults}"
+
+
+@pytest.mark.parametrize("pass_", problem.PASSES)
 @pytest.mark.parametrize("layout", problem.LAYOUTS)
 def test_numpys_rows_agree_with_fastbn(pass_, layout):
     p = problem.Problem((4, 6, 5, 3), layout, "float64")
