@@ -353,19 +353,20 @@ static fbn_tile rows_at(const fbn_split *s, int64_t unit, int64_t last, const un
     return (fbn_tile){.unit = unit, .rows = n, .counts = !mask || mask[unit], .mixed = mixed, .next_unit = unit + n};
 }
 
-/* Positions of one plane that follow each other. */
-static fbn_tile positions_at(const fbn_split *s, int64_t unit, int64_t from, const unsigned char *mask) {
+/* Positions of one plane that follow each other, or whole planes whose positions are all treated alike. */
+static fbn_tile positions_at(const fbn_split *s, int64_t unit, int64_t from, int64_t last, const unsigned char *mask) {
     const unsigned char *of_unit = mask + fbn_position(s, unit, 0);
-    const int64_t length = length_of(s, unit);
+    const int64_t length = length_of(s, unit), most = s->cuts == 1 ? smaller(FBN_IMAGES, last - unit) : 1;
     int mixed;
     const int64_t n = masked_length(s, of_unit, from, length, &mixed);
-    const int ends = from + n == length;
+    const int ends = from + n == length, whole = n == length && !mixed;
+    const int64_t images = whole ? run_of(of_unit, most * length) / length : 1;
     return (fbn_tile){.unit = unit,
                       .from = from,
-                      .planes = {1, 0, 0, s->inner, n},
+                      .planes = {images, s->channels * s->inner, 0, s->inner, n},
                       .counts = of_unit[from] != 0,
                       .mixed = mixed,
-                      .next_unit = unit + ends,
+                      .next_unit = unit + (ends ? images : 0),
                       .next_from = ends ? 0 : from + n};
 }
 
@@ -381,5 +382,5 @@ static fbn_tile planes_at(const fbn_split *s, int64_t unit, int64_t last) {
 
 fbn_tile fbn_tile_at(const fbn_split *s, int64_t unit, int64_t from, int64_t last, const unsigned char *mask) {
     if (s->columns || s->stretches) return rows_at(s, unit, last, mask);
-    return mask ? positions_at(s, unit, from, mask) : planes_at(s, unit, last);
+    return mask ? positions_at(s, unit, from, last, mask) : planes_at(s, unit, last);
 }

@@ -356,6 +356,20 @@ def test_tiles_cover_each_value_once(split_c: ct.CDLL, shape: tuple[int, int, in
     assert (image[:, -1] == 1).all()
 
 
+def test_images_that_a_mask_treats_alike_are_one_tile(split_c: ct.CDLL) -> None:
+    """Up to eight of them; planes that are cut, and those that the mask mixes, are not joined."""
+    counted = np.array([1] * 3 + [0] * 10 + [1] + [0] * 2 + [255, 1, 7, 1], np.uint8)
+    mask = np.repeat(counted, 49)
+    mask[-1] = 0
+    found = tiles(split_c, split_of(split_c, (20, 3, 49), 1, 1 << 20, kind=MASKED), mask)
+    assert [(tile.unit, tile.images, tile.counts, tile.mixed) for tile in found] == [
+        (0, 3, 1, 0), (3, 8, 0, 0), (11, 2, 0, 0), (13, 1, 1, 0), (14, 2, 0, 0), (16, 3, 1, 0),
+        (19, 1, 1, 1),
+    ]  # fmt: skip
+    cut = split_of(split_c, (2, 1, 65_537), 1, 1 << 20, kind=MASKED)
+    assert {tile.images for tile in tiles(split_c, cut, np.ones(2 * 65_537, np.uint8))} == {1}
+
+
 def _position(where: np.ndarray[Any, Any], shape: tuple[int, int, int]) -> np.ndarray[Any, Any]:
     """The position, in (outer, inner), of elements."""
     _, channels, inner = shape
