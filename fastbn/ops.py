@@ -43,8 +43,8 @@ def forward(
     Parameters
     ----------
     x : array of float16, bfloat16, float32 or float64, at least 2-D
-        Any strides. Dense arrays (channels-first, channels-last, transposed) are not copied; others are copied block by
-        block. The statistics dtype is float64 for float64, else float32.
+        Any strides. Dense arrays (channels-first, channels-last, transposed) are not copied; others are copied, large
+        ones block by block. The statistics dtype is float64 for float64, else float32.
     gamma, beta : arrays of shape (C,), any float dtype, or None
         Scale and shift; None means ones and zeros.
     running_mean, running_var : arrays of shape (C,), each of any float dtype, both or neither
@@ -203,7 +203,7 @@ def infer(
     express = getattr(chosen, "express_infer", None)
     if express is not None:
         y = express(x, gamma, beta, running_mean, running_var, eps, axis, activation, residual, out, get_num_threads)
-        if y is None and can_copy(out, x, (x, gamma, beta, running_mean, running_var, residual), may_be=x):
+        if y is None and can_copy(out, x, (gamma, beta, running_mean, running_var, residual), may_be=x):
             y = express(x, gamma, beta, running_mean, running_var, eps, axis, activation, residual, None,
                         get_num_threads)  # fmt: skip
             y = _copied(y, out)
@@ -268,8 +268,8 @@ def backward(
     if express is not None and sums is None and type(cache) is Cache and type(parts) is Parts and parts.plain:
         gradients = express(dy, parts.x, parts.residual, parts.saved, parts.axis, parts.frozen, parts.options,
                             parts.has_gamma, parts.has_beta, out, get_num_threads)  # fmt: skip
-        may_be = dy if parts.residual is None else None  # the residual's gradient may be dy
-        if gradients is None and can_copy(out, parts.x, (parts.x, parts.residual, dy), may_be):
+        kept = None if parts.residual is None else dy  # which may be the residual's gradient
+        if gradients is None and can_copy(out, parts.x, (parts.x, parts.residual, kept), may_be=dy):
             gradients = express(dy, parts.x, parts.residual, parts.saved, parts.axis, parts.frozen, parts.options,
                                 parts.has_gamma, parts.has_beta, None, get_num_threads)  # fmt: skip
             gradients = gradients and (_copied(gradients[0], out), *gradients[1:])

@@ -254,18 +254,18 @@ def _steps(size: int, step: int) -> list[slice]:
     return [slice(start, min(start + step, size)) for start in range(0, size, step)]
 
 
-def can_copy(out: object, x: object, inputs: Sequence[object], may_be: object = None) -> bool:
+def can_copy(out: object, x: object, others: Sequence[object], may_be: object = None) -> bool:
     """Whether a call may be made without `out`, and its result then copied there: small ones are faster than blocks.
 
-    `out` must be a plain array that shares no memory with an input, or be `may_be`. All others are left to the checks.
+    `out` must be a plain array that shares no memory with the others, and none with `may_be` unless it is that array.
+    Any other is left to the checks.
     """
     if type(out) is not np.ndarray or type(x) is not np.ndarray or x.size > SMALL:
         return False
     if out.shape != x.shape or out.dtype != x.dtype or not out.flags.writeable or checks.overlaps_itself(out):
         return False
-    others = (array for array in inputs if type(array) is np.ndarray and not _is_same(array, may_be, out))
-    return not any(np.may_share_memory(out, array) for array in others)
-
-
-def _is_same(array: Array, may_be: object, out: Array) -> bool:
-    return array is may_be and array.shape == out.shape and checks.same_memory(out, array)
+    if any(type(array) is np.ndarray and np.may_share_memory(out, array) for array in others):
+        return False
+    if type(may_be) is not np.ndarray or not np.may_share_memory(out, may_be):
+        return True
+    return may_be.shape == out.shape and checks.same_memory(out, may_be)

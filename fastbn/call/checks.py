@@ -349,7 +349,7 @@ def mask(value: object, x: Array, channel_axis: int) -> Array | None:
         _refuse(TypeError, "mask", f"dtype {array.dtype}", "bool, or None")
     positions = positions_of(x.shape, channel_axis)
     if array.shape == positions:
-        return booleans(array)
+        return booleans(array).view()  # a caller may change the shape of the array itself
     try:
         return np.broadcast_to(booleans(array), positions)
     except ValueError:

@@ -182,3 +182,14 @@ def test_the_cache_keeps_what_it_needs_of_the_mask(any_backend: cases.Kernel) ->
         wanted = oracle.backward(c.dy, exact, c.gamma, mask=mask)
         for _ in range(2):
             cases.assert_gradients(fastbn.backward(c.dy, cache), wanted)
+
+
+def test_a_mask_whose_shape_is_changed_afterwards(any_backend: cases.Kernel) -> None:
+    """The cache has a view of its own, as of x."""
+    c = cases.call((6, 3, 4), "float32", 1)
+    mask = cases.random_mask((6, 3, 4), 1)
+    cache = fastbn.forward(c.x, c.gamma, c.beta, mask=mask).cache
+    expected = fastbn.backward(c.dy, cache)
+    mask.shape = (24,)
+    for one, same in zip(fastbn.backward(c.dy, cache), expected, strict=True):
+        np.testing.assert_array_equal(one, same)

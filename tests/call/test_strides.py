@@ -266,6 +266,9 @@ def test_a_small_out_is_checked_before_anything_is_written(any_backend: cases.Ke
             fastbn.forward(x, gamma, None, mean, var, out=out)
         with pytest.raises((TypeError, ValueError), match=f"^out: .*{words}"):
             fastbn.infer(x, gamma, None, mean, var, out=out)
+    for lying in (x, x.copy()):  # which may be `out`, but not while it is the residual, too
+        with pytest.raises(ValueError, match=r"^out: got memory shared with residual"):
+            fastbn.infer(lying, gamma, None, mean, var, residual=lying, out=lying)
     assert (mean == 3).all()
     assert (var == 5).all()
     fastbn.infer(x, gamma, None, mean, var, out=shifted)  # between x's elements, but none of them
