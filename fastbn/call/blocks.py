@@ -8,7 +8,7 @@ that would have too few channels, it is cut along its positions, and its moments
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -66,8 +66,12 @@ class Blocks:
         direct = all(self._is_ready(self._turned(array)) for array in arrays)
         if not x.shape[axis]:
             self.blocks = []
+        elif direct:
+            self.blocks = DIRECT
+        elif x.size <= PIECE:
+            self.blocks = [Block(EVERYTHING, [(EVERYTHING,) * x.ndim])]
         else:
-            self.blocks = DIRECT if direct else _cut(shape, self.at, arrays, axis)
+            self.blocks = _cut(shape, self.at, min(_run(array, axis) for array in arrays))
         self._buffers: dict[int, Array] = {}
 
     # The verbs -------------------------------------------------------------------------------------------------------
@@ -227,12 +231,12 @@ def _run(array: Array, axis: int) -> int:
     return math.prod(array.shape[i] for i in order[order.index(axis) + 1 :])
 
 
-def _cut(shape: tuple[int, ...], at: int, arrays: Iterable[Array], axis: int) -> list[Block]:
-    """The blocks of arrays with channels on `axis`. In memory order, x has this shape, and its channels are at `at`."""
+def _cut(shape: tuple[int, ...], at: int, run: int) -> list[Block]:
+    """The blocks of an array of this shape, whose axes are in memory order, with channels on axis `at`.
+
+    In every array of the call, at least `run` elements of a channel are adjacent.
+    """
     channels, size = shape[at], math.prod(shape)
-    if size <= PIECE:
-        return [Block(EVERYTHING, [(EVERYTHING,) * len(shape)])]
-    run = min(_run(array, axis) for array in arrays)
     least, fit = -(-RUN // run), PIECE // (size // channels)
     if fit < least > 1:  # a single piece would have short runs: a piece has fewer positions, and thus more channels
         fit = PIECE // RUN
