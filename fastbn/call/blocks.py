@@ -3,6 +3,7 @@
 Channels are independent, so a call may be cut into blocks of channels. Arrays that are all dense in x's memory order
 make one block, which is not copied. Others are copied in and out block by block. A block is one piece if possible. If
 that would have too few channels, it is cut along its positions, and its moments and sums are added up piece by piece.
+A small result for an `out` that is not dense is better made elsewhere and copied: `can_copy` says where that may be.
 """
 
 from __future__ import annotations

@@ -108,6 +108,27 @@ def results(c: cases.Call, axis: int, activation: Any, masked: bool) -> tuple[An
     return (*found, *fastbn.backward(c.dy, made, sums=sums))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("shape", [(40, 5, 49), (40, 3, 700), (9, 2, 70_000)], ids=str)
+def test_bits_under_a_mask_of_examples(shape: tuple[int, ...], dtype: str) -> None:
+    """Planes that it treats alike are added and mapped together, in streams if these are best."""
+    c = call(shape, 1, dtype)
+    mask = np.random.default_rng(3).random((shape[0], 1)) < 0.8
+    found: dict[str, list[Any]] = {}
+    with fastbn.use_backend("c"):
+        for name, habits in EXTREME.items():
+            use(habits)
+            for threads in (1, 2):
+                with fastbn.use_num_threads(threads):
+                    y, made = fastbn.forward(c.x, c.gamma, c.beta, mask=mask)
+                    moments = fastbn.moments(c.x, mask=mask)
+                    found[f"{name}, {threads}"] = [y, *fastbn.backward(c.dy, made), moments.mean, moments.m2]
+    first, *others = found
+    for other in others:
+        for result, expected in zip(found[other], found[first], strict=True):
+            cases.assert_same_bits(result, expected, other)
+
+
 @pytest.mark.parametrize(("activation", "masked"), [(None, False), ("relu", False), ("relu", True), ("silu", False)])
 def test_bits_of_planes_in_the_order_of_memory(activation: str | None, masked: bool) -> None:
     """A channel is far larger than a core's cache, so one thread passes through from end to end if one stream is best.
