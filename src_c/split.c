@@ -321,11 +321,18 @@ int64_t fbn_position(const fbn_split *s, int64_t unit, int64_t from) {
     return s->rows ? unit : unit / s->cuts * s->inner + unit % s->cuts * s->cut + from;
 }
 
-/* How many of n positions, the first and those that follow it, have the same mask. */
-static int64_t run_of(const unsigned char *mask, int64_t n) {
+/* How many of n positions, the first and those that follow it at steps of `apart`, have the same mask. */
+static int64_t run_of(const unsigned char *mask, int64_t n, int64_t apart) {
     int64_t i = 1;
-    while (i < n && !mask[i] == !mask[0]) i++;
+    while (i < n && !mask[i * apart] == !mask[0]) i++;
     return i;
+}
+
+int fbn_masks_images(const fbn_problem *p, const unsigned char *mask) {
+    if (p->inner == 1 || p->inner >= SMALL_PLANE || p->channels == 1) return 0;
+    for (int64_t i = 0; i < p->outer; i++)
+        if (run_of(mask + i * p->inner, p->inner, 1) < p->inner) return 0;
+    return 1;
 }
 
 /* How often the mask changes between the first of n positions and the last. */
@@ -344,13 +351,16 @@ static int64_t masked_length(const fbn_split *s, const unsigned char *mask, int6
     const int64_t most = smaller(FBN_MIXED, FBN_MIXED_BYTES / smaller(width, WIDE));
     const int64_t some = smaller(n, (from / most + 1) * most) - from;
     *mixed = width <= WIDE && changes_of(mask + from, some) * (s->rows ? SHORT_ROWS : SHORT_RUN) > some;
-    return *mixed ? some : run_of(mask + from, n - from);
+    return *mixed ? some : run_of(mask + from, n - from, 1);
 }
 
 static fbn_tile rows_at(const fbn_split *s, int64_t unit, int64_t last, const unsigned char *mask) {
     int mixed = 0;
-    const int64_t n = mask ? masked_length(s, mask, unit, last, &mixed) : last - unit;
-    return (fbn_tile){.unit = unit, .rows = n, .counts = !mask || mask[unit], .mixed = mixed, .next_unit = unit + n};
+    int64_t n = last - unit;
+    const int64_t position = fbn_position(s, unit, 0);
+    if (mask) n = s->rows ? masked_length(s, mask, unit, last, &mixed) : run_of(mask + position, n, s->inner);
+    return (fbn_tile){
+        .unit = unit, .rows = n, .counts = !mask || mask[position], .mixed = mixed, .next_unit = unit + n};
 }
 
 /* Positions of one plane that follow each other, or whole planes whose positions are all treated alike. */
@@ -360,7 +370,7 @@ static fbn_tile positions_at(const fbn_split *s, int64_t unit, int64_t from, int
     int mixed;
     const int64_t n = masked_length(s, of_unit, from, length, &mixed);
     const int ends = from + n == length, whole = n == length && !mixed;
-    const int64_t images = whole ? run_of(of_unit, most * length) / length : 1;
+    const int64_t images = whole ? run_of(of_unit, most * length, 1) / length : 1;
     return (fbn_tile){.unit = unit,
                       .from = from,
                       .planes = {images, s->channels * s->inner, 0, s->inner, n},

@@ -44,12 +44,15 @@ typedef struct {
     fbn_walk walk;
 } fbn_split;
 
-/* What a call does: it only maps, or it reduces and then maps, or it does both with a mask. These have a workspace. The
- * last one maps by a plan instead. */
+/* What a call does: it only maps, or it reduces and then maps, or it does both with a mask that does not only leave out
+ * images of small planes. These have a workspace. The last one maps by a plan instead. */
 typedef enum { FBN_MAPS, FBN_REDUCES, FBN_MASKED, FBN_PLANNED } fbn_kind;
 
 /* The split of a valid problem, for a call that reads this number of large arrays. */
 fbn_split fbn_split_of(const fbn_problem *problem, int arrays, fbn_kind kind);
+
+/* Whether planes are small, and a mask treats the positions of each image alike. */
+int fbn_masks_images(const fbn_problem *problem, const unsigned char *mask);
 
 /* Whether the activation is a SiLU or a sigmoid, which take long to compute. */
 int fbn_is_costly(const fbn_problem *problem);

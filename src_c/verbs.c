@@ -88,8 +88,8 @@ static fbn_status if_fits(const fbn_problem *p, fbn_status status) {
 /* `out` is what the map will write; NULL where there is no map, or where calls share the constants. A map of rows
  * follows the alignment of `out`. The constants get the same alignment, so that those of a vector lie in one cache
  * line. A plan has room for those of joined rows, whether or not a run joins rows. */
-static fbn_job job_of(const fbn_problem *p, const fbn_operation *operation, int arrays, int masked, void *out,
-                      void *workspace) {
+static fbn_job job_of(const fbn_problem *p, const fbn_operation *operation, int arrays, const unsigned char *mask,
+                      void *out, void *workspace) {
     fbn_job j;
     memset(&j, 0, sizeof j);
     j.p = p;
@@ -98,7 +98,7 @@ static fbn_job job_of(const fbn_problem *p, const fbn_operation *operation, int 
     j.sums = p->machine->kernels->sums[p->dtype];
     j.split = fbn_split_of(p, arrays,
                            operation == &PLAN_RUN                                   ? FBN_PLANNED
-                           : masked                                                 ? FBN_MASKED
+                           : mask && !fbn_masks_images(p, mask)                     ? FBN_MASKED
                            : operation->map == fbn_map_affine && !operation->reduce ? FBN_MAPS
                                                                                     : FBN_REDUCES);
     /* Joined planes need no constants for each column, so a panel may be as large as a block, or have all channels. */
@@ -121,20 +121,24 @@ static fbn_job job_of(const fbn_problem *p, const fbn_operation *operation, int 
 /* A job that maps x to y. Its rows go to `saved`, unless that is NULL. */
 static fbn_job job_of_x(const fbn_problem *p, const fbn_operation *operation, const void *x, const void *residual,
                         const unsigned char *mask, void *y, double *saved, void *workspace) {
-    fbn_job j = job_of(p, operation, residual ? 2 : 1, mask != NULL, y, workspace);
+    fbn_job j = job_of(p, operation, residual ? 2 : 1, mask, y, workspace);
     j.x = x;
     j.residual = residual;
     if (saved) j.known = j.saved = saved;
     return j;
 }
 
-/* Whether dz is dy, or that of a relu without a residual. The gradients of stacks are of these. */
-static int is_simple(const fbn_job *j) { return !j->activation || (j->activation == FBN_RELU && !j->residual); }
+/* Whether dz is dy, or that of a relu without a residual, and all positions count. The gradients of stacks are of
+ * these.
+ */
+static int is_simple(const fbn_job *j) {
+    return !j->reduce_mask && (!j->activation || (j->activation == FBN_RELU && !j->residual));
+}
 
 /* A job that differentiates. Where `x` holds y, the rows that describe it are in the workspace. */
 static fbn_job job_of_dy(const fbn_problem *p, const fbn_operation *operation, const fbn_sums_args *a, void *dx,
                          void *workspace) {
-    fbn_job j = job_of(p, operation, arrays_of(p, a->residual != NULL), a->mask != NULL, dx, workspace);
+    fbn_job j = job_of(p, operation, arrays_of(p, a->residual != NULL), a->mask, dx, workspace);
     j.dy = a->dy;
     j.x = a->x;
     j.residual = a->residual;
@@ -205,7 +209,7 @@ fbn_status fbn_apply(const fbn_problem *p, const fbn_apply_args *a, void *worksp
 fbn_status fbn_moments(const fbn_problem *p, const fbn_moments_args *a, void *workspace) {
     const fbn_status status = if_fits(p, fbn_check_moments(p, a, workspace));
     if (status) return status;
-    fbn_job j = job_of(p, &MOMENTS, 1, a->mask != NULL, NULL, workspace);
+    fbn_job j = job_of(p, &MOMENTS, 1, a->mask, NULL, workspace);
     j.x = a->x;
     j.moments_out = a->moments;
     set_mask(&j, a->mask);

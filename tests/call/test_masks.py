@@ -20,16 +20,18 @@ SHAPES = (((40, 19), 1), ((6, 5, 31), 1), ((6, 31, 5), -1), ((3, 4, 7, 6), 1), (
 def masks(shape: tuple[int, ...], axis: int) -> dict[str, Array]:
     """Of every kind; shape is x's."""
     rest = tuple(np.delete(shape, axis))
-    one_off, two, runs = np.ones(rest, bool), np.zeros(rest, bool), np.zeros(rest, bool)
+    one_off, two, runs, images = np.ones(rest, bool), *(np.zeros(rest, bool) for _ in range(3))
     one_off.flat[one_off.size // 2] = False
     two.flat[[0, -1]] = True
     runs.flat[runs.size // 3 : runs.size // 3 * 2] = True
+    images[::2] = True
     return {
         "random": cases.random_mask(shape, axis, seed=1),
         "padded": np.broadcast_to(np.arange(rest[-1]) < rest[-1] // 2 + 1, rest).copy(),
         "all but one": one_off,
         "two": two,
         "a run": runs,
+        "images": images,
         "every second": np.arange(one_off.size).reshape(rest) % 2 == 0,
     }
 
