@@ -8,7 +8,7 @@ from ._backends import get_num_threads, select, threads_of
 from ._moments import Moments, Sums
 from .call import batch, check_parts, checks, ghost
 from .call.blocks import can_copy
-from .call.record import USUAL, Call, Options, check
+from .call.record import Call, Options, check, options_of
 from .call.results import Cache, Forward, Gradients, Parts, parts_of
 
 Array = np.ndarray
@@ -127,7 +127,7 @@ def forward(
         if done is not None:
             y, saved = done
             kept, added = batch.views(x, residual)
-            options, has_gamma, has_beta = USUAL[activation], gamma is not None, beta is not None
+            options, has_gamma, has_beta = options_of(activation), gamma is not None, beta is not None
             return Forward(y, Cache(Parts(kept, added, saved, axis, not training, options, has_gamma, has_beta)))
     training = checks.flag("training", training)
     call = Call(x, gamma, beta, running_mean, running_var, momentum, correction, eps, axis, mask, Options(activation),

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from . import checks
-from .activations import BY_NAME, Activation, as_given
+from .activations import BY_NAME, Activation, as_given, name_and_slope
 from .dtypes import FLOAT64, DType, kind_of, native, rounded
 
 Array = np.ndarray[Any, Any]
@@ -46,13 +46,18 @@ class Options(NamedTuple):
 
     def given(self) -> Options:
         """Checked options as a caller gives them, which is how a cache keeps them."""
-        activation = as_given(Activation(self.activation).public, self.slope)
-        options = self._replace(activation=activation, slope=0.0)
-        return USUAL[activation] if USUAL.get(activation) == options else options
+        return options_of((Activation(self.activation).public, self.slope))
 
 
 USUAL: dict[object, Options] = {name: Options(name) for name in BY_NAME}
-"""The options of the calls that the express lane takes, in which nothing but the activation's name is given."""
+"""The options in which nothing but the activation's name is given."""
+
+
+def options_of(activation: Any) -> Options:
+    """The options of a valid call in which nothing but the activation is given: the usual ones if they are these."""
+    activation = as_given(*name_and_slope(activation))
+    return USUAL[activation] if activation in USUAL else Options(activation)
+
 
 IDENTITY = USUAL[None].checked()
 

@@ -16,7 +16,7 @@ from torch.nn import Parameter
 
 from .._backends import get_num_threads, select
 from .._moments import Moments, Sums
-from ..call.record import USUAL, Options
+from ..call.record import options_of
 from ..call.results import Cache, Parts
 from ..config import environment
 from ..config.thread_count import use_num_threads
@@ -412,7 +412,7 @@ def differentiate(
                     dresidual = given_dy if for_residual else None
                 return dx if for_x else None, dresidual, dgamma, dbeta
     axis, (dy_, x_, residual_, dx_) = _channels_together(x, dy, x, residual, dx)
-    options = USUAL.get(activation, Options(activation))
+    options = options_of(activation)
     cache = Cache(Parts(x_, residual_, saved, axis, not training, options, for_gamma, for_beta))
     found: Any
     with use_num_threads(_threads()):
@@ -463,7 +463,7 @@ def sums_of_share(
 ) -> Sums:
     """The part of a share in the sums that the gradients need; `count` is that of the whole batch."""
     axis, (dy_, x_, residual_) = _channels_together(x, dy, x, residual)
-    options = USUAL.get(activation, Options(activation))
+    options = options_of(activation)
     cache = Cache(Parts(x_, residual_, saved, axis, False, options, False, False, counted=count))
     with use_num_threads(_threads()):
         return backward_sums(dy_, cache)
@@ -486,7 +486,7 @@ def differentiate_share(
         return None, dy if for_residual else None
     dx = _empty_like(x)
     axis, (dy_, x_, residual_, dx_) = _channels_together(x, dy, x, residual, dx)
-    options = USUAL.get(activation, Options(activation))
+    options = options_of(activation)
     cache = Cache(Parts(x_, residual_, saved, axis, False, options, False, False, counted=count))
     with use_num_threads(_threads()):
         of_residual = backward(dy_, cache, out=dx_, sums=total).dresidual

@@ -108,12 +108,12 @@ def test_the_express_lane_gives_what_the_front_desk_gives(
 ) -> None:
     """To the bit, for small arrays in any order, which it takes itself. The front desk gets types that it does not."""
     move, move_others = (cases.PLACEMENTS[place if name == "alike" else name] for name in ("alike", others))
-    for shape, axis, wide in (
-        ((40, 19, 1, 1), 1, ("running_mean", "running_var")),
-        ((4, 5, 30, 19), 3, ()),
-        ((6, 2, 5, 3), -2, ("gamma", "beta")),
-        ((2, 2, 1, 1), 0, ("gamma", "beta", "running_mean", "running_var")),
-        ((5, 1, 7, 3), 1, ()),
+    for shape, axis, wide, activation in (
+        ((40, 19, 1, 1), 1, ("running_mean", "running_var"), "relu"),
+        ((4, 5, 30, 19), 3, (), ("leaky_relu", 0.3)),
+        ((6, 2, 5, 3), -2, ("gamma", "beta"), "leaky_relu"),
+        ((2, 2, 1, 1), 0, ("gamma", "beta", "running_mean", "running_var"), "silu"),
+        ((5, 1, 7, 3), 1, (), ("leaky_relu", -2.0)),
     ):
         c = cases.call(shape, dtype, axis)
         c = c._replace(**{name: getattr(c, name).astype("f8") for name in wide})
@@ -127,10 +127,12 @@ def test_the_express_lane_gives_what_the_front_desk_gives(
                     patched.delattr(select("c"), verb)
                 y, cache = fastbn.forward(
                     x, c.gamma, c.beta, mean, var, training=training, momentum=number(0.3), eps=number(0.01), axis=axis,
-                    activation="relu", residual=residual,
+                    activation=activation, residual=residual,
                 )  # fmt: skip
                 gradients = fastbn.backward(dy if express else dy.view(np.memmap), cache)
-                inferred = fastbn.infer(x, c.gamma, None, mean, var, eps=number(0.01), axis=axis, residual=residual)
+                inferred = fastbn.infer(
+                    x, c.gamma, None, mean, var, eps=number(0.01), axis=axis, activation=activation, residual=residual
+                )
             found.append((y, mean, var, cache.mean, cache.var, *gradients, gradients.dresidual, inferred))
         cases.assert_same_bits(*found, f"for {shape}, axis {axis}")
         for express, front in zip(*found, strict=True):

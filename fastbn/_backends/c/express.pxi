@@ -13,26 +13,35 @@ cdef enum:
 
 cdef object may_share_memory = np.may_share_memory
 
-# What usual options are, and the codes and the default slopes of activations, by name.
+# What usual options are, and the codes of activations and their default slopes, or 0 where they have none, by name.
 cdef object OPTIONS = Options
 cdef dict KNOWN = USUAL
 cdef dict ACTIVATIONS = {name: tuple(options.checked()) for name, options in USUAL.items()}
 
 
 cdef int set_activation(c.fbn_problem *p, object activation) except -1:
-    """Sets the activation of this name, with its default slope. False for anything else, such as (name, slope)."""
-    cdef tuple known = ACTIVATIONS.get(activation) if activation is None or type(activation) is str else None
-    if known is None:
+    """Sets the activation of this name, with its default slope, or that of a (name, slope). False for anything else."""
+    cdef tuple known
+    cdef object slope = None
+    if type(activation) is tuple and len(<tuple> activation) == 2:
+        activation, slope = <tuple> activation
+        if not is_number(slope, -INFINITY, INFINITY):
+            return False
+    known = ACTIVATIONS.get(activation) if activation is None or type(activation) is str else None
+    if known is None or slope is not None and known[1] == 0:
         return False
-    p.activation, p.slope = <c.fbn_activation> <int> known[0], <double> known[1]
+    p.activation, p.slope = <c.fbn_activation> <int> known[0], <double> (known[1] if slope is None else slope)
     return True
 
 
 cdef object usual_activation(object options):
-    """The activation's name in options that are one of USUAL; for others, something that `set_activation` refuses."""
+    """The activation in options that are one of USUAL or, beside a (name, slope), have no other value; for others,
+    something that `set_activation` refuses."""
     if type(options) is OPTIONS:
         activation = (<tuple> options)[0]
         if (activation is None or type(activation) is str) and KNOWN.get(activation) is options:
+            return activation
+        if type(activation) is tuple and len(<tuple> options) == 2 and is_number((<tuple> options)[1], 0, 0):
             return activation
     return NotImplemented
 
