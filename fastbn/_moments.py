@@ -21,13 +21,13 @@ def merged(a: Array, a_count: int, b: Array, b_count: int) -> Array:
     with np.errstate(all="ignore"):
         delta = (b[0] - a[0]) + (b[1] - a[1])
         step = delta * (b_count / (a_count + b_count))
-        mean, low = _two_sum(a[0], step)
-        mean, low = _two_sum(mean, low + a[1])
+        mean, low = two_sum(a[0], step)
+        mean, low = two_sum(mean, low + a[1])
         return np.stack((mean, low, a[2] + b[2] + delta * step * a_count))
 
 
-def _two_sum(a: Array, b: Array) -> tuple[Array, Array]:
-    """The sum in float64, and its rounding error."""
+def two_sum(a: Array, b: Array) -> tuple[Array, Array]:
+    """The sum in float64, and its rounding error, which is no number where the sum overflows (Knuth)."""
     total = a + b
     of_b = total - a
     return total, (a - (total - of_b)) + (b - of_b)
@@ -193,7 +193,7 @@ class Moments(_Summed):
         if dtype is not None:
             self._dtype = check_parts.statistics("dtype", dtype)
         with np.errstate(all="ignore"):
-            total, lost = _two_sum(first, low[0]) if low else (first, np.zeros_like(first))
+            total, lost = two_sum(first, low[0]) if low else (first, np.zeros_like(first))
         self._rows = np.stack((total, np.where(np.isfinite(lost), lost, 0), second))
         self._check_values()
 
@@ -312,9 +312,12 @@ def blended(old: Any, batch: Any, momentum: Any) -> Any:
 
 
 def save(rows: Array, count: int, saved: Array) -> None:
-    """Writes the mean, in two pieces, and the variance to the rows of `saved` that `apply` reads."""
+    """Writes the mean, in two pieces, and the variance to the rows of `saved` that `apply` reads.
+
+    With an infinite variance all of x would be the mean: squares that overflow make their channel NaN.
+    """
     with np.errstate(all="ignore"):
-        saved[0], saved[1], saved[2] = rows[0], rows[1], rows[2] / count
+        saved[0], saved[1], saved[2] = rows[0], rows[1], np.where(rows[2] < np.inf, rows[2] / count, np.nan)
 
 
 def save_parameters(call: Call, saved: Array) -> None:

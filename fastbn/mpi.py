@@ -10,8 +10,10 @@ message, and all ranks raise. Only a bad communicator cannot be told to the othe
 """
 
 import copy
-from functools import partial
-from typing import Any, Self
+from collections.abc import Callable
+from functools import partial, wraps
+from inspect import signature
+from typing import Any, ParamSpec, Self, TypeVar
 
 import numpy as np
 
@@ -33,6 +35,8 @@ except (ImportError, RuntimeError) as error:  # a RuntimeError if there is mpi4p
     ) from error
 
 Array = np.ndarray
+Given = ParamSpec("Given")
+Result = TypeVar("Result")
 
 __all__ = ["BatchNorm", "backward", "forward"]
 
@@ -61,6 +65,43 @@ def _exchange(comm: Intracomm, call: str) -> Exchange:
     return Exchange(gather, call)
 
 
+def _evaluates(training: object) -> bool:
+    return isinstance(training, bool | np.bool_) and not training
+
+
+def _tells(
+    call: str, comm_of: Callable[[Any, Any], object]
+) -> Callable[[Callable[Given, Result]], Callable[Given, Result]]:
+    """Has a function tell the other ranks of arguments that it does not have, or lacks: Python raises before its body.
+
+    comm_of(args, kwargs) is the communicator, or None if the call would communicate nothing.
+    """
+
+    def telling(function: Callable[Given, Result]) -> Callable[Given, Result]:
+        arguments = signature(function)
+
+        @wraps(function)
+        def called(*args: Given.args, **kwargs: Given.kwargs) -> Result:
+            try:
+                arguments.bind(*args, **kwargs)
+            except TypeError as error:
+                refused, comm = TypeError(f"{function.__qualname__}() {error}"), comm_of(args, kwargs)
+                if comm is None:
+                    raise refused from None
+                with _exchange(_checked(comm), call):
+                    raise refused from None
+            return function(*args, **kwargs)
+
+        return called
+
+    return telling
+
+
+def _of_function(_: Any, kwargs: Any) -> object:
+    return None if _evaluates(kwargs.get("training")) else kwargs.get("comm")
+
+
+@_tells("forward", _of_function)
 def forward(
     x: Array,
     gamma: Array | None = None,
@@ -123,7 +164,7 @@ def forward(
         "backend": backend,
     }
     ranks = _checked(comm)
-    if isinstance(training, bool | np.bool_) and not training:
+    if _evaluates(training):
         return _local_forward(x, gamma, beta, running_mean, running_var, **options)
     with _exchange(ranks, "forward") as exchange:
         return _train(exchange, x, gamma, beta, running_mean, running_var, **options)
@@ -157,6 +198,7 @@ def _train(
     return Forward(call.out, Cache(parts))
 
 
+@_tells("backward", _of_function)
 def backward(
     dy: Array, cache: Cache, *, comm: Intracomm, out: Array | None = None, backend: str | None = None
 ) -> Gradients:
@@ -276,15 +318,21 @@ class BatchNorm(_BatchNorm):
             )
         super().__setattr__(name, value)
 
+    def _is_alone(self) -> bool:
+        """Whether a call communicates nothing."""
+        return not self.training and self.track_running_stats
+
+    @_tells("forward", lambda args, _: None if args[0]._is_alone() else args[0].comm)
     def __call__(
         self, x: Array, *, residual: Array | None = None, out: Array | None = None, mask: Array | None = None
     ) -> Array:
         """Normalizes this rank's share x; the arguments are as in fastbn.BatchNorm's call."""
-        if not self.training and self.track_running_stats:
+        if self._is_alone():
             return super().__call__(x, residual=residual, out=out, mask=mask)
         with _exchange(self.comm, "forward") as exchange:
             return self._normalize(partial(_train, exchange), x, residual, out, mask)
 
+    @_tells("backward", lambda args, _: args[0].comm)
     def backward(self, dy: Array, *, out: Array | None = None) -> Array:
         """Returns dx of the last call and sets `gradients()`, as in fastbn.BatchNorm, on all ranks together."""
         with _exchange(self.comm, "backward") as exchange:

@@ -73,7 +73,8 @@ def forward(
         not share memory with an input. With out=x the gradient is computed from y, as in in-place activated batch norm
         (Rota Bulo et al. 2018). This requires no activation, or leaky_relu with a slope that is at least the smallest
         normal number of x's dtype; |gamma| >= sqrt(e) * max(1, |beta|) in every channel, where e is the eps of x's
-        dtype; and |residual| <= min(|gamma|) / sqrt(e). The cache then refers to y, which must stay as it is.
+        dtype; and |residual| <= min(|gamma|) / sqrt(e). The cache then refers to y, which must stay as it is. Since y
+        is rounded, the gradient's xhat has an error of up to e / 2 * |y / gamma|, and as much again with a residual.
     backend : "c", "numba", "numpy" or None
         None is what `get_backend` returns.
     moments : Moments or None
@@ -103,9 +104,10 @@ def forward(
 
     For finite float32 input, the error of y is at most 2 ulp of max(1, |xhat|) times |gamma| plus 1 ulp of |y|, at any
     offset, with every backend and layout. Sums are kept in float64, so those of the largest float32 do not overflow,
-    and denormal numbers count like others; the squares of float64 overflow beyond 1e154. A constant channel gives beta
-    exactly, even if eps == 0, where xhat is 0. A NaN or infinity makes its own channel NaN and no other. If there are
-    values per channel but no channels (C == 0), y is empty, in training as well.
+    and denormal numbers count like others. The squares of float64 data overflow where x - mean is beyond 1e154, which
+    makes their channel NaN, and lose digits where all are below 1e-146. A constant channel gives beta exactly, even if
+    eps == 0, where xhat is 0. A NaN or infinity makes its own channel NaN and no other. If there are values per channel
+    but no channels (C == 0), y is empty, in training as well.
 
     >>> import numpy as np, fastbn
     >>> x = np.array([[1.0, 10.0], [3.0, 30.0]])

@@ -161,7 +161,7 @@ def normalize(
         first, c = last, c + 1 if c + 1 < c1 else c0
 
 
-@loop
+@compiled()  # without fused operations, in which loops for powers of two would round unlike those for none
 def differentiate(
     span: int, c0: int, c1: int, kept: Array, dz: Array, x: Array, dx: Array, constants: Array, scaled: bool
 ) -> None:

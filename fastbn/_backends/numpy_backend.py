@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from .._moments import blend, save, save_parameters
+from .._moments import blend, save, save_parameters, two_sum
 from ..call.activations import Activation
 from ..call.record import BackwardCall, Call, Options
 
@@ -71,11 +71,14 @@ def _times_gain(values: Array, saved: Array) -> Array:
 
 
 def _preactivation(centred: Array, residual: Array | None, saved: Array) -> Array:
-    """Overwrites `centred` with z, the argument of the activation."""
-    z = _times_gain(centred, saved)
-    z += _column(saved[5])
-    if residual is not None:
-        z += residual
+    """Overwrites `centred` with z, the argument of the activation. Beta and a residual may cancel, and come first."""
+    z, shift = _times_gain(centred, saved), _column(saved[5])
+    if residual is None:
+        z += shift
+        return z
+    total, lost = two_sum(shift, residual.astype(np.float64))
+    z += total
+    z += np.where(np.isfinite(lost), lost, 0)
     return z
 
 

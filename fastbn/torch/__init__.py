@@ -48,6 +48,9 @@ Norms of timm and torchvision that were converted are subject to the same table.
 fused is computed with the norm in the cases of the first two rows; in all others it runs after the norm, as the model
 wrote it.
 
+Results of 4 MiB or more, and some smaller gradients, are in memory from NumPy, which has huge pages. Their storage
+cannot be resized: code that frees activations by untyped_storage().resize_(0) gets an error.
+
 The results of torch's layer are as accurate as torch's: in float32, no digit is correct if the mean is 1e6 times the
 deviation.
 """

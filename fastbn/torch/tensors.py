@@ -86,10 +86,11 @@ def cast(tensor: Tensor | None, dtype: Any) -> Tensor | None:
 
 def _empty_like(x: Tensor) -> Tensor:
     """A new tensor like x, in x's memory format. Large ones use NumPy's memory, which has huge pages."""
-    if x.nbytes < _HUGE:
+    size = x.numel() * x.element_size()  # compiled autograd knows no x.nbytes where sizes vary
+    if size < _HUGE:
         return torch.empty_like(x)
     strides = torch.empty_like(x, device="meta").stride()
-    memory = torch.from_numpy(np.empty(x.nbytes, np.uint8)).untyped_storage()
+    memory = torch.from_numpy(np.empty(size, np.uint8)).untyped_storage()
     return torch.empty(0, dtype=x.dtype, device="cpu").set_(memory, 0, x.shape, strides)
 
 

@@ -15,7 +15,7 @@ static void NAME(set_moments)(const double *restrict origin, const double *restr
         mean[c] = middle;
         mean_low[c] = lost == lost ? lost : 0;
         squares[c] = m2 < 0 ? 0 : m2;
-        var[c] = squares[c] / count;
+        var[c] = squares[c] <= DBL_MAX ? squares[c] / count : NAN; /* all of x would be the mean */
     }
 }
 
@@ -110,6 +110,18 @@ FBN_INLINE double NAME(finite)(double v) {
     return fabs(v) > most && fabs(v) <= DBL_MAX ? most_signed : v;
 }
 
+/* a * b, or the largest number of its sign where two finite numbers have a product that is not. */
+FBN_INLINE double NAME(times)(double a, double b) {
+    const double product = a * b, most = product < 0 ? -DBL_MAX : DBL_MAX;
+    return fabs(product) > DBL_MAX && fabs(a) <= DBL_MAX && fabs(b) <= DBL_MAX ? most : product;
+}
+
+/* The mean that the map subtracts: rounded, which is beyond the range for some means, or else with the power of two. */
+FBN_INLINE double NAME(mean_hi)(double mean, double square, int plain) {
+    const int is_beyond = sizeof(real) < 8 && fabs(mean) > FLT_MAX && fabs(mean) <= DBL_MAX;
+    return !plain && is_beyond ? (real)(mean * square) / square : (real)mean;
+}
+
 /* Where T_line has a factor of two parts, scale is rounded towards zero, so that the rest has its sign: a rounded scale
  * that is too large becomes the number before it. The rest must not be 0, since an infinite x times 0 is NaN. */
 FBN_INLINE void NAME(set_scale)(double scale, int64_t c, const fbn_constants *to) {
@@ -120,14 +132,18 @@ FBN_INLINE void NAME(set_scale)(double scale, int64_t c, const fbn_constants *to
     if (SPLITS_SCALE) ((real *)to->of[FBN_SCALE_LOW])[c] = NAME(rounded)(fabs(rest) > 0 ? rest : scale * 0x1p-60);
 }
 
-/* y = ((x - mean_hi) - mean_lo) * gain + beta, where mean_lo * gain is moved into the shift. */
-FBN_INLINE void NAME(set_one_line)(const fbn_channels *k, int64_t c, double prescale, const fbn_constants *to) {
-    const real mean_hi = (real)k->mean[c];
-    const double mean_lo = (k->mean[c] - mean_hi) + k->mean_low[c], square = prescale * prescale;
-    const double scale = k->inv_std[c] / square * k->gamma[c];
+/* y = ((x - mean_hi) - mean_lo) * gain + beta, where mean_lo * gain is moved into the shift. Where `plain` is 1 the
+ * channel is taken for a usual one, in which nothing overflows: what is done about that would cost the loop's vectors.
+ */
+FBN_INLINE void NAME(set_one_line)(const fbn_channels *k, int64_t c, double prescale, int plain,
+                                   const fbn_constants *to) {
+    const double square = prescale * prescale, mean_hi = NAME(mean_hi)(k->mean[c], square, plain);
+    const double mean_lo = (k->mean[c] - mean_hi) + k->mean_low[c], factor = k->inv_std[c] / square;
+    const double scale = plain ? factor * k->gamma[c] : NAME(times)(factor, k->gamma[c]);
     const double moved = prescale == 1 ? mean_lo * scale : NAME(finite)(mean_lo * square * scale);
     const double shift = k->beta[c] - moved;
-    const real shift_hi = NAME(rounded)(shift), shift_low = (real)((k->beta[c] - shift_hi) - moved);
+    const real shift_hi = NAME(rounded)(plain ? shift : NAME(finite)(shift)),
+               shift_low = (real)((k->beta[c] - shift_hi) - moved);
     ((real *)to->of[FBN_PRESCALE])[c] = (real)prescale;
     ((real *)to->of[FBN_NEG_MEAN])[c] = NAME(rounded)(-mean_hi * square);
     NAME(set_scale)(NAME(finite)(scale), c, to);
@@ -136,11 +152,10 @@ FBN_INLINE void NAME(set_one_line)(const fbn_channels *k, int64_t c, double pres
     ((real *)to->of[FBN_SHIFT_LOW])[c] = fabs(shift_low) > 0 ? shift_low : 0;
 }
 
-/* Whether channel c needs no prescale. A split scale is multiplied before the shift is added, and may overflow where y
- * does not if the shift is large. */
+/* Whether the line of channel c is plain, and needs no prescale. A large shift may be beyond the range. A split scale
+ * is multiplied before it is added, and may overflow where y does not. */
 FBN_INLINE int NAME(has_usual_line)(const fbn_channels *k, int64_t c) {
-    const int usual = NAME(is_usual)(k, c);
-    return SPLITS_SCALE ? usual & (k->beta[c] < 0x1p100) & (k->beta[c] > -0x1p100) : usual;
+    return NAME(is_usual)(k, c) & (k->beta[c] < 0x1p100) & (k->beta[c] > -0x1p100);
 }
 
 /* Where the scale is split, loops take a prescale of 1 to mean that the line is usual. Any other channel that needs
@@ -157,32 +172,38 @@ static void NAME(set_line)(const fbn_channels *k, int64_t n, const fbn_constants
     const fbn_constants own = *to;
     int64_t usual = 0;
     for (int64_t c = 0; c < n; c++) {
-        NAME(set_one_line)(&known, c, 1, &own);
+        NAME(set_one_line)(&known, c, 1, 1, &own);
         usual += NAME(has_usual_line)(&known, c);
     }
     if (usual == n) return;
-    for (int64_t c = 0; c < n; c++) NAME(set_one_line)(&known, c, NAME(prescale_of)(&known, c), &own);
+    for (int64_t c = 0; c < n; c++) NAME(set_one_line)(&known, c, NAME(prescale_of)(&known, c), 0, &own);
 }
 
 /* dx = gain (dz + B (x - mean) + D), with gain = gamma / std, B = -sum(dz (x - mean)) / (M var), D = -sum(dz) / M
  * (Ioffe & Szegedy 2015, section 3, solved for dx). The kernel computes x - mean_hi, prescaled. */
 FBN_INLINE void NAME(set_one_gradient)(const fbn_channels *k, int64_t c, double sum, double product, double count,
-                                       double postscale, const fbn_constants *to) {
-    const double a = k->inv_std[c] / (postscale * postscale) * k->gamma[c], b = -(product * k->inv_std[c]) / count * a;
-    const double prescale = ((const real *)to->of[FBN_PRESCALE])[c],
-                 mean_lo = (k->mean[c] - (real)k->mean[c]) + k->mean_low[c];
-    ((real *)to->of[FBN_ON_DY])[c] = NAME(rounded)(a);
-    ((real *)to->of[FBN_ON_X])[c] = NAME(rounded)(b * (k->inv_std[c] / (prescale * prescale)));
-    ((real *)to->of[FBN_CONSTANT])[c] = NAME(rounded)(-a * sum / count - b * k->inv_std[c] * mean_lo);
+                                       double postscale, int plain, const fbn_constants *to) {
+    const double factor = k->inv_std[c] / (postscale * postscale);
+    const double a = plain ? factor * k->gamma[c] : NAME(times)(factor, k->gamma[c]);
+    const double b = -(product * k->inv_std[c]) / count * a, prescale = ((const real *)to->of[FBN_PRESCALE])[c];
+    const double square = prescale * prescale, mean_hi = NAME(mean_hi)(k->mean[c], square, plain);
+    const double mean_lo = (k->mean[c] - mean_hi) + k->mean_low[c];
+    const double moved = b * k->inv_std[c] * mean_lo, constant = -a * sum / count - moved;
+    const double limited = fabs(constant) <= DBL_MAX ? constant : NAME(times)(-a, sum / count) - moved;
+    ((real *)to->of[FBN_ON_DY])[c] = NAME(rounded)(plain ? a : NAME(finite)(a));
+    ((real *)to->of[FBN_ON_X])[c] = NAME(rounded)(b * (k->inv_std[c] / square));
+    ((real *)to->of[FBN_CONSTANT])[c] = NAME(rounded)(plain ? constant : NAME(finite)(limited));
     ((real *)to->of[FBN_POSTSCALE])[c] = (real)postscale;
 }
 
-/* Whether channel c, whose constants have been set without a postscale, needs none: it is usual, and on_x, a product of
- * the gain, 1 / std and the sums, is far from the ends of the range. All numbers are of one size, as in is_usual. */
+/* Whether channel c, whose constants have been set without a postscale, needs none: it is usual, on_x, a product of the
+ * gain, 1 / std and the sums, is far from the ends of the range, and so is the constant from its upper one. All numbers
+ * are of one size, as in is_usual. */
 FBN_INLINE int64_t NAME(fits)(const fbn_channels *k, int64_t c, double product, const fbn_constants *to) {
     const double high = sizeof(real) == 8 ? 0x1p900 : 0x1p100, low = 1 / high;
     const double on_x = fabs((double)((const real *)to->of[FBN_ON_X])[c]);
-    const int64_t is_small = (on_x < low) & (product != 0), is_large = on_x > high;
+    const double constant = fabs((double)((const real *)to->of[FBN_CONSTANT])[c]);
+    const int64_t is_small = (on_x < low) & (product != 0), is_large = (on_x > high) | (constant > high);
     return NAME(is_usual)(k, c) & ~is_small & ~is_large;
 }
 
@@ -216,13 +237,13 @@ static void NAME(set_scaled_gradient)(const fbn_channels *k, int64_t c, double s
     if (sum != 0 || product != 0) e = NAME(postscale_exponent)(steep, size);
     const int least = computes_z ? steep - NAME(MOST) + 1 : spread, best = spread > least ? spread : least;
     if (product != 0 && best < scaled && of_x - e < -NAME(MOST)) {
-        NAME(set_one_line)(k, c, NAME(unusual_root)(best), to);
+        NAME(set_one_line)(k, c, NAME(unusual_root)(best), 0, to);
         of_x += scaled - 2 * NAME(exponent_of)(NAME(root)(best));
     }
     if (product != 0 && best > spread && of_x - e < -NAME(MOST))
         e = NAME(between)(of_x + NAME(MOST), steep > NAME(MOST) ? steep - NAME(MOST) : 0, e);
     if (product != 0 && of_x - e > NAME(MOST)) e = of_x - NAME(MOST);
-    NAME(set_one_gradient)(k, c, sum, product, count, NAME(root)(e), to);
+    NAME(set_one_gradient)(k, c, sum, product, count, NAME(root)(e), 0, to);
 }
 
 /* Whether a channel gets a postscale must depend on that channel alone: it may change how a subnormal dx is rounded. */
@@ -231,7 +252,7 @@ static void NAME(set_gradient)(const fbn_channels *k, const double *sums, const 
     const fbn_channels known = *k; /* no store can change these, so the loops need not read them again */
     const fbn_constants own = *to;
     int64_t fit = 0;
-    for (int64_t c = 0; c < n; c++) NAME(set_one_gradient)(&known, c, sums[c], products[c], count, 1, &own);
+    for (int64_t c = 0; c < n; c++) NAME(set_one_gradient)(&known, c, sums[c], products[c], count, 1, 1, &own);
     for (int64_t c = 0; c < n; c++) fit += NAME(fits)(&known, c, products[c], &own);
     for (int64_t c = 0; fit < n && c < n; c++)
         if (!NAME(fits)(k, c, products[c], to))

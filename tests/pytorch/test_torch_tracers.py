@@ -213,18 +213,22 @@ def test_compile_with_derivatives(lenient: None, way: str) -> None:
     torch.testing.assert_close(run(ours), run(theirs), rtol=1e-9, atol=1e-9)
 
 
-def test_compiled_autograd(lenient: None) -> None:
-    """The backward pass of eager code, compiled."""
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+def test_compiled_autograd(lenient: None, training: bool) -> None:
+    """The backward pass of eager code, compiled, for batches of several sizes."""
     compiled_autograd = importlib.import_module("torch._dynamo.compiled_autograd")
-    theirs, ours = (layer.double() for layer in pair(1))
-    x, found = torch.randn(6, 5, dtype=torch.float64), []
+    theirs, ours = (layer.double().train(training) for layer in pair(1))
+    xs, found = [data((size, 5)).double() for size in (6, 7, 9)], list[list[torch.Tensor]]()
     for layer in (ours, theirs):
         torch.compiler.reset()
-        one = x.clone().requires_grad_()
-        y = layer(one)
-        with compiled_autograd._enable(torch.compile(backend="aot_eager")):
-            y.pow(3).sum().backward()
-        found.append(one.grad)
+        found.append([])
+        for x in xs:
+            one = x.clone().requires_grad_()
+            y = layer(one)
+            with compiled_autograd._enable(torch.compile(backend="aot_eager")):
+                y.pow(3).sum().backward()
+            assert one.grad is not None
+            found[-1].append(one.grad)
     torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
 
 

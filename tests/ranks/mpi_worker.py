@@ -93,6 +93,7 @@ ON_ONE_RANK: dict[str, dict[str, Any]] = {
     "out": {"out": np.ones((2, 2), np.float32)},
     "backend": {"backend": "fortran"},
     "training": {"training": "yes"},
+    "no such argument": {"moment": 0.1},
 }
 """A bad argument for one rank."""
 
@@ -102,6 +103,7 @@ ON_ONE_RANK_BACKWARD: dict[str, dict[str, Any]] = {
     "cache": {"cache": "cache"},
     "out backward": {"out": np.ones((2, 2), np.float32)},
     "backend backward": {"backend": "fortran"},
+    "no such argument backward": {"sum": None},
 }
 
 
@@ -145,6 +147,10 @@ def errors(comm: MPI.Intracomm) -> dict[Any, Any]:
     caches = [fastbn.mpi.forward(share, comm=comm).cache for share in (x, x if rank else local)]
     for name, call in different.items():
         found[name] = attempt(lambda call=call: call() and None)
+    layer, extra = fastbn.mpi.BatchNorm(5, comm=comm), {"inplace": True} if last else {}
+    found["layer's arguments"] = attempt(lambda: layer(x, **extra) and None)
+    layer(x)
+    found["layer's arguments backward"] = attempt(lambda: layer.backward(*[x] * (1 + last)) and None)
     found["layer"] = attempt(lambda: fastbn.mpi.BatchNorm(5, comm=comm)(x[:, :4] if last else x) and None)
     found["uncalled layer"] = attempt(lambda: fastbn.mpi.BatchNorm(5, comm=comm).backward(x) and None)
     found["after all"] = fastbn.mpi.forward(x, comm=comm).cache.count

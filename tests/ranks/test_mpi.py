@@ -111,11 +111,13 @@ ON_ONE_RANK = {
     "out": ("ValueError", "out: got shape"),
     "backend": ("ValueError", "backend: got 'fortran'"),
     "training": ("TypeError", "training: got 'yes'"),
+    "no such argument": ("TypeError", r"forward\(\) got an unexpected keyword argument 'moment'"),
     "dy of integers": ("TypeError", "dy: got dtype int64"),
     "dy of another shape": ("ValueError", "dy: got shape"),
     "cache": ("TypeError", "cache: got 'cache'"),
     "out backward": ("ValueError", "out: got shape"),
     "backend backward": ("ValueError", "backend: got 'fortran'"),
+    "no such argument backward": ("TypeError", r"backward\(\) got an unexpected keyword argument 'sum'"),
 }
 ON_ALL = {
     "eps": ("ValueError", r"eps: got 1e-05 on rank 0 and 0.001 on rank \d; allowed: the same on every rank"),
@@ -129,6 +131,8 @@ ON_ALL = {
     "too large a correction": ("ValueError", "correction: got 1000000 with M = "),
     "caches": ("ValueError", r"the cache's count: got \d+ on rank 0 and \d+ on rank \d"),
     "local caches": ("ValueError", r"cache: got a count of 4, where all ranks together have \d+ values per channel"),
+    "layer's arguments": ("TypeError", r".*__call__\(\) got an unexpected keyword argument 'inplace'"),
+    "layer's arguments backward": ("TypeError", r".*backward\(\) too many positional arguments"),
     "layer": ("ValueError", ".*x: got shape .* with 4 channels; allowed: the layer's 5 channels"),
     "uncalled layer": ("RuntimeError", ".*the layer has not been called yet"),
 }
@@ -145,7 +149,7 @@ def test_an_error_on_one_rank_raises_on_all(results: list[dict[Any, Any]], ranks
     assert sum(isinstance(name, tuple) for name in found[0]) == 2 * len(ON_ONE_RANK)
     for name, (kind, text) in ON_ALL.items():
         outcomes = [one[name] for one in found]
-        if name in ("call", "layer", "uncalled layer"):  # the error of one rank, whose number the others tell
+        if name.startswith(("call", "layer", "uncalled layer")):  # the error of one rank, whose number the others tell
             for outcome in outcomes:
                 assert outcome[0] == kind and re.match(text, outcome[1]), outcome
         else:
@@ -178,6 +182,10 @@ def test_bad_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
         module.BatchNorm(3, comm=comm, virtual_batch_size=2)
     with pytest.raises(TypeError, match="comm: got None"):
         bn.comm = None
+    with pytest.raises(TypeError, match=r"forward\(\) missing a required (keyword-only )?argument: 'comm'"):
+        module.forward(np.ones((2, 2)))
+    with pytest.raises(TypeError, match=r"forward\(\) got an unexpected keyword argument 'moment'"):
+        module.forward(np.ones((2, 2)), comm=comm, training=False, moment=0.1)
     assert repr(bn) == f"fastbn.mpi.{fastbn.BatchNorm(3)!r}"
 
 
