@@ -288,8 +288,8 @@ BAD_STATES = {
     "the count is negative": (lambda s: {**s, "num_batches_tracked": -1}, ValueError, ("num_batches_tracked", "-1")),
     "the count is two": (
         lambda s: {**s, "num_batches_tracked": np.array([1, 2])},
-        TypeError,
-        ("num_batches_tracked", "integer"),
+        ValueError,
+        ("num_batches_tracked", "(2,)"),
     ),
     "the count is a bool": (
         lambda s: {**s, "num_batches_tracked": True},
