@@ -55,8 +55,11 @@ USUAL: dict[object, Options] = {name: Options(name) for name in BY_NAME}
 
 def options_of(activation: Any) -> Options:
     """The options of a valid call in which nothing but the activation is given: the usual ones if they are these."""
+    usual = USUAL.get(activation)
+    if usual is not None:
+        return usual
     activation = as_given(*name_and_slope(activation))
-    return USUAL[activation] if activation in USUAL else Options(activation)
+    return USUAL.get(activation, Options(activation))
 
 
 IDENTITY = USUAL[None].checked()

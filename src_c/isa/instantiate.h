@@ -8,8 +8,11 @@
 #define PASTE(what, dtype, isa) PASTE_(what, dtype, isa)
 #define NAME(what) PASTE(what, DTYPE, FBN_ISA)
 #define NAME_OF_REAL(what) PASTE(what, OF_REAL, FBN_ISA)
+#define OF_ISA(what) PASTE(what, all, FBN_ISA)
 #define STRING_(s) #s
 #define STRING(s) STRING_(s)
+
+#include "../kernels/statistics.h"
 
 #include "../dtypes/f32.h"
 #include "../kernels/constants.h"

@@ -5,27 +5,6 @@
  */
 
 /* No two arrays overlap, which compilers must know to make vectors of a loop. */
-static void NAME(set_moments)(const double *restrict origin, const double *restrict sums, double count, int64_t n,
-                              double *restrict squares, double *restrict mean, double *restrict mean_low,
-                              double *restrict var) {
-    for (int64_t c = 0; c < n; c++) {
-        const double offset = sums[c] / count, m2 = squares[c] - sums[c] * offset, middle = origin[c] + offset;
-        /* What the addition rounded away (Knuth's two-sum), or 0 where the sum was infinite. */
-        const double back = middle - origin[c], lost = (origin[c] - (middle - back)) + (offset - back);
-        mean[c] = middle;
-        mean_low[c] = lost == lost ? lost : 0;
-        squares[c] = m2 < 0 ? 0 : m2;
-        var[c] = squares[c] <= DBL_MAX ? squares[c] / count : NAN; /* all of x would be the mean */
-    }
-}
-
-static void NAME(invert)(const double *restrict var, double eps, int64_t n, double *restrict inv_std) {
-    for (int64_t c = 0; c < n; c++) {
-        const double inverse = 1 / sqrt(var[c] + eps);
-        inv_std[c] = var[c] + eps == 0 ? 0 : inverse;
-    }
-}
-
 static void NAME(get)(const void *from_, int64_t n, double *restrict to) {
     const real *restrict from = from_;
     for (int64_t c = 0; c < n; c++) to[c] = from[c];
@@ -155,7 +134,8 @@ FBN_INLINE void NAME(set_one_line)(const fbn_channels *k, int64_t c, double pres
 /* Whether the line of channel c is plain, and needs no prescale. A large shift may be beyond the range. A split scale
  * is multiplied before it is added, and may overflow where y does not. */
 FBN_INLINE int NAME(has_usual_line)(const fbn_channels *k, int64_t c) {
-    return NAME(is_usual)(k, c) & (k->beta[c] < 0x1p100) & (k->beta[c] > -0x1p100);
+    const int usual = NAME(is_usual)(k, c);
+    return sizeof(real) == 8 ? usual : usual & (fabs(k->beta[c]) < 0x1p100);
 }
 
 /* Where the scale is split, loops take a prescale of 1 to mean that the line is usual. Any other channel that needs
@@ -167,6 +147,11 @@ static double NAME(prescale_of)(const fbn_channels *k, int64_t c) {
     return NAME(has_usual_line)(k, c) ? NAME(root)(e) : NAME(unusual_root)(e);
 }
 
+/* Only plain lines are worth being copied into loops. */
+FBN_APART void NAME(set_scaled_line)(const fbn_channels *k, int64_t c, double prescale, const fbn_constants *to) {
+    NAME(set_one_line)(k, c, prescale, 0, to);
+}
+
 static void NAME(set_line)(const fbn_channels *k, int64_t n, const fbn_constants *to) {
     const fbn_channels known = *k; /* no store can change these, so the loops need not read them again */
     const fbn_constants own = *to;
@@ -176,7 +161,7 @@ static void NAME(set_line)(const fbn_channels *k, int64_t n, const fbn_constants
         usual += NAME(has_usual_line)(&known, c);
     }
     if (usual == n) return;
-    for (int64_t c = 0; c < n; c++) NAME(set_one_line)(&known, c, NAME(prescale_of)(&known, c), 0, &own);
+    for (int64_t c = 0; c < n; c++) NAME(set_scaled_line)(&known, c, NAME(prescale_of)(&known, c), &own);
 }
 
 /* dx = gain (dz + B (x - mean) + D), with gain = gamma / std, B = -sum(dz (x - mean)) / (M var), D = -sum(dz) / M
@@ -237,7 +222,7 @@ static void NAME(set_scaled_gradient)(const fbn_channels *k, int64_t c, double s
     if (sum != 0 || product != 0) e = NAME(postscale_exponent)(steep, size);
     const int least = computes_z ? steep - NAME(MOST) + 1 : spread, best = spread > least ? spread : least;
     if (product != 0 && best < scaled && of_x - e < -NAME(MOST)) {
-        NAME(set_one_line)(k, c, NAME(unusual_root)(best), 0, to);
+        NAME(set_scaled_line)(k, c, NAME(unusual_root)(best), to);
         of_x += scaled - 2 * NAME(exponent_of)(NAME(root)(best));
     }
     if (product != 0 && best > spread && of_x - e < -NAME(MOST))
@@ -265,36 +250,4 @@ static void NAME(spread)(const void *from_, int64_t n, int64_t times, void *to_)
     real *to = to_;
     for (int64_t c = 0; c < n; c++, to += times)
         for (int64_t i = 0; i < times; i += WIDTH) vstore(to + i, vset(from[c]));
-}
-
-/* The sums of n float64 numbers in the lanes of a vector: number i is added to lane i % FBN_LANES, and then the upper
- * half of the lanes to the lower, until they are one vector. */
-FBN_INLINE f64_vec NAME(lanes_of)(const double *values, int64_t n) {
-    enum { STEP = FBN_LANES / F64_WIDTH };
-    f64_vec sums[STEP];
-    const int64_t whole = n / FBN_LANES * FBN_LANES;
-    for (int j = 0; j < STEP; j++) sums[j] = f64_set(0);
-    for (int64_t i = 0; i < whole; i += FBN_LANES)
-        for (int j = 0; j < STEP; j++) sums[j] = f64_add(sums[j], f64_load(values + i + j * F64_WIDTH));
-    for (int j = 0; j < STEP; j++) {
-        const int64_t left = n - whole - j * F64_WIDTH, some = left < F64_WIDTH ? left : F64_WIDTH;
-        if (some > 0) sums[j] = f64_add(sums[j], f64_load_n(values + whole + j * F64_WIDTH, some, f64_set(0)));
-    }
-    for (int half = STEP / 2; half; half /= 2)
-        for (int j = 0; j < half; j++) sums[j] = f64_add(sums[j], sums[j + half]);
-    return sums[0];
-}
-
-/* Within a vector the upper half of the lanes is added to the lower, too, for as many sums at once as fill a vector. */
-FBN_INLINE void NAME(fold_all)(const double *values, int64_t n, int64_t apart, int64_t count, double *sums) {
-    for (int64_t c = 0; c < count; c += F64_WIDTH) {
-        const int64_t some = count - c < F64_WIDTH ? count - c : F64_WIDTH;
-        f64_vec lanes[F64_WIDTH];
-        for (int k = 0; k < F64_WIDTH; k++) lanes[k] = NAME(lanes_of)(values + (c + (k < some ? k : 0)) * apart, n);
-        f64_store_n(sums + c, f64_sums(lanes), some);
-    }
-}
-static void NAME(fold)(const double *values, int64_t n, int64_t apart, int64_t count, double *sums) {
-    if (n == FBN_LANES) NAME(fold_all)(values, FBN_LANES, apart, count, sums); /* those of planes, in few steps */
-    else NAME(fold_all)(values, n, apart, count, sums);
 }
