@@ -264,7 +264,8 @@ def _state_array(name: str, value: Array, like: Array) -> Array:
 def _counter(name: str, value: Array) -> int:
     """Returns the integer in an array of one element, which may be a float with an integer value."""
     if value.size != 1:
-        _refuse(ValueError, name, f"shape {value.shape}", "one integer >= 0")
+        is_number = is_float(value.dtype) or np.issubdtype(value.dtype, np.integer)
+        _refuse(ValueError if is_number else TypeError, name, f"shape {value.shape}", "one integer >= 0")
     given = value.item()
     if is_float(value.dtype) and float(given).is_integer():
         given = int(given)

@@ -322,7 +322,7 @@ class BatchNorm(_BatchNorm):
         """Whether a call communicates nothing."""
         return not self.training and self.track_running_stats
 
-    @_tells("forward", lambda args, _: None if args[0]._is_alone() else args[0].comm)
+    @_tells("forward", lambda args, _: args[0].comm if args and not args[0]._is_alone() else None)
     def __call__(
         self, x: Array, *, residual: Array | None = None, out: Array | None = None, mask: Array | None = None
     ) -> Array:
@@ -332,7 +332,7 @@ class BatchNorm(_BatchNorm):
         with _exchange(self.comm, "forward") as exchange:
             return self._normalize(partial(_train, exchange), x, residual, out, mask)
 
-    @_tells("backward", lambda args, _: args[0].comm)
+    @_tells("backward", lambda args, _: args[0].comm if args else None)
     def backward(self, dy: Array, *, out: Array | None = None) -> Array:
         """Returns dx of the last call and sets `gradients()`, as in fastbn.BatchNorm, on all ranks together."""
         with _exchange(self.comm, "backward") as exchange:

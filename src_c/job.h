@@ -21,6 +21,7 @@ typedef struct {
     fbn_constants constants;
     const double *origin;
     int usual, exact; /* as in fbn_operands */
+    int outside;      /* FBN_OUTSIDE if positions that do not count take loops that ask whether dy is 0 */
     char *dz;         /* the thread's block in which dz is kept for the map; NULL if there is none */
 } fbn_panel;
 

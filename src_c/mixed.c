@@ -35,17 +35,22 @@ void fbn_scatter(const char *from, int64_t width, const uint16_t *at, int64_t n,
     else scatter_by((size_t)width, from, at, n, to);
 }
 
-fbn_operands fbn_gather(const fbn_operands *operands, int64_t width, const uint16_t *at, int64_t n, fbn_gathered *to) {
+fbn_operands fbn_gathered_operands(const fbn_operands *operands, fbn_gathered *room) {
     fbn_operands own = *operands;
-    gather(own.x, width, at, n, to->x);
-    if (own.dy) gather(own.dy, width, at, n, to->dy);
-    if (own.residual) gather(own.residual, width, at, n, to->residual);
-    own.x = to->x;
-    own.dy = own.dy ? to->dy : NULL;
-    own.residual = own.residual ? to->residual : NULL;
-    own.out = to->dy;
-    own.dresidual = to->residual;
+    own.x = room->x;
+    own.dy = own.dy ? room->dy : NULL;
+    own.residual = own.residual ? room->residual : NULL;
+    own.out = room->dy;
+    own.dresidual = room->residual;
     own.stream = 0;
     own.walk.ahead = own.walk.run_ahead = 0;
     return own;
+}
+
+void fbn_gather(const fbn_operands *o, int64_t from, int64_t elem, int64_t width, const uint16_t *at, int64_t n,
+                fbn_gathered *room) {
+    const int64_t skip = from * elem;
+    gather((const char *)o->x + skip, width, at, n, room->x);
+    if (o->dy) gather((const char *)o->dy + skip, width, at, n, room->dy);
+    if (o->residual) gather((const char *)o->residual + skip, width, at, n, room->residual);
 }

@@ -21,9 +21,12 @@ typedef struct {
     _Alignas(64) char x[FBN_MIXED_BYTES], dy[FBN_MIXED_BYTES], residual[FBN_MIXED_BYTES];
 } fbn_gathered;
 
-/* The operands of a loop on the n places `at`, each of `width` bytes: what the loop reads has been gathered, and its
- * results take the place of dy and of the residual. */
-fbn_operands fbn_gather(const fbn_operands *operands, int64_t width, const uint16_t *at, int64_t n, fbn_gathered *to);
+/* The operands of a loop on what has been gathered. Its results take the place of dy and of the residual. */
+fbn_operands fbn_gathered_operands(const fbn_operands *operands, fbn_gathered *room);
+
+/* Gathers what a loop reads of the n places `at`, each of `width` bytes, from element `from` on. */
+void fbn_gather(const fbn_operands *operands, int64_t from, int64_t elem, int64_t width, const uint16_t *at, int64_t n,
+                fbn_gathered *room);
 
 /* Puts the values of n places where they belong. */
 void fbn_scatter(const char *from, int64_t width, const uint16_t *at, int64_t n, char *to);

@@ -4,6 +4,7 @@
  * the constants for each of them. The columns of small planes need each channel's constants once per element of a
  * plane: they are spread for one panel at a time, so that they stay in the nearest cache, unless whole images are one.
  */
+#include <math.h>
 #include <string.h>
 
 #include "job.h"
@@ -80,17 +81,36 @@ fbn_panel fbn_panel_to_sum(const fbn_job *j, int64_t c0, int64_t c1, double *lan
     return panel;
 }
 
+/* Whether on_dy of n channels is finite: without an activation, dx is then 0 where dy is 0, whatever x is. */
+static int keeps_zeros(const fbn_job *j, int64_t c, int64_t n) {
+    const double *wide = j->constants.of[FBN_ON_DY];
+    const float *narrow = j->constants.of[FBN_ON_DY];
+    int others = 0;
+    for (int64_t i = c; i < c + n; i++)
+        others |= !(j->split.real == 8 ? fabs(wide[i]) <= DBL_MAX : fabsf(narrow[i]) <= FLT_MAX);
+    return !others;
+}
+
 fbn_panel fbn_panel_to_map(const fbn_job *j, int64_t c0, int64_t c1, void *room) {
     const int backward = j->dy != NULL, last = backward ? FBN_CONSTANTS : FBN_CONSTANTS_OF_Y;
     fbn_panel panel = {c0, c1, fbn_constants_at(j, c0), NULL, .usual = 1};
     panel.usual = all_are(j, FBN_PRESCALE, c0, c1 - c0, 1);
     if (backward) panel.usual &= all_are(j, FBN_POSTSCALE, c0, c1 - c0, 1);
     else panel.exact = !j->residual && all_are(j, FBN_SHIFT_LOW, c0, c1 - c0, 0);
+    if (j->map_mask && ((j->activation & FBN_WHICH) || !panel.usual || !keeps_zeros(j, c0, c1 - c0)))
+        panel.outside = FBN_OUTSIDE;
     if (spreads(&j->split) && !j->split.joins) spread(j, &panel, last, j->split.map_repeat, room);
     return panel;
 }
 
 /* ---- sums ---- */
+
+/* Whether all n numbers are finite. */
+static int are_finite(const double *numbers, int64_t n) {
+    int others = 0;
+    for (int64_t i = 0; i < n; i++) others |= !(fabs(numbers[i]) <= DBL_MAX);
+    return !others;
+}
 
 /* Adds up the columns of joined rows, in order. Those of a few channels are added in registers, since in memory each
  * sum would wait until the one before it is stored. */
@@ -122,9 +142,9 @@ static void add_tiles(const fbn_job *j, int64_t segment, const fbn_panel *panel,
 }
 
 /* The sums of one segment, which are those of a panel's lanes or columns, added up. */
-void fbn_reduce_panel(const fbn_job *j, int64_t segment, const fbn_panel *panel, double *lanes) {
+static void reduce_panel(const fbn_job *j, int64_t segment, const fbn_panel *panel, double *lanes, double *sums,
+                         double *others) {
     const int64_t n = panel->c1 - panel->c0, columns = fbn_columns(&j->split, n);
-    double *sums = j->partial + 2 * segment * j->split.padded + panel->c0, *others = sums + j->split.padded;
     if (!j->split.columns || j->split.stacks) {
         memset(lanes, 0, (size_t)n * 2 * FBN_LANES * sizeof(double));
         add_tiles(j, segment, panel, lanes, NULL);
@@ -145,4 +165,16 @@ void fbn_reduce_panel(const fbn_job *j, int64_t segment, const fbn_panel *panel,
     }
     j->kernels->fold(first, j->split.inner, j->split.inner, n, sums);
     j->kernels->fold(second, j->split.inner, j->split.inner, n, others);
+}
+
+/* Where dy is 0, a finite x adds nothing in any loop, and others make a sum NaN. Loops that ask whether dy is 0 take up
+ * to three times as long, so they come only then. */
+void fbn_reduce_panel(const fbn_job *j, int64_t segment, const fbn_panel *panel, double *lanes) {
+    double *sums = j->partial + 2 * segment * j->split.padded + panel->c0, *others = sums + j->split.padded;
+    fbn_panel again = *panel;
+    reduce_panel(j, segment, panel, lanes, sums, others);
+    again.outside = FBN_OUTSIDE;
+    if (j->dy && j->reduce_mask &&
+        !(are_finite(sums, panel->c1 - panel->c0) && are_finite(others, panel->c1 - panel->c0)))
+        reduce_panel(j, segment, &again, lanes, sums, others);
 }

@@ -7,7 +7,8 @@ enum {
     SEGMENT = 32768,    /* the least values of a channel in a channels-first segment; those in a cut plane's piece */
     SEGMENT_ROWS = 128, /* the least rows in a channels-last segment, counted after joining */
     SEGMENTS_MOST = 64, /* the most channels-last segments */
-    SMALL_PLANE = 512,  /* planes of fewer elements are taken as columns */
+    SMALL_PLANE = 512,  /* planes of fewer elements are taken as columns, ... */
+    MASKED_PLANE = 128, /* ... and those of so many if a mask leaves out images */
     SHORT_PLANE = 4096, /* bytes of planes that are read faster in the order of memory if a channel has many, ... */
     LONG_BLOCK = 4,     /* ... which fill a core's cache so many times */
     LARGE_STACK = 40,   /* planes of so many elements are summed channel by channel if there are FBN_ROWS images, ... */
@@ -329,7 +330,7 @@ static int64_t run_of(const unsigned char *mask, int64_t n, int64_t apart) {
 }
 
 int fbn_masks_images(const fbn_problem *p, const unsigned char *mask) {
-    if (p->inner == 1 || p->inner >= SMALL_PLANE || p->channels == 1) return 0;
+    if (p->inner == 1 || p->inner >= MASKED_PLANE || p->channels == 1) return 0;
     for (int64_t i = 0; i < p->outer; i++)
         if (run_of(mask + i * p->inner, p->inner, 1) < p->inner) return 0;
     return 1;

@@ -44,8 +44,8 @@ typedef struct {
     fbn_walk walk;
 } fbn_split;
 
-/* What a call does: it only maps, or it reduces and then maps, or it does both with a mask that does not only leave out
- * images of small planes. These have a workspace. The last one maps by a plan instead. */
+/* What a call does: it only maps, or it reduces and then maps, or it does both with a mask, unless this just leaves out
+ * whole images of small planes. These have a workspace. The last one maps by a plan instead. */
 typedef enum { FBN_MAPS, FBN_REDUCES, FBN_MASKED, FBN_PLANNED } fbn_kind;
 
 /* The split of a valid problem, for a call that reads this number of large arrays. */

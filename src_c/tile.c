@@ -38,7 +38,7 @@ static fbn_operands operands_of(const fbn_job *j, const fbn_tile *t, const fbn_p
                           .constants = panel->constants,
                           .origin = panel->origin,
                           .slope = j->p->slope,
-                          .activation = j->activation | (t->counts || !j->dy ? 0 : FBN_OUTSIDE),
+                          .activation = j->activation | (t->counts || !j->dy ? 0 : panel->outside),
                           .usual = panel->usual,
                           .exact = panel->exact,
                           .stream = is_written_around(j),
@@ -84,22 +84,18 @@ static void sum_stacks(const fbn_split *s, fbn_loop *loop, const fbn_operands *o
                            .others = lanes + FBN_LANES});
 }
 
-/* The part of a mixed tile whose places count, or do not. Gathered, they are rows or a plane of their own. */
-static fbn_tile part_of(const fbn_tile *t, int counts, const fbn_places *places) {
+/* The part of a mixed tile whose places count, or do not. Where these follow each other, it is a tile that needs no
+ * gathering. Otherwise it is gathered to rows or a plane of its own. */
+static fbn_tile part_of(const fbn_job *j, const fbn_tile *t, int counts, const fbn_places *places) {
+    const int64_t n = places->count[counts], first = n ? places->at[counts][0] : 0;
     fbn_tile part = *t;
     part.counts = counts;
-    part.rows = part.planes.inner = places->count[counts];
+    part.rows = part.planes.inner = n;
+    part.mixed = n && places->at[counts][n - 1] - first > n - 1;
+    if (part.mixed) return part;
+    if (j->split.rows) part.unit += first;
+    else part.from += first;
     return part;
-}
-
-/* The operands from channel c of a panel of planes on. */
-static fbn_operands operands_at(const fbn_job *j, const fbn_operands *o, int64_t c) {
-    const int64_t skip = c * j->split.inner * j->split.elem;
-    fbn_operands own = *o;
-    own.x = at(o->x, skip);
-    own.dy = at(o->dy, skip);
-    own.residual = at(o->residual, skip);
-    return own;
 }
 
 static void find_places(const fbn_split *s, const fbn_tile *t, const unsigned char *mask, fbn_places *places) {
@@ -112,19 +108,20 @@ static int64_t times_of(const fbn_split *s, const fbn_panel *panel) { return s->
 /* Adds a mixed tile: what does not count only to the sums of a gradient. */
 FBN_APART void sum_mixed(const fbn_job *j, const fbn_tile *t, const fbn_panel *panel, fbn_loop *of_plane,
                          fbn_loop *of_columns, int64_t rows, double *sums, double *others) {
+    const fbn_split *s = &j->split;
     fbn_places places;
     fbn_gathered room;
-    find_places(&j->split, t, j->reduce_mask, &places);
+    find_places(s, t, j->reduce_mask, &places);
     for (int counts = j->dy ? 0 : 1; counts < 2; counts++) {
-        const fbn_tile part = part_of(t, counts, &places);
-        const fbn_operands o = operands_of(j, &part, panel);
-        for (int64_t c = 0; part.rows && c < times_of(&j->split, panel); c++) {
-            const fbn_operands here = operands_at(j, &o, c);
-            const fbn_operands own = fbn_gather(&here, fbn_width(&j->split), places.at[counts], part.rows, &room);
+        const fbn_tile part = part_of(j, t, counts, &places);
+        if (!part.mixed && part.rows) j->operation->reduce(j, &part, panel, sums, others);
+        const fbn_operands o = operands_of(j, &part, panel), own = fbn_gathered_operands(&o, &room);
+        for (int64_t c = 0; part.mixed && c < times_of(s, panel); c++) {
             double *lanes = sums + c * 2 * FBN_LANES;
             const fbn_stretch plane = {
                 .n = part.rows, .c = c, .rows = 1, .sums = lanes, .others = lanes + FBN_LANES, .whole = 1};
-            if (j->split.rows) sum_columns(j, of_columns, rows, &own, &part, panel, sums, others);
+            fbn_gather(&o, c * s->inner, s->elem, fbn_width(s), places.at[counts], part.rows, &room);
+            if (s->rows) sum_columns(j, of_columns, rows, &own, &part, panel, sums, others);
             else of_plane(&own, &plane);
         }
     }
@@ -195,23 +192,25 @@ void fbn_map_affine(const fbn_job *j, const fbn_tile *t, const fbn_panel *panel)
 FBN_APART void map_mixed_gradient(const fbn_job *j, const fbn_tile *t, const fbn_panel *panel) {
     const fbn_split *s = &j->split;
     const fbn_dtype_kernels *k = j->kernels;
+    const int64_t width = fbn_width(s);
     fbn_places places;
     fbn_gathered room;
     find_places(s, t, j->map_mask, &places);
     for (int counts = 0; counts < 2; counts++) {
-        const fbn_tile part = part_of(t, counts, &places);
+        const fbn_tile part = part_of(j, t, counts, &places);
         const uint16_t *at = places.at[counts];
+        if (!part.mixed && part.rows) fbn_map_gradient(j, &part, panel);
         fbn_operands o = operands_of(j, &part, panel);
         o.frozen = j->frozen || !counts;
-        for (int64_t c = 0; part.rows && c < times_of(s, panel); c++) {
-            const fbn_operands here = operands_at(j, &o, c);
-            const fbn_operands own = fbn_gather(&here, fbn_width(s), at, part.rows, &room);
+        const fbn_operands own = fbn_gathered_operands(&o, &room);
+        for (int64_t c = 0; part.mixed && c < times_of(s, panel); c++) {
             const int64_t skip = bytes_to(j, t, panel->c0 + c);
+            fbn_gather(&o, c * s->inner, s->elem, width, at, part.rows, &room);
             if (s->rows) fbn_map_runs(k->grad_affine_columns, &own, s->elem, columns_of(s, &own, &part, panel));
             else k->grad_affine_planes(&own, &(fbn_stretch){.n = part.rows, .c = c, .rows = 1});
-            fbn_scatter(own.out, fbn_width(s), at, part.rows, j->result + skip);
+            fbn_scatter(own.out, width, at, part.rows, j->result + skip);
             if (j->dresidual && own.residual && own.activation & FBN_WHICH)
-                fbn_scatter(own.dresidual, fbn_width(s), at, part.rows, j->dresidual + skip);
+                fbn_scatter(own.dresidual, width, at, part.rows, j->dresidual + skip);
         }
     }
 }

@@ -20,12 +20,14 @@ static int64_t first_turn(const fbn_operands *o, int64_t elem, int64_t at, int64
     return turn + (int64_t)(-((uintptr_t)o->out + (uintptr_t)(at * elem)) % FBN_LINE) / elem;
 }
 
-/* The operands of one plane of a channel. Its dz is where x's index finds it, wherever it lies. */
-static fbn_operands with_dz(const fbn_operands *o, int64_t elem, const fbn_planes *p, int64_t c, int64_t image) {
-    fbn_operands own = *o;
-    if (p->dz_step == 0) return own;
+/* The operands of one plane of a channel: `own` if its dz, which is where x's index finds it, lies elsewhere. To copy
+ * them for each small plane would take as long as its values. */
+static const fbn_operands *with_dz(const fbn_operands *o, int64_t elem, const fbn_planes *p, int64_t c, int64_t image,
+                                   fbn_operands *own) {
     const int64_t further = c * (p->dz_step - p->step) + image * (p->dz_apart - p->apart);
-    own.dz = (void *)((uintptr_t)o->dz + (uintptr_t)(further * elem));
+    if (p->dz_step == 0) return o;
+    *own = *o;
+    own->dz = (void *)((uintptr_t)o->dz + (uintptr_t)(further * elem));
     return own;
 }
 
@@ -59,16 +61,16 @@ static void sum_in_turns(fbn_loop *loop, const fbn_operands *o, int64_t streams,
  * elements away. */
 static void sum_whole(fbn_loop *loop, const fbn_operands *o, int64_t elem, const fbn_planes *p, int64_t c,
                       int64_t image, int64_t images, int64_t apart, double *lanes) {
-    const fbn_operands own = with_dz(o, elem, p, c, image);
+    fbn_operands own;
     double *sums = lanes + c * 2 * FBN_LANES;
-    loop(&own, &(fbn_stretch){.at = c * p->step + image * p->apart,
-                              .n = p->inner,
-                              .c = c,
-                              .rows = images,
-                              .apart = apart,
-                              .sums = sums,
-                              .others = sums + FBN_LANES,
-                              .whole = 1});
+    loop(with_dz(o, elem, p, c, image, &own), &(fbn_stretch){.at = c * p->step + image * p->apart,
+                                                             .n = p->inner,
+                                                             .c = c,
+                                                             .rows = images,
+                                                             .apart = apart,
+                                                             .sums = sums,
+                                                             .others = sums + FBN_LANES,
+                                                             .whole = 1});
 }
 
 /* Planes in the order of memory. */
@@ -122,15 +124,16 @@ void fbn_map_planes(fbn_loop *loop, const fbn_operands *o, int64_t elem, fbn_pla
     const int64_t together = streams > 1 || p.dz_step || o->stream ? streams : p.images;
     for (int64_t image = 0; image < p.images; image += together) {
         for (int64_t c = 0; c < p.channels; c++) { /* adjacent planes follow each other */
-            const int64_t start = c * p.step, first = first_turn(o, elem, start, turn);
-            fbn_operands operands = with_dz(o, elem, &p, c, image);
-            if (p.dz_step) operands.dy = operands.dz;
+            const int64_t start = c * p.step, first = streams == 1 ? turn : first_turn(o, elem, start, turn);
+            fbn_operands own;
+            const fbn_operands *operands = with_dz(o, elem, &p, c, image, &own);
+            if (p.dz_step) own.dy = own.dz;
             for (int64_t i = 0, n = smaller(first, p.inner); i < p.inner; i += n, n = smaller(turn, p.inner - i))
-                loop(&operands, &(fbn_stretch){.at = start + image * p.apart + i,
-                                               .n = n,
-                                               .c = c,
-                                               .rows = smaller(together, p.images - image),
-                                               .apart = p.apart});
+                loop(operands, &(fbn_stretch){.at = start + image * p.apart + i,
+                                              .n = n,
+                                              .c = c,
+                                              .rows = smaller(together, p.images - image),
+                                              .apart = p.apart});
         }
     }
 }

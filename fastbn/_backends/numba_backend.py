@@ -227,9 +227,8 @@ def _finish(q: _Task, c: int) -> None:
             back = mean - q.origin[c]
             lost = (q.origin[c] - (mean - back)) + (offset - back)
             second -= first * offset
-            second = 0.0 if second < 0 else second  # a NaN stays one
-            q.saved[SAVED_MEAN, c] = mean
-            q.saved[VAR, c] = second / q.count if second < math.inf else math.nan  # as `save` says
+            second = 0.0 if second < 0 else second if second < math.inf else math.nan  # as `save` says; a NaN stays one
+            q.saved[SAVED_MEAN, c], q.saved[VAR, c] = mean, second / q.count
             q.saved[MEAN_LOW, c] = lost if lost == lost else 0.0
         var = q.saved[VAR, c] + q.eps
         q.saved[INV_STD, c] = 0.0 if var == 0 else 1 / math.sqrt(var)

@@ -55,6 +55,7 @@ def _moments(x: Array, mask: Array | None, into: Array) -> Array:
     centred -= _column(into[1])
     into[1] = np.where(np.isfinite(into[0]), into[1], 0)  # an infinite mean has no second piece
     into[2] = np.einsum("nci,nci->c", centred, centred) if mask is None else _sum(np.square(centred), mask)
+    into[2] = np.where(into[2] < np.inf, into[2], np.nan)  # as `save` says
     return centred
 
 

@@ -95,7 +95,7 @@ FBN_INLINE double NAME(times)(double a, double b) {
     return fabs(product) > DBL_MAX && fabs(a) <= DBL_MAX && fabs(b) <= DBL_MAX ? most : product;
 }
 
-/* The mean that the map subtracts: rounded, which is beyond the range for some means, or else with the power of two. */
+/* The mean that the map subtracts: it is rounded or, where that is infinite, multiplied by the power of two before. */
 FBN_INLINE double NAME(mean_hi)(double mean, double square, int plain) {
     const int is_beyond = sizeof(real) < 8 && fabs(mean) > FLT_MAX && fabs(mean) <= DBL_MAX;
     return !plain && is_beyond ? (real)(mean * square) / square : (real)mean;
@@ -121,18 +121,19 @@ FBN_INLINE void NAME(set_one_line)(const fbn_channels *k, int64_t c, double pres
     const double scale = plain ? factor * k->gamma[c] : NAME(times)(factor, k->gamma[c]);
     const double moved = prescale == 1 ? mean_lo * scale : NAME(finite)(mean_lo * square * scale);
     const double shift = k->beta[c] - moved;
-    const real shift_hi = NAME(rounded)(plain ? shift : NAME(finite)(shift)),
-               shift_low = (real)((k->beta[c] - shift_hi) - moved);
+    const real shift_hi = NAME(rounded)(shift), shift_low = (real)((k->beta[c] - shift_hi) - moved);
     ((real *)to->of[FBN_PRESCALE])[c] = (real)prescale;
     ((real *)to->of[FBN_NEG_MEAN])[c] = NAME(rounded)(-mean_hi * square);
     NAME(set_scale)(NAME(finite)(scale), c, to);
     ((real *)to->of[FBN_SHIFT])[c] = shift_hi;
-    /* NaN where beta is infinite; and +0 rather than -0, since a loop that does not read it adds +0. */
-    ((real *)to->of[FBN_SHIFT_LOW])[c] = fabs(shift_low) > 0 ? shift_low : 0;
+    /* NaN or infinite where the shift is infinite; and +0 rather than -0, since a loop that does not read it adds +0.
+     */
+    const int counts = fabs(shift_low) > 0 && (plain || shift_low - shift_low == 0);
+    ((real *)to->of[FBN_SHIFT_LOW])[c] = counts ? shift_low : 0;
 }
 
-/* Whether the line of channel c is plain, and needs no prescale. A large shift may be beyond the range. A split scale
- * is multiplied before it is added, and may overflow where y does not. */
+/* Whether the line of channel c is plain, and needs no prescale. A large shift may be beyond the range. If the scale is
+ * split, the product with it may overflow before a large shift is added, though y does not. */
 FBN_INLINE int NAME(has_usual_line)(const fbn_channels *k, int64_t c) {
     const int usual = NAME(is_usual)(k, c);
     return sizeof(real) == 8 ? usual : usual & (fabs(k->beta[c]) < 0x1p100);

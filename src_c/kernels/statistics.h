@@ -10,8 +10,8 @@ static void OF_ISA(set_moments)(const double *restrict origin, const double *res
         const double back = middle - origin[c], lost = (origin[c] - (middle - back)) + (offset - back);
         mean[c] = middle;
         mean_low[c] = lost == lost ? lost : 0;
-        squares[c] = m2 < 0 ? 0 : m2;
-        var[c] = squares[c] <= DBL_MAX ? squares[c] / count : NAN; /* with an infinite one all of x would be the mean */
+        squares[c] = m2 < 0 ? 0 : m2 <= DBL_MAX ? m2 : NAN; /* with an infinite one all of x would be the mean */
+        var[c] = squares[c] / count;
     }
 }
 

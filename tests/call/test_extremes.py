@@ -36,6 +36,17 @@ def test_beta_beyond_float32(kernel: cases.Kernel, activation: str | None, beta:
         assert np.array_equal(dx, X if activation is None else np.zeros_like(X))
 
 
+def test_gamma_and_beta_beyond_float32(kernel: cases.Kernel) -> None:
+    """Beta is the larger by far, so that no x matters."""
+    x = np.array([[-1.0], [1.0], [0.5], [-0.5]], np.float32)
+    for residual in (None, x):
+        y, cache = fastbn.forward(
+            x, np.array([1e60]), np.array([-1e80]), ZERO, ONE, training=False, activation="relu", residual=residual
+        )
+        assert not y.any()
+        assert all(not gradient.any() for gradient in fastbn.backward(np.ones_like(x), cache) if gradient is not None)
+
+
 @pytest.mark.parametrize("mean", [1e39, -1e100])
 def test_a_mean_beyond_float32(kernel: cases.Kernel, mean: float) -> None:
     """Of a distribution to which x does not belong: x is as good as 0, one standard deviation from the mean."""
@@ -83,8 +94,11 @@ def test_squares_that_overflow_float64_are_no_numbers(kernel: cases.Kernel, valu
     x = np.array(values)[:, np.newaxis]
     scaled = oracle.long(x) / 2.0**500
     wanted = oracle.forward(scaled, eps=0.0).y
-    y = fastbn.forward(x, eps=0.0).y
-    assert np.isnan(y).all() or np.allclose(y, wanted.astype(float), rtol=1e-14)
+    for given in (None, fastbn.moments(x)):
+        mean, var = np.zeros(1), np.ones(1)
+        y = fastbn.forward(x, None, None, mean, var, eps=0.0, moments=given).y
+        assert np.isnan(y).all() or np.allclose(y, wanted.astype(float), rtol=1e-14)
+        assert np.isnan(var).all() == np.isnan(y).all()
 
 
 @pytest.mark.parametrize("beta", [2.0**17, 2.0**40, 1e30])
