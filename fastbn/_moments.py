@@ -21,13 +21,13 @@ def merged(a: Array, a_count: int, b: Array, b_count: int) -> Array:
     with np.errstate(all="ignore"):
         delta = (b[0] - a[0]) + (b[1] - a[1])
         step = delta * (b_count / (a_count + b_count))
-        mean, low = two_sum(a[0], step)
-        mean, low = two_sum(mean, low + a[1])
+        mean, low = _two_sum(a[0], step)
+        mean, low = _two_sum(mean, low + a[1])
         return np.stack((mean, low, a[2] + b[2] + delta * step * a_count))
 
 
-def two_sum(a: Array, b: Array) -> tuple[Array, Array]:
-    """The sum in float64, and its rounding error, which is no number where the sum overflows (Knuth)."""
+def _two_sum(a: Array, b: Array) -> tuple[Array, Array]:
+    """The sum in float64, and its rounding error."""
     total = a + b
     of_b = total - a
     return total, (a - (total - of_b)) + (b - of_b)
@@ -193,7 +193,7 @@ class Moments(_Summed):
         if dtype is not None:
             self._dtype = check_parts.statistics("dtype", dtype)
         with np.errstate(all="ignore"):
-            total, lost = two_sum(first, low[0]) if low else (first, np.zeros_like(first))
+            total, lost = _two_sum(first, low[0]) if low else (first, np.zeros_like(first))
         self._rows = np.stack((total, np.where(np.isfinite(lost), lost, 0), second))
         self._check_values()
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from .._moments import blend, save, save_parameters, two_sum
+from .._moments import blend, save, save_parameters
 from ..call.activations import Activation
 from ..call.record import BackwardCall, Call, Options
 
@@ -74,12 +74,7 @@ def _times_gain(values: Array, saved: Array) -> Array:
 def _preactivation(centred: Array, residual: Array | None, saved: Array) -> Array:
     """Overwrites `centred` with z, the argument of the activation. Beta and a residual may cancel, and come first."""
     z, shift = _times_gain(centred, saved), _column(saved[5])
-    if residual is None:
-        z += shift
-        return z
-    total, lost = two_sum(shift, residual.astype(np.float64))
-    z += total
-    z += np.where(np.isfinite(lost), lost, 0)
+    z += shift if residual is None else np.add(residual, shift, dtype=np.float64)
     return z
 
 
