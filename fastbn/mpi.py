@@ -97,11 +97,7 @@ def _tells(
     return telling
 
 
-def _of_function(_: Any, kwargs: Any) -> object:
-    return None if _evaluates(kwargs.get("training")) else kwargs.get("comm")
-
-
-@_tells("forward", _of_function)
+@_tells("forward", lambda _, kwargs: None if _evaluates(kwargs.get("training")) else kwargs.get("comm"))
 def forward(
     x: Array,
     gamma: Array | None = None,
@@ -198,7 +194,7 @@ def _train(
     return Forward(call.out, Cache(parts))
 
 
-@_tells("backward", _of_function)
+@_tells("backward", lambda _, kwargs: kwargs.get("comm"))
 def backward(
     dy: Array, cache: Cache, *, comm: Intracomm, out: Array | None = None, backend: str | None = None
 ) -> Gradients:

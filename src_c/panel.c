@@ -171,10 +171,10 @@ static void reduce_panel(const fbn_job *j, int64_t segment, const fbn_panel *pan
  * to three times as long, so they come only then. */
 void fbn_reduce_panel(const fbn_job *j, int64_t segment, const fbn_panel *panel, double *lanes) {
     double *sums = j->partial + 2 * segment * j->split.padded + panel->c0, *others = sums + j->split.padded;
-    fbn_panel again = *panel;
+    const int64_t n = panel->c1 - panel->c0;
     reduce_panel(j, segment, panel, lanes, sums, others);
+    if (!j->dy || !j->reduce_mask || (are_finite(sums, n) && are_finite(others, n))) return;
+    fbn_panel again = *panel;
     again.outside = FBN_OUTSIDE;
-    if (j->dy && j->reduce_mask &&
-        !(are_finite(sums, panel->c1 - panel->c0) && are_finite(others, panel->c1 - panel->c0)))
-        reduce_panel(j, segment, &again, lanes, sums, others);
+    reduce_panel(j, segment, &again, lanes, sums, others);
 }

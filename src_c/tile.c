@@ -114,9 +114,12 @@ FBN_APART void sum_mixed(const fbn_job *j, const fbn_tile *t, const fbn_panel *p
     find_places(s, t, j->reduce_mask, &places);
     for (int counts = j->dy ? 0 : 1; counts < 2; counts++) {
         const fbn_tile part = part_of(j, t, counts, &places);
-        if (!part.mixed && part.rows) j->operation->reduce(j, &part, panel, sums, others);
+        if (!part.mixed) {
+            if (part.rows) j->operation->reduce(j, &part, panel, sums, others);
+            continue;
+        }
         const fbn_operands o = operands_of(j, &part, panel), own = fbn_gathered_operands(&o, &room);
-        for (int64_t c = 0; part.mixed && c < times_of(s, panel); c++) {
+        for (int64_t c = 0; c < times_of(s, panel); c++) {
             double *lanes = sums + c * 2 * FBN_LANES;
             const fbn_stretch plane = {
                 .n = part.rows, .c = c, .rows = 1, .sums = lanes, .others = lanes + FBN_LANES, .whole = 1};
@@ -199,11 +202,14 @@ FBN_APART void map_mixed_gradient(const fbn_job *j, const fbn_tile *t, const fbn
     for (int counts = 0; counts < 2; counts++) {
         const fbn_tile part = part_of(j, t, counts, &places);
         const uint16_t *at = places.at[counts];
-        if (!part.mixed && part.rows) fbn_map_gradient(j, &part, panel);
+        if (!part.mixed) {
+            if (part.rows) fbn_map_gradient(j, &part, panel);
+            continue;
+        }
         fbn_operands o = operands_of(j, &part, panel);
         o.frozen = j->frozen || !counts;
         const fbn_operands own = fbn_gathered_operands(&o, &room);
-        for (int64_t c = 0; part.mixed && c < times_of(s, panel); c++) {
+        for (int64_t c = 0; c < times_of(s, panel); c++) {
             const int64_t skip = bytes_to(j, t, panel->c0 + c);
             fbn_gather(&o, c * s->inner, s->elem, width, at, part.rows, &room);
             if (s->rows) fbn_map_runs(k->grad_affine_columns, &own, s->elem, columns_of(s, &own, &part, panel));

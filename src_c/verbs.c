@@ -128,8 +128,7 @@ static fbn_job job_of_x(const fbn_problem *p, const fbn_operation *operation, co
     return j;
 }
 
-/* Whether dz is dy, or that of a relu without a residual, and all positions count. The gradients of stacks are of
- * these.
+/* Whether all positions count, and dz is dy or that of a relu without a residual: the gradients of stacks are of these.
  */
 static int is_simple(const fbn_job *j) {
     return !j->reduce_mask && (!j->activation || (j->activation == FBN_RELU && !j->residual));

@@ -205,7 +205,10 @@ def _map(
                 dz, x = _inputs(p, q, c0, c1, row, i, n, own, scaled, work, kept)
             elif q.in_place:
                 dz = loops.copy(dz, work[0, :n])
-            loops.differentiate(p.span, c0, c1, kept[:n], dz, x, out, own, scaled)
+            if kept.size:
+                loops.differentiate_masked(p.span, c0, c1, kept[:n], dz, x, out, own, scaled)
+            else:
+                loops.differentiate(p.span, c0, c1, kept, dz, x, out, own, scaled)
             loops.copy(dz, q.dresidual[i : i + n])
             continue
         if q.in_place:

@@ -161,8 +161,7 @@ def normalize(
         first, c = last, c + 1 if c + 1 < c1 else c0
 
 
-@compiled()  # without fused operations, in which loops for powers of two would round unlike those for none
-def differentiate(
+def _differentiate(
     span: int, c0: int, c1: int, kept: Array, dz: Array, x: Array, dx: Array, constants: Array, scaled: bool
 ) -> None:
     """Fills dx."""
@@ -180,6 +179,12 @@ def differentiate(
             result = (own if what != NOTHING else 0.0) + (through_statistics if what == COUNTS else 0.0)
             dx[at] = result * constants[POWER, j] if scaled else result
         first, c = last, c + 1 if c + 1 < c1 else c0
+
+
+differentiate = loop(_differentiate)
+differentiate_masked = compiled()(_differentiate)
+"""Where a mask chooses among the terms, LLVM fuses them in some loops and not in others, so that a channel's last bits
+would depend on whether another has a power of two."""
 
 
 @loop

@@ -114,15 +114,17 @@ def test_a_residual_that_cancels_beta(kernel: cases.Kernel, beta: float) -> None
 
 @pytest.mark.parametrize("poison", [np.inf, np.nan])
 def test_a_channel_that_is_no_number_leaves_the_others_every_bit(kernel: cases.Kernel, poison: float) -> None:
-    """Loops for channels that need powers of two round like those for channels that need none."""
-    for seed in range(12):
+    """Also where it is masked out. Loops for channels that need powers of two round like those that need none."""
+    for seed in (3, 4, 13, 17):  # in which Numba's did not
         rng = np.random.default_rng(seed)
         x = rng.standard_normal((34, 130, 8))
         dy, mask = rng.standard_normal(x.shape), rng.random(x.shape[:2]) < 0.7
-        found = []
-        for value in (x[3, 5, 6], poison):
-            x[3, 5, 6] = value
-            mask[3, 5] = True
-            y, cache = fastbn.forward(x, axis=-1, mask=mask)
-            found.append((y[..., :6], fastbn.backward(dy, cache).dx[..., :6]))
-        cases.assert_same_bits(*found, f"for seed {seed}")
+        spoilt = x.copy()
+        spoilt[3, 5, 6] = poison
+        for counts in (mask[3, 5], True):
+            mask[3, 5] = counts
+            found = []
+            for values in (x, spoilt):
+                y, cache = fastbn.forward(values, axis=-1, mask=mask)
+                found.append((y[..., :6], fastbn.backward(dy, cache).dx[..., :6]))
+            cases.assert_same_bits(*found, f"for seed {seed}")

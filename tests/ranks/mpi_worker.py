@@ -103,7 +103,7 @@ ON_ONE_RANK_BACKWARD: dict[str, dict[str, Any]] = {
     "cache": {"cache": "cache"},
     "out backward": {"out": np.ones((2, 2), np.float32)},
     "backend backward": {"backend": "fortran"},
-    "no such argument backward": {"sum": None},
+    "no such argument backward": {"training": False},
 }
 
 
