@@ -211,8 +211,13 @@ static int64_t run_ahead_of(const fbn_habits *h, const fbn_split *s) {
     return ahead_of(h, s->maps ? 3 : FBN_ROWS);
 }
 
-/* What is in a cache is read best without streams: rows are if x and the result fit into it. A turn is a multiple of
- * FBN_LANES elements of any dtype. */
+/* Whether more is read, and written but not around the cache, than stays in the shared cache, where other programs and
+ * the constants have a part. */
+static int is_beyond_cache(const fbn_split *s, const fbn_problem *p, int arrays) {
+    return fbn_block_bytes(s, s->channels) * (arrays + !s->around) > p->machine->shared_cache / 8 * 7;
+}
+
+/* What is in a cache is read best without streams. A turn is a multiple of FBN_LANES elements of any dtype. */
 static fbn_walk walk_of(const fbn_habits *h, const fbn_split *s, int beyond_cache) {
     const int64_t turn = smaller(or_usual(h->turn, 256), LONGEST_TURN);
     return (fbn_walk){.streams = s->large ? or_usual(h->streams, FBN_IMAGES) : 1,
@@ -277,7 +282,7 @@ fbn_split fbn_split_of(const fbn_problem *p, int arrays, fbn_kind kind) {
     s.whole_rows = are_whole(&s, p);
     s.map_panel = fbn_map_panel(&s, 4);
     s.shares_channels = p->channels >= CHANNELS_TO_SHARE;
-    s.walk = walk_of(&p->machine->habits, &s, values * s.elem > p->machine->shared_cache / 2);
+    s.walk = walk_of(&p->machine->habits, &s, is_beyond_cache(&s, p, arrays));
     return s;
 }
 
