@@ -213,6 +213,18 @@ def test_rows_of_one_stream_share_what_is_fetched_ahead(split_c: ct.CDLL, ahead:
         assert sums.run_ahead == after_sums
 
 
+@pytest.mark.parametrize(
+    ("arrays", "stream_from", "fits"), [(1, 0, 7.0), (2, 0, 3.5), (3, 0, 7 / 3), (1, -1, 3.5), (2, -1, 7 / 3)]
+)
+def test_rows_that_stay_in_the_shared_cache_are_one_stream(
+    split_c: ct.CDLL, arrays: int, stream_from: int, fits: float
+) -> None:
+    """All that is read counts, and a result that is not written around the cache: at most 7 of 8 MiB."""
+    for mib, streams in ((fits - 0.1, 1), (fits + 0.1, 3)):
+        shape = (int(mib * 4096), 64, 1)  # rows of 256 bytes
+        assert split_of(split_c, shape, 1, 1 << 20, arrays, habits=(8, 3, 512, 0, stream_from)).row_streams == streams
+
+
 def test_planes_of_a_few_images_are_summed_channel_by_channel(split_c: ct.CDLL) -> None:
     """Those of 8 images from a size on, which is larger for gradients. The workspace is that of sums of x."""
 
