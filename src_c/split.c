@@ -212,9 +212,10 @@ static int64_t run_ahead_of(const fbn_habits *h, const fbn_split *s) {
 }
 
 /* Whether more is read, and written but not around the cache, than stays in the shared cache, where other programs and
- * the constants have a part. */
+ * the constants have a part. What is only mapped from end to end gains by streams from half of it on. */
 static int is_beyond_cache(const fbn_split *s, const fbn_problem *p, int arrays) {
-    return fbn_block_bytes(s, s->channels) * (arrays + !s->around) > p->machine->shared_cache / 8 * 7;
+    const int64_t bytes = fbn_block_bytes(s, s->channels), cache = p->machine->shared_cache;
+    return s->stretches ? bytes > cache / 2 : bytes * (arrays + !s->around) > cache / 8 * 7;
 }
 
 /* What is in a cache is read best without streams. A turn is a multiple of FBN_LANES elements of any dtype. */

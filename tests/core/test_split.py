@@ -225,6 +225,11 @@ def test_rows_that_stay_in_the_shared_cache_are_one_stream(
         assert split_of(split_c, shape, 1, 1 << 20, arrays, habits=(8, 3, 512, 0, stream_from)).row_streams == streams
 
 
+def test_planes_that_are_only_mapped_are_streams_from_half_of_the_cache_on(split_c: ct.CDLL) -> None:
+    for images, streams in ((80, 1), (90, 3)):  # of 50,176 bytes: 3.8 and 4.3 of 8 MiB
+        assert split_of(split_c, (images, 64, 196), 1, 1 << 20, 1, MAPS, (8, 3, 512)).row_streams == streams
+
+
 def test_planes_of_a_few_images_are_summed_channel_by_channel(split_c: ct.CDLL) -> None:
     """Those of 8 images from a size on, which is larger for gradients. The workspace is that of sums of x."""
 
