@@ -215,7 +215,7 @@ static int64_t run_ahead_of(const fbn_habits *h, const fbn_split *s) {
  * the constants have a part. What is only mapped from end to end gains by streams from half of it on. */
 static int is_beyond_cache(const fbn_split *s, const fbn_problem *p, int arrays) {
     const int64_t bytes = fbn_block_bytes(s, s->channels), cache = p->machine->shared_cache;
-    return s->stretches ? bytes > cache / 2 : bytes * (arrays + !s->around) > cache / 8 * 7;
+    return bytes > (s->stretches ? cache / 2 : cache / 8 * 7 / (arrays + !s->around)); /* a product could overflow */
 }
 
 /* What is in a cache is read best without streams. A turn is a multiple of FBN_LANES elements of any dtype. */
