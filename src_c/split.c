@@ -211,11 +211,12 @@ static int64_t run_ahead_of(const fbn_habits *h, const fbn_split *s) {
     return ahead_of(h, s->maps ? 3 : FBN_ROWS);
 }
 
-/* Whether more is read, and written but not around the cache, than stays in the shared cache, where other programs and
- * the constants have a part. What is only mapped from end to end gains by streams from half of it on. */
+/* Whether the shared cache cannot hold what a call reads, and its result unless that is written around the cache. An
+ * eighth is left to the constants and to other programs. Planes that are only mapped gain by streams from half of the
+ * cache on. A division, since a product could overflow. */
 static int is_beyond_cache(const fbn_split *s, const fbn_problem *p, int arrays) {
     const int64_t bytes = fbn_block_bytes(s, s->channels), cache = p->machine->shared_cache;
-    return bytes > (s->stretches ? cache / 2 : cache / 8 * 7 / (arrays + !s->around)); /* a product could overflow */
+    return bytes > (s->stretches ? cache / 2 : cache / 8 * 7 / (arrays + !s->around));
 }
 
 /* What is in a cache is read best without streams. A turn is a multiple of FBN_LANES elements of any dtype. */
