@@ -10,9 +10,18 @@ static int64_t streams_of(const fbn_operands *o, int64_t wanted, int64_t most) {
     return streams < 1 ? 1 : streams;
 }
 
-/* The elements of a turn. A single stream takes one. */
+/* The elements of a turn. A single stream takes one. Those of 16-bit values are longer: they take less time to read, of
+ * which what it costs to begin a turn would be a larger part. */
 static int64_t turn_of(const fbn_operands *o, int64_t elem, int64_t streams, int64_t length) {
-    return streams == 1 ? length : o->walk.turn / elem;
+    return streams == 1 ? length : (elem == 2 ? 4 : 1) * o->walk.turn / elem;
+}
+
+/* The same for sums. Those that read 8 bytes or more for each position wait for memory in any case, and are faster if
+ * the streams take shorter turns (Zen 4). */
+static int64_t turn_of_sums(const fbn_operands *o, int64_t elem, int64_t streams, int64_t length) {
+    enum { STEP = FBN_LANES * 8, LEAST = 2 * STEP }; /* bytes */
+    const int64_t turn = turn_of(o, elem, streams, length), half = o->walk.turn / 2 / STEP * STEP;
+    return streams > 1 && half >= LEAST && elem * (o->dy ? 2 : 1) >= 8 ? half / elem : turn;
 }
 
 /* The elements of the first turn, which ends where a cache line of the result does: to write a part of one is slow. */
@@ -81,7 +90,7 @@ static void sum_by_image(fbn_loop *loop, const fbn_operands *o, int64_t elem, co
 }
 
 void fbn_sum_planes(fbn_loop *loop, const fbn_operands *o, int64_t elem, fbn_planes p, double *lanes) {
-    const int64_t streams = streams_of_planes(o, &p, p.images), turn = turn_of(o, elem, streams, p.inner);
+    const int64_t streams = streams_of_planes(o, &p, p.images), turn = turn_of_sums(o, elem, streams, p.inner);
     const int64_t together = p.dz_step ? 1 : p.images;
     if (streams == 1 && p.by_image) {
         sum_by_image(loop, o, elem, &p, lanes);
