@@ -147,10 +147,16 @@ void fbn_map_planes(fbn_loop *loop, const fbn_operands *o, int64_t elem, fbn_pla
     }
 }
 
+/* Those of float64 take longer turns, too, if their columns recur within half a page (Zen 4). */
+static int64_t turn_of_runs(const fbn_operands *o, int64_t elem, int64_t streams, const fbn_runs *r) {
+    const int64_t turn = turn_of(o, elem, streams, r->length);
+    return elem == 8 && streams > 1 && r->period * elem <= 2048 ? 4 * turn : turn;
+}
+
 /* Maps the runs, which are streams. A single stream may be one run after another. */
 static void map_streams(fbn_loop *loop, const fbn_operands *o, int64_t elem, int64_t start, int64_t streams,
                         int64_t ahead, fbn_runs r) {
-    const int64_t turn = turn_of(o, elem, streams, r.length), first = first_turn(o, elem, start, turn);
+    const int64_t turn = turn_of_runs(o, elem, streams, &r), first = first_turn(o, elem, start, turn);
     for (int64_t i = 0, n = smaller(first, r.length); i < r.length; i += n, n = smaller(turn, r.length - i))
         loop(o, &(fbn_stretch){.at = start + i,
                                .n = n,
