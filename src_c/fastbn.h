@@ -91,7 +91,7 @@ typedef struct fbn_kernels fbn_kernels;
  * them, but for the sign and payload of a NaN, and any number is valid. */
 typedef struct {
     int64_t streams;     /* planes and arrays that are far apart and read in turns, at most 8 planes at once */
-    int64_t row_streams; /* the same for rows and small planes */
+    int64_t row_streams; /* the same for rows and small planes. Unless it is 1, short float32 rows take at least 4 */
     int64_t turn;        /* the bytes of a turn; 16-bit values take four times as many, and sums that read 8 bytes or
                           * more for each position half as many, unless these are less than 256 */
     int64_t ahead;       /* how many bytes ahead sums, and maps of 16-bit planes, fetch what they read. If row_streams

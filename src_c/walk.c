@@ -176,11 +176,20 @@ static int collides(const fbn_operands *o, int64_t elem, const fbn_runs *r) {
     return period % PAGE == 0 && period <= MOST && lag >= PAGE / 8 && lag < PAGE / 4 * 3;
 }
 
+/* The streams that short rows are mapped in. Where several are best, 4 are for float32 columns that recur after little
+ * more than a kilobyte, if not much is computed (Zen 4). */
+static int64_t row_streams_of(const fbn_operands *o, int64_t elem, const fbn_runs *r) {
+    enum { SHORT = 1280, STREAMS = 4 }; /* bytes */
+    const int is_simple = !o->residual && (!o->dy || o->activation == FBN_IDENTITY), several = o->walk.row_streams > 1;
+    const int gains = several && o->walk.row_streams < STREAMS && elem == 4 && r->period * elem <= SHORT;
+    return is_simple && gains ? STREAMS : o->walk.row_streams;
+}
+
 /* A long run is mapped in parts of whole periods, as streams, and then what is left of it. */
 static void map_long_run(fbn_loop *loop, const fbn_operands *o, int64_t elem, fbn_runs r) {
     enum { LEAST = 16384 }; /* bytes of a part */
     const int64_t most = collides(o, elem, &r) ? 1 : FBN_IMAGES;
-    const int64_t periods = r.length / r.period, streams = streams_of(o, o->walk.row_streams, most);
+    const int64_t periods = r.length / r.period, streams = streams_of(o, row_streams_of(o, elem, &r), most);
     const int64_t part = periods / streams * r.period, left = r.length - streams * part;
     if (streams == 1 || part * elem % FBN_LINE || part * elem < LEAST)
         map_streams(loop, o, elem, 0, 1, o->walk.run_ahead, r);
