@@ -134,11 +134,11 @@ FBN_INLINE void NAME(map_smooth)(const fbn_operands *o, int64_t i, int64_t c, in
     for (int j = 0; j < NAME(AT_ONCE); j++) NAME(put)((elem *)o->out + i + j * WIDTH, y[j], WIDTH, o->stream);
 }
 
-/* Maps one vector of columns, from column c on, and fetches what comes `ahead` bytes later. */
+/* Maps one vector of columns, from column c on, and fetches what comes `ahead` bytes later, unless that is 0. */
 FBN_INLINE void NAME(map_one_of_columns)(const fbn_operands *o, int64_t i, int64_t c, int64_t ahead, NAME(parts) p,
                                          int backward) {
     const NAME(constants) k = NAME(constants_at)(o, c, 1, p);
-    NAME(fetch)(o, i, 1, ahead, p, backward);
+    if (ahead) NAME(fetch)(o, i, 1, ahead, p, backward);
     NAME(map_n)(o, i, WIDTH, &k, p, backward);
 }
 
