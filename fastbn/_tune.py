@@ -113,6 +113,7 @@ def _stages(caches: tuple[int, ...], threads: int, quick: bool) -> tuple[list[St
     between = Arrays(2 * MIB if quick else min(max(shared // 3, 2 * core), 32 * MIB))
     planes, small = arrays.passes("NCHW 56x56", (0, 64, 56, 56), 1), arrays.passes("NCHW 14x14", (0, 1024, 14, 14), 1)
     rows, few = arrays.passes("NHWC 64", (0, 64), -1), arrays.passes("NHWC 3", (0, 3), -1)
+    wide = arrays.passes("NHWC 512", (0, 512), -1)
     middle = between.passes("NCHW 28x28, in cache", (0, 64, 28, 28), 1, "forward backward")
     middle += between.passes("NHWC 256, in cache", (0, 256), -1, "forward")
     # The default is an eighth of the shared cache. Results of a call that only maps are half as large as is needed to
@@ -122,7 +123,7 @@ def _stages(caches: tuple[int, ...], threads: int, quick: bool) -> tuple[list[St
     stages = [
         Stage("streams", (1, 2, 4, 8), planes + small),
         Stage("turn", (256, 512, 1024, 2048, 4096), planes + small),
-        Stage("row_streams", (1, 2, 3, 4), rows + few),
+        Stage("row_streams", (1, 2, 3, 4), rows + wide),
         Stage("ahead", (-1, 256, 512, 1024, 2048, 3072, 4096), rows + small[:2]),
         Stage("block", (core // 8, core // 4, core // 2, core), small[:2] + middle[:2]),
         Stage("stream_from", (*parts, -1), [*ladder, planes[2]]),

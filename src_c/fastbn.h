@@ -91,9 +91,11 @@ typedef struct fbn_kernels fbn_kernels;
  * them, but for the sign and payload of a NaN, and any number is valid. */
 typedef struct {
     int64_t streams;     /* planes and arrays that are far apart and read in turns, at most 8 planes at once */
-    int64_t row_streams; /* the same for rows and small planes. Unless it is 1, short float32 rows take at least 4 */
-    int64_t turn;        /* the bytes of a turn; 16-bit values take four times as many, and sums that read 8 bytes or
-                          * more for each position half as many, unless these are less than 256 */
+    int64_t row_streams; /* the same for rows and small planes. If it is 2 or 3, most maps of short float32 rows take
+                          * one more */
+    int64_t turn;        /* the bytes of a turn. 16-bit values, and maps of short float64 rows, take four times as
+                          * many. Sums that read 8 bytes or more for each position take half as many, unless half would
+                          * be less than 256 bytes */
     int64_t ahead;       /* how many bytes ahead sums, and maps of 16-bit planes, fetch what they read. If row_streams
                           * is 1, rows and small planes fetch an eighth of that, since several are read in turns, as do
                           * maps of rows that were summed; calls that only map fetch a third; and each at least 256

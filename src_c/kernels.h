@@ -115,9 +115,9 @@ typedef void fbn_spread(const void *from, int64_t n, int64_t times, void *to);
 typedef void fbn_fold(const double *values, int64_t n, int64_t apart, int64_t count, double *sums);
 
 /* How to walk through memory, which changes no bit of a result: in how many streams that are far apart planes are read,
- * and rows, and in turns of how many bytes. Sums fetch what they read `ahead` bytes ahead, as do light maps of 16-bit
- * planes and loops for a costly dz. Other light maps of planes, and maps of a single long run of rows, fetch
- * `run_ahead` bytes ahead, or nothing where that is 0. */
+ * and rows, and in turns of how many bytes, of which walk.c takes more or fewer for some dtypes. Sums fetch what they
+ * read `ahead` bytes ahead, as do light maps of 16-bit planes and loops for a costly dz. Other light maps of planes,
+ * and maps of a single long run of rows, fetch `run_ahead` bytes ahead, or nothing where that is 0. */
 typedef struct {
     int64_t streams, row_streams, turn, ahead, run_ahead;
 } fbn_walk;

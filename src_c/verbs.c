@@ -85,9 +85,9 @@ static fbn_status if_fits(const fbn_problem *p, fbn_status status) {
     return status || sizeof(size_t) >= sizeof(int64_t) || fbn_workspace_bytes(p) ? status : FBN_BAD_SHAPE;
 }
 
-/* The bytes from one array of constants to the next, which have room for so many doubles each. About a page apart, seven
- * arrays of half a page would be in each other's way in the nearest cache (Zen 4: 1.2 of the time of a gradient with an
- * activation). Those of float32 need half of their room, and can be closer. */
+/* The bytes from one array of constants to the next, which have room for so many doubles each. About a page apart,
+ * seven arrays of half a page would be in each other's way in the nearest cache (Zen 4: 1.2 of the time of a gradient
+ * with an activation). Those of float32 need half of their room, and can be closer. */
 static int64_t bytes_apart(const fbn_split *s, int64_t joined) {
     enum { PAGE = 4096, CLOSER = 1152 };
     const int64_t bytes = joined * (int64_t)sizeof(double), is_page = bytes > PAGE - 256 && bytes < PAGE + 512;

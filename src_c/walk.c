@@ -10,8 +10,8 @@ static int64_t streams_of(const fbn_operands *o, int64_t wanted, int64_t most) {
     return streams < 1 ? 1 : streams;
 }
 
-/* The elements of a turn. A single stream takes one. Those of 16-bit values are longer: they take less time to read, of
- * which what it costs to begin a turn would be a larger part. */
+/* The elements of a turn. A single stream takes one. Turns of 16-bit values are four times as many bytes, which
+ * is faster (Zen 4). */
 static int64_t turn_of(const fbn_operands *o, int64_t elem, int64_t streams, int64_t length) {
     return streams == 1 ? length : (elem == 2 ? 4 : 1) * o->walk.turn / elem;
 }
@@ -147,10 +147,12 @@ void fbn_map_planes(fbn_loop *loop, const fbn_operands *o, int64_t elem, fbn_pla
     }
 }
 
-/* Those of float64 take longer turns, too, if their columns recur within half a page (Zen 4). */
+/* The same for runs. Turns of float64 are four times as many bytes, too, if columns recur within half a page (Zen 4).
+ */
 static int64_t turn_of_runs(const fbn_operands *o, int64_t elem, int64_t streams, const fbn_runs *r) {
+    enum { HALF_PAGE = 2048 };
     const int64_t turn = turn_of(o, elem, streams, r->length);
-    return elem == 8 && streams > 1 && r->period * elem <= 2048 ? 4 * turn : turn;
+    return elem == 8 && streams > 1 && r->period * elem <= HALF_PAGE ? 4 * turn : turn;
 }
 
 /* Maps the runs, which are streams. A single stream may be one run after another. */
@@ -176,20 +178,20 @@ static int collides(const fbn_operands *o, int64_t elem, const fbn_runs *r) {
     return period % PAGE == 0 && period <= MOST && lag >= PAGE / 8 && lag < PAGE / 4 * 3;
 }
 
-/* The streams that short rows are mapped in. Where several are best, 4 are for float32 columns that recur after little
- * more than a kilobyte, if not much is computed (Zen 4). */
-static int64_t row_streams_of(const fbn_operands *o, int64_t elem, const fbn_runs *r) {
-    enum { SHORT = 1280, STREAMS = 4 }; /* bytes */
-    const int is_simple = !o->residual && (!o->dy || o->activation == FBN_IDENTITY), several = o->walk.row_streams > 1;
-    const int gains = several && o->walk.row_streams < STREAMS && elem == 4 && r->period * elem <= SHORT;
-    return is_simple && gains ? STREAMS : o->walk.row_streams;
+/* The streams that a long run is mapped in. Where several are best, float32 columns that recur after little more than a
+ * kilobyte take one more, up to 4, unless there is a residual, or an activation in a gradient (Zen 4). */
+static int64_t streams_of_run(const fbn_operands *o, int64_t elem, const fbn_runs *r) {
+    enum { SHORT = 1280 /* bytes */, MOST = 4 };
+    const int64_t habit = o->walk.row_streams;
+    const int gains = !o->residual && (!o->dy || o->activation == FBN_IDENTITY);
+    return gains && habit > 1 && habit < MOST && elem == 4 && r->period * elem <= SHORT ? habit + 1 : habit;
 }
 
 /* A long run is mapped in parts of whole periods, as streams, and then what is left of it. */
 static void map_long_run(fbn_loop *loop, const fbn_operands *o, int64_t elem, fbn_runs r) {
     enum { LEAST = 16384 }; /* bytes of a part */
     const int64_t most = collides(o, elem, &r) ? 1 : FBN_IMAGES;
-    const int64_t periods = r.length / r.period, streams = streams_of(o, row_streams_of(o, elem, &r), most);
+    const int64_t periods = r.length / r.period, streams = streams_of(o, streams_of_run(o, elem, &r), most);
     const int64_t part = periods / streams * r.period, left = r.length - streams * part;
     if (streams == 1 || part * elem % FBN_LINE || part * elem < LEAST)
         map_streams(loop, o, elem, 0, 1, o->walk.run_ahead, r);

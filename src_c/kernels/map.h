@@ -148,8 +148,8 @@ FBN_INLINE vec NAME(mapped)(const fbn_operands *o, int64_t i, const NAME(constan
     return backward ? NAME(grad_affine_of)(o, i, WIDTH, k, p, &dz) : NAME(affine_of)(o, i, WIDTH, k, p);
 }
 
-/* Maps two in a light loop. Both are computed before either is written, so that whole lines are written around the
- * cache at once. */
+/* Maps two in a light loop, in which to ask whether `ahead` is 0 would take longer than to fetch. Both are computed
+ * before either is written, so that whole lines are written around the cache at once. */
 FBN_INLINE void NAME(map_two_of_columns)(const fbn_operands *o, int64_t i, int64_t c, int64_t ahead, NAME(parts) p,
                                          int backward) {
     const NAME(constants) first = NAME(constants_at)(o, c, 1, p), second = NAME(constants_at)(o, c + WIDTH, 1, p);

@@ -31,6 +31,8 @@ from c_api import (
 import fastbn
 
 OUTER, CHANNELS, INNER = 4, 3, 5
+FLOATING = ("float32", "float64", "float16", "bfloat16")
+"""In the order of fbn_dtype."""
 HEADER = cases.CHECKOUT / "src_c/fastbn.h"
 
 
@@ -42,25 +44,34 @@ def api(tmp_path_factory: pytest.TempPathFactory) -> c_api.Api:
 class Memory:
     """One valid call of each verb: arrays, and the structures that point to them."""
 
-    def __init__(self, api: c_api.Api, activation: int = 1, threads: int = 1) -> None:
+    def __init__(
+        self,
+        api: c_api.Api,
+        activation: int = 1,
+        threads: int = 1,
+        shape: tuple[int, int, int] = (OUTER, CHANNELS, INNER),
+        dtype: str = "float32",
+    ) -> None:
         rng = np.random.default_rng(0)
         self.api = api
-        shape = OUTER, CHANNELS, INNER
-        self.x, self.dy, self.residual = rng.standard_normal((3, *shape), np.float32)
-        self.y, self.dx, self.dresidual = np.full((3, *shape), 7, np.float32)
-        self.gamma, self.beta, self.mean, self.var = rng.uniform(1, 2, (4, CHANNELS)).astype(np.float32)
-        self.dgamma, self.dbeta = np.full((2, CHANNELS), 7, np.float32)
-        self.saved, self.moments, self.sums = (np.full((rows, CHANNELS), 7.0) for rows in (6, 3, 2))
-        self.mask = np.ones((OUTER, INNER), np.uint8)
+        outer, channels, inner = shape
+        self.x, self.dy, self.residual = rng.standard_normal((3, *shape), np.float32).astype(dtype)
+        self.y, self.dx, self.dresidual = np.full((3, *shape), 7, dtype)
+        self.gamma, self.beta, self.mean, self.var = rng.uniform(1, 2, (4, channels)).astype(np.float32)
+        self.dgamma, self.dbeta = np.full((2, channels), 7, "float64" if dtype == "float64" else "float32")
+        self.saved, self.moments, self.sums = (np.full((rows, channels), 7.0) for rows in (6, 3, 2))
+        self.mask = np.ones((outer, inner), np.uint8)
         self.machine = api.this_machine()
-        self.problem = c_api.Problem(ct.pointer(self.machine), 0, activation, 0.1, OUTER, CHANNELS, INNER, threads)
+        self.problem = c_api.Problem(
+            ct.pointer(self.machine), FLOATING.index(dtype), activation, 0.1, outer, channels, inner, threads
+        )
         self.parameters = c_api.Parameters(self.gamma.ctypes.data, self.beta.ctypes.data, 0)
         self.statistics = c_api.Statistics(self.mean.ctypes.data, self.var.ctypes.data, 0)
         self.running = c_api.Running(self.mean.ctypes.data, self.var.ctypes.data, 0, 0.1, 1)
         self.workspace = np.zeros(api.workspace_bytes(ct.byref(self.problem)), np.uint8)
-        self.plan = np.zeros(api.plan_bytes(CHANNELS), np.uint8)
+        self.plan = np.zeros(api.plan_bytes(channels), np.uint8)
         self.arguments: dict[str, Any] = {
-            "problem": ct.byref(self.problem), "eps": 1e-5, "count": OUTER * INNER, "frozen": 0, "from_y": 0,
+            "problem": ct.byref(self.problem), "eps": 1e-5, "count": outer * inner, "frozen": 0, "from_y": 0,
             "given_sums": None,
         }  # fmt: skip
         for name in ("x", "dy", "residual", "y", "dx", "dresidual", "dgamma", "dbeta"):
@@ -413,3 +424,36 @@ def test_header(api: c_api.Api) -> None:
 def test_installed_header_is_the_source() -> None:
     installed = (cases.Path(fastbn.get_include()) / "fastbn.h").read_bytes()
     assert not HEADER.exists() or installed == HEADER.read_bytes()
+
+
+# Rows in streams -----------------------------------------------------------------------------------------------------
+
+WIDTHS = (64, 100, 256, 300, 512)
+WALKS = ((8, 3, 512), (8, 2, 1024), (8, 4, 256), (1, 8, 128), (3, 5, 768))
+"""Habits: streams, row_streams and turn."""
+
+
+def rows_mapped(api: c_api.Api, dtype: str, channels: int, activation: int, walk: tuple[int, ...]) -> list[bytes]:
+    """y, dx and what else a call on rows gives that are beyond the cache of a small machine."""
+    memory = Memory(api, activation, shape=(131_072 // channels + 3, channels, 1), dtype=dtype)
+    memory.machine.core_cache, memory.machine.shared_cache = 1 << 16, 1 << 17
+    memory.machine.habits = c_api.Habits(*walk, 1024, 1 << 16, 0)
+    memory.workspace = np.zeros(api.workspace_bytes(ct.byref(memory.problem)), np.uint8)
+    memory.arguments["workspace"] = memory.workspace.ctypes.data
+    found = []
+    for verb in ("infer", "forward", "backward"):
+        for residual in (memory.arguments["residual"], None):
+            assert memory.call(verb, residual=residual) == OK
+            found.append(memory.contents())
+    return found
+
+
+@pytest.mark.parametrize("dtype", FLOATING)
+@pytest.mark.parametrize("channels", WIDTHS)
+def test_streams_of_rows_change_no_bit(api: c_api.Api, dtype: str, channels: int) -> None:
+    if dtype == "bfloat16":
+        pytest.importorskip("ml_dtypes", reason="bfloat16 needs it")
+    for activation in (0, 1):
+        wanted = rows_mapped(api, dtype, channels, activation, (1, 1, 512))
+        for walk in WALKS:
+            assert rows_mapped(api, dtype, channels, activation, walk) == wanted, f"{walk}, activation {activation}"
