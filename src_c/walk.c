@@ -16,12 +16,13 @@ static int64_t turn_of(const fbn_operands *o, int64_t elem, int64_t streams, int
     return streams == 1 ? length : (elem == 2 ? 4 : 1) * o->walk.turn / elem;
 }
 
-/* The same for sums. Those that read 8 bytes or more for each position wait for memory in any case, and are faster if
- * the streams take shorter turns (Zen 4). */
+/* The same for sums. Those that read 8 bytes or more for each position, and know no activation, wait for memory in any
+ * case, and are faster if the streams take shorter turns (Zen 4). */
 static int64_t turn_of_sums(const fbn_operands *o, int64_t elem, int64_t streams, int64_t length) {
     enum { STEP = FBN_LANES * 8, LEAST = 2 * STEP }; /* bytes */
     const int64_t turn = turn_of(o, elem, streams, length), half = o->walk.turn / 2 / STEP * STEP;
-    return streams > 1 && half >= LEAST && elem * (o->dy ? 2 : 1) >= 8 ? half / elem : turn;
+    const int waits = o->dy ? elem >= 4 && o->activation == FBN_IDENTITY : elem == 8;
+    return waits && streams > 1 && half >= LEAST ? half / elem : turn;
 }
 
 /* The elements of the first turn, which ends where a cache line of the result does: to write a part of one is slow. */
