@@ -93,9 +93,9 @@ typedef struct {
     int64_t streams;     /* planes and arrays that are far apart and read in turns, at most 8 planes at once */
     int64_t row_streams; /* the same for rows and small planes. If it is 2 or 3, most maps of short float32 rows take
                           * one more */
-    int64_t turn;        /* the bytes of a turn. 16-bit values, and maps of short float64 rows, take four times as
-                          * many. Sums that read 8 bytes or more for each position, without an activation, take half as
-                          * many, unless half would be less than 256 bytes */
+    int64_t turn;        /* the bytes of a turn. But for gradients with an activation, 16-bit values take four times as
+                          * many, and sums that read 8 bytes or more for each position half as many, unless half would
+                          * be less than 256 bytes. Maps of short float64 rows take four times as many, too */
     int64_t ahead;       /* how many bytes ahead sums, and maps of 16-bit planes, fetch what they read. If row_streams
                           * is 1, rows and small planes fetch an eighth of that, since several are read in turns, as do
                           * maps of rows that were summed; calls that only map fetch a third; and each at least 256

@@ -10,18 +10,22 @@ static int64_t streams_of(const fbn_operands *o, int64_t wanted, int64_t most) {
     return streams < 1 ? 1 : streams;
 }
 
-/* The elements of a turn. A single stream takes one. Turns of 16-bit values are four times as many bytes, which
- * is faster (Zen 4). */
+/* Whether dz of an activation is computed, which takes longer than to read it. */
+static int computes_dz(const fbn_operands *o) { return o->dy && o->activation != FBN_IDENTITY; }
+
+/* The elements of a turn. A single stream takes one. Turns of 16-bit values are four times as many bytes, which is
+ * faster (Zen 4) unless dz is computed. */
 static int64_t turn_of(const fbn_operands *o, int64_t elem, int64_t streams, int64_t length) {
-    return streams == 1 ? length : (elem == 2 ? 4 : 1) * o->walk.turn / elem;
+    const int64_t times = elem == 2 && !computes_dz(o) ? 4 : 1;
+    return streams == 1 ? length : times * o->walk.turn / elem;
 }
 
-/* The same for sums. Those that read 8 bytes or more for each position, and know no activation, wait for memory in any
- * case, and are faster if the streams take shorter turns (Zen 4). */
+/* The same for sums. Those that read 8 bytes or more for each position, and compute no dz, wait for memory in any case,
+ * and are faster if the streams take shorter turns (Zen 4). */
 static int64_t turn_of_sums(const fbn_operands *o, int64_t elem, int64_t streams, int64_t length) {
     enum { STEP = FBN_LANES * 8, LEAST = 2 * STEP }; /* bytes */
     const int64_t turn = turn_of(o, elem, streams, length), half = o->walk.turn / 2 / STEP * STEP;
-    const int waits = o->dy ? elem >= 4 && o->activation == FBN_IDENTITY : elem == 8;
+    const int waits = !computes_dz(o) && elem * (o->dy ? 2 : 1) >= 8;
     return waits && streams > 1 && half >= LEAST ? half / elem : turn;
 }
 
