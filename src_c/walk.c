@@ -152,8 +152,7 @@ void fbn_map_planes(fbn_loop *loop, const fbn_operands *o, int64_t elem, fbn_pla
     }
 }
 
-/* The same for runs. Turns of float64 are four times as many bytes, too, if columns recur within half a page (Zen 4).
- */
+/* The elements of a turn of runs: four times as many of float64, if columns recur within half a page (Zen 4). */
 static int64_t turn_of_runs(const fbn_operands *o, int64_t elem, int64_t streams, const fbn_runs *r) {
     enum { HALF_PAGE = 2048 };
     const int64_t turn = turn_of(o, elem, streams, r->length);
