@@ -187,7 +187,7 @@ static int collides(const fbn_operands *o, int64_t elem, const fbn_runs *r) {
 static int64_t streams_of_run(const fbn_operands *o, int64_t elem, const fbn_runs *r) {
     enum { SHORT = 1280 /* bytes */, MOST = 4 };
     const int64_t habit = o->walk.row_streams;
-    const int gains = !o->residual && (!o->dy || o->activation == FBN_IDENTITY);
+    const int gains = !o->residual && !computes_dz(o);
     return gains && habit > 1 && habit < MOST && elem == 4 && r->period * elem <= SHORT ? habit + 1 : habit;
 }
 

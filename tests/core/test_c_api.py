@@ -434,7 +434,7 @@ WALKS = ((8, 3, 512), (8, 2, 1024), (8, 4, 256), (1, 8, 128), (3, 5, 768))
 
 
 def rows_mapped(api: c_api.Api, dtype: str, channels: int, activation: int, walk: tuple[int, ...]) -> list[bytes]:
-    """y, dx and what else a call on rows gives that are beyond the cache of a small machine."""
+    """What calls write for rows that are beyond the caches, which are said to be small."""
     memory = Memory(api, activation, shape=(131_072 // channels + 3, channels, 1), dtype=dtype)
     memory.machine.core_cache, memory.machine.shared_cache = 1 << 16, 1 << 17
     memory.machine.habits = c_api.Habits(*walk, 1024, 1 << 16, 0)
